@@ -1,0 +1,34 @@
+"""Which training instances made this network predict that, and what would change without them?
+
+Influence of training instances by turn-over dropout (Kobayashi et al. 2020, arXiv 2012.04207), with
+the noise floor of every number.
+"""
+
+from turnover import objectives
+from turnover.batches import Batch
+from turnover.errors import BindingError, InputError
+from turnover.heads import WideHead
+from turnover.influence import Influence
+from turnover.influence.result import Result
+from turnover.masks import MaskSpec, content_ids, ghost_ids, string_ids
+from turnover.network import Network, attach
+from turnover.sites import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "BindingError",
+    "Influence",
+    "InputError",
+    "MaskSpec",
+    "Network",
+    "Result",
+    "Site",
+    "WideHead",
+    "attach",
+    "content_ids",
+    "ghost_ids",
+    "objectives",
+    "string_ids",
+]

@@ -1,0 +1,210 @@
+"""Which parameters learn an instance that the hidden sub-network should never have seen.
+
+The audit asks autograd, element by element and instance by instance: a scalar parameter that gets a
+gradient from one instance both under its exposed and under its hidden mask is shared, so it carries
+the instance into the hidden sub-network. It runs at randomised weights, because a zero (LoRA's B at
+the start) would hide a leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+from turnover.objectives import logits_of
+from turnover.sites import canonical_name, device_of
+
+if TYPE_CHECKING:
+    from turnover.network import Network
+
+_ROWS = 8
+_ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
+
+
+@dataclass(frozen=True)
+class ParameterAudit:
+    """One trainable parameter: ``leaking`` of its ``elements`` scalars are shared."""
+
+    name: str
+    shape: tuple[int, ...]
+    elements: int
+    leaking: int
+
+    @property
+    def share(self) -> float:
+        return self.leaking / self.elements
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an instance can reach under both of its masks.
+
+    Attributes:
+        parameters: every trainable parameter.
+        buffers: names of buffers that a training forward changes (batch statistics): they hold
+            every instance, and mix instances within a batch.
+        settings: sentences on trainer settings that carry instances across masks.
+    """
+
+    parameters: tuple[ParameterAudit, ...]
+    buffers: tuple[str, ...]
+    settings: tuple[str, ...]
+
+    @property
+    def leaking_share(self) -> float:
+        """Share of trainable scalars, in [0, 1], that learn an instance under both masks."""
+        total = sum(parameter.elements for parameter in self.parameters)
+        return sum(parameter.leaking for parameter in self.parameters) / total if total else 0.0
+
+    @property
+    def clean(self) -> bool:
+        """No shared parameter, no changed buffer, no leaking setting."""
+        return self.leaking_share == 0 and not self.buffers and not self.settings
+
+    def __str__(self) -> str:
+        leaks = sorted((p for p in self.parameters if p.leaking), key=lambda p: -p.leaking)
+        lines = [
+            f"{self.leaking_share:.2%} of the trainable scalars receive a gradient from one instance "
+            f"both exposed and hidden"
+        ]
+        if leaks:
+            width = max(len(parameter.name) for parameter in leaks)
+            lines.append(f"{'parameter':<{width}}  {'shape':<16} {'leaking':>10}  share")
+            for parameter in leaks:
+                shape = "x".join(map(str, parameter.shape))
+                lines.append(
+                    f"{parameter.name:<{width}}  {shape:<16} {parameter.leaking:>10}  "
+                    f"{parameter.share:.1%}"
+                )
+            lines.append(
+                "mend: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
+                "activations they produce"
+            )
+        for name in self.buffers:
+            lines.append(
+                f"buffer {name} changes with every batch and holds all of its instances; mend: keep "
+                f"that module in eval mode, or use GroupNorm or LayerNorm below the sites"
+            )
+        lines.extend(self.settings)
+        return "\n".join(lines)
+
+
+def audit(
+    network: Network,
+    batch: Batch,
+    *,
+    max_grad_norm: float | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> AuditReport:
+    """The audit behind :meth:`turnover.network.Network.audit`."""
+    model = network.model
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise InputError("the model has no trainable parameter, so there is nothing to audit")
+    batch = batch.rows(0, _ROWS).to(device_of(model))
+    ids = torch.arange(len(batch))
+    parameters = [parameter for _, parameter in named]
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with _randomised(model, parameters):
+        exposed = _reached(network, batch, ids, parameters, hidden=False)
+        hidden = _reached(network, batch, ids, parameters, hidden=True)
+        changed = [
+            canonical_name(name)
+            for name, value in model.named_buffers()
+            if name in before and not torch.equal(value, before[name])
+        ]
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                if name in before:
+                    value.copy_(before[name])
+    shared = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
+    for row_exposed, row_hidden in zip(exposed, hidden, strict=True):
+        for index, (kept, dropped) in enumerate(zip(row_exposed, row_hidden, strict=True)):
+            if kept is not None and dropped is not None:
+                shared[index] |= kept & dropped
+    leaking = [int(mask.sum()) for mask in shared]
+    return AuditReport(
+        tuple(
+            ParameterAudit(canonical_name(name), tuple(p.shape), p.numel(), count)
+            for (name, p), count in zip(named, leaking, strict=True)
+        ),
+        tuple(changed),
+        tuple(_settings(max_grad_norm, optimizer)),
+    )
+
+
+def _reached(
+    network: Network, batch: Batch, ids: Tensor, parameters: Sequence[Tensor], *, hidden: bool
+) -> list[list[Tensor | None]]:
+    """For every row, which scalars get a gradient from it: bool masks, or None for none at all."""
+    with network.hidden(ids) if hidden else network.exposed(ids):
+        logits = logits_of(batch.call(network.model)).float()
+        weights = torch.linspace(0.5, 1.5, logits[0].numel(), device=logits.device)
+        reached: list[list[Tensor | None]] = []
+        for row in range(len(ids)):
+            value = (logits[row].flatten() * weights).sum()
+            gradients = torch.autograd.grad(
+                value, parameters, retain_graph=row + 1 < len(ids), allow_unused=True
+            )
+            reached.append([None if g is None else g != 0 for g in gradients])
+    return reached
+
+
+@contextmanager
+def _randomised(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Training mode without dropout, at random trainable weights; everything is put back after."""
+    modes = {module: module.training for module in model.modules()}
+    saved = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+                noise = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+                parameter.copy_(noise)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        # Functional dropout inside attention would draw from the global generator.
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _settings(
+    max_grad_norm: float | None, optimizer: torch.optim.Optimizer | None
+) -> Iterator[str]:
+    if max_grad_norm is not None:
+        yield (
+            f"gradient clipping by global norm (max_grad_norm={max_grad_norm:g}) scales every gradient "
+            f"by all instances of the batch; mend: max_grad_norm=0, or clip by value"
+        )
+    if optimizer is not None and not isinstance(optimizer, _ELEMENTWISE):
+        yield (
+            f"optimiser {type(optimizer).__name__} is not known to update element by element, so one "
+            f"unit's gradient may move another's weights; mend: SGD or AdamW"
+        )

@@ -1,0 +1,334 @@
+"""Deterministic turn-over dropout masks: (seed, site, id) to bits, and the ids themselves.
+
+Knows nothing of models. A mask is a pure function of the spec, the site's name and width, and the
+instance id: the same bits on every device, in every dtype, batch order, process and release. No
+random generator, global or local, is involved.
+
+The bits come from SplitMix64 (Steele, Lea and Flood, *Fast Splittable Pseudorandom Number
+Generators*, OOPSLA 2014) used as a counter-based generator: word ``w`` of stream ``k`` is
+``mix64(k + (w + 1) * gamma)``, and the stream is keyed by absorbing every field the mask depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from turnover.errors import InputError
+
+SPEC_VERSION = 1
+"""Version of the map from (spec, site, id) to bits. A change of any bit raises it."""
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_PRECISION = 32
+"""Bits to which an arbitrary keep probability is resolved."""
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which units every training instance trains, as a rule rather than as a table.
+
+    Args:
+        keep: probability in (0, 1) that a unit is kept (part of the exposed sub-network). Resolved
+            to 32 bits.
+        seed: integer in [0, 2**63). Another seed gives independent masks.
+        balanced: keep exactly one unit of every pair (2j, 2j + 1), so that every mask holds half the
+            units (with an odd width one unit more or less). Exists at ``keep=0.5`` only. ``None``,
+            the default, means ``keep == 0.5``.
+
+    Raises:
+        InputError: ``keep`` outside (0, 1), ``balanced`` at another keep than 0.5, or a bad seed.
+
+    Source: turn-over dropout, Kobayashi et al. 2020 (arXiv 2012.04207), section 3.
+    """
+
+    keep: float = 0.5
+    seed: int = 0
+    balanced: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep < 1.0:
+            raise InputError(f"keep must lie strictly between 0 and 1, got {self.keep!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed must be an int, got {self.seed!r}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must lie in [0, 2**63), got {self.seed}")
+        if self.balanced is None:
+            object.__setattr__(self, "balanced", self.keep == 0.5)
+        if self.balanced and self.keep != 0.5:
+            raise InputError(
+                f"balanced=True keeps exactly one unit of each pair, which is keep=0.5; got "
+                f"keep={self.keep}. Use balanced=False to draw units independently."
+            )
+        if not 0 < self._threshold < 2**_PRECISION:
+            raise InputError(
+                f"keep={self.keep} is nearer to 0 or 1 than 2**-{_PRECISION}, the resolution of masks"
+            )
+
+    @property
+    def _threshold(self) -> int:
+        return int(round(self.keep * 2**_PRECISION))
+
+    def exposed(self, ids: Tensor | Sequence[int], site: str, units: int) -> Tensor:
+        """Units that the instances keep at a site. The hidden sub-network is the complement.
+
+        Args:
+            ids: int64 instance ids, shape (rows,). Negative ids are ghosts.
+            site: canonical site name.
+            units: number of maskable units of the site, >= 1.
+
+        Returns:
+            bool tensor (rows, units) on the device of ``ids``; True = kept.
+
+        Raises:
+            TypeError: ids are not integers (float ids collide from 2**24 on).
+            InputError: ids are not one-dimensional, or ``units`` < 1.
+        """
+        ids = check_ids(ids)
+        if units < 1:
+            raise InputError(f"site {site!r}: units must be >= 1, got {units}")
+        key = self._site_key(site, units)
+        stream = _mix64(ids ^ _signed(key))  # (rows,)
+        if self.balanced:
+            words = _bernoulli_words(stream, (units + 1) // 2, 1 << (_PRECISION - 1))
+            return _expand_pairs(words)[:, :units]
+        return _expand(_bernoulli_words(stream, units, self._threshold))[:, :units]
+
+    def _site_key(self, site: str, units: int) -> int:
+        name = int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little")
+        key = 0
+        for field in (
+            SPEC_VERSION,
+            self.seed,
+            self._threshold,
+            int(bool(self.balanced)),
+            units,
+            name,
+        ):
+            key = _mix64_int((key ^ field) + _GAMMA)
+        return key
+
+    def fingerprint(self, units: dict[str, int]) -> str:
+        """Hash of real mask bits of these sites, to be stored with a run and compared on load.
+
+        Args:
+            units: site name to number of units.
+
+        Returns:
+            32 hexadecimal digits; equal exactly when the masks are.
+        """
+        probe = torch.tensor([0, 1, 2, 12345, 2**24 + 1, 2**62 + 7, -1, -1000])
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(self.to_dict(), sort_keys=True).encode())
+        for site in sorted(units):
+            digest.update(f"{site}\0{units[site]}\0".encode())
+            digest.update(bytes(self.exposed(probe, site, units[site]).flatten().tolist()))
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, object]:
+        """The spec as plain JSON values, with the spec version."""
+        return {"spec_version": SPEC_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> MaskSpec:
+        """Rebuild a spec from :meth:`to_dict`.
+
+        Raises:
+            InputError: unknown or missing fields, or another spec version (its masks differ).
+        """
+        rest = dict(values)
+        version = rest.pop("spec_version", None)
+        if version != SPEC_VERSION:
+            raise InputError(
+                f"mask spec version {version!r} is not supported: this release makes version "
+                f"{SPEC_VERSION} masks. Use the release that wrote the run."
+            )
+        if set(rest) != {"keep", "seed", "balanced"}:
+            raise InputError(
+                f"mask spec fields must be keep, seed and balanced, got {sorted(map(str, rest))}"
+            )
+        keep, seed, balanced = rest["keep"], rest["seed"], rest["balanced"]
+        if not isinstance(keep, int | float) or not isinstance(seed, int):
+            raise InputError(f"mask spec: keep and seed must be numbers, got {keep!r} and {seed!r}")
+        if not isinstance(balanced, bool):
+            raise InputError(f"mask spec: balanced must be true or false, got {balanced!r}")
+        return cls(float(keep), seed, balanced)
+
+
+def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    """Ids as a one-dimensional int64 tensor; anything that would lose bits is refused.
+
+    Raises:
+        TypeError: ids are floats or booleans.
+        InputError: ids are not one-dimensional.
+    """
+    if not isinstance(ids, Tensor):
+        ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(
+            f"instance ids must be integers, got {ids.dtype}: float ids collide from 2**24 on. "
+            f"Use int64, or turnover.string_ids for string keys."
+        )
+    if ids.dim() != 1:
+        raise InputError(f"instance ids must have shape (rows,), got {tuple(ids.shape)}")
+    return ids.to(torch.int64)
+
+
+def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    """As :func:`check_ids`, and no id may be negative: those are ghosts.
+
+    Raises:
+        InputError: an id is negative.
+    """
+    ids = check_ids(ids)
+    if bool((ids < 0).any()):
+        first = int(ids[ids < 0][0])
+        raise InputError(
+            f"training instance ids must be >= 0, got {first}: negative ids are ghosts, which are "
+            f"never trained on"
+        )
+    return ids
+
+
+def ghost_ids(count: int, *, start: int = 0) -> Tensor:
+    """Ids that no training instance can have: their influence is pure noise.
+
+    Args:
+        count: how many, >= 0.
+        start: how many ghosts to skip; disjoint ranges give independent ghosts.
+
+    Returns:
+        int64 tensor (count,): ``-1 - start, -2 - start, ...``.
+
+    Raises:
+        InputError: a negative count or start.
+    """
+    if count < 0 or start < 0:
+        raise InputError(f"count and start must be >= 0, got {count} and {start}")
+    return -1 - torch.arange(start, start + count, dtype=torch.int64)
+
+
+def string_ids(keys: Iterable[str]) -> Tensor:
+    """Stable 63-bit ids of string keys; equal keys (a group) share an id.
+
+    Args:
+        keys: one string per instance: its own key, or its group's (source, annotator).
+
+    Returns:
+        int64 tensor (instances,), values >= 0. BLAKE2b, the same in every process and release.
+
+    Raises:
+        TypeError: a key is not a string (kinds may not be mixed).
+        InputError: two different keys share an id (about 1 in 10**7 at a million keys).
+    """
+    seen: dict[int, str] = {}
+    ids = []
+    for key in keys:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"string_ids takes strings only, got {key!r} of type {type(key).__name__}: ids must "
+                f"be all integers or all strings"
+            )
+        value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        if seen.setdefault(value, key) != key:
+            raise InputError(
+                f"keys {seen[value]!r} and {key!r} have the same 63-bit hash; rename one of them"
+            )
+        ids.append(value)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def content_ids(contents: Iterable[str]) -> Tensor:
+    """Ids for data without an id column: hash of the content and its occurrence count.
+
+    Re-sorting the data changes no id, appended rows get new ones, and exact duplicates get
+    different ones.
+
+    Args:
+        contents: one string per instance that says all of it (text and label).
+
+    Returns:
+        int64 tensor (instances,), distinct, values >= 0.
+    """
+    counts: dict[str, int] = {}
+    keys = []
+    for content in contents:
+        occurrence = counts.get(content, 0)
+        counts[content] = occurrence + 1
+        keys.append(f"{content}\0{occurrence}")
+    return string_ids(keys)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix64_int(value: int) -> int:
+    full = (1 << 64) - 1
+    value &= full
+    value = ((value ^ (value >> 30)) * _MIX_1) & full
+    value = ((value ^ (value >> 27)) * _MIX_2) & full
+    return value ^ (value >> 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    # torch shifts int64 arithmetically; the generator is defined on unsigned words.
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix64(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _signed(_MIX_1)
+    value = (value ^ _shift(value, 27)) * _signed(_MIX_2)
+    return value ^ _shift(value, 31)
+
+
+def _bernoulli_words(stream: Tensor, draws: int, threshold: int) -> Tensor:
+    """Independent bits with P(1) = threshold / 2**32, 64 to an int64 word: (rows, ceil(draws / 64)).
+
+    Each bit compares a random binary fraction with the threshold, one binary digit (one word for 64
+    draws) at a time: from the last digit up, OR where the threshold has a 1 and AND where it has a 0.
+    Digits below the threshold's last 1 cannot matter, so keep 0.5 costs one word for 64 draws.
+    """
+    words = -(-draws // 64)
+    digits = [(threshold >> bit) & 1 for bit in range(_PRECISION)]
+    digits = digits[digits.index(1) :]
+    counters = torch.arange(1, words + 1, device=stream.device, dtype=torch.int64) * _signed(_GAMMA)
+    bits = _mix64(stream[:, None] + counters)  # (rows, words)
+    for plane, digit in enumerate(digits[1:], start=1):
+        word = _mix64(stream[:, None] + (counters + _signed(plane * words * _GAMMA)))
+        bits = bits | word if digit else bits & word
+    return bits
+
+
+@lru_cache(maxsize=16)
+def _table(device: torch.device, bits: int, paired: bool) -> Tensor:
+    rows = (torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1 == 1  # (2**bits, bits)
+    if paired:
+        rows = torch.stack([rows, ~rows], dim=2).flatten(1)  # (2**bits, 2 * bits)
+    # Eight booleans travel as one int64, so that the look-up moves words rather than bytes.
+    return rows.contiguous().view(torch.int64).flatten().to(device)
+
+
+def _look_up(words: Tensor, table: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(0, 64, bits, device=words.device, dtype=torch.int64)
+    keys = (words[:, :, None] >> shifts) & (2**bits - 1)  # (rows, words, 64 / bits)
+    return table.index_select(0, keys.flatten()).view(len(words), -1).view(torch.bool)
+
+
+def _expand(words: Tensor) -> Tensor:
+    """Bits as booleans: (rows, 64 * words)."""
+    return _look_up(words, _table(words.device, 8, paired=False), 8)
+
+
+def _expand_pairs(words: Tensor) -> Tensor:
+    """Each bit as itself and its complement: (rows, 128 * words)."""
+    return _look_up(words, _table(words.device, 4, paired=True), 4)

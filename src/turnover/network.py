@@ -1,0 +1,418 @@
+"""A model under per-instance masks: attach, exposed, hidden, mean, detach.
+
+Hooks multiply the outputs of the sites by masks of the bound ids. The model's class, its parameters
+and its ``state_dict`` keys stay as they were. Statistics and scores live elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from turnover.audit import AuditReport, audit
+from turnover.batches import Adapter, as_batch
+from turnover.errors import BindingError, InputError
+from turnover.masks import MaskSpec, check_ids
+from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve
+
+_HOOKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_REMEMBERED_BINDINGS = 256
+
+
+@dataclass(eq=False)
+class _Binding:
+    """What the sites do while a context is open."""
+
+    ids: Tensor | None = None
+    hidden: bool | Tensor = False
+    broadcast: bool = False
+    """One row may become as many rows as there are ids (how exact influence shares work)."""
+    probes: dict[str, Tensor] | None = None
+    """If given, sites multiply by ones that require a gradient, and leave them here."""
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    first_node: int = 0
+    last_node: int | None = None
+
+
+class Network:
+    """A model with turn-over dropout attached. Made by :func:`attach`.
+
+    Attributes:
+        model: the user's model, unchanged but for hooks.
+        spec: the :class:`~turnover.MaskSpec`.
+        sites: canonical names of the sites, in the model's definition order.
+        units: mask units by site name; ``None`` until the first forward where neighbours of the
+            site do not tell.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[ResolvedSite], spec: MaskSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self._sites = {site.name: site for site in sites}
+        self.units: dict[str, int | None] = {site.name: site.units for site in sites}
+        self._measured: set[str] = set()
+        self._active: _Binding | None = None
+        self._past: deque[_Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
+        self._handles: list[RemovableHandle] = []
+        for site in sites:
+            self._handles.append(site.module.register_forward_hook(self._hook(site)))
+            _HOOKED.add(site.module)
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self._sites)
+
+    @property
+    def mask_units(self) -> int:
+        """D: mask units summed over the sites.
+
+        Raises:
+            BindingError: a site's width is not known yet (run one forward).
+        """
+        return sum(self.known_units().values())
+
+    def known_units(self) -> dict[str, int]:
+        """Mask units by site name.
+
+        Raises:
+            BindingError: a site's width is not known yet (run one forward).
+        """
+        known = {name: units for name, units in self.units.items() if units is not None}
+        if len(known) < len(self.units):
+            missing = sorted(set(self.units) - set(known))
+            raise BindingError(
+                f"the widths of sites {missing} are not known before a forward: run the model once"
+            )
+        return known
+
+    def exposed(self, ids: Tensor | Sequence[int]) -> _Context:
+        """Context: row i of every batch runs in the exposed sub-network of ``ids[i]``.
+
+        Args:
+            ids: int64 instance ids, shape (rows,).
+
+        Raises:
+            TypeError: ids are not integers.
+            InputError: ids are not one-dimensional, or a ghost is trained on.
+            BindingError: at the forward, the batch does not have one row for each id.
+        """
+        return self._context(self._bind(ids, False))
+
+    def hidden(self, ids: Tensor | Sequence[int]) -> _Context:
+        """Context: row i of every batch runs in the hidden sub-network of ``ids[i]``.
+
+        Arguments and errors as in :meth:`exposed`.
+        """
+        return self._context(self._bind(ids, True))
+
+    def bind(self, ids: Tensor | Sequence[int], hidden: Tensor) -> _Context:
+        """Context: a side for each row.
+
+        Args:
+            ids: int64 instance ids, shape (rows,).
+            hidden: bool, shape (rows,): True runs the row hidden, False exposed.
+
+        Raises:
+            InputError: ``hidden`` is not a bool tensor of the shape of ``ids``; else as in
+                :meth:`exposed`.
+        """
+        return self._context(self._bind(ids, hidden))
+
+    def mean(self) -> _Context:
+        """Context: the whole network, unscaled, for every row (also the default in eval mode)."""
+        return self._context(_Binding())
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is as it was before :func:`attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for site in self._sites.values():
+            _HOOKED.discard(site.module)
+
+    def audit(
+        self,
+        batch: Any,
+        *,
+        max_grad_norm: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        adapter: Adapter = as_batch,
+    ) -> AuditReport:
+        """Which trainable parameters learn the same instance both exposed and hidden (leaks).
+
+        Args:
+            batch: a batch as the model takes it; up to 8 of its rows are used, labels are not.
+            max_grad_norm: the trainer's clipping by global norm (Hugging Face's default is 1.0),
+                which carries every instance to every parameter. ``None`` or 0: no clipping.
+            optimizer: the trainer's optimiser, to be checked for updates that are not elementwise.
+            adapter: how a batch becomes model inputs.
+
+        Returns:
+            :class:`~turnover.audit.AuditReport`; ``str()`` of it is a table.
+        """
+        return audit(self, adapter(batch), max_grad_norm=max_grad_norm or None, optimizer=optimizer)
+
+    def fingerprint(self) -> str:
+        """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`)."""
+        return self.spec.fingerprint(self.known_units())
+
+    def digest(self) -> str:
+        """Hash of masks and weights: says whether a result belongs to this network."""
+        digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
+        for name, value in sorted(self.model.state_dict().items()):
+            if isinstance(value, Tensor):
+                digest.update(
+                    f"{canonical_name(name)}\0{value.dtype}\0{tuple(value.shape)}".encode()
+                )
+                flat = value.detach().contiguous().cpu().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Spec, sites and fingerprint as JSON values, to be stored beside the weights."""
+        units = self.known_units()
+        return {
+            "spec": self.spec.to_dict(),
+            "sites": [
+                {
+                    "name": site.name,
+                    "axis": site.axis,
+                    "unit_size": site.unit_size,
+                    "units": units[site.name],
+                }
+                for site in self._sites.values()
+            ],
+            "fingerprint": self.fingerprint(),
+        }
+
+    @classmethod
+    def from_dict(cls, model: nn.Module, values: Mapping[str, Any]) -> Network:
+        """Attach to a model as :meth:`to_dict` says, and check that the masks are the same.
+
+        Raises:
+            InputError: missing fields, unknown sites, another spec version, or masks whose
+                fingerprint differs from the stored one.
+        """
+        try:
+            spec = MaskSpec.from_dict(values["spec"])
+            sites = [Site(s["name"], s["axis"], s["unit_size"]) for s in values["sites"]]
+            units = {s["name"]: int(s["units"]) for s in values["sites"]}
+            stored = values["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"damaged mask description: {error!r} in {dict(values)!r}") from error
+        if spec.fingerprint(units) != stored:
+            raise InputError(
+                f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "
+                f"description was changed after training, or is damaged"
+            )
+        network = attach(model, sites, spec)
+        network.units.update(units)
+        network._measured.update(units)
+        return network
+
+    def _bind(
+        self, ids: Tensor | Sequence[int], hidden: bool | Tensor, *, broadcast: bool = False
+    ) -> _Binding:
+        ids = check_ids(ids)
+        if self.model.training and torch.is_grad_enabled() and ids.device.type == "cpu":
+            # Only where it costs no synchronisation: ids come from the data loader on the CPU.
+            if bool((ids < 0).any()):
+                raise InputError(
+                    f"id {int(ids.min())} is a ghost (negative) and may not be trained on: use ids "
+                    f">= 0, or model.eval() to evaluate under ghosts"
+                )
+        device = device_of(self.model)
+        if isinstance(hidden, Tensor):
+            if hidden.dtype != torch.bool or hidden.shape != ids.shape:
+                raise InputError(
+                    f"hidden must be a bool tensor of shape {tuple(ids.shape)}, got {hidden.dtype} "
+                    f"{tuple(hidden.shape)}"
+                )
+            hidden = hidden.to(device)
+        binding = _Binding(ids.to(device), hidden, broadcast)
+        for name, units in self.units.items():
+            if units is not None:
+                binding.masks[name] = self._mask(binding, name, units)
+        return binding
+
+    def _context(self, binding: _Binding) -> _Context:
+        return _Context(self, binding)
+
+    def _mask(self, binding: _Binding, site: str, units: int) -> Tensor:
+        assert binding.ids is not None
+        mask = self.spec.exposed(binding.ids, site, units)
+        if isinstance(binding.hidden, Tensor):
+            return mask ^ binding.hidden[:, None]
+        return ~mask if binding.hidden else mask
+
+    def _hook(self, site: ResolvedSite) -> Callable[[nn.Module, Any, Any], Any]:
+        def mask_output(module: nn.Module, args: Any, output: Any) -> Any:
+            binding = self._current(site.name)
+            if binding is None or (binding.ids is None and binding.probes is None):
+                return None
+            if isinstance(output, Tensor):
+                return self._masked(site, output, binding)
+            if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+                return type(output)([self._masked(site, output[0], binding), *output[1:]])
+            raise BindingError(
+                f"site {site.name!r}: its output is a {type(output).__name__}, not a tensor or a tuple "
+                f"that begins with one; name a module inside it"
+            )
+
+        return mask_output
+
+    def _current(self, site: str) -> _Binding | None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._binding_of_recomputation(site)
+        if self._active is None and self.model.training and torch.is_grad_enabled():
+            raise BindingError(
+                f"site {site!r} ran in training mode without ids: every training batch must run under "
+                f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network)"
+            )
+        return self._active
+
+    def _binding_of_recomputation(self, site: str) -> _Binding | None:
+        """The binding of the forward that gradient checkpointing is repeating in ``backward()``.
+
+        The context has usually ended by then, and several forwards may share one backward. Autograd
+        numbers its nodes in order of creation, so the node that asks for the recomputation tells
+        which context it was made in.
+        """
+        node: Any = torch._C._current_autograd_node()
+        if node is not None:
+            number = node._sequence_nr()
+            candidates = [*self._past, *([self._active] if self._active else [])]
+            for binding in sorted(candidates, key=lambda b: b.first_node, reverse=True):
+                if binding.first_node <= number and (
+                    binding.last_node is None or number < binding.last_node
+                ):
+                    return binding
+        if self.model.training:
+            raise BindingError(
+                f"site {site!r} is recomputed in backward() (gradient checkpointing), and the ids of "
+                f"its forward are no longer known: call backward() inside the `with` block"
+            )
+        return None
+
+    def _masked(self, site: ResolvedSite, output: Tensor, binding: _Binding) -> Tensor:
+        axis = site.axis % output.dim()
+        size = output.shape[axis]
+        if axis == 0 or size % site.unit_size:
+            raise BindingError(
+                f"site {site.name!r}: output of shape {tuple(output.shape)} has no axis {site.axis} of "
+                f"whole units of {site.unit_size} elements beside the batch axis 0"
+            )
+        units = size // site.unit_size
+        if self.units[site.name] != units:
+            self._measure(site.name, units)
+        shape = [1] * output.dim()
+        shape[axis] = size
+        if binding.probes is not None:
+            shape[0] = output.shape[0]
+            probe = output.new_ones((output.shape[0], units), dtype=torch.float32).requires_grad_()
+            binding.probes[site.name] = probe
+            factor = probe.to(output.dtype)
+        else:
+            mask = binding.masks.get(site.name)
+            if mask is None or mask.shape[1] != units:
+                mask = binding.masks[site.name] = self._mask(binding, site.name, units)
+            shape[0] = mask.shape[0]
+            if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
+                raise BindingError(
+                    f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
+                    f"bound: bind one id for each row"
+                )
+            factor = mask.to(device=output.device, dtype=output.dtype) * self._scale(
+                binding, output
+            )
+        if site.unit_size > 1:
+            factor = factor.repeat_interleave(site.unit_size, dim=1)
+        return output * factor.view(shape)
+
+    def _scale(self, binding: _Binding, output: Tensor) -> float | Tensor:
+        keep = self.spec.keep
+        if not isinstance(binding.hidden, Tensor):
+            return 1 / (1 - keep) if binding.hidden else 1 / keep
+        if keep == 0.5:
+            return 2.0
+        scale = torch.where(binding.hidden, 1 / (1 - keep), 1 / keep)[:, None]
+        return scale.to(device=output.device, dtype=output.dtype)
+
+    def _measure(self, site: str, units: int) -> None:
+        if site in self._measured:
+            raise BindingError(
+                f"site {site!r} has {self.units[site]} units, but this forward gave {units}: the width "
+                f"of a site may not change from one forward (or one use of the module) to the next"
+            )
+        self._measured.add(site)
+        self.units[site] = units
+
+    @contextmanager
+    def _probing(self) -> Iterator[dict[str, Tensor]]:
+        """Context of the mean network whose masks, all ones, take gradients (rows, units)."""
+        probes: dict[str, Tensor] = {}
+        with self._context(_Binding(probes=probes)):
+            yield probes
+
+
+class _Context:
+    """Opens a binding for the body of a ``with``; contexts nest."""
+
+    def __init__(self, network: Network, binding: _Binding) -> None:
+        self._network = network
+        self._binding = binding
+        self._outer: _Binding | None = None
+
+    def __enter__(self) -> None:
+        self._outer = self._network._active
+        self._binding.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._binding.last_node = None
+        self._network._active = self._binding
+
+    def __exit__(self, *exception: object) -> None:
+        network, binding = self._network, self._binding
+        network._active = self._outer
+        binding.last_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and binding.last_node > binding.first_node:
+            binding.masks.clear()  # a recomputation makes them again from the ids
+            network._past.append(binding)
+
+
+def attach(
+    model: nn.Module, sites: SiteLike | Sequence[SiteLike], spec: MaskSpec | None = None
+) -> Network:
+    """Attach turn-over dropout to a model, by hooks on the outputs of modules.
+
+    Attach before the first call of a compiled model.
+
+    Args:
+        model: any ``torch.nn.Module`` whose batches lie on axis 0.
+        sites: what to mask: module names, glob patterns, module types, :class:`Site` objects, or
+            presets: ``"head"`` (wide heads), ``"mlp"`` (activations after linear layers), ``"lora"``
+            (LoRA rank components), ``"channels"`` (activations after convolutions).
+        spec: the masks; default ``MaskSpec()``.
+
+    Returns:
+        :class:`Network`.
+
+    Raises:
+        InputError: a site that does not exist (the closest names are listed), or a model that has
+            turn-over dropout attached already.
+    """
+    resolved = resolve(model, sites)
+    for site in resolved:
+        if site.module in _HOOKED:
+            raise InputError(
+                f"site {site.name!r} has turn-over dropout attached already: call detach() on the "
+                f"network that holds it first"
+            )
+    return Network(model, resolved, spec or MaskSpec())

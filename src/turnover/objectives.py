@@ -1,0 +1,76 @@
+"""Objectives: what a prediction costs. Lower is better, so positive influence is always helpful.
+
+An objective is a callable ``(outputs, batch) -> (rows,)`` of the model's outputs and the
+:class:`~turnover.Batch`, differentiable for the linear method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+
+Objective = Callable[[Any, Batch], Tensor]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in a model's outputs: a tensor, ``.logits``, ``["logits"]`` or the first item.
+
+    Raises:
+        InputError: none of these is a tensor.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    candidate = getattr(outputs, "logits", None)
+    if candidate is None and isinstance(outputs, Mapping):
+        candidate = outputs.get("logits")
+    if candidate is None and isinstance(outputs, tuple | list) and outputs:
+        candidate = outputs[0]
+    if isinstance(candidate, Tensor):
+        return candidate
+    raise InputError(
+        f"no logits in outputs of type {type(outputs).__name__}: pass an objective of your own, a "
+        f"callable (outputs, batch) -> (rows,)"
+    )
+
+
+def _logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = logits_of(outputs).float()
+    labels = batch.labels
+    if labels is None:
+        raise InputError("the objective needs labels, and the batch has none")
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise InputError(
+            f"classification objectives need logits (rows, classes >= 2), got {tuple(logits.shape)}: "
+            f"pass an objective of your own for other tasks"
+        )
+    if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+        raise InputError(
+            f"labels must be integer classes of shape ({len(logits)},), got {labels.dtype} "
+            f"{tuple(labels.shape)}: regression and multi-label targets need your own objective"
+        )
+    return logits, labels.long()
+
+
+def cross_entropy(outputs: Any, batch: Batch) -> Tensor:
+    """Cross entropy of the labelled class, in nats: float32 (rows,)."""
+    logits, labels = _logits_and_labels(outputs, batch)
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(outputs: Any, batch: Batch) -> Tensor:
+    """Minus the log-odds of the labelled class, in nats: float32 (rows,).
+
+    ``logsumexp(other logits) - logit of the label``. Its noise is closer to Gaussian than that of the
+    loss, and it does not saturate on instances that the network is sure of.
+    """
+    logits, labels = _logits_and_labels(outputs, batch)
+    labelled = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.logsumexp(dim=1) - labelled

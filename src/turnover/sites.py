@@ -1,0 +1,225 @@
+"""Finding sites: from module names, glob patterns, module types and presets to modules.
+
+A site is an activation that is masked: the output of one module. Put it *after* the activation
+function; before a sigmoid, say, dropped units would still reach the next layer's weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from turnover.errors import InputError
+
+_LEADING = ("module.", "base_model.model.")
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation to mask: one module's output, or blocks of an axis of it.
+
+    Args:
+        name: module name (canonical or as in ``named_modules``) or glob pattern.
+        axis: the axis of the output that holds the units; never 0, which is the batch. ``None``
+            takes 1 after a convolution and the last axis otherwise.
+        unit_size: consecutive elements of the axis that form one unit (an attention head's width).
+
+    Raises:
+        InputError: ``axis`` is 0 or ``unit_size`` < 1.
+    """
+
+    name: str
+    axis: int | None = None
+    unit_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.axis == 0:
+            raise InputError(f"site {self.name!r}: axis 0 is the batch; units lie on another axis")
+        if self.unit_size < 1:
+            raise InputError(f"site {self.name!r}: unit_size must be >= 1, got {self.unit_size}")
+
+
+SiteLike = str | type[nn.Module] | Site
+
+
+@dataclass(frozen=True)
+class ResolvedSite:
+    """A site found in a model."""
+
+    name: str
+    """Canonical name: the part of the mask's key that must survive wrapping and saving."""
+    module: nn.Module
+    axis: int
+    unit_size: int
+    units: int | None
+    """Number of units where the module's neighbours tell; otherwise known after one forward."""
+
+
+def canonical_name(name: str) -> str:
+    """Module name without the prefixes that wrappers (DDP, torch.compile, PEFT, FSDP) put in."""
+    for part in _ANYWHERE:
+        name = name.replace(part, "")
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _LEADING:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name
+
+
+def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[ResolvedSite]:
+    """Modules of the sites, each once, in the model's definition order.
+
+    Raises:
+        InputError: a name, pattern, type or preset that matches nothing (with the closest names),
+            one site asked for in two ways, or two modules of one canonical name.
+    """
+    requests = [sites] if isinstance(sites, str | type | Site) else list(sites)
+    if not requests:
+        raise InputError("no sites given: name at least one module, pattern, type or preset")
+    modules = {name: module for name, module in model.named_modules() if name}
+    order = {name: index for index, name in enumerate(modules)}
+    found: dict[str, Site] = {}
+    for request in requests:
+        for name, site in _match(request, modules):
+            if found.setdefault(name, site) != site:
+                raise InputError(f"site {canonical_name(name)!r} is asked for twice, in two ways")
+    predecessors = _predecessors(modules)
+    resolved: dict[str, ResolvedSite] = {}
+    for name in sorted(found, key=order.__getitem__):
+        site, module = found[name], modules[name]
+        source = module if _width(module) is not None else predecessors.get(name, module)
+        axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
+        width = _width(source)
+        canonical = canonical_name(name)
+        if canonical in resolved:
+            raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
+        units = None if width is None or width % site.unit_size else width // site.unit_size
+        resolved[canonical] = ResolvedSite(canonical, module, axis, site.unit_size, units)
+    return list(resolved.values())
+
+
+def _match(request: SiteLike, modules: dict[str, nn.Module]) -> list[tuple[str, Site]]:
+    if isinstance(request, type):
+        names = [name for name, module in modules.items() if isinstance(module, request)]
+        if not names:
+            kinds = sorted({type(module).__name__ for module in modules.values()})
+            raise InputError(
+                f"no module of type {request.__name__} in the model; it has {', '.join(kinds)}"
+            )
+        return [(name, Site(canonical_name(name))) for name in names]
+    if isinstance(request, str) and request in PRESETS:
+        names = list(PRESETS[request](modules))
+        if not names:
+            raise InputError(
+                f"preset {request!r} finds no site in this model: {PRESETS[request].__doc__} "
+                f"Name modules instead (as in model.named_modules())."
+            )
+        return [(name, Site(canonical_name(name))) for name in names]
+    site = Site(request) if isinstance(request, str) else request
+    names = [
+        name
+        for name in modules
+        if site.name in (name, canonical_name(name))
+        or fnmatch.fnmatchcase(canonical_name(name), site.name)
+    ]
+    if not names:
+        known = [canonical_name(name) for name in modules]
+        close = difflib.get_close_matches(site.name, [*known, *PRESETS], n=5, cutoff=0.3)
+        raise InputError(
+            f"unknown site {site.name!r}: no module or preset has that name or matches it. "
+            f"Closest: {', '.join(close) if close else ', '.join(known[:10])}"
+        )
+    return [(name, Site(canonical_name(name), site.axis, site.unit_size)) for name in names]
+
+
+def _width(module: nn.Module) -> int | None:
+    for attribute in ("out_features", "out_channels", "num_features", "nf"):
+        value = getattr(module, attribute, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _is_channelled(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.__module__ == "torch.nn.modules.activation":
+        return not isinstance(module, nn.MultiheadAttention | nn.Softmax | nn.LogSoftmax)
+    return kind.__module__ == "transformers.activations"
+
+
+def _predecessors(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """For every module, the nearest earlier one that has a width, in definition order."""
+    previous: nn.Module | None = None
+    nearest = {}
+    for name, module in modules.items():
+        if previous is not None:
+            nearest[name] = previous
+        if _width(module) is not None:
+            previous = module
+    return nearest
+
+
+def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
+    """the activation of every turnover.WideHead."""
+    from turnover.heads import WideHead
+
+    return [
+        f"{name}.activation" for name, module in modules.items() if isinstance(module, WideHead)
+    ]
+
+
+def _mlp(modules: dict[str, nn.Module]) -> Iterable[str]:
+    """activation modules that follow a linear layer."""
+    before = _predecessors(modules)
+    return [
+        name
+        for name, module in modules.items()
+        if _is_activation(module)
+        and (isinstance(before.get(name), nn.Linear) or type(before.get(name)).__name__ == "Conv1D")
+    ]
+
+
+def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
+    """the rank components (outputs of lora_A) of PEFT's LoRA layers."""
+    return [
+        name
+        for name, module in modules.items()
+        if ".lora_A." in f".{name}" and isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+
+
+def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
+    """activation modules that follow a convolution or its batch norm."""
+    before = _predecessors(modules)
+    return [
+        name
+        for name, module in modules.items()
+        if _is_activation(module) and name in before and _is_channelled(before[name])
+    ]
+
+
+PRESETS: dict[str, Callable[[dict[str, nn.Module]], Iterable[str]]] = {
+    "head": _head,
+    "mlp": _mlp,
+    "lora": _lora,
+    "channels": _channels,
+}
+"""Named rules that find sites in a model: preset name to function of ``named_modules``."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter (CPU where it has none)."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
