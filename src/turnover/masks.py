@@ -57,12 +57,15 @@ class MaskSpec:
     def __post_init__(self) -> None:
         if not 0.0 < self.keep < 1.0:
             raise InputError(f"keep must lie strictly between 0 and 1, got {self.keep!r}")
+        object.__setattr__(self, "keep", float(self.keep))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed must be an int, got {self.seed!r}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.balanced is None:
             object.__setattr__(self, "balanced", self.keep == 0.5)
+        if not isinstance(self.balanced, bool):
+            raise InputError(f"balanced must be True, False or None, got {self.balanced!r}")
         if self.balanced and self.keep != 0.5:
             raise InputError(
                 f"balanced=True keeps exactly one unit of each pair, which is keep=0.5; got "
@@ -75,7 +78,7 @@ class MaskSpec:
 
     @property
     def _threshold(self) -> int:
-        return int(round(self.keep * 2**_PRECISION))
+        return round(self.keep * (1 << _PRECISION))
 
     def exposed(self, ids: Tensor | Sequence[int], site: str, units: int) -> Tensor:
         """Units that the instances keep at a site. The hidden sub-network is the complement.
@@ -103,7 +106,7 @@ class MaskSpec:
         return _expand(_bernoulli_words(stream, units, self._threshold))[:, :units]
 
     def _site_key(self, site: str, units: int) -> int:
-        name = int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little")
+        name = int.from_bytes(_digest(site), "little")
         key = 0
         for field in (
             SPEC_VERSION,
@@ -123,9 +126,9 @@ class MaskSpec:
             units: site name to number of units.
 
         Returns:
-            32 hexadecimal digits; equal exactly when the masks are.
+            32 hexadecimal digits; another spec, site name, width or bit gives others.
         """
-        probe = torch.tensor([0, 1, 2, 12345, 2**24 + 1, 2**62 + 7, -1, -1000])
+        probe = torch.tensor([0, 1, 2, 12345, 2**24 + 1, 2**62 + 7, -1, -1000], device="cpu")
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps(self.to_dict(), sort_keys=True).encode())
         for site in sorted(units):
@@ -168,10 +171,10 @@ def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: ids are floats or booleans.
-        InputError: ids are not one-dimensional.
+        InputError: ids are not one-dimensional, or do not fit 64 signed bits.
     """
     if not isinstance(ids, Tensor):
-        ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+        ids = _ids_as_tensor(ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(
             f"instance ids must be integers, got {ids.dtype}: float ids collide from 2**24 on. "
@@ -179,7 +182,31 @@ def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
         )
     if ids.dim() != 1:
         raise InputError(f"instance ids must have shape (rows,), got {tuple(ids.shape)}")
+    if ids.dtype == torch.uint64 and bool((ids.view(torch.int64) < 0).any()):
+        raise InputError(
+            "instance ids must lie below 2**63, and some uint64 ids do not; use "
+            "turnover.string_ids on their decimal form"
+        )
     return ids.to(torch.int64)
+
+
+def _ids_as_tensor(ids: Sequence[int]) -> Tensor:
+    if not len(ids):
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    listed = ids if isinstance(ids, list | tuple) else ()
+    strange = next((value for value in listed if isinstance(value, str | bytes | bool)), None)
+    if strange is not None:
+        raise TypeError(
+            f"instance ids must be integers, got {strange!r} of type {type(strange).__name__}: use "
+            f"turnover.string_ids for string keys"
+        )
+    try:
+        return torch.as_tensor(ids, device="cpu")
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"instance ids must be integers below 2**63: {error}; use turnover.string_ids on their "
+            f"decimal form"
+        ) from error
 
 
 def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
@@ -213,7 +240,7 @@ def ghost_ids(count: int, *, start: int = 0) -> Tensor:
     """
     if count < 0 or start < 0:
         raise InputError(f"count and start must be >= 0, got {count} and {start}")
-    return -1 - torch.arange(start, start + count, dtype=torch.int64)
+    return -1 - torch.arange(start, start + count, dtype=torch.int64, device="cpu")
 
 
 def string_ids(keys: Iterable[str]) -> Tensor:
@@ -237,13 +264,13 @@ def string_ids(keys: Iterable[str]) -> Tensor:
                 f"string_ids takes strings only, got {key!r} of type {type(key).__name__}: ids must "
                 f"be all integers or all strings"
             )
-        value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        value = int.from_bytes(_digest(key), "little") >> 1
         if seen.setdefault(value, key) != key:
             raise InputError(
                 f"keys {seen[value]!r} and {key!r} have the same 63-bit hash; rename one of them"
             )
         ids.append(value)
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def content_ids(contents: Iterable[str]) -> Tensor:
@@ -265,6 +292,11 @@ def content_ids(contents: Iterable[str]) -> Tensor:
         counts[content] = occurrence + 1
         keys.append(f"{content}\0{occurrence}")
     return string_ids(keys)
+
+
+def _digest(text: str) -> bytes:
+    # Files read with surrogateescape hold lone surrogates, which strict UTF-8 cannot encode.
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 def _signed(value: int) -> int:
@@ -309,26 +341,44 @@ def _bernoulli_words(stream: Tensor, draws: int, threshold: int) -> Tensor:
     return bits
 
 
-@lru_cache(maxsize=16)
-def _table(device: torch.device, bits: int, paired: bool) -> Tensor:
-    rows = (torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1 == 1  # (2**bits, bits)
+def _make_table(bits: int, *, paired: bool) -> Tensor:
+    values = torch.arange(2**bits, device="cpu")
+    rows = (values[:, None] >> values[:bits]) & 1 == 1  # (2**bits, bits)
     if paired:
         rows = torch.stack([rows, ~rows], dim=2).flatten(1)  # (2**bits, 2 * bits)
     # Eight booleans travel as one int64, so that the look-up moves words rather than bytes.
-    return rows.contiguous().view(torch.int64).flatten().to(device)
+    return rows.contiguous().view(torch.int64).flatten()
+
+
+# Made here and not at first use, which may lie in inference mode or under a tracer's fake tensors.
+with torch.inference_mode(False):
+    _TABLE = _make_table(8, paired=False)
+    _PAIRED_TABLE = _make_table(4, paired=True)
+
+
+@lru_cache(maxsize=16)
+def _table_on(device: torch.device, paired: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return (_PAIRED_TABLE if paired else _TABLE).to(device)
+
+
+def _table(device: torch.device, *, paired: bool) -> Tensor:
+    if device.type == "cpu":
+        return _PAIRED_TABLE if paired else _TABLE
+    return _table_on(device, paired)
 
 
 def _look_up(words: Tensor, table: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 64, bits, device=words.device, dtype=torch.int64)
     keys = (words[:, :, None] >> shifts) & (2**bits - 1)  # (rows, words, 64 / bits)
-    return table.index_select(0, keys.flatten()).view(len(words), -1).view(torch.bool)
+    return table.index_select(0, keys.flatten()).view(keys.shape).flatten(1).view(torch.bool)
 
 
 def _expand(words: Tensor) -> Tensor:
     """Bits as booleans: (rows, 64 * words)."""
-    return _look_up(words, _table(words.device, 8, paired=False), 8)
+    return _look_up(words, _table(words.device, paired=False), 8)
 
 
 def _expand_pairs(words: Tensor) -> Tensor:
     """Each bit as itself and its complement: (rows, 128 * words)."""
-    return _look_up(words, _table(words.device, 4, paired=True), 4)
+    return _look_up(words, _table(words.device, paired=True), 4)
