@@ -5,12 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tiny
 import turnover
 from turnover import InputError, MaskSpec, masks
 

@@ -39,5 +39,6 @@ class WideHead(nn.Module):
         nn.init.zeros_(self.spread.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Logits (rows, classes) of features (rows, features)."""
         logits: Tensor = self.classify(self.activation(self.spread(features)))
         return logits

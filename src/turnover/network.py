@@ -7,11 +7,12 @@ and its ``state_dict`` keys stay as they were. Statistics and scores live elsewh
 from __future__ import annotations
 
 import hashlib
-import weakref
+import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve
 
-_HOOKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _REMEMBERED_BINDINGS = 256
 
 
@@ -56,6 +56,8 @@ class Network:
 
     def __init__(self, model: nn.Module, sites: list[ResolvedSite], spec: MaskSpec) -> None:
         self.model = model
+        # torch.compile cannot trace the access to its own wrapper.
+        self._core: nn.Module = getattr(model, "_orig_mod", model)
         self.spec = spec
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
@@ -64,11 +66,13 @@ class Network:
         self._past: deque[_Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
         self._handles: list[RemovableHandle] = []
         for site in sites:
-            self._handles.append(site.module.register_forward_hook(self._hook(site)))
-            _HOOKED.add(site.module)
+            # A partial of a method, unlike a closure, follows a deep copy or a pickle of the model.
+            hook = partial(self._mask_output, site)
+            self._handles.append(site.module.register_forward_hook(hook))
 
     @property
     def sites(self) -> list[str]:
+        """Canonical names of the sites, in the model's definition order."""
         return list(self._sites)
 
     @property
@@ -125,6 +129,11 @@ class Network:
             InputError: ``hidden`` is not a bool tensor of the shape of ``ids``; else as in
                 :meth:`exposed`.
         """
+        if not isinstance(hidden, Tensor):
+            raise InputError(
+                f"hidden must be a bool tensor with one side for each id, got {hidden!r}; for one side "
+                f"in all rows use exposed(ids) or hidden(ids)"
+            )
         return self._context(self._bind(ids, hidden))
 
     def mean(self) -> _Context:
@@ -136,8 +145,6 @@ class Network:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for site in self._sites.values():
-            _HOOKED.discard(site.module)
 
     def audit(
         self,
@@ -150,7 +157,8 @@ class Network:
         """Which trainable parameters learn the same instance both exposed and hidden (leaks).
 
         Args:
-            batch: a batch as the model takes it; up to 8 of its rows are used, labels are not.
+            batch: a batch as the model takes it; up to 8 of its rows are used, labels are not. A
+                model in eval mode is audited in training mode; one in training mode as it is.
             max_grad_norm: the trainer's clipping by global norm (Hugging Face's default is 1.0),
                 which carries every instance to every parameter. ``None`` or 0: no clipping.
             optimizer: the trainer's optimiser, to be checked for updates that are not elementwise.
@@ -162,17 +170,21 @@ class Network:
         return audit(self, adapter(batch), max_grad_norm=max_grad_norm or None, optimizer=optimizer)
 
     def fingerprint(self) -> str:
-        """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`)."""
-        return self.spec.fingerprint(self.known_units())
+        """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`) and of where they lie.
+
+        Raises:
+            BindingError: a site's width is not known yet (run one forward).
+        """
+        layout = {s.name: (s.axis, s.unit_size) for s in self._sites.values()}
+        return _fingerprint(self.spec, self.known_units(), layout)
 
     def digest(self) -> str:
         """Hash of masks and weights: says whether a result belongs to this network."""
         digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
-        for name, value in sorted(self.model.state_dict().items()):
+        state = {canonical_name(n): value for n, value in self.model.state_dict().items()}
+        for name, value in sorted(state.items()):
             if isinstance(value, Tensor):
-                digest.update(
-                    f"{canonical_name(name)}\0{value.dtype}\0{tuple(value.shape)}".encode()
-                )
+                digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
                 flat = value.detach().contiguous().cpu().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -206,10 +218,13 @@ class Network:
             spec = MaskSpec.from_dict(values["spec"])
             sites = [Site(s["name"], s["axis"], s["unit_size"]) for s in values["sites"]]
             units = {s["name"]: int(s["units"]) for s in values["sites"]}
+            layout = {s["name"]: (int(s["axis"]), int(s["unit_size"])) for s in values["sites"]}
             stored = values["fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"damaged mask description: {error!r} in {dict(values)!r}") from error
-        if spec.fingerprint(units) != stored:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"damaged mask description: {error!r} in {values!r}") from error
+        if _fingerprint(spec, units, layout) != stored:
             raise InputError(
                 f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "
                 f"description was changed after training, or is damaged"
@@ -222,14 +237,18 @@ class Network:
     def _bind(
         self, ids: Tensor | Sequence[int], hidden: bool | Tensor, *, broadcast: bool = False
     ) -> _Binding:
+        if not self._handles:
+            raise BindingError(
+                "this network was detached from its model, so nothing would be masked: attach again"
+            )
         ids = check_ids(ids)
-        if self.model.training and torch.is_grad_enabled() and ids.device.type == "cpu":
-            # Only where it costs no synchronisation: ids come from the data loader on the CPU.
-            if bool((ids < 0).any()):
-                raise InputError(
-                    f"id {int(ids.min())} is a ghost (negative) and may not be trained on: use ids "
-                    f">= 0, or model.eval() to evaluate under ghosts"
-                )
+        trains = self.model.training and torch.is_grad_enabled()
+        # Only where it costs no synchronisation: ids come from the data loader on the CPU.
+        if trains and ids.device.type == "cpu" and bool((ids < 0).any()):
+            raise InputError(
+                f"id {int(ids.min())} is a ghost (negative) and may not be trained on: use ids >= 0, "
+                f"or model.eval() to evaluate under ghosts"
+            )
         device = device_of(self.model)
         if isinstance(hidden, Tensor):
             if hidden.dtype != torch.bool or hidden.shape != ids.shape:
@@ -254,26 +273,24 @@ class Network:
             return mask ^ binding.hidden[:, None]
         return ~mask if binding.hidden else mask
 
-    def _hook(self, site: ResolvedSite) -> Callable[[nn.Module, Any, Any], Any]:
-        def mask_output(module: nn.Module, args: Any, output: Any) -> Any:
-            binding = self._current(site.name)
-            if binding is None or (binding.ids is None and binding.probes is None):
-                return None
-            if isinstance(output, Tensor):
-                return self._masked(site, output, binding)
-            if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-                return type(output)([self._masked(site, output[0], binding), *output[1:]])
-            raise BindingError(
-                f"site {site.name!r}: its output is a {type(output).__name__}, not a tensor or a tuple "
-                f"that begins with one; name a module inside it"
-            )
-
-        return mask_output
+    def _mask_output(self, site: ResolvedSite, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """The forward hook of a site."""
+        binding = self._current(site.name)
+        if binding is None or (binding.ids is None and binding.probes is None):
+            return None
+        if isinstance(output, Tensor):
+            return self._masked(site, output, binding)
+        if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+            return type(output)([self._masked(site, output[0], binding), *output[1:]])
+        raise BindingError(
+            f"site {site.name!r}: its output is a {type(output).__name__}, not a tensor or a tuple "
+            f"that begins with one; name a module inside it"
+        )
 
     def _current(self, site: str) -> _Binding | None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return self._binding_of_recomputation(site)
-        if self._active is None and self.model.training and torch.is_grad_enabled():
+        if self._active is None and self._core.training and torch.is_grad_enabled():
             raise BindingError(
                 f"site {site!r} ran in training mode without ids: every training batch must run under "
                 f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network)"
@@ -296,7 +313,7 @@ class Network:
                     binding.last_node is None or number < binding.last_node
                 ):
                     return binding
-        if self.model.training:
+        if self._core.training:
             raise BindingError(
                 f"site {site!r} is recomputed in backward() (gradient checkpointing), and the ids of "
                 f"its forward are no longer known: call backward() inside the `with` block"
@@ -304,9 +321,10 @@ class Network:
         return None
 
     def _masked(self, site: ResolvedSite, output: Tensor, binding: _Binding) -> Tensor:
-        axis = site.axis % output.dim()
-        size = output.shape[axis]
-        if axis == 0 or size % site.unit_size:
+        dim = output.dim()
+        axis = site.axis % dim if -dim <= site.axis < dim else 0
+        size = output.shape[axis] if dim else 0
+        if axis == 0 or size == 0 or size % site.unit_size:
             raise BindingError(
                 f"site {site.name!r}: output of shape {tuple(output.shape)} has no axis {site.axis} of "
                 f"whole units of {site.unit_size} elements beside the batch axis 0"
@@ -314,17 +332,26 @@ class Network:
         units = size // site.unit_size
         if self.units[site.name] != units:
             self._measure(site.name, units)
+        elif not torch.compiler.is_compiling():  # where a side effect would cost a recompilation
+            self._measured.add(site.name)
         shape = [1] * output.dim()
         shape[axis] = size
         if binding.probes is not None:
             shape[0] = output.shape[0]
-            probe = output.new_ones((output.shape[0], units), dtype=torch.float32).requires_grad_()
-            binding.probes[site.name] = probe
+            # A module that runs twice in one forward is one site: both uses share the mask.
+            probe = binding.probes.get(site.name)
+            if probe is None:
+                probe = output.new_ones((output.shape[0], units), dtype=torch.float32)
+                binding.probes[site.name] = probe.requires_grad_()
             factor = probe.to(output.dtype)
         else:
             mask = binding.masks.get(site.name)
             if mask is None or mask.shape[1] != units:
-                mask = binding.masks[site.name] = self._mask(binding, site.name, units)
+                mask = self._mask(binding, site.name, units)
+                if (
+                    binding.last_node is None
+                ):  # else a recomputation, whose masks nobody would clear
+                    binding.masks[site.name] = mask
             shape[0] = mask.shape[0]
             if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
@@ -344,8 +371,8 @@ class Network:
             return 1 / (1 - keep) if binding.hidden else 1 / keep
         if keep == 0.5:
             return 2.0
-        scale = torch.where(binding.hidden, 1 / (1 - keep), 1 / keep)[:, None]
-        return scale.to(device=output.device, dtype=output.dtype)
+        hidden, exposed = output.new_tensor(1 / (1 - keep)), output.new_tensor(1 / keep)
+        return torch.where(binding.hidden.to(output.device)[:, None], hidden, exposed)
 
     def _measure(self, site: str, units: int) -> None:
         if site in self._measured:
@@ -370,21 +397,42 @@ class _Context:
     def __init__(self, network: Network, binding: _Binding) -> None:
         self._network = network
         self._binding = binding
-        self._outer: _Binding | None = None
+        self._opened: list[tuple[_Binding | None, _Binding]] = []
 
     def __enter__(self) -> None:
-        self._outer = self._network._active
-        self._binding.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self._binding.last_node = None
-        self._network._active = self._binding
+        network = self._network
+        # A binding of its own for each entry: each has its own range of autograd nodes.
+        binding = replace(
+            self._binding, masks=dict(self._binding.masks), first_node=_next_node(), last_node=None
+        )
+        self._opened.append((network._active, binding))
+        network._active = binding
 
     def __exit__(self, *exception: object) -> None:
-        network, binding = self._network, self._binding
-        network._active = self._outer
-        binding.last_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() and binding.last_node > binding.first_node:
+        network = self._network
+        network._active, binding = self._opened.pop()
+        binding.last_node = _next_node()
+        # Probes are as large as a batch of masks, and their backward runs within the context.
+        if binding.probes is None and binding.last_node > binding.first_node:
             binding.masks.clear()  # a recomputation makes them again from the ids
             network._past.append(binding)
+
+
+def _next_node() -> int:
+    """The number that autograd will give to the next node made in this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
+    described = json.dumps([spec.fingerprint(units), sorted(layout.items())])
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _is_attached(module: nn.Module) -> bool:
+    return any(
+        isinstance(hook, partial) and getattr(hook.func, "__func__", None) is Network._mask_output
+        for hook in module._forward_hooks.values()
+    )
 
 
 def attach(
@@ -410,9 +458,10 @@ def attach(
     """
     resolved = resolve(model, sites)
     for site in resolved:
-        if site.module in _HOOKED:
+        if _is_attached(site.module):
             raise InputError(
                 f"site {site.name!r} has turn-over dropout attached already: call detach() on the "
-                f"network that holds it first"
+                f"network that holds it first (a deep copy of an attached model is attached too; "
+                f"copy the network, or detach before copying)"
             )
     return Network(model, resolved, spec or MaskSpec())

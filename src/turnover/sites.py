@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from turnover.errors import InputError
+from turnover.heads import WideHead
 
-_LEADING = ("module.", "base_model.model.")
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_LEADING = (["module"], ["base_model", "model"])
+_ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,18 @@ class ResolvedSite:
 
 
 def canonical_name(name: str) -> str:
-    """Module name without the prefixes that wrappers (DDP, torch.compile, PEFT, FSDP) put in."""
-    for part in _ANYWHERE:
-        name = name.replace(part, "")
+    """Module name without the prefixes that wrappers (DDP, torch.compile, PEFT, FSDP) put in.
+
+    The wrapped model itself has the canonical name ``""``.
+    """
+    parts = [part for part in name.split(".") if part not in _ANYWHERE]
     stripped = True
     while stripped:
         stripped = False
         for prefix in _LEADING:
-            if name.startswith(prefix):
-                name, stripped = name[len(prefix) :], True
-    return name
+            if parts[: len(prefix)] == prefix:
+                parts, stripped = parts[len(prefix) :], True
+    return ".".join(parts)
 
 
 def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[ResolvedSite]:
@@ -84,7 +87,8 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
     requests = [sites] if isinstance(sites, str | type | Site) else list(sites)
     if not requests:
         raise InputError("no sites given: name at least one module, pattern, type or preset")
-    modules = {name: module for name, module in model.named_modules() if name}
+    everything = dict(model.named_modules())
+    modules = {name: module for name, module in everything.items() if canonical_name(name)}
     order = {name: index for index, name in enumerate(modules)}
     found: dict[str, Site] = {}
     for request in requests:
@@ -97,7 +101,7 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         site, module = found[name], modules[name]
         source = module if _width(module) is not None else predecessors.get(name, module)
         axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
-        width = _width(source)
+        width = _width(source) if site.axis is None and _is_certain(name, everything) else None
         canonical = canonical_name(name)
         if canonical in resolved:
             raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
@@ -141,11 +145,27 @@ def _match(request: SiteLike, modules: dict[str, nn.Module]) -> list[tuple[str, 
 
 
 def _width(module: nn.Module) -> int | None:
-    for attribute in ("out_features", "out_channels", "num_features", "nf"):
+    attributes = ["out_features", "out_channels", "nf"]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        attributes.append("num_features")  # elsewhere it is the width of a whole encoder
+    for attribute in attributes:
         value = getattr(module, attribute, None)
         if isinstance(value, int):
             return value
     return None
+
+
+def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the width of the module or of its predecessor surely is that of its output.
+
+    Definition order is the order of the forward in an ``nn.Sequential``; elsewhere it need not be
+    (DistilBERT defines its activation after both of its linear layers).
+    """
+    module, parent = modules[name], modules.get(name.rpartition(".")[0])
+    if _width(module) is not None:
+        return True
+    elementwise = _is_activation(module) and not isinstance(module, nn.GLU)
+    return elementwise and isinstance(parent, nn.Sequential | WideHead)
 
 
 def _is_channelled(module: nn.Module) -> bool:
@@ -166,15 +186,18 @@ def _predecessors(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in modules.items():
         if previous is not None:
             nearest[name] = previous
-        if _width(module) is not None:
+        width = _width(module)
+        normalises = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            previous is not None and _width(previous) == width
+        )
+        # A batch norm keeps the layout of the layer that it follows.
+        if width is not None and not normalises:
             previous = module
     return nearest
 
 
 def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
     """the activation of every turnover.WideHead."""
-    from turnover.heads import WideHead
-
     return [
         f"{name}.activation" for name, module in modules.items() if isinstance(module, WideHead)
     ]
