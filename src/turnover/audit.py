@@ -49,6 +49,7 @@ class ParameterAudit:
 
     @property
     def share(self) -> float:
+        """Leaking share of the parameter's scalars, in [0, 1]."""
         return self.leaking / self.elements
 
 
@@ -97,11 +98,11 @@ class AuditReport:
                 "mend: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
                 "activations they produce"
             )
-        for name in self.buffers:
-            lines.append(
-                f"buffer {name} changes with every batch and holds all of its instances; mend: keep "
-                f"that module in eval mode, or use GroupNorm or LayerNorm below the sites"
-            )
+        lines.extend(
+            f"buffer {name} changes with every batch and holds all of its instances; mend: keep "
+            f"that module in eval mode, or use GroupNorm or LayerNorm below the sites"
+            for name in self.buffers
+        )
         lines.extend(self.settings)
         return "\n".join(lines)
 
@@ -121,8 +122,7 @@ def audit(
     batch = batch.rows(0, _ROWS).to(device_of(model))
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
-    before = {name: value.clone() for name, value in model.named_buffers()}
-    with _randomised(model, parameters):
+    with _randomised(model, parameters) as before:
         exposed = _reached(network, batch, ids, parameters, hidden=False)
         hidden = _reached(network, batch, ids, parameters, hidden=True)
         changed = [
@@ -130,10 +130,6 @@ def audit(
             for name, value in model.named_buffers()
             if name in before and not torch.equal(value, before[name])
         ]
-        with torch.no_grad():
-            for name, value in model.named_buffers():
-                if name in before:
-                    value.copy_(before[name])
     shared = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
     for row_exposed, row_hidden in zip(exposed, hidden, strict=True):
         for index, (kept, dropped) in enumerate(zip(row_exposed, row_hidden, strict=True)):
@@ -168,29 +164,43 @@ def _reached(
 
 
 @contextmanager
-def _randomised(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Training mode without dropout, at random trainable weights; everything is put back after."""
+def _randomised(
+    model: nn.Module, parameters: Sequence[nn.Parameter]
+) -> Iterator[dict[str, Tensor]]:
+    """Training mode without dropout, at random trainable weights; everything is put back after.
+
+    A model that is in training mode already keeps the modes of its modules: a batch norm that the
+    user holds in eval mode does not leak.
+
+    Yields:
+        the buffers as they were, by name.
+    """
     modes = {module: module.training for module in model.modules()}
     saved = [parameter.detach().clone() for parameter in parameters]
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
     generator = torch.Generator().manual_seed(0)
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     try:
         with torch.no_grad():
             for parameter in parameters:
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+                fan_in = max(1, parameter.shape[1:].numel()) if parameter.dim() > 1 else 4
                 noise = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
                 parameter.copy_(noise)
-        model.train()
+        if not model.training:
+            model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
         # Functional dropout inside attention would draw from the global generator.
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            yield
+            yield buffers
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
                 parameter.copy_(value)
+            for name, value in model.named_buffers():
+                if name in buffers:
+                    value.copy_(buffers[name])
         for module, mode in modes.items():
             module.training = mode
 
@@ -203,6 +213,8 @@ def _settings(
             f"gradient clipping by global norm (max_grad_norm={max_grad_norm:g}) scales every gradient "
             f"by all instances of the batch; mend: max_grad_norm=0, or clip by value"
         )
+    # Accelerate wraps the optimiser that it steps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     if optimizer is not None and not isinstance(optimizer, _ELEMENTWISE):
         yield (
             f"optimiser {type(optimizer).__name__} is not known to update element by element, so one "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError
+from turnover.masks import check_ids
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Batch:
         raise InputError("the batch's model inputs hold no tensor, so it has no rows")
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The rows from start to stop, of inputs, labels and ids."""
+        """The rows from start to stop, of inputs, labels and ids.
+
+        A tensor whose first axis is not as long as the batch is taken for shared, and kept whole.
+        """
         size = len(self)
 
         def cut(value: Tensor) -> Tensor:
@@ -85,7 +89,8 @@ def as_batch(batch: Any) -> Batch:
     the model's keywords, as Hugging Face collators make it.
 
     Raises:
-        InputError: another kind of batch: pass an ``adapter``.
+        InputError: another kind of batch, or labels that are no numbers: pass an ``adapter``.
+        TypeError: ids that are not integers.
     """
     if isinstance(batch, Batch):
         return batch
@@ -93,15 +98,33 @@ def as_batch(batch: Any) -> Batch:
         inputs = dict(batch)
         labels = inputs.pop("labels", inputs.pop("label", None))
         ids = inputs.pop("ids", inputs.pop("id", None))
-        return Batch(inputs, labels, ids)
+        return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
     if isinstance(batch, tuple | list) and 1 <= len(batch) <= 3:
-        return Batch(*batch)
+        inputs, labels, ids = (*batch, None, None)[:3]
+        return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
     if isinstance(batch, Tensor):
         return Batch(batch)
     raise InputError(
         f"a batch of type {type(batch).__name__} is not understood: pass adapter=, a function from "
         f"your batch to turnover.Batch(inputs, labels, ids)"
     )
+
+
+def shapes(inputs: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors in a batch's model inputs, in their order."""
+    return tuple(tuple(value.shape) for value in _tensors(inputs))
+
+
+def _as_labels(labels: Any) -> Tensor | None:
+    if labels is None or isinstance(labels, Tensor):
+        return labels
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"labels of type {type(labels).__name__} do not make a tensor ({error}): encode them as "
+            f"integer classes, or pass adapter="
+        ) from error
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -121,5 +144,8 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(item, function) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_map(item, function) for item in value)
+        items = [_map(item, function) for item in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value

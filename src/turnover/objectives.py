@@ -55,7 +55,30 @@ def _logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             f"labels must be integer classes of shape ({len(logits)},), got {labels.dtype} "
             f"{tuple(labels.shape)}: regression and multi-label targets need your own objective"
         )
-    return logits, labels.long()
+    labels = labels.long()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise InputError(
+            f"labels must lie in [0, {logits.shape[1]}), the model's classes, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    return logits, labels
+
+
+def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
+    """The objective of every row: float32 (rows,).
+
+    Raises:
+        InputError: the objective does not give one number for each row.
+    """
+    values = objective(outputs, batch)
+    rows = len(batch)
+    if not isinstance(values, Tensor) or values.shape != (rows,):
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"the objective gave {given} for {rows} rows; it must be a callable (outputs, batch) -> "
+            f"(rows,), with no mean over the rows"
+        )
+    return values.float()
 
 
 def cross_entropy(outputs: Any, batch: Batch) -> Tensor:

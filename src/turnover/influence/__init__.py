@@ -32,6 +32,7 @@ from turnover.sites import device_of
 
 METHODS = ("exact", "linear")
 _OWN_GHOSTS = 20
+_TWICE = "training ids are given twice: {}; score each id (group) once"
 
 
 class Influence:
@@ -168,12 +169,17 @@ class Influence:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
         ids, own, ghosts = [], [], []
+        seen: set[int] = set()
         with self._evaluating():
             exact = ExactEstimator(self.network, self.objective, self.block)
             for batch in self._batches(train_batches):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
-                row_ids = check_ids(batch.ids).cpu()
+                row_ids = self._check(batch.ids)
+                again = sorted(seen.intersection(row_ids.tolist()))
+                if again:
+                    raise InputError(_TWICE.format(again[:5]))
+                seen.update(row_ids.tolist())
                 scores, noise = self._own(batch, row_ids, exact)
                 own.append(_finite(scores, "self-influence").cpu().numpy())
                 ghosts.append(noise.cpu().numpy())
@@ -181,8 +187,7 @@ class Influence:
         if not ids:
             raise InputError("no training batches given")
         noise_scores = np.concatenate(ghosts)
-        train_ids = self._check(torch.cat(ids))
-        by_row = self._result(np.concatenate(own)[:, None], noise_scores, train_ids, None)
+        by_row = self._result(np.concatenate(own)[:, None], noise_scores, torch.cat(ids), None)
         p = by_row.p[:, 0]
         return replace(by_row, scores=by_row.scores[:, 0], z=by_row.z[:, 0], p=p, q=q_values(p))
 
@@ -210,7 +215,16 @@ class Influence:
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
         device = device_of(self.network.model)
         for raw in tqdm(batches, desc=f"influence ({self.method})", disable=not self.progress):
-            yield self.adapter(raw).to(device)
+            batch = self.adapter(raw)
+            rows = len(batch)
+            if not rows:
+                raise InputError("a batch has no rows")
+            if batch.ids is not None and batch.ids.shape != (rows,):
+                raise InputError(
+                    f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
+                    f"for each row"
+                )
+            yield batch.to(device)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -218,7 +232,9 @@ class Influence:
         modes = {module: module.training for module in self.network.model.modules()}
         self.network.model.eval()
         try:
-            yield
+            # The linear method needs autograd even where the caller needs none.
+            with torch.inference_mode(False):
+                yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -230,7 +246,7 @@ class Influence:
         values, counts = torch.unique(ids, return_counts=True)
         if len(values) < len(ids):
             twice = values[counts > 1][:5].tolist()
-            raise InputError(f"training ids are given twice: {twice}; score each id (group) once")
+            raise InputError(_TWICE.format(twice))
         if bool(((ids < 0) & (ids >= -self.ghosts)).any()):
             raise InputError(
                 f"ids -1 to -{self.ghosts} are the ghosts of the noise floor; use "
@@ -245,10 +261,12 @@ class Influence:
         ids: Tensor,
         target_ids: NDArray[np.int64] | None,
     ) -> Result:
+        floor = noise_floor(ghosts)
+        noisy = ghosts[floor.sd > 0]
         return make_result(
             scores,
-            noise_floor(ghosts),
-            NullDistribution(standardise_left_out(ghosts)),
+            floor,
+            NullDistribution(standardise_left_out(noisy if len(noisy) else ghosts)),
             train_ids=ids.numpy(),
             target_ids=target_ids,
             method=self.method,

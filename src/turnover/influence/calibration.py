@@ -17,18 +17,23 @@ from turnover.errors import InputError
 Floats = NDArray[np.float64]
 
 _TAIL = 0.05
+_PRIOR_SHAPE = 0.15
+_PRIOR_WEIGHT = 30
 MIN_GHOSTS = 10
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Ghost mean and standard deviation of every target: float64 (targets,)."""
+    """Ghost mean and standard deviation of every target: float64 (targets,).
+
+    The deviation is exactly 0 where all ghosts score the same.
+    """
 
     mean: Floats
     sd: Floats
 
     def standardise(self, scores: NDArray[np.floating]) -> Floats:
-        """z-scores (targets, ids) of scores (targets, ids)."""
+        """z-scores (targets, ids) of scores (targets, ids); 0 where the ghosts do not differ."""
         sd = np.where(self.sd > 0, self.sd, np.inf)
         return np.asarray((scores - self.mean[:, None]) / sd[:, None], dtype=np.float64)
 
@@ -42,7 +47,9 @@ def noise_floor(ghosts: NDArray[np.floating]) -> NoiseFloor:
     if ghosts.shape[1] < MIN_GHOSTS:
         raise InputError(f"at least {MIN_GHOSTS} ghosts are needed, got {ghosts.shape[1]}")
     values = ghosts.astype(np.float64)
-    return NoiseFloor(values.mean(axis=1), values.std(axis=1, ddof=1))
+    # The deviation of equal numbers is not always 0 in floating point.
+    differ = np.ptp(values, axis=1) > 0
+    return NoiseFloor(values.mean(axis=1), np.where(differ, values.std(axis=1, ddof=1), 0.0))
 
 
 def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
@@ -59,7 +66,9 @@ def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
     other_mean = mean - deviation / (count - 1)
     other_squares = np.maximum(squares - deviation**2 * count / (count - 1), 0)
     other_sd = np.sqrt(other_squares / (count - 2))
-    safe = np.where(other_sd > 0, other_sd, np.inf)
+    # Where the others are all equal there is no scale without this ghost.
+    sd = noise_floor(ghosts).sd[:, None]
+    safe = np.where(other_sd > 1e-6 * sd, other_sd, np.where(sd > 0, sd, np.inf))
     return np.asarray((values - other_mean) / safe)
 
 
@@ -67,8 +76,9 @@ class NullDistribution:
     """Two-sided p-values of z-scores under the pooled ghosts.
 
     Each side is the empirical tail of the pooled ghosts up to its last 5%, and a generalised Pareto
-    tail beyond, fitted by probability-weighted moments (Hosking and Wallis, Technometrics 1987).
-    No p-value is smaller than a Gaussian's: a bounded fit may not claim certainty.
+    tail beyond, fitted by probability-weighted moments (Hosking and Wallis, Technometrics 1987). Few
+    ghosts cannot tell the tail's shape, which is then drawn towards a heavy one. No p-value is
+    smaller than a Gaussian's: a bounded fit may not claim certainty.
 
     Args:
         pooled: standardised ghost scores of all targets, any shape.
@@ -91,18 +101,18 @@ class _Tail:
 
     def __init__(self, values: Floats) -> None:
         self._values = values
-        count = max(1, int(len(values) * _TAIL))
+        count = max(int(len(values) * _TAIL), min(10, len(values) // 2), 1)
         self._threshold = float(values[-count])
         self._share = count / len(values)
         excess = values[-count:] - self._threshold
         first = float(excess.mean())
         weights = (count - np.arange(count) - 0.65) / count
         second = float((weights * excess).mean())
-        if count < 10 or first <= 0 or first - 2 * second <= 0:
+        if first <= 0 or first - 2 * second <= 0:
             self._shape, self._scale = 0.0, max(first, 1e-12)
             return
-        shape = 2 - first / (first - 2 * second)
-        self._shape = float(np.clip(shape, -0.5, 0.5))
+        fitted = float(np.clip(2 - first / (first - 2 * second), -0.5, 0.5))
+        self._shape = (count * fitted + _PRIOR_WEIGHT * _PRIOR_SHAPE) / (count + _PRIOR_WEIGHT)
         self._scale = first * (1 - self._shape)  # keeps the mean excess at any clipped shape
 
     def survival(self, z: Floats) -> Floats:
@@ -115,7 +125,7 @@ class _Tail:
         else:
             beyond = np.maximum(1 + self._shape * excess, 0) ** (-1 / self._shape)
         tail = np.maximum(self._share * beyond, _gaussian_survival(z))
-        return np.asarray(np.where(z > self._threshold, np.minimum(tail, bulk.max()), bulk))
+        return np.asarray(np.where(z > self._threshold, np.minimum(tail, self._share), bulk))
 
 
 def _gaussian_survival(z: Floats) -> Floats:

@@ -8,20 +8,21 @@ the plain way (the target repeated at the model's inputs) before it is trusted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnover.batches import Batch
-from turnover.errors import BindingError
+from turnover.batches import Batch, shapes
+from turnover.influence.linear import check_reached
 from turnover.masks import ghost_ids
 from turnover.network import Network
-from turnover.objectives import Objective
+from turnover.objectives import Objective, costs
 
 _PROBE_START = 2**40
 """Ghosts used for comparing places; far from the noise floor's."""
+_PROBES = 3
 
 _AT_SITE = "at the site"
 _AT_INPUTS = "at the inputs"
@@ -40,20 +41,24 @@ class ExactEstimator:
         self._network = network
         self._objective = objective
         self._block = block
+        self._checked: dict[tuple[tuple[int, ...], ...], str] = {}
         self.place: str | None = None
         """Where one row becomes many: a module name, or at the site or the inputs."""
 
     def scores(self, target: Batch, ids: Tensor) -> Tensor:
         """Influence of ids on a target of one row: float32 (ids,)."""
         with torch.no_grad():
-            if self.place is None:
-                self.place = self._choose(target)
-            parts = [
-                self._cost(target, chunk, self.place, hidden=True)
-                - self._cost(target, chunk, self.place, hidden=False)
-                for chunk in torch.split(ids, self._block)
-            ]
+            # A place that serves inputs of one shape may not serve those of another.
+            seen = shapes(target.inputs)
+            if seen not in self._checked:
+                self._checked[seen] = self._choose(target)
+            self.place = self._checked[seen]
+            parts = [self._difference(target, c, self.place) for c in torch.split(ids, self._block)]
         return torch.cat(parts)
+
+    def _difference(self, target: Batch, ids: Tensor, place: str) -> Tensor:
+        exposed = self._cost(target, ids, place, hidden=False)
+        return self._cost(target, ids, place, hidden=True) - exposed
 
     def _cost(self, target: Batch, ids: Tensor, place: str, *, hidden: bool) -> Tensor:
         network, rows = self._network, len(ids)
@@ -62,33 +67,32 @@ class ExactEstimator:
         binding = network._bind(ids, hidden, broadcast=shared)
         with network._context(binding), _expanding(network.model, place, rows):
             outputs = (target if shared else repeated).call(network.model)
-        values = self._objective(outputs, repeated)
-        if values.shape != (rows,):
-            raise BindingError(
-                f"the objective gave shape {tuple(values.shape)} for {rows} rows; it must be a callable "
-                f"(outputs, batch) -> (rows,)"
-            )
-        return values.float()
+        return costs(self._objective, outputs, repeated)
 
     def _choose(self, target: Batch) -> str:
-        ids = ghost_ids(3, start=_PROBE_START)
+        ids = ghost_ids(_PROBES, start=_PROBE_START)
         plain = {h: self._cost(target, ids, _AT_INPUTS, hidden=h) for h in (False, True)}
-        tolerance = 1e-2 if torch.is_autocast_enabled(plain[True].device.type) else 1e-5
+        tolerance = 1e-2 if self._is_coarse(plain[True].device.type) else 1e-5
         for place in self._places(target):
-            try:
-                same = all(
+            # Whatever fails inside a foreign model rules the place out, and nothing else.
+            with suppress(Exception):
+                if all(
                     torch.allclose(
                         self._cost(target, ids, place, hidden=h), plain[h], tolerance, tolerance
                     )
                     for h in (False, True)
-                )
-            except Exception:  # noqa: BLE001 - any failure inside a foreign model rules the place out
-                continue
-            if same:
-                return place
+                ):
+                    return place
         return _AT_INPUTS
 
+    def _is_coarse(self, device_type: str) -> bool:
+        parameter = next(self._network.model.parameters(), None)
+        half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+        return half or torch.is_autocast_enabled(device_type)
+
     def _places(self, target: Batch) -> Iterator[str]:
+        if self.place is not None:
+            yield self.place
         yield _AT_SITE
         first = self._first_site(target)
         names = {id(module): name for name, module in self._network.model.named_modules()}
@@ -100,6 +104,7 @@ class ExactEstimator:
         network = self._network
         with torch.enable_grad(), network._probing() as probes:
             target.call(network.model)
+        check_reached(network, probes)
         return next(iter(probes))  # sites are recorded in the order in which they ran
 
 
@@ -113,7 +118,7 @@ def _expanding(model: nn.Module, place: str, rows: int) -> Iterator[None]:
     def repeat(value: Any) -> Any:
         return value.expand(rows, *value.shape[1:]) if _is_one_row(value) else value
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if args:
             return (repeat(args[0]), *args[1:]), kwargs
         first = next((key for key, value in kwargs.items() if _is_one_row(value)), None)

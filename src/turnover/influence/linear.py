@@ -6,13 +6,16 @@ entry, times (hidden mask - exposed mask).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec
 from turnover.network import Network
-from turnover.objectives import Objective
+from turnover.objectives import Objective, costs
 
 _ID_BLOCK = 1024
 
@@ -24,10 +27,17 @@ def mask_gradients(network: Network, objective: Objective, batch: Batch) -> Tens
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
 
     Raises:
-        BindingError: a site was not reached by the forward.
+        BindingError: no site was reached by the forward.
+        InputError: the objective does not give one number for each row, or has no derivative.
     """
     with torch.enable_grad(), network._probing() as probes:
-        values = objective(batch.call(network.model), batch)
+        values = costs(objective, batch.call(network.model), batch)
+        check_reached(network, probes)
+        if not values.requires_grad:
+            raise InputError(
+                "the linear method differentiates the objective, and this one cannot be "
+                'differentiated: use method="exact", or an objective without detach or no_grad'
+            )
         used = [probes[site] for site in network.sites if site in probes]
         gradients = torch.autograd.grad(values.sum(), used, allow_unused=True)
     by_site = dict(zip([s for s in network.sites if s in probes], gradients, strict=True))
@@ -42,6 +52,19 @@ def mask_gradients(network: Network, objective: Objective, batch: Batch) -> Tens
             else gradient
         )
     return torch.cat(columns, dim=1)
+
+
+def check_reached(network: Network, reached: Collection[str]) -> None:
+    """Refuse a forward that came by no site at all: every influence would be 0.
+
+    Raises:
+        BindingError: ``reached`` is empty.
+    """
+    if not reached:
+        raise BindingError(
+            f"the forward reached none of the sites {network.sites}: are these modules called (weights "
+            f"merged, or used by name, bypass them), and is the network attached?"
+        )
 
 
 def codes(spec: MaskSpec, units: dict[str, int], ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Result:
         method: estimator.
         objective: name of the objective.
         network: digest of the network that was scored (see :meth:`turnover.Network.digest`).
-        null: the distribution that turns z into p (for scores of other ids).
+        null: the distribution that turned z into p, for scores of other ids; not stored with a run.
     """
 
     scores: NDArray[np.float32]
@@ -47,7 +47,27 @@ class Result:
     method: str
     objective: str
     network: str
-    null: NullDistribution
+    null: NullDistribution | None
+
+    def select(self, keep: NDArray[np.bool_]) -> Result:
+        """The result for some of the training ids alone; q is computed anew over those.
+
+        Args:
+            keep: bool (train,).
+        """
+        noise_floor = self.noise_floor
+        if self.scores.ndim == 1 and noise_floor.ndim == 1:
+            noise_floor = noise_floor[keep]
+        p = self.p[..., keep]
+        return replace(
+            self,
+            scores=self.scores[..., keep],
+            z=self.z[..., keep],
+            p=p,
+            q=q_values(p),
+            noise_floor=noise_floor,
+            train_ids=self.train_ids[keep],
+        )
 
     def to_xarray(self) -> xarray.Dataset:
         """The result as a labelled dataset with dimensions (target, train) or (train,).
@@ -88,7 +108,8 @@ def make_result(
 ) -> Result:
     """Pairwise result of scores (targets, train)."""
     z = floor.standardise(scores)
-    p = null.p_values(z)
+    # Without any noise there is no scale to judge a score by.
+    p = np.where(floor.sd[:, None] > 0, null.p_values(z), 1.0)
     return Result(
         scores.astype(np.float32),
         z.astype(np.float32),
