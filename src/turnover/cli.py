@@ -1,0 +1,263 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from turnover.errors import InputError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:  # the core installs without them
+    sys.exit("the command line needs: pip install 'turnover[text]'")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Which training instances made this network predict that, and how sure is it?",
+)
+console = Console()
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, as written by `turnover fit`.")]
+Method = Annotated[str, typer.Option(help="Estimator: linear or exact.")]
+Objective = Annotated[str, typer.Option(help="Cost of a prediction: margin or cross_entropy.")]
+Ghosts = Annotated[int, typer.Option(help="Ghosts that fit the noise floor.")]
+
+
+@app.command()
+def fit(
+    data: Annotated[
+        str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
+    ],
+    model: Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run to write.")],
+    test: Annotated[
+        str | None, typer.Option(help="Test data; without it a fifth of the data is held out.")
+    ] = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    id_column: Annotated[str | None, typer.Option(help="Distinct instance ids.")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Rows with one value share one mask (source, annotator).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split for --test, likewise.")] = "test",
+    epochs: int = 3,
+    batch_size: int = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of the LoRA components.")] = 1e-3,
+    head_learning_rate: Annotated[float, typer.Option(help="Of the wide head.")] = 1e-4,
+    head_units: Annotated[int, typer.Option(help="Mask units of the wide head.")] = 8192,
+    lora_rank: int = 16,
+    max_tokens: int = 128,
+    keep: Annotated[float, typer.Option(help="Share of units an instance trains.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of masks, weights and order.")] = 0,
+    compare: Annotated[
+        bool, typer.Option(help="Also train the same model with ordinary dropout.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing run.")] = False,
+) -> None:
+    """Fine-tune a text classifier with turn-over dropout; writes a run folder."""
+    from turnover.data import Columns, hold_out, read
+    from turnover.integrations.transformers import ClassifierConfig
+    from turnover.masks import MaskSpec
+    from turnover.tasks.fit import FitConfig, fit
+    from turnover.tasks.training import TrainingConfig
+
+    config = FitConfig(
+        ClassifierConfig(model, head_units, lora_rank, max_tokens),
+        TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
+        MaskSpec(keep, seed),
+        compare,
+    )
+    columns = Columns(text_column, label_column, id_column, group_column)
+    train_data = read(data, columns, split=split)
+    if test is None:
+        train_data, test_data = hold_out(train_data)
+    else:
+        test_data = read(test, columns, classes=train_data.classes, split=test_split)
+    metrics = fit(config, train_data, test_data, out, overwrite=overwrite)
+    _print_fit(metrics)
+    console.print(f"run: {out}; next: turnover influence {out}")
+
+
+@app.command()
+def influence(
+    run: RunFolder,
+    method: Method = "linear",
+    objective: Objective = "margin",
+    ghosts: Ghosts = 4000,
+) -> None:
+    """Estimate influence on every misclassified test row, on the whole test set, and on itself."""
+    from turnover.run import Run
+    from turnover.tasks.score import ScoreConfig, score
+
+    metrics = score(Run.load(run), ScoreConfig(method, objective, ghosts))
+    _print_influence(metrics)
+    console.print(f"next: turnover explain {run}, turnover report {run}")
+
+
+@app.command()
+def explain(
+    run: RunFolder,
+    show: Annotated[int, typer.Option(help="Errors to print; all are written.")] = 3,
+    top: Annotated[int, typer.Option(help="Training instances on each side.")] = 5,
+    text: Annotated[str | None, typer.Option(help="Explain this text instead.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Class to explain --text for; default: as predicted.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Explain misclassified test rows, or one text, by training instances."""
+    from turnover.report.from_run import explain_errors
+    from turnover.run import Run, write_json
+    from turnover.tasks.score import explain_text
+
+    if show < 0 or top < 1:
+        raise InputError("--show must be >= 0 and --top >= 1")
+    loaded = Run.load(run)
+    if text is not None:
+        explanations = [explain_text(loaded, text, label, top=top)]
+    else:
+        explanations = explain_errors(loaded, top=top)
+        path = run / "results" / "explanations.json"
+        write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
+        explanations = sorted(explanations, key=lambda e: -e.n_significant)[:show]
+    if as_json:
+        sys.stdout.write(json.dumps([e.to_dict() for e in explanations], indent=2) + "\n")
+        return
+    for explanation in explanations:
+        _print_explanation(explanation)
+    if text is None:
+        console.print(f"all errors: {path}")
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
+    text: Annotated[bool, typer.Option(help="Show texts; --no-text leaves them out.")] = True,
+) -> None:
+    """Write the run's report: one HTML file that needs nothing else."""
+    _write_report(run, out or run / "report.html", texts=text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run to write.")] = Path("runs/demo"),
+    head_units: int = 8192,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
+    from turnover.demo import model_folder, write_sentences
+
+    train_file, test_file = write_sentences(out.parent / f"{out.name}-data")
+    fit(
+        str(train_file),
+        model=str(model_folder()),
+        out=out,
+        test=str(test_file),
+        id_column="id",
+        head_units=head_units,
+        seed=seed,
+        overwrite=True,
+    )
+    influence(out)
+    explain(out)
+    _write_report(out, out / "report.html", texts=True)
+
+
+def _write_report(run: Path, out: Path, *, texts: bool) -> None:
+    from turnover.report.from_run import content
+    from turnover.report.render import write
+    from turnover.run import Run
+
+    loaded = Run.load(run)
+    commands = tuple(
+        f"turnover {command} {shlex.quote(str(run))}"
+        for command in ("influence", "explain", "report")
+    )
+    title = f"Why {Path(loaded.classifier.model).name} errs: {run.name}"
+    write(content(loaded, title=title, commands=commands), out, texts=texts)
+    console.print(f"report: {out}")
+
+
+def _print_fit(metrics: dict[str, Any]) -> None:
+    table = Table("loss, nats", "exposed", "hidden")
+    for name in ("train", "test"):
+        values = (metrics["loss"][f"{name}_{side}"] for side in ("exposed", "hidden"))
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    accuracy = metrics["accuracy"]
+    console.print(
+        f"accuracy {accuracy['turnover']:.3f}"
+        + (
+            f", with ordinary dropout {accuracy['without_turnover']:.3f}"
+            if "without_turnover" in accuracy
+            else ""
+        )
+        + f", majority class {accuracy['majority']:.3f}; "
+        f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
+    )
+
+
+def _print_influence(metrics: dict[str, Any]) -> None:
+    found = metrics["influence"]
+    if not metrics["errors_explained"]:
+        console.print("no misclassified test rows")
+        return
+    console.print(
+        f"{metrics['errors_explained']} errors x {metrics['n_train']} training instances: "
+        f"{metrics['significant_pairs']} pairs with q <= 0.05, on "
+        f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
+        f"{metrics['ghost_false_positive_rate']:.4f}; {metrics['seconds']['influence']:.0f} s"
+    )
+
+
+def _print_explanation(explanation: Any) -> None:
+    from turnover.tasks.explain import NOT_SIGNIFICANT
+
+    table = Table(
+        "",
+        "label",
+        "nats",
+        "z",
+        "q",
+        "training instance",
+        title=(
+            f"{explanation.text}\n{explanation.true_label}, predicted {explanation.predicted_label} "
+            f"({explanation.confidence:.0%})"
+        ),
+        title_justify="left",
+    )
+    for side, instances in (("helpful", explanation.helpful), ("harmful", explanation.harmful)):
+        for one in instances:
+            q = f"{one.q:.2g}" if one.significant else f"{one.q:.2f} {NOT_SIGNIFICANT}"
+            table.add_row(
+                side, one.label, f"{one.score:+.3f}", f"{one.z:+.1f}", q, f"[{one.key}] {one.text}"
+            )
+    console.print(table, markup=False)
+
+
+def main() -> None:
+    """Entry point; bad input is one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write(f"turnover: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("turnover: interrupted; the same command resumes where it can\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

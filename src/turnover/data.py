@@ -1,0 +1,239 @@
+"""Text classification data in: files or Hugging Face names to texts, labels and instance ids.
+
+Reading and checking only; nothing is repaired or dropped in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turnover.errors import InputError
+from turnover.masks import MaskSpec, content_ids, string_ids
+
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("from_csv", {"keep_default_na": False}),
+    ".tsv": ("from_csv", {"keep_default_na": False, "sep": "\t"}),
+    ".json": ("from_json", {}),
+    ".jsonl": ("from_json", {}),
+    ".parquet": ("from_parquet", {}),
+}
+_MISSING = (None, "")
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Labelled texts.
+
+    Attributes:
+        texts: one string per instance.
+        labels: class index of each, into ``classes``.
+        ids: int64 (instances,); equal ids form a group.
+        keys: what the user calls each instance: its id or group column, or a row number.
+        classes: class names, sorted.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    ids: Tensor
+    keys: list[str]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the text, the label, and (optionally) ids or groups."""
+
+    text: str = "text"
+    label: str = "label"
+    id: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.id is not None and self.group is not None:
+            raise InputError("give an id column or a group column, not both: each row has one mask")
+
+
+def read(
+    source: str, columns: Columns, *, classes: Sequence[str] | None = None, split: str = "train"
+) -> TextData:
+    """Read labelled texts.
+
+    Args:
+        source: a CSV, TSV, JSON, JSONL or Parquet file, or the name of a Hugging Face data set.
+        columns: which columns to read.
+        classes: the classes of the training data, for data that must not have others; ``None`` takes
+            them from the labels.
+        split: split of a Hugging Face data set.
+
+    Raises:
+        InputError: no such file, another format, no rows, a missing column (with those there are), a
+            missing value, duplicate ids, an unknown label, fewer than two classes, or a label column
+            that is a regression or multi-label target.
+    """
+    table = _load(source, split)
+    names = list(table.column_names)
+    for column in (columns.text, columns.label, columns.id, columns.group):
+        if column is not None and column not in names:
+            close = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"{source}: no column {column!r}; it has {', '.join(names)}{hint}")
+    if not len(table):
+        raise InputError(f"{source}: the file has no rows")
+    texts = list(table[columns.text])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{source}: row {row + 1} has no text in column {columns.text!r}")
+    names_of_labels = _label_names(table, columns.label, source)
+    known = list(classes) if classes is not None else _sorted_classes(names_of_labels)
+    index = {name: position for position, name in enumerate(known)}
+    for row, name in enumerate(names_of_labels):
+        if name not in index:
+            raise InputError(
+                f"{source}: unknown label {name!r} in row {row + 1}; the classes are "
+                f"{', '.join(known)}"
+            )
+    if len(known) < 2:
+        raise InputError(
+            f"{source}: column {columns.label!r} holds the one class {known[0]!r}; a classifier needs "
+            f"two or more"
+        )
+    keys, ids = _ids(table, columns, texts, names_of_labels, source)
+    return TextData(texts, [index[name] for name in names_of_labels], ids, keys, known)
+
+
+def _load(source: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("reading data needs: pip install 'turnover[text]'") from error
+    datasets.disable_progress_bars()
+    path = Path(source)
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise InputError(f"{source}: the file is empty")
+        if path.suffix not in _READERS:
+            raise InputError(
+                f"{source}: cannot read {path.suffix or 'files without an ending'}; use "
+                f"{', '.join(_READERS)} or the name of a Hugging Face data set"
+            )
+        method, options = _READERS[path.suffix]
+        try:
+            return getattr(datasets.Dataset, method)(str(path), keep_in_memory=True, **options)
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise InputError(f"{source}: cannot be read: {error}") from error
+            raise InputError(f"{source}: the file has no rows") from error
+        except Exception as error:  # the readers raise many kinds for damaged files
+            raise InputError(f"{source}: cannot be read as {path.suffix[1:]}: {error}") from error
+    if path.suffix in _READERS or path.is_absolute():
+        raise InputError(f"{source}: no such file")
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # the hub client raises many kinds
+        raise InputError(
+            f"{source}: neither a file here nor a Hugging Face data set that can be loaded ({error})"
+        ) from error
+
+
+def _label_names(table: Any, column: str, source: str) -> list[str]:
+    feature = table.features[column]
+    values = list(table[column])
+    if hasattr(feature, "int2str"):
+        return [feature.int2str(value) for value in values]
+    names = []
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict | tuple):
+            raise InputError(
+                f"{source}: column {column!r} holds lists, a multi-label target, which is not "
+                f"supported: give one class per row"
+            )
+        if value in _MISSING or (isinstance(value, float) and math.isnan(value)):
+            raise InputError(f"{source}: row {row + 1} has no label in column {column!r}")
+        if isinstance(value, float) and not value.is_integer():
+            raise InputError(
+                f"{source}: column {column!r} holds real numbers such as {value}, a regression target, "
+                f"which is not supported: give one class per row"
+            )
+        names.append(str(int(value)) if isinstance(value, float) else str(value))
+    return names
+
+
+def _sorted_classes(names: list[str]) -> list[str]:
+    distinct = set(names)
+    if all(name.lstrip("-").isdigit() for name in distinct):
+        return sorted(distinct, key=int)
+    return sorted(distinct)
+
+
+def _ids(
+    table: Any, columns: Columns, texts: list[str], labels: list[str], source: str
+) -> tuple[list[str], Tensor]:
+    column = columns.id or columns.group
+    if column is None:
+        keys = [str(row + 1) for row in range(len(texts))]
+        return keys, content_ids(f"{t}\0{n}" for t, n in zip(texts, labels, strict=True))
+    values = list(table[column])
+    for row, value in enumerate(values):
+        if value in _MISSING:
+            raise InputError(f"{source}: row {row + 1} has no id in column {column!r}")
+    keys = [str(value) for value in values]
+    if columns.id is not None:
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"{source}: duplicate ids in column {column!r}: {', '.join(twice[:5])}; ids name one "
+                f"row each (rows that are to share a mask belong to a group column)"
+            )
+    integers = [isinstance(value, int) and not isinstance(value, bool) for value in values]
+    if all(integers):
+        if min(values) < 0:
+            raise InputError(
+                f"{source}: id {min(values)} in column {column!r} is negative; ids must be >= 0, "
+                f"because negative ones are ghosts, which are never trained on"
+            )
+        return keys, torch.tensor(values, dtype=torch.int64)
+    if any(integers):
+        raise InputError(f"{source}: column {column!r} mixes integers and strings as ids")
+    return keys, string_ids(keys)
+
+
+def hold_out(data: TextData, share: float = 0.2) -> tuple[TextData, TextData]:
+    """Training and test part of data that came without test data; which is which follows the ids.
+
+    Rows of one group stay together, and re-sorting the data changes nothing.
+
+    Raises:
+        InputError: too few rows for both parts to hold every class.
+    """
+    order = MaskSpec(balanced=False).exposed(data.ids, "hold-out", 64)  # nothing of its mask
+    weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)
+    chosen = (order.double() @ weights < share).tolist()
+    parts = []
+    for wanted in (False, True):
+        rows = [row for row, test in enumerate(chosen) if test == wanted]
+        parts.append(
+            TextData(
+                [data.texts[row] for row in rows],
+                [data.labels[row] for row in rows],
+                data.ids[rows],
+                [data.keys[row] for row in rows],
+                data.classes,
+            )
+        )
+    if len(set(parts[0].labels)) < len(data.classes) or not len(parts[1]):
+        raise InputError(
+            f"{len(data)} rows are too few to hold a fifth out for testing; pass test data (--test)"
+        )
+    return parts[0], parts[1]

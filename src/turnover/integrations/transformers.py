@@ -1,0 +1,171 @@
+"""Hugging Face encoders with LoRA and a wide masked head, as a text classifier.
+
+The base stays frozen and everything that is trained sits behind masks (LoRA rank components, the
+head's units), so nothing that learns an instance is shared with its hidden sub-network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turnover.errors import InputError
+from turnover.heads import WideHead
+
+SITES = ("lora", "head")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of a :class:`TextClassifier`.
+
+    Attributes:
+        model: Hugging Face name or folder of the encoder.
+        head_units: mask units of the wide head.
+        lora_rank: rank of the LoRA components; each is one mask unit.
+        max_tokens: longer texts are cut.
+    """
+
+    model: str
+    head_units: int = 8192
+    lora_rank: int = 16
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("head_units", "lora_rank", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+class TextClassifier(nn.Module):
+    """Frozen encoder with LoRA -> mean of the last layer's tokens -> :class:`~turnover.WideHead`.
+
+    ``forward(input_ids, attention_mask, ...)``: int64 (rows, tokens) each; logits (rows, classes).
+    """
+
+    def __init__(self, encoder: nn.Module, head: WideHead) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **inputs
+        ).last_hidden_state
+        weights = attention_mask[..., None].to(hidden.dtype)
+        logits: Tensor = self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
+        return logits
+
+
+def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
+    """A new classifier on a pretrained encoder, and its tokenizer.
+
+    New weights are drawn from torch's default generator: seed it, or fork it, outside.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+    transformers = _transformers()
+    try:
+        encoder = transformers.AutoModel.from_pretrained(config.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return _assemble(encoder, config, classes), tokenizer
+
+
+def save(
+    folder: Path, model: TextClassifier, tokenizer: Any, config: ClassifierConfig, classes: int
+) -> None:
+    """Write weights (safetensors), shapes (JSON) and tokenizer into a folder."""
+    from safetensors.torch import save_file
+
+    encoder: Any = model.encoder
+    encoder.config.save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    shape = {"classifier": asdict(config), "classes": classes}
+    (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
+    """Rebuild what :func:`save` wrote, from the folder alone.
+
+    Raises:
+        InputError: a missing or damaged file, or weights that do not fit the shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    transformers = _transformers()
+    try:
+        shape = json.loads((folder / "classifier.json").read_text())
+        config = ClassifierConfig(**shape["classifier"])
+        encoder_config = transformers.AutoConfig.from_pretrained(folder / "encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "encoder")
+        model = _assemble(
+            transformers.AutoModel.from_config(encoder_config), config, int(shape["classes"])
+        )
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
+    return model.eval(), tokenizer, config
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each text, not padded."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)
+    return list(encoded["input_ids"])
+
+
+def pad(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
+    """Model inputs of one batch: int64 ``input_ids`` and ``attention_mask`` (rows, tokens)."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), padding)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClassifier:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    encoder.requires_grad_(False)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        lora_dropout=0.0,
+        target_modules=_lora_targets(encoder),
+    )
+    inject_adapter_in_model(lora, encoder)
+    features = int(encoder.config.hidden_size)
+    return TextClassifier(encoder, WideHead(features, config.head_units, classes))
+
+
+def _lora_targets(encoder: Any) -> list[str] | str:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    known = KNOWN.get(encoder.config.model_type)
+    return list(known) if known else "all-linear"
+
+
+def _transformers() -> Any:
+    try:
+        import peft  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise InputError("text models need: pip install 'turnover[text]'") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

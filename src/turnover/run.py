@@ -1,0 +1,209 @@
+"""A run: one folder with everything a trained classifier and its influence results are made of.
+
+``config.json``, ``masks.json``, ``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and
+tokenizer), ``train.jsonl``, ``test.jsonl``, ``metrics.json``, ``results/``. Data, never code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from turnover.data import TextData
+from turnover.errors import InputError
+from turnover.influence.result import Result
+from turnover.integrations.transformers import ClassifierConfig, TextClassifier, load, tokenize
+from turnover.network import Network
+from turnover.tasks.training import Encoded
+
+_ARRAYS = ("scores", "z", "p", "q", "noise_floor", "train_ids", "target_ids")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run."""
+
+    folder: Path
+    config: dict[str, Any]
+    model: TextClassifier
+    network: Network
+    tokenizer: Any
+    classifier: ClassifierConfig
+    train: TextData
+    test: TextData
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Open a run.
+
+        Raises:
+            InputError: not a run, a missing or damaged file, or masks that are not those it was
+                trained with.
+        """
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder} is not a run: it has no config.json (make one: turnover fit)"
+            )
+        config = read_json(folder / "config.json")
+        model, tokenizer, classifier = load(folder)
+        network = Network.from_dict(model, read_json(folder / "masks.json"))
+        classes = list(config["classes"])
+        return cls(
+            folder,
+            config,
+            model,
+            network,
+            tokenizer,
+            classifier,
+            _read_data(folder / "train.jsonl", classes),
+            _read_data(folder / "test.jsonl", classes),
+        )
+
+    def encode(self, data: TextData) -> Encoded:
+        """Data as this run's model takes it."""
+        return encode(self.tokenizer, data, self.classifier.max_tokens)
+
+    def write_result(self, name: str, result: Result) -> None:
+        """Store a result, atomically, with the digest of its network."""
+        from safetensors.numpy import save_file
+
+        folder = self.folder / "results"
+        folder.mkdir(exist_ok=True)
+        arrays = {key: getattr(result, key) for key in _ARRAYS}
+        tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
+        metadata = {"network": result.network, "method": result.method}
+        metadata["objective"] = result.objective
+        draft = folder / f".{name}.{os.getpid()}"
+        save_file(tensors, draft, metadata=metadata)
+        draft.replace(folder / f"{name}.safetensors")
+
+    def read_result(self, name: str) -> Result:
+        """A stored result of this run's network.
+
+        Raises:
+            InputError: no such result, a damaged file, or one of another model or spec.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / "results" / f"{name}.safetensors"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: run `turnover influence {self.folder}` first")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            result = Result(
+                **{key: arrays.get(key) for key in _ARRAYS},  # type: ignore[arg-type]
+                method=metadata["method"],
+                objective=metadata["objective"],
+                network=metadata["network"],
+                null=None,
+            )
+        except (SafetensorError, KeyError, OSError) as error:
+            raise InputError(f"{path}: damaged result ({error}); compute it again") from error
+        own = self.network.digest()
+        if result.network != own:
+            raise InputError(
+                f"{path} belongs to another model or mask spec: it was computed on network "
+                f"{result.network}, this run's is {own}; run `turnover influence {self.folder}` again"
+            )
+        missing = [
+            f.name for f in fields(Result) if f.name in _ARRAYS[:-1] and arrays.get(f.name) is None
+        ]
+        if missing:
+            raise InputError(f"{path}: damaged result, no {', '.join(missing)}; compute it again")
+        return result
+
+
+def encode(tokenizer: Any, data: TextData, max_tokens: int) -> Encoded:
+    """Tokenised data."""
+    padding = tokenizer.pad_token_id
+    return Encoded(
+        tokenize(tokenizer, data.texts, max_tokens),
+        data.labels,
+        data.ids,
+        0 if padding is None else int(padding),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: missing, or not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: damaged, not a JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, atomically."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(values, indent=2) + "\n")
+    draft.replace(path)
+
+
+def write_data(path: Path, data: TextData) -> None:
+    """Write data as JSON lines with key, id, label and text."""
+    with path.open("w") as file:
+        for row, text in enumerate(data.texts):
+            line = {
+                "key": data.keys[row],
+                "id": int(data.ids[row]),
+                "label": data.classes[data.labels[row]],
+                "text": text,
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def _read_data(path: Path, classes: list[str]) -> TextData:
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return TextData(
+            [row["text"] for row in rows],
+            [classes.index(row["label"]) for row in rows],
+            torch.tensor([row["id"] for row in rows], dtype=torch.int64),
+            [row["key"] for row in rows],
+            classes,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: missing or damaged ({error!r})") from error
+
+
+@contextmanager
+def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
+
+    Raises:
+        InputError: the run exists and ``overwrite`` is not given, or its place is taken by something
+            that is not a run.
+    """
+    if folder.exists():
+        if not (folder / "masks.json").is_file() and any(folder.iterdir()):
+            raise InputError(f"{folder} exists and is not a run; choose another folder")
+        if not overwrite and (folder / "masks.json").is_file():
+            raise InputError(f"{folder} exists; pass --overwrite to replace it")
+    draft = folder.with_name(f".{folder.name}.partial")
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+    except InputError:  # cannot be mended by going on; an interrupted run can
+        shutil.rmtree(draft)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)

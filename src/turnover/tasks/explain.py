@@ -1,0 +1,133 @@
+"""Explain predictions: the most helpful and most harmful training instances, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from turnover.data import TextData
+from turnover.errors import InputError
+from turnover.influence.result import Result
+
+SIGNIFICANT_Q = 0.05
+NOT_SIGNIFICANT = "not distinguishable from noise"
+
+
+@dataclass(frozen=True)
+class Influential:
+    """One training instance in an explanation; the score is in the objective's units (nats)."""
+
+    key: str
+    label: str
+    text: str
+    score: float
+    z: float
+    q: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether q is at most 0.05."""
+        return self.q <= SIGNIFICANT_Q
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One target with its most helpful (highest first) and most harmful (lowest first) instances.
+
+    ``n_significant`` counts all training instances with q <= 0.05, shown or not.
+    """
+
+    key: str
+    text: str
+    true_label: str
+    predicted_label: str
+    confidence: float
+    noise_floor: float
+    n_significant: int
+    helpful: tuple[Influential, ...]
+    harmful: tuple[Influential, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The explanation as JSON values."""
+        return asdict(self)
+
+
+def rows_by_id(result: Result, train: TextData) -> list[int]:
+    """For every id of a result, the first training row that has it.
+
+    Raises:
+        InputError: the result has ids that are not in the training data.
+    """
+    first: dict[int, int] = {}
+    for row, value in enumerate(train.ids.tolist()):
+        first.setdefault(value, row)
+    missing = [int(i) for i in result.train_ids if int(i) not in first]
+    if missing:
+        raise InputError(f"the result has training ids that the run does not: {missing[:5]}")
+    return [first[int(i)] for i in result.train_ids]
+
+
+def influential(
+    result: Result,
+    target: int | None,
+    train: TextData,
+    rows: list[int],
+    columns: np.ndarray[Any, Any],
+) -> tuple[Influential, ...]:
+    """The training instances of some columns of a result, for a target (or of a (train,) result)."""
+    at = (slice(None),) if target is None else (target,)
+    scores, z, q = result.scores[at], result.z[at], result.q[at]
+    return tuple(
+        Influential(
+            train.keys[rows[column]],
+            train.classes[train.labels[rows[column]]],
+            train.texts[rows[column]],
+            float(scores[column]),
+            float(z[column]),
+            float(q[column]),
+        )
+        for column in columns
+    )
+
+
+def explain(
+    result: Result,
+    train: TextData,
+    targets: TextData,
+    target_rows: list[int],
+    predicted: list[int],
+    confidence: list[float],
+    *,
+    top: int = 5,
+) -> list[Explanation]:
+    """Explanations of targets from a pairwise result.
+
+    Args:
+        result: scores (targets, train) on the true label's objective.
+        target_rows: row of each target of the result in ``targets``.
+        predicted: predicted class of each target of the result.
+        confidence: its probability.
+        top: how many instances on each side.
+    """
+    rows = rows_by_id(result, train)
+    explanations = []
+    for index, row in enumerate(target_rows):
+        order = np.argsort(result.scores[index], kind="stable")
+        helpful = [c for c in order[::-1][:top] if result.scores[index, c] > 0]
+        harmful = [c for c in order[:top] if result.scores[index, c] < 0]
+        explanations.append(
+            Explanation(
+                targets.keys[row],
+                targets.texts[row],
+                targets.classes[targets.labels[row]],
+                targets.classes[predicted[index]],
+                confidence[index],
+                float(result.noise_floor[index]),
+                int((result.q[index] <= SIGNIFICANT_Q).sum()),
+                influential(result, index, train, rows, np.array(helpful, dtype=int)),
+                influential(result, index, train, rows, np.array(harmful, dtype=int)),
+            )
+        )
+    return explanations

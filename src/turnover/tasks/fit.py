@@ -1,0 +1,234 @@
+"""Fit a text classifier with turn-over dropout, and the same model with ordinary dropout beside it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turnover.audit import AuditReport
+from turnover.data import TextData
+from turnover.integrations.transformers import SITES, ClassifierConfig, TextClassifier, build, save
+from turnover.masks import MaskSpec, ghost_ids
+from turnover.network import Network, attach
+from turnover.run import encode, write_data, write_json, writing_run
+from turnover.tasks.training import (
+    Curves,
+    Encoded,
+    Evaluation,
+    TrainingConfig,
+    evaluate,
+    ordinary_dropout,
+    train,
+    under_masks,
+)
+
+_TEST_GHOSTS = 2**32
+"""Test rows run under ghosts from here on, away from those of noise floors."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that decides a run beside its data.
+
+    Attributes:
+        classifier: shape of the model.
+        training: how it is trained.
+        masks: the mask spec.
+        compare: also train the same model with ordinary dropout.
+        curve_rows: fixed rows of the training and of the test data on which losses are followed.
+    """
+
+    classifier: ClassifierConfig
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    masks: MaskSpec = field(default_factory=MaskSpec)
+    compare: bool = True
+    curve_rows: int = 300
+
+
+def fit(
+    config: FitConfig,
+    train_data: TextData,
+    test_data: TextData,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train, evaluate and write a run folder; resumes by epochs where an earlier try was cut off.
+
+    Args:
+        out: folder of the run; it appears when everything is done.
+        overwrite: replace an existing run.
+
+    Returns:
+        the metrics, as in the run's ``metrics.json``.
+
+    Raises:
+        InputError: a model that cannot be loaded, a loss that is NaN, an existing run.
+    """
+    with writing_run(out, overwrite=overwrite) as draft:
+        # The weights' and the dropout's randomness, without moving the caller's generator.
+        with torch.random.fork_rng():
+            torch.manual_seed(config.training.seed)
+            model, tokenizer = build(config.classifier, len(train_data.classes))
+            metrics, network, plain = _fit(config, model, tokenizer, train_data, test_data, draft)
+        save(draft, model, tokenizer, config.classifier, len(train_data.classes))
+        if plain is not None:
+            folder = draft / "without_turnover"
+            folder.mkdir(exist_ok=True)
+            save(folder, plain, tokenizer, config.classifier, len(train_data.classes))
+        write_json(draft / "masks.json", network.to_dict())
+        write_data(draft / "train.jsonl", train_data)
+        write_data(draft / "test.jsonl", test_data)
+        write_json(draft / "metrics.json", metrics)
+        settings = {**asdict(config), "masks": config.masks.to_dict()}
+        write_json(draft / "config.json", {"classes": train_data.classes, **settings})
+        for checkpoint in draft.glob("*.checkpoint"):
+            checkpoint.unlink()
+    return metrics
+
+
+def _fit(
+    config: FitConfig,
+    model: TextClassifier,
+    tokenizer: Any,
+    train_data: TextData,
+    test_data: TextData,
+    draft: Path,
+) -> tuple[dict[str, Any], Network, TextClassifier | None]:
+    max_tokens = config.classifier.max_tokens
+    training = encode(tokenizer, train_data, max_tokens)
+    test = encode(tokenizer, test_data, max_tokens)
+    plain = copy.deepcopy(model) if config.compare else None
+    network = attach(model, SITES, config.masks)
+    curve_train = _fixed_rows(len(training), config.curve_rows)
+    curve_test = _fixed_rows(len(test), config.curve_rows)
+    report = network.audit(training.batch(curve_train[:8]), optimizer=None)
+
+    def measure() -> dict[str, tuple[float, float]]:
+        sides = _sides(network, training, test, curve_train, curve_test)
+        return {name: evaluation.mean() for name, evaluation in sides.items()}
+
+    seconds = {}
+    start = time.perf_counter()
+    curves = train(
+        model,
+        training,
+        config.training,
+        network.exposed,
+        name="with turn-over dropout",
+        checkpoint=draft / "turnover.checkpoint",
+        measure=measure,
+    )
+    seconds["train"] = time.perf_counter() - start
+    start = time.perf_counter()
+    sides = _sides(network, training, test, range(len(training)), range(len(test)))
+    with_mean = evaluate(model, test, range(len(test)), lambda _: network.mean())
+    seconds["evaluate"] = time.perf_counter() - start
+    without = None
+    if plain is not None:
+        start = time.perf_counter()
+        with ordinary_dropout(plain, SITES, config.masks.keep):
+            train(
+                plain,
+                training,
+                config.training,
+                _no_masks,
+                name="with ordinary dropout",
+                checkpoint=draft / "ordinary.checkpoint",
+            )
+        seconds["train_without_turnover"] = time.perf_counter() - start
+        without = evaluate(plain, test, range(len(test)), _no_masks)
+    metrics = _metrics(network, report, curves, sides, with_mean, without, train_data, test_data)
+    metrics["seconds"] = seconds
+    return metrics, network, plain
+
+
+def _no_masks(_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _fixed_rows(count: int, wanted: int) -> list[int]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:wanted].tolist())
+
+
+def _sides(
+    network: Network,
+    training: Encoded,
+    test: Encoded,
+    train_rows: Sequence[int],
+    test_rows: Sequence[int],
+) -> dict[str, Evaluation]:
+    """Train rows under their own masks and test rows under ghosts' masks, exposed and hidden."""
+    ghosts = ghost_ids(len(test), start=_TEST_GHOSTS)
+    plans: list[tuple[str, Encoded, Sequence[int], Tensor | None]] = [
+        ("train", training, train_rows, None),
+        ("test", test, test_rows, ghosts),
+    ]
+    return {
+        f"{name}_{'hidden' if hidden else 'exposed'}": evaluate(
+            network.model,  # type: ignore[arg-type]
+            data,
+            rows,
+            under_masks(network, data, ids, hidden=hidden),
+        )
+        for name, data, rows, ids in plans
+        for hidden in (False, True)
+    }
+
+
+def _metrics(
+    network: Network,
+    report: AuditReport,
+    curves: Curves,
+    sides: dict[str, Evaluation],
+    with_mean: Evaluation,
+    without: Evaluation | None,
+    train_data: TextData,
+    test_data: TextData,
+) -> dict[str, Any]:
+    loss = {name: side.mean() for name, side in sides.items()}
+    loss["test_mean"] = with_mean.mean()
+    majority = Counter(train_data.labels).most_common(1)[0][0]
+    accuracy: dict[str, Any] = {"majority": test_data.labels.count(majority) / len(test_data)}
+    intervals = {}
+    accuracy["turnover"], *intervals["turnover"] = with_mean.accuracy()
+    if without is not None:
+        accuracy["without_turnover"], *intervals["without_turnover"] = without.accuracy()
+        difference = with_mean.correct.double() - without.correct.double()
+        centre = difference.mean().item()
+        half = 1.96 * difference.std().item() / len(difference) ** 0.5
+        accuracy["difference"] = centre
+        intervals["difference"] = [centre - half, centre + half]
+        loss["test_without_turnover"] = without.mean()
+    hidden_mean, _ = loss["train_hidden"]
+    test_mean, test_half = loss["test_hidden"]
+    return {
+        "n_train": len(train_data),
+        "n_test": len(test_data),
+        "mask_units": network.mask_units,
+        "mask_units_by_site": network.known_units(),
+        "loss": {name: mean for name, (mean, _) in loss.items()},
+        "loss_half_width": {name: half for name, (_, half) in loss.items()},
+        "exposed_over_hidden": loss["train_exposed"][0] / hidden_mean,
+        "hidden_did_not_learn": hidden_mean >= test_mean - test_half,
+        "accuracy": accuracy,
+        "accuracy_interval": intervals,
+        "audit": {
+            "leaking_share": report.leaking_share,
+            "clean": report.clean,
+            "buffers": list(report.buffers),
+            "settings": list(report.settings),
+        },
+        "curves": json.loads(json.dumps(asdict(curves))),
+    }

@@ -1,0 +1,223 @@
+"""Score a run: influence on its errors and on the whole test set, self-influence, and their noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from turnover import objectives
+from turnover.batches import Batch
+from turnover.data import TextData
+from turnover.errors import InputError
+from turnover.influence import Influence
+from turnover.influence.calibration import noise_floor
+from turnover.influence.linear import linear_scores, mask_gradients, own_linear_scores
+from turnover.influence.result import Result
+from turnover.masks import ghost_ids
+from turnover.run import Run, read_json, write_json
+from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
+from turnover.tasks.training import Encoded, evaluate
+
+OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
+_BATCH = 32
+_P_CHECKED = 0.01
+_EXACT_TARGETS, _EXACT_IDS, _EXACT_GHOSTS = 8, 256, 64
+_SITE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is estimated.
+
+    Attributes:
+        method: estimator of the pairs and the aggregate (self-influence is linear).
+        objective: ``margin`` or ``cross_entropy``, in nats.
+        ghosts: ghosts that fit the noise floor; as many fresh ones check it.
+    """
+
+    method: str = "linear"
+    objective: str = "margin"
+    ghosts: int = 4000
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InputError(
+                f"unknown objective {self.objective!r}; there are {', '.join(OBJECTIVES)}"
+            )
+
+
+def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
+    """Estimate, store the results in the run, and add what was found to its metrics.
+
+    Stores ``results/errors`` (misclassified test rows x training ids), ``results/aggregate`` (mean
+    over all test rows), ``results/self`` (training ids) and ``results/targets.json``.
+
+    Returns:
+        the run's metrics, complete.
+
+    Raises:
+        InputError: unknown objective or method, or an objective that is not finite.
+    """
+    start = time.perf_counter()
+    network = run.network
+    test, training = run.encode(run.test), run.encode(run.train)
+    predictions = evaluate(run.model, test, range(len(test)), lambda _: network.mean())
+    # Results keep the order of their batches, so the errors are listed as they will be batched.
+    misclassified = [row for row in range(len(test)) if not predictions.correct[row]]
+    wrong = [row for chunk in test.by_length(misclassified, _BATCH) for row in chunk]
+    targets = {
+        "rows": wrong,
+        "predicted": [int(predictions.predicted[row]) for row in wrong],
+        "confidence": [round(float(predictions.confidence[row]), 6) for row in wrong],
+    }
+    objective = OBJECTIVES[config.objective]
+    influence = Influence(network, objective, config.method, ghosts=config.ghosts, progress=True)
+    ids = torch.unique(run.train.ids)
+    found: dict[str, Any] = {"method": config.method, "objective": config.objective}
+    if wrong:
+        fresh = ghost_ids(config.ghosts, start=config.ghosts)
+        both = influence.estimate(_batches(test, wrong), torch.cat([ids, fresh]))
+        is_ghost = both.train_ids < 0
+        ghost_p = both.p[:, is_ghost]
+        errors = both.select(~is_ghost)
+        run.write_result("errors", errors)
+        found |= _noise(errors, ghost_p)
+        found |= _agreement(run, influence, test, wrong, ids, errors)
+    run.write_result("aggregate", influence.aggregate(_batches(test, range(len(test))), ids))
+    own = Influence(network, objective, "linear", ghosts=config.ghosts, progress=True)
+    if len(ids) == len(training):
+        run.write_result("self", own.self_influence(_batches(training, range(len(training)))))
+    found["sites"] = _by_site(run, training, config)
+    write_json(run.folder / "results" / "targets.json", targets)
+    metrics = read_json(run.folder / "metrics.json")
+    metrics["seconds"]["influence"] = time.perf_counter() - start
+    metrics["errors_explained"] = len(wrong)
+    for key in ("ghost_false_positive_rate", "significant_pairs"):
+        metrics[key] = found.pop(key, None)
+    metrics["influence"] = found
+    write_json(run.folder / "metrics.json", metrics)
+    return metrics
+
+
+def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explanation:
+    """Explain the prediction for a new text, linearly and on the margin.
+
+    Args:
+        label: the class whose margin is explained; ``None`` takes the predicted one.
+
+    Raises:
+        InputError: an empty text, or a label that is not a class of the run.
+    """
+    classes = run.train.classes
+    if not text.strip():
+        raise InputError("the text to explain is empty")
+    if label is not None and label not in classes:
+        raise InputError(f"unknown label {label!r}; the classes are {', '.join(classes)}")
+    wanted = 0 if label is None else classes.index(label)
+    data = TextData([text], [wanted], torch.zeros(1, dtype=torch.int64), ["text"], classes)
+    encoded = run.encode(data)
+    prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
+    predicted = int(prediction.predicted[0])
+    if label is None:
+        data = replace(data, labels=[predicted])
+        encoded = run.encode(data)
+    influence = Influence(run.network, objectives.margin, "linear")
+    result = influence.estimate([encoded.batch([0])], torch.unique(run.train.ids))
+    confidence = [float(prediction.confidence[0])]
+    return explain(result, run.train, data, [0], [predicted], confidence, top=top)[0]
+
+
+def _batches(data: Encoded, rows: Sequence[int]) -> list[Batch]:
+    """Batches of rows of similar length, shortest first."""
+    return [data.batch(chunk) for chunk in data.by_length(rows, _BATCH)]
+
+
+def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
+    significant = errors.q <= SIGNIFICANT_Q
+    return {
+        "ghost_false_positive_rate": float((ghost_p < _P_CHECKED).mean()),
+        "significant_pairs": int(significant.sum()),
+        "errors_with_significant_pairs": int(significant.any(axis=1).sum()),
+        "pairs": int(errors.scores.size),
+        "ghost_pairs": int(ghost_p.size),
+        "ghost_rate_below_1e-4": float((ghost_p < 1e-4).mean()),
+        "noise_floor": {
+            "median": float(np.median(errors.noise_floor)),
+            "low": float(np.quantile(errors.noise_floor, 0.05)),
+            "high": float(np.quantile(errors.noise_floor, 0.95)),
+        },
+        # What is left of the variance of real z-scores above the ghosts' 1.
+        "score_variance_over_noise": float((errors.z.astype(np.float64) ** 2).mean()),
+    }
+
+
+def _agreement(
+    run: Run,
+    influence: Influence,
+    test: Encoded,
+    wrong: list[int],
+    ids: torch.Tensor,
+    errors: Result,
+) -> dict[str, Any]:
+    """Exact scores of a sample of pairs, and how the linear ones rank beside them."""
+    if influence.method != "linear":
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randperm(len(wrong), generator=generator)[:_EXACT_TARGETS].tolist()
+    columns = torch.randperm(len(ids), generator=generator)[:_EXACT_IDS]
+    exact = Influence(
+        run.network, influence.objective, "exact", ghosts=_EXACT_GHOSTS, progress=True
+    )
+    single: Iterator[Batch] = (test.batch([wrong[target]]) for target in targets)
+    result = exact.estimate(single, ids[columns])
+    correlations = [
+        _spearman(row, errors.scores[target][columns.numpy()])
+        for row, target in zip(result.scores, targets, strict=True)
+    ]
+    return {
+        "spearman_exact_linear": float(np.mean(correlations)),
+        "exact_pairs": int(result.scores.size),
+    }
+
+
+def _spearman(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    return float((centred[0] @ centred[1]) / (centred[0] @ centred[0]))  # no ties: equal variances
+
+
+def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict[str, float]]:
+    """How much of what instances leave in the network sits at each site.
+
+    ``signal``: mean linear self-influence through the site alone, in nats. ``z``: the mean of the same
+    in standard deviations of the site's own ghosts.
+    """
+    network, objective = run.network, OBJECTIVES[config.objective]
+    rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(1))[:_SITE_ROWS]
+    signal: dict[str, list[float]] = {site: [] for site in network.sites}
+    ratio: dict[str, list[float]] = {site: [] for site in network.sites}
+    for batch in _batches(training, rows.tolist()):
+        gradients = mask_gradients(network, objective, batch)
+        assert batch.ids is not None
+        start = 0
+        for site, units in network.known_units().items():
+            part = gradients[:, start : start + units]
+            start += units
+            own = own_linear_scores(part, network.spec, {site: units}, batch.ids).cpu().numpy()
+            noise = linear_scores(part, network.spec, {site: units}, ghost_ids(200)).cpu().numpy()
+            signal[site] += own.tolist()
+            ratio[site] += noise_floor(noise).standardise(own[:, None])[:, 0].tolist()
+    units_of = network.known_units()
+    return {
+        site: {
+            "units": units_of[site],
+            "signal": float(np.mean(signal[site])),
+            "z": float(np.mean(ratio[site])),
+        }
+        for site in network.sites
+    }

@@ -1,0 +1,338 @@
+"""Training and evaluating a text classifier, with masks or with ordinary dropout in their place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+from turnover.integrations.transformers import TextClassifier, pad
+from turnover.network import Network
+from turnover.sites import device_of, resolve
+
+_SORTED_BATCHES = 16
+_EVALUATION_ROWS = 64
+_CHECK_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised instances: token ids, class indices, int64 instance ids (rows,) and the padding."""
+
+    tokens: list[list[int]]
+    labels: list[int]
+    ids: Tensor
+    padding: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows as one padded batch."""
+        return Batch(
+            pad([self.tokens[row] for row in rows], self.padding),
+            torch.tensor([self.labels[row] for row in rows]),
+            self.ids[list(rows)],
+        )
+
+    def by_length(self, rows: Sequence[int], size: int = _EVALUATION_ROWS) -> list[list[int]]:
+        """The rows in groups of similar length, so that little of a batch is padding."""
+        ordered = sorted(rows, key=lambda row: len(self.tokens[row]))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def shuffled(self, size: int, seed: int) -> list[list[int]]:
+        """Batches of one epoch: random rows, of similar length within a batch, in random order."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, len(order), size * _SORTED_BATCHES):
+            batches += self.by_length(order[start : start + size * _SORTED_BATCHES], size)
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a classifier is trained.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch_size: rows in a step.
+        learning_rate: of the LoRA components, decaying linearly to 0.
+        head_learning_rate: of the wide head, decaying linearly to 0.
+        seed: of initial weights, order and ordinary dropout.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    head_learning_rate: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "head_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+
+
+@dataclass
+class Evaluation:
+    """Loss in nats (rows,) and whether the prediction is right (rows,), in the order of the rows."""
+
+    loss: Tensor
+    correct: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+    def mean(self) -> tuple[float, float]:
+        """Mean loss and the half width of its 95% confidence interval."""
+        width = 1.96 * self.loss.std().item() / len(self.loss) ** 0.5 if len(self.loss) > 1 else 0.0
+        return self.loss.mean().item(), width
+
+    def accuracy(self) -> tuple[float, float, float]:
+        """Accuracy and its 95% Wilson interval."""
+        count, right, z = len(self.correct), self.correct.float().mean().item(), 1.96
+        centre = (right + z * z / (2 * count)) / (1 + z * z / count)
+        spread = right * (1 - right) / count + z * z / (4 * count * count)
+        half = z * spread**0.5 / (1 + z * z / count)
+        return right, centre - half, centre + half
+
+
+@dataclass
+class Curves:
+    """Mean losses on fixed rows over training: name to (mean, half width) at each of ``steps``."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def add(self, step: int, losses: dict[str, tuple[float, float]]) -> None:
+        """Append one point of every curve."""
+        self.steps.append(step)
+        for name, value in losses.items():
+            self.losses.setdefault(name, []).append(value)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the processor computes in it, and nothing elsewhere."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
+
+
+def evaluate(
+    model: TextClassifier,
+    data: Encoded,
+    rows: Sequence[int],
+    bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
+) -> Evaluation:
+    """Loss and predictions of rows, each batch under ``bind(rows of the batch)``."""
+    device = device_of(model)
+    position = {row: index for index, row in enumerate(rows)}
+    loss = torch.empty(len(rows))
+    predicted = torch.empty(len(rows), dtype=torch.int64)
+    confidence = torch.empty(len(rows))
+    model.eval()
+    with torch.no_grad():
+        for chunk in data.by_length(rows):
+            batch = data.batch(chunk).to(device)
+            with bind(chunk), autocast(device):
+                logits = batch.call(model).float()
+            where = torch.tensor([position[row] for row in chunk])
+            assert batch.labels is not None
+            loss[where] = functional.cross_entropy(logits, batch.labels, reduction="none").cpu()
+            top, choice = logits.softmax(dim=1).max(dim=1)
+            predicted[where], confidence[where] = choice.cpu(), top.cpu()
+    labels = torch.tensor([data.labels[row] for row in rows])
+    return Evaluation(loss, predicted == labels, predicted, confidence)
+
+
+def train(
+    model: TextClassifier,
+    data: Encoded,
+    config: TrainingConfig,
+    bind: Callable[[Tensor], AbstractContextManager[Any]],
+    *,
+    name: str,
+    checkpoint: Path,
+    measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
+    points: int = 12,
+) -> Curves:
+    """Train in place, each step under ``bind(ids)``; resumes from the checkpoint where there is one.
+
+    Args:
+        bind: what every step runs under: masks of its ids, or nothing.
+        name: shown in the progress bar.
+        checkpoint: file written after every epoch.
+        measure: losses on fixed rows, called at ``points`` steps.
+
+    Returns:
+        the curves (empty without ``measure``).
+
+    Raises:
+        InputError: the loss is NaN or infinite.
+    """
+    device = device_of(model)
+    optimizer = _optimizer(model, config)
+    steps_per_epoch = -(-len(data) // config.batch_size)
+    total = steps_per_epoch * config.epochs
+    wanted = {round(i * total / (points - 1)) for i in range(points)} if measure else set()
+    curves = Curves()
+    first_epoch = _restore(checkpoint, model, optimizer, curves, config, data)
+    if measure and not curves.steps and 0 in wanted:
+        curves.add(0, measure())
+    step = first_epoch * steps_per_epoch
+    with tqdm(total=total, initial=step, desc=f"training {name}", unit="step") as bar:
+        for epoch in range(first_epoch, config.epochs):
+            # Seeded by epoch, so that a resumed run draws the dropout of an uninterrupted one.
+            torch.manual_seed(config.seed * 1_000_003 + epoch)
+            for rows in data.shuffled(config.batch_size, config.seed * 1_000_003 + epoch):
+                model.train()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * (1 - step / total)
+                batch = data.batch(rows)
+                assert batch.ids is not None and batch.labels is not None
+                with bind(batch.ids), autocast(device):
+                    logits = batch.to(device).call(model).float()
+                    loss = functional.cross_entropy(logits, batch.labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                step += 1
+                bar.update()
+                if step % _CHECK_EVERY == 0 or step == total:
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise InputError(
+                            f"the training loss became {value} at step {step} ({name}); lower the "
+                            f"learning rates (now {config.learning_rate:g} and "
+                            f"{config.head_learning_rate:g})"
+                        )
+                    bar.set_postfix(loss=f"{value:.3f}")
+                if measure and step in wanted:
+                    curves.add(step, measure())
+            _store(checkpoint, model, optimizer, curves, config, data, epoch + 1)
+    model.eval()
+    return curves
+
+
+@contextmanager
+def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Iterator[None]:
+    """Ordinary random dropout at the sites, in training mode: what turn-over dropout replaces."""
+
+    def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return functional.dropout(output, 1 - keep, module.training)
+
+    handles = [site.module.register_forward_hook(drop) for site in resolve(model, sites)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def under_masks(network: Network, data: Encoded, ids: Tensor | None, *, hidden: bool) -> Any:
+    """A ``bind`` for :func:`evaluate`: masks of the rows' own ids, or of ``ids`` in their place."""
+    used = data.ids if ids is None else ids
+
+    def bind(rows: Sequence[int]) -> AbstractContextManager[Any]:
+        chosen = used[list(rows)]
+        return network.hidden(chosen) if hidden else network.exposed(chosen)
+
+    return bind
+
+
+def _optimizer(model: TextClassifier, config: TrainingConfig) -> torch.optim.Optimizer:
+    groups = []
+    for module, rate in (
+        (model.encoder, config.learning_rate),
+        (model.head, config.head_learning_rate),
+    ):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
+    # Weight decay would shrink hidden units too, and clipping by norm would leak; neither is used.
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def _identity(config: TrainingConfig, data: Encoded) -> str:
+    text = json.dumps([repr(config), data.tokens, data.labels, data.ids.tolist()])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _store(
+    path: Path,
+    model: TextClassifier,
+    optimizer: torch.optim.Optimizer,
+    curves: Curves,
+    config: TrainingConfig,
+    data: Encoded,
+    epochs: int,
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"value/{name}"] = parameter.detach().contiguous()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value.contiguous()
+    metadata = {
+        "identity": _identity(config, data),
+        "epochs": str(epochs),
+        "curves": json.dumps([curves.steps, curves.losses]),
+    }
+    draft = path.with_suffix(".draft")
+    save_file(tensors, draft, metadata=metadata)
+    draft.replace(path)
+
+
+def _restore(
+    path: Path,
+    model: TextClassifier,
+    optimizer: torch.optim.Optimizer,
+    curves: Curves,
+    config: TrainingConfig,
+    data: Encoded,
+) -> int:
+    """Put a checkpoint of the same training back; epochs done, 0 where there is none."""
+    if not path.exists():
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != _identity(config, data):
+                return 0
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(f"value/{name}"))
+                optimizer.state[parameter] = {
+                    key: file.get_tensor(f"{key}/{name}").to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: damaged checkpoint ({error}); delete it to start again"
+        ) from error
+    steps, losses = json.loads(metadata["curves"])
+    curves.steps = steps
+    curves.losses = {name: [(m, h) for m, h in values] for name, values in losses.items()}
+    return int(metadata["epochs"])
