@@ -1,0 +1,28 @@
+"""The HTML report: what it says (`content`) and how it is written (`render`)."""
+
+from turnover.report.content import (
+    SIGNIFICANT_Q,
+    AccuracyRow,
+    Curve,
+    ExplainedError,
+    Fact,
+    HarmfulOverall,
+    Influential,
+    NoiseFloor,
+    ReportContent,
+)
+from turnover.report.render import render, write
+
+__all__ = [
+    "SIGNIFICANT_Q",
+    "AccuracyRow",
+    "Curve",
+    "ExplainedError",
+    "Fact",
+    "HarmfulOverall",
+    "Influential",
+    "NoiseFloor",
+    "ReportContent",
+    "render",
+    "write",
+]

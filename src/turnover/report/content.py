@@ -1,0 +1,169 @@
+"""What a report says, as plain data: no rendering, and nothing beyond the standard library.
+
+Scores, losses and noise floors are in nats. A score is positive when the training instance was
+helpful to the target and negative when it was harmful. A q-value is Benjamini-Hochberg adjusted
+over the training instances of one target; at most `SIGNIFICANT_Q` counts as significant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from turnover.errors import InputError
+
+SIGNIFICANT_Q = 0.05
+
+
+@dataclass(frozen=True)
+class Influential:
+    """One training instance in the list of a target.
+
+    `score` is its influence on the target in nats, `z` the score in units of the target's noise
+    floor, `q` the adjusted p-value (0 to 1).
+    """
+
+    id: str
+    label: str
+    score: float
+    z: float
+    q: float
+    text: str | None
+
+
+@dataclass(frozen=True)
+class ExplainedError:
+    """One misclassified test target.
+
+    `confidence` is the probability (0 to 1) given to `predicted_label`, `noise_floor` the standard
+    deviation of the ghosts' scores on this target in nats, `n_significant` the number of training
+    instances with a significant influence among all of them, not only those listed. `helpful` and
+    `harmful` are seen from the true class, strongest first: the harmful ones pushed toward the
+    error.
+    """
+
+    id: str
+    true_label: str
+    predicted_label: str
+    confidence: float
+    noise_floor: float
+    n_significant: int
+    text: str | None
+    helpful: tuple[Influential, ...]
+    harmful: tuple[Influential, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss curve: `mean` in nats at each of `steps` (optimiser steps).
+
+    `half_width` is half the width of the 95% interval around the mean, in nats. Names are
+    "train exposed", "train hidden", "test exposed", "test hidden" and, if wanted, "test mean".
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    mean: tuple[float, ...]
+    half_width: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.steps) == len(self.mean) == len(self.half_width):
+            raise InputError(
+                f"curve {self.name!r}: steps, mean and half_width must be equally long, got "
+                f"{len(self.steps)}, {len(self.mean)} and {len(self.half_width)}"
+            )
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """The accuracy of one model and its confidence interval, all as shares from 0 to 1."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something measured: its name, its value with the unit, and how it was measured."""
+
+    name: str
+    value: str
+    how: str
+
+
+@dataclass(frozen=True)
+class HarmfulOverall:
+    """A training instance that was harmful to the test targets taken together.
+
+    `score` is the aggregate influence in nats (negative: harmful), `z` and `q` belong to that
+    aggregate. `self_influence` is its influence on itself in nats, None when not measured.
+    """
+
+    id: str
+    label: str
+    score: float
+    z: float
+    q: float
+    self_influence: float | None
+    self_influence_q: float | None
+    text: str | None
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How large scores get by chance.
+
+    `median`, `low` and `high` are the median and the 5% and 95% quantiles of the targets' noise
+    floors in nats. `significant_pairs` of `pairs` (training instance, target) pairs are
+    significant. `ghost_false_positive_rate` is the share (0 to 1) of the `ghost_pairs`
+    (fresh ghost, target) pairs with p < 0.01. Where `pairs` or `ghost_pairs` is 0
+    the page says nothing about their share, rather than that it is 0. `spearman_exact_linear` is
+    the rank correlation of exact scores with their linear approximation, None when not measured.
+    """
+
+    median: float
+    low: float
+    high: float
+    significant_pairs: int
+    pairs: int
+    ghost_false_positive_rate: float
+    ghost_pairs: int
+    spearman_exact_linear: float | None
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Everything a report shows.
+
+    `objective` names what the scores are differences of, `deploy` is a sentence on which model to
+    deploy, `commands` are the shell commands that make this report again.
+    """
+
+    title: str
+    objective: str
+    classes: tuple[str, ...]
+    curves: tuple[Curve, ...]
+    accuracy: tuple[AccuracyRow, ...]
+    deploy: str
+    errors: tuple[ExplainedError, ...]
+    harmful_overall: tuple[HarmfulOverall, ...]
+    noise: NoiseFloor
+    facts: tuple[Fact, ...]
+    commands: tuple[str, ...]
+
+    def without_texts(self) -> ReportContent:
+        """A copy that holds no text of a target or training instance, only ids and labels."""
+
+        def bare(listed: tuple[Influential, ...]) -> tuple[Influential, ...]:
+            return tuple(replace(item, text=None) for item in listed)
+
+        return replace(
+            self,
+            errors=tuple(
+                replace(error, text=None, helpful=bare(error.helpful), harmful=bare(error.harmful))
+                for error in self.errors
+            ),
+            harmful_overall=tuple(replace(item, text=None) for item in self.harmful_overall),
+        )

@@ -1,0 +1,240 @@
+"""What a run's report says, gathered from the run's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from turnover.report.content import (
+    AccuracyRow,
+    Curve,
+    ExplainedError,
+    Fact,
+    HarmfulOverall,
+    Influential,
+    NoiseFloor,
+    ReportContent,
+)
+from turnover.run import Run, read_json
+from turnover.tasks.explain import Explanation, explain, rows_by_id
+from turnover.tasks.explain import Influential as Explained
+
+_OVERALL = 50
+
+
+def explain_errors(run: Run, *, top: int = 5) -> list[Explanation]:
+    """Explanations of every misclassified test row of a scored run.
+
+    Raises:
+        InputError: the run has not been scored, or its results belong to another model.
+    """
+    targets = read_json(run.folder / "results" / "targets.json")
+    if not targets["rows"]:
+        return []
+    return explain(
+        run.read_result("errors"),
+        run.train,
+        run.test,
+        targets["rows"],
+        targets["predicted"],
+        targets["confidence"],
+        top=top,
+    )
+
+
+def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent:
+    """The report of a scored run.
+
+    Raises:
+        InputError: the run has not been scored, or its results belong to another model.
+    """
+    metrics = read_json(run.folder / "metrics.json")
+    explanations = explain_errors(run)
+    found = metrics["influence"]
+    return ReportContent(
+        title=title,
+        objective=found["objective"],
+        classes=tuple(run.train.classes),
+        curves=_curves(metrics["curves"]),
+        accuracy=_accuracy(metrics),
+        deploy=_deploy(metrics),
+        errors=tuple(_error(explanation) for explanation in explanations),
+        harmful_overall=_harmful_overall(run),
+        noise=_noise(metrics, found),
+        facts=_facts(metrics, found),
+        commands=commands,
+    )
+
+
+def _curves(curves: dict[str, Any]) -> tuple[Curve, ...]:
+    return tuple(
+        Curve(
+            name.replace("_", " "),
+            tuple(curves["steps"]),
+            tuple(mean for mean, _ in points),
+            tuple(half for _, half in points),
+        )
+        for name, points in curves["losses"].items()
+    )
+
+
+def _accuracy(metrics: dict[str, Any]) -> tuple[AccuracyRow, ...]:
+    accuracy, interval = metrics["accuracy"], metrics["accuracy_interval"]
+    low, high = interval["turnover"]
+    name = "turn-over dropout (mean network)"
+    note = "the network that is explained here"
+    rows = [AccuracyRow(name, accuracy["turnover"], low, high, note)]
+    if "without_turnover" in accuracy:
+        low, high = interval["without_turnover"]
+        name = "same model, ordinary dropout"
+        note = "trained beside it with the same settings; cannot be explained this way"
+        rows.append(AccuracyRow(name, accuracy["without_turnover"], low, high, note))
+    share = accuracy["majority"]
+    half = 1.96 * (share * (1 - share) / metrics["n_test"]) ** 0.5
+    note = "baseline: always the most frequent training class"
+    return (*rows, AccuracyRow("majority class", share, share - half, share + half, note))
+
+
+def _deploy(metrics: dict[str, Any]) -> str:
+    accuracy = metrics["accuracy"]
+    if "without_turnover" not in accuracy:
+        return (
+            "Only the turn-over network was trained; a mask that is fixed per instance does not "
+            "regularise as ordinary dropout does, so compare before you deploy it."
+        )
+    low, high = metrics["accuracy_interval"]["difference"]
+    difference = (
+        f"{accuracy['difference'] * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, "
+        f"paired over the test rows)"
+    )
+    if low > 0:
+        return (
+            f"Deploy the turn-over network: it is better by {difference}, and it explains itself."
+        )
+    if high < 0:
+        return (
+            f"The difference is {difference}: deploy the model with ordinary dropout where accuracy is "
+            f"all that counts, and use the turn-over network to explain and to clean the data."
+        )
+    return (
+        f"The difference is {difference}, not distinguishable from none: deploy the turn-over network, "
+        f"so that what you explain is what you run."
+    )
+
+
+def _error(explanation: Explanation) -> ExplainedError:
+    return ExplainedError(
+        explanation.key,
+        explanation.true_label,
+        explanation.predicted_label,
+        explanation.confidence,
+        explanation.noise_floor,
+        explanation.n_significant,
+        explanation.text,
+        tuple(_instance(one) for one in explanation.helpful),
+        tuple(_instance(one) for one in explanation.harmful),
+    )
+
+
+def _instance(one: Explained) -> Influential:
+    return Influential(one.key, one.label, one.score, one.z, one.q, one.text)
+
+
+def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
+    overall = run.read_result("aggregate")
+    rows = rows_by_id(overall, run.train)
+    own: dict[int, tuple[float, float]] = {}
+    if (run.folder / "results" / "self.safetensors").is_file():
+        result = run.read_result("self")
+        triples = zip(result.train_ids, result.scores, result.q, strict=True)
+        own = {int(i): (float(score), float(q)) for i, score, q in triples}
+    listed = []
+    for column in np.argsort(overall.scores, kind="stable")[:_OVERALL]:
+        row = rows[column]
+        score, q = own.get(int(overall.train_ids[column]), (None, None))
+        listed.append(
+            HarmfulOverall(
+                run.train.keys[row],
+                run.train.classes[run.train.labels[row]],
+                float(overall.scores[column]),
+                float(overall.z[column]),
+                float(overall.q[column]),
+                score,
+                q,
+                run.train.texts[row],
+            )
+        )
+    return tuple(listed)
+
+
+def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseFloor:
+    floor = found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0})
+    return NoiseFloor(
+        median=floor["median"],
+        low=floor["low"],
+        high=floor["high"],
+        significant_pairs=metrics.get("significant_pairs") or 0,
+        pairs=found.get("pairs", 0),
+        ghost_false_positive_rate=metrics.get("ghost_false_positive_rate") or 0.0,
+        ghost_pairs=found.get("ghost_pairs", 0),
+        spearman_exact_linear=found.get("spearman_exact_linear"),
+    )
+
+
+def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
+    loss, half = metrics["loss"], metrics["loss_half_width"]
+    seconds = metrics["seconds"]
+
+    def nats(name: str) -> str:
+        return f"{loss[name]:.3f} ± {half[name]:.3f}"
+
+    facts = [
+        Fact("Training instances", f"{metrics['n_train']:,}", "each with its own mask"),
+        Fact("Test instances", f"{metrics['n_test']:,}", "never trained on; run under ghost masks"),
+        Fact("Mask units", f"{metrics['mask_units']:,}", "summed over the sites below"),
+        Fact("Loss, train exposed", nats("train_exposed"), "all training rows, own masks"),
+        Fact("Loss, train hidden", nats("train_hidden"), "all training rows, flipped masks"),
+        Fact("Loss, test exposed", nats("test_exposed"), "all test rows, ghost masks"),
+        Fact("Loss, test hidden", nats("test_hidden"), "all test rows, flipped ghost masks"),
+        Fact("Loss, test mean network", nats("test_mean"), "all test rows, no mask"),
+        Fact(
+            "Leaking parameters",
+            f"{metrics['audit']['leaking_share']:.2%}",
+            "share of trainable scalars that one instance reaches both exposed and hidden",
+        ),
+        Fact("Training", f"{seconds['train']:.0f} s", "with masks, loss curves included"),
+        Fact("Influence", f"{seconds['influence']:.0f} s", "everything this page shows"),
+        Fact("Estimator", found["method"], f"objective: {found['objective']}, in nats"),
+    ]
+    if found.get("spearman_exact_linear") is not None:
+        facts.append(
+            Fact(
+                "Linear against exact",
+                f"Spearman {found['spearman_exact_linear']:.2f}",
+                f"mean over targets, {found['exact_pairs']:,} pairs estimated both ways",
+            )
+        )
+    for site, values in _grouped(found["sites"]).items():
+        facts.append(
+            Fact(
+                f"Learning at {site}",
+                f"{values['signal']:+.3f} nats",
+                f"{values['units']:,.0f} mask units; mean self-influence through this site alone, "
+                f"{values['z']:+.1f} noise floors",
+            )
+        )
+    return tuple(facts)
+
+
+def _grouped(sites: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """LoRA sites as one row: sums of units and signal, mean of z."""
+    lora = {name: v for name, v in sites.items() if ".lora_A." in name}
+    grouped = {name: v for name, v in sites.items() if name not in lora}
+    if lora:
+        grouped[f"{len(lora)} LoRA sites"] = {
+            "units": sum(v["units"] for v in lora.values()),
+            "signal": sum(v["signal"] for v in lora.values()),
+            "z": float(np.mean([v["z"] for v in lora.values()])),
+        }
+    return grouped
