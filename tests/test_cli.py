@@ -1,0 +1,433 @@
+"""The command line from outside: real processes, real files, a small BERT of the real architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from rich.console import Console
+
+GOOD = ["a fine warm film", "great acting and great fun", "moving , wise and funny"]
+BAD = ["a dull cold film", "poor acting and no fun", "boring , flat and silly"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    stdout: str
+    stderr: str
+
+
+def turnover(*arguments: object, expect: int = 0) -> Finished:
+    """The command in this process: importing the libraries anew takes longer than the work."""
+    from turnover import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["turnover", *map(str, arguments)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,  # noqa: PT012
+    ):
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(cli, "console", Console(file=out, width=200))
+        cli.main()
+    assert (stop.value.code or 0) == expect, err.getvalue()[-3000:]
+    return Finished(out.getvalue(), err.getvalue())
+
+
+def turnover_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "turnover.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def write_csv(path: Path, rows: list[tuple[object, ...]], header: str = "id,text,label") -> Path:
+    lines = [header, *(",".join(f'"{value}"' for value in row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def sentences(count: int, start: int = 0) -> list[tuple[object, ...]]:
+    return [
+        (
+            start + i,
+            f"{(GOOD if i % 2 else BAD)[i % 3]} number {start + i}",
+            "pos" if i % 2 else "neg",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = sorted({word for text in GOOD + BAD for word in text.split()} | {"number"})
+    digits = [str(i) for i in range(10)]
+    vocabulary = [*special, *words, *digits, *(f"##{d}" for d in digits)]
+    tokenizer = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    fast.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    test = [(i, t, "neg" if n < 4 else label) for n, (i, t, label) in enumerate(sentences(24, 500))]
+    return write_csv(folder / "train.csv", sentences(48)), write_csv(folder / "test.csv", test)
+
+
+def fit_arguments(train: object, encoder: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("fit", train, "--model", encoder, "--out", out, "--head-units", 64, "--lora-rank", 4),
+        *("--epochs", 2, "--batch-size", 8, "--head-learning-rate", 0.01, *more),
+    ]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data: tuple[Path, Path]) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "small"
+    turnover(*fit_arguments(data[0], encoder, out, "--test", data[1], "--id-column", "id"))
+    turnover("influence", out, "--ghosts", 200)
+    return out
+
+
+@pytest.fixture
+def copy_of_run(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_fit_influence_explain_and_report_work_end_to_end(run: Path, tmp_path: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n_train"] == 48
+    assert metrics["n_test"] == 24
+    assert metrics["mask_units"] == 64 + 2 * 2 * 4
+    assert metrics["audit"]["leaking_share"] == 0
+    assert metrics["audit"]["clean"]
+    assert metrics["seconds"]["influence"] > 0
+    assert len(metrics["curves"]["steps"]) == 12
+    explained = json.loads(turnover("explain", run, "--json", "--show", 100).stdout)
+    assert len(explained) == metrics["errors_explained"] > 0
+    assert {"key", "label", "score", "z", "q", "text"} <= set(explained[0]["helpful"][0])
+    turnover("report", run, "--out", tmp_path / "with.html")
+    turnover("report", run, "--out", tmp_path / "without.html", "--no-text")
+    instance = explained[0]["helpful"][0]["text"]
+    assert instance in (tmp_path / "with.html").read_text()
+    assert instance not in (tmp_path / "without.html").read_text()
+
+
+def test_a_run_holds_only_data_and_no_leftovers(run: Path) -> None:
+    endings = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert endings <= {".json", ".jsonl", ".safetensors", ".html", ".txt"}
+    assert not list(run.parent.glob(".*"))
+
+
+def test_a_new_text_can_be_explained(run: Path) -> None:
+    arguments = ("explain", run, "--text", "a dull film", "--label", "neg", "--json")
+    (explanation,) = json.loads(turnover(*arguments).stdout)
+    assert explanation["true_label"] == "neg"
+    assert explanation["noise_floor"] > 0
+
+
+def test_a_loaded_run_predicts_what_was_trained(run: Path) -> None:
+    import torch
+
+    from turnover.run import Run
+    from turnover.tasks.training import evaluate
+
+    loaded = Run.load(run)
+    encoded = loaded.encode(loaded.test)
+    result = evaluate(loaded.model, encoded, range(24), lambda _: loaded.network.mean())
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert result.accuracy()[0] == pytest.approx(metrics["accuracy"]["turnover"])
+    assert result.loss.mean().item() == pytest.approx(metrics["loss"]["test_mean"], abs=1e-5)
+    assert torch.equal(loaded.train.ids, torch.arange(48))
+
+
+def test_fit_without_test_data_holds_some_out(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    turnover(*fit_arguments(data[0], encoder, tmp_path / "r", "--no-compare", "--epochs", 1))
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["n_train"] + metrics["n_test"] == 48
+    assert metrics["n_test"] > 0
+    assert "without_turnover" not in metrics["accuracy"]
+
+
+def test_groups_share_a_mask(encoder: Path, tmp_path: Path) -> None:
+    rows = [(f"source {i % 5}", text, label) for i, (_, text, label) in enumerate(sentences(60))]
+    path = write_csv(tmp_path / "grouped.csv", rows)
+    out = tmp_path / "r"
+    more = ("--group-column", "id", "--test", path, "--no-compare", "--epochs", 1)
+    turnover(*fit_arguments(path, encoder, out, *more))
+    turnover("influence", out, "--ghosts", 100)
+    explained = json.loads(turnover("explain", out, "--json", "--top", 50, "--show", 1).stdout)
+    assert len(explained[0]["helpful"]) + len(explained[0]["harmful"]) <= 5
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "tsv"])
+def test_other_formats_give_the_same_data(
+    ending: str, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import datasets
+
+    from turnover.data import Columns, read
+
+    table = datasets.Dataset.from_csv(str(data[0]), keep_in_memory=True)
+    path = tmp_path / f"data.{ending}"
+    if ending == "tsv":
+        table.to_csv(str(path), sep="\t", index=False)
+    else:
+        {"jsonl": table.to_json, "parquet": table.to_parquet}[ending](str(path))
+    first, second = (read(str(p), Columns(id="id")) for p in (data[0], path))
+    assert first.texts == second.texts
+    assert first.labels == second.labels
+    assert first.ids.tolist() == second.ids.tolist()
+
+
+BAD_FILES = {
+    "missing column": (
+        [(1, "good", "pos"), (2, "bad", "neg")],
+        "id,sentence,label",
+        "no column 'text'",
+    ),
+    "empty file": (None, "", "the file is empty"),
+    "no rows": ([], "id,text,label", "no rows"),
+    "duplicate ids": ([(1, "good", "pos"), (1, "bad", "neg")], "id,text,label", "duplicate ids"),
+    "one class": ([(1, "good", "pos"), (2, "bad", "pos")], "id,text,label", "one class 'pos'"),
+    "regression": ([(1, "good", "0.25"), (2, "bad", "-1.5")], "id,text,label", "regression"),
+    "no label": ([(1, "good", "pos"), (2, "bad", "")], "id,text,label", "row 2 has no label"),
+    "no text": ([(1, " ", "pos"), (2, "bad", "neg")], "id,text,label", "row 1 has no text"),
+    "no id": ([(1, "good", "pos"), ("", "bad", "neg")], "id,text,label", "no id"),
+    "negative id": ([(-1, "good", "pos"), (2, "bad", "neg")], "id,text,label", "ghosts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_data_is_refused_by_name(name: str, encoder: Path, tmp_path: Path) -> None:
+    rows, header, message = BAD_FILES[name]
+    path = tmp_path / "data.csv"
+    if rows is None:
+        path.touch()
+    else:
+        write_csv(path, rows, header)
+    out = tmp_path / "run"
+    result = turnover(*fit_arguments(path, encoder, out, "--id-column", "id"), expect=2)
+    assert message in result.stderr
+    assert str(path) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_multi_label_targets_are_refused(encoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": "good", "label": [0, 1]}) + "\n" for _ in range(3)))
+    result = turnover(*fit_arguments(path, encoder, tmp_path / "run"), expect=2)
+    assert "multi-label" in result.stderr
+
+
+def test_an_unknown_label_in_the_test_data_is_named(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    test = write_csv(tmp_path / "test.csv", [(900, "so so", "neutral")])
+    result = turnover(*fit_arguments(data[0], encoder, tmp_path / "r", "--test", test), expect=2)
+    assert "unknown label 'neutral'" in result.stderr
+    assert "neg, pos" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "no/such-model", "no/such-model"),
+        ("--keep", "1.5", "keep must lie"),
+        ("--head-units", "0", "head_units"),
+        ("--epochs", "0", "epochs"),
+        ("--learning-rate", "nan", "learning_rate"),
+        ("--text-column", "texts", "did you mean 'text'"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(
+    option: str, value: str, message: str, encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = turnover(*fit_arguments(data[0], encoder, tmp_path / "r", option, value), expect=2)
+    assert message in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_loss_that_becomes_nan_ends_the_fit_with_the_mend(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    more = ("--learning-rate", "1e30", "--head-learning-rate", "1e30")
+    result = turnover(*fit_arguments(data[0], encoder, tmp_path / "r", *more), expect=2)
+    assert "loss became" in result.stderr
+    assert "lower the learning rates" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_not_overwritten_unasked(
+    encoder: Path, data: tuple[Path, Path], copy_of_run: Path
+) -> None:
+    result = turnover(*fit_arguments(data[0], encoder, copy_of_run), expect=2)
+    assert "--overwrite" in result.stderr
+
+
+def test_a_folder_that_is_not_a_run_is_never_replaced(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    turnover(*fit_arguments(data[0], encoder, tmp_path / "mine", "--overwrite"), expect=2)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy_of_run / "model.safetensors")
+    weights["head.spread.weight"][0, 0] += 1e-3
+    save_file(weights, copy_of_run / "model.safetensors")
+    for command in ("explain", "report"):
+        result = turnover(command, copy_of_run, expect=2)
+        assert "belongs to another model or mask spec" in result.stderr
+
+
+def test_a_result_of_another_spec_is_refused(copy_of_run: Path) -> None:
+    from turnover import MaskSpec
+
+    path = copy_of_run / "masks.json"
+    masks = json.loads(path.read_text())
+    masks["spec"]["seed"] = 99
+    path.write_text(json.dumps(masks))
+    assert "fingerprint" in turnover("explain", copy_of_run, expect=2).stderr
+    units = {site["name"]: site["units"] for site in masks["sites"]}
+    masks["fingerprint"] = MaskSpec(seed=99).fingerprint(units)
+    path.write_text(json.dumps(masks))
+    assert (
+        "belongs to another model or mask spec" in turnover("explain", copy_of_run, expect=2).stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "masks.json", "classifier.json", "model.safetensors", "train.jsonl"),
+        *(
+            "encoder/config.json",
+            "results/errors.safetensors",
+            "results/targets.json",
+            "metrics.json",
+        ),
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_run_is_refused_by_name(name: str, damage: str, copy_of_run: Path) -> None:
+    path = copy_of_run / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = turnover("report", copy_of_run, expect=2)
+    assert str(copy_of_run) in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "magic"), "exact, linear"),
+        (("--objective", "accuracy"), "margin, cross_entropy"),
+        (("--ghosts", "3"), "ghosts must be >= 10"),
+    ],
+)
+def test_bad_influence_settings_list_what_there_is(
+    arguments: tuple[str, ...], message: str, run: Path
+) -> None:
+    assert message in turnover("influence", run, *arguments, expect=2).stderr
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    assert "is not a run" in turnover("influence", tmp_path, expect=2).stderr
+
+
+def test_explaining_an_unknown_label_lists_the_classes(run: Path) -> None:
+    result = turnover("explain", run, "--text", "fine", "--label", "maybe", expect=2)
+    assert "neg, pos" in result.stderr
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    finished = turnover_process("influence", tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("turnover: ")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def arguments(name: str) -> list[object]:
+        more = ("--test", data[1], "--id-column", "id", "--epochs", 12)
+        return fit_arguments(data[0], encoder, tmp_path / name, *more)
+
+    turnover(*arguments("whole"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "turnover.cli", *map(str, arguments("killed"))],
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / ".killed.partial" / "turnover.checkpoint"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed").exists()
+    turnover(*arguments("killed"))
+    for name in ("model.safetensors", "without_turnover/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    curves = [
+        json.loads((tmp_path / n / "metrics.json").read_text())["curves"]
+        for n in ("killed", "whole")
+    ]
+    assert curves[0] == curves[1]
+    assert not list(tmp_path.glob(".*"))
