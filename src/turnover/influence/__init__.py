@@ -140,7 +140,7 @@ class Influence:
                     part = self._gradients(batch).double().sum(dim=0)
                 else:
                     rows = [exact.scores(batch.rows(i, i + 1), both) for i in range(len(batch))]
-                    part = torch.stack(rows).double().sum(dim=0)
+                    part = _finite(torch.stack(rows), "influence").double().sum(dim=0)
                 total = part if total is None else total + part
                 count += len(batch)
             if total is None:

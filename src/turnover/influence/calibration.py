@@ -68,7 +68,7 @@ def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
     other_sd = np.sqrt(other_squares / (count - 2))
     # Where the others are all equal there is no scale without this ghost.
     sd = noise_floor(ghosts).sd[:, None]
-    safe = np.where(other_sd > 1e-6 * sd, other_sd, np.where(sd > 0, sd, np.inf))
+    safe = np.where(sd > 0, np.where(other_sd > 1e-6 * sd, other_sd, sd), np.inf)
     return np.asarray((values - other_mean) / safe)
 
 
@@ -93,7 +93,7 @@ class NullDistribution:
         """Two-sided p-values in (0, 1], of the shape of ``z``."""
         values = np.asarray(z, dtype=np.float64)
         one_sided = np.minimum(self._upper.survival(values), self._lower.survival(-values))
-        return np.asarray(np.minimum(1.0, 2.0 * one_sided))
+        return np.asarray(np.clip(2.0 * one_sided, np.finfo(np.float64).tiny, 1.0))
 
 
 class _Tail:
@@ -130,7 +130,7 @@ class _Tail:
 
 def _gaussian_survival(z: Floats) -> Floats:
     """Lower bound of the Gaussian's upper tail for z > 0 (Gordon 1941), tight beyond 2."""
-    safe = np.maximum(z, 0.5)
+    safe = np.maximum(z, 0.75)  # where the bound begins to fall
     density = np.exp(-0.5 * safe**2) / np.sqrt(2 * np.pi)
     return np.asarray(density * safe / (safe**2 + 1))
 
