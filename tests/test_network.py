@@ -381,6 +381,35 @@ def test_checkpointing_in_evaluation_without_ids_stays_the_mean_network():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Nested(Checkpointed):
+    def inner(self, h):
+        return checkpoint(self.body, h, use_reentrant=self.reentrant)
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return super().forward(x)
+        return checkpoint(self.inner, self.first(x), use_reentrant=self.reentrant)
+
+
+def test_checkpoints_within_checkpoints_are_right_or_refused():
+    model, x = Nested(None), tiny.features(4)
+    network = turnover.attach(model, "body.[13]")
+
+    def loss():
+        with network.exposed(IDS):
+            return model(x).square().mean()
+
+    expected = gradients(model, loss)
+    for context in (contextlib.nullcontext(), network.hidden([1, 2, 3, 4])):
+        with context:
+            model.reentrant = False
+            found = gradients(model, loss)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            model.reentrant = True
+            with pytest.raises(BindingError, match="use_reentrant=False"):
+                gradients(model, loss)
+
+
 def test_checkpointing_does_not_keep_masks_alive():
     model, x = Checkpointed(False), tiny.features(4)
     network = turnover.attach(model, "body.[13]")

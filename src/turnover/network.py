@@ -304,10 +304,16 @@ class Network:
         numbers its nodes in order of creation, so the node that asks for the recomputation tells
         which context it was made in.
         """
+        candidates = [*self._past, *([self._active] if self._active else [])]
+        if candidates and not torch.is_grad_enabled():
+            # The inner checkpoint's node is made now, in backward(), and belongs to no context.
+            raise BindingError(
+                f"site {site!r} lies in gradient checkpoints within one another, which lose the ids "
+                f"of its forward: pass use_reentrant=False to torch.utils.checkpoint"
+            )
         node: Any = torch._C._current_autograd_node()
         if node is not None:
             number = node._sequence_nr()
-            candidates = [*self._past, *([self._active] if self._active else [])]
             for binding in sorted(candidates, key=lambda b: b.first_node, reverse=True):
                 if binding.first_node <= number and (
                     binding.last_node is None or number < binding.last_node
