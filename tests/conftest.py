@@ -1,5 +1,9 @@
 """Settings shared by all tests."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is imported
+
 import torch
 from hypothesis import settings
 

@@ -37,11 +37,11 @@ def turnover(*arguments: object, expect: int = 0) -> Finished:
 
     out, err = io.StringIO(), io.StringIO()
     argv = ["turnover", *map(str, arguments)]
-    with (
+    with (  # noqa: PT012 - the patches have to be undone with it
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,  # noqa: PT012
+        pytest.raises(SystemExit) as stop,
     ):
         patch.setattr(sys, "argv", argv)
         patch.setattr(cli, "console", Console(file=out, width=200))
@@ -331,16 +331,22 @@ def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
 
 
 def test_a_result_of_another_spec_is_refused(copy_of_run: Path) -> None:
-    from turnover import MaskSpec
+    from turnover import MaskSpec, attach
+    from turnover.run import Run
 
     path = copy_of_run / "masks.json"
     masks = json.loads(path.read_text())
     masks["spec"]["seed"] = 99
     path.write_text(json.dumps(masks))
     assert "fingerprint" in turnover("explain", copy_of_run, expect=2).stderr
-    units = {site["name"]: site["units"] for site in masks["sites"]}
-    masks["fingerprint"] = MaskSpec(seed=99).fingerprint(units)
+
+    masks["spec"]["seed"] = 0
     path.write_text(json.dumps(masks))
+    loaded = Run.load(copy_of_run)
+    loaded.network.detach()
+    other = attach(loaded.model, loaded.network.sites, MaskSpec(seed=99))
+    other.units.update(loaded.network.units)
+    path.write_text(json.dumps(other.to_dict()))
     assert (
         "belongs to another model or mask spec" in turnover("explain", copy_of_run, expect=2).stderr
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from turnover import InputError, Influence, MaskSpec, Network, attach, ghost_ids
+from turnover import Influence, InputError, MaskSpec, Network, attach, ghost_ids
 from turnover.data import Columns, TextData, read
 from turnover.demo import model_folder, write_sentences
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier, build
@@ -82,10 +81,8 @@ def fitted(
 
 
 @pytest.fixture(scope="module")
-def clean(
-    sentences: tuple[TextData, TextData], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Fitted]:
-    yield fitted(sentences, tmp_path_factory.mktemp("clean"), ["lora", "head"], leaky=False)
+def clean(sentences: tuple[TextData, TextData], tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return fitted(sentences, tmp_path_factory.mktemp("clean"), ["lora", "head"], leaky=False)
 
 
 def test_hidden_networks_of_a_real_bert_did_not_learn_their_instances(clean: Fitted) -> None:
