@@ -282,6 +282,7 @@ def test_an_unknown_label_in_the_test_data_is_named(
         ("--head-units", "0", "head_units"),
         ("--epochs", "0", "epochs"),
         ("--learning-rate", "nan", "learning_rate"),
+        ("--site", "encoder.encoder.layer.1.attention.self.qurey", "layer.1.attention.self.query"),
         ("--text-column", "texts", "did you mean 'text'"),
     ],
 )
@@ -301,6 +302,15 @@ def test_a_loss_that_becomes_nan_ends_the_fit_with_the_mend(
     assert "loss became" in result.stderr
     assert "lower the learning rates" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sites_that_leak_are_reported(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    more = ("--site", "lora", "--no-compare", "--epochs", 1, "--test", data[1])
+    result = turnover(*fit_arguments(data[0], encoder, tmp_path / "r", *more))
+    assert "head.spread.weight" in result.stdout
+    assert "freeze these" in result.stdout
 
 
 def test_an_existing_run_is_not_overwritten_unasked(

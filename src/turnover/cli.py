@@ -58,6 +58,10 @@ def fit(
     lora_rank: int = 16,
     max_tokens: int = 128,
     keep: Annotated[float, typer.Option(help="Share of units an instance trains.")] = 0.5,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Masked module, pattern or preset (repeatable); default: lora and head."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of masks, weights and order.")] = 0,
     compare: Annotated[
         bool, typer.Option(help="Also train the same model with ordinary dropout.")
@@ -66,7 +70,7 @@ def fit(
 ) -> None:
     """Fine-tune a text classifier with turn-over dropout; writes a run folder."""
     from turnover.data import Columns, hold_out, read
-    from turnover.integrations.transformers import ClassifierConfig
+    from turnover.integrations.transformers import SITES, ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
@@ -75,6 +79,7 @@ def fit(
         ClassifierConfig(model, head_units, lora_rank, max_tokens),
         TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
         MaskSpec(keep, seed),
+        tuple(site) if site else SITES,
         compare,
     )
     columns = Columns(text_column, label_column, id_column, group_column)
@@ -206,6 +211,8 @@ def _print_fit(metrics: dict[str, Any]) -> None:
         + f", majority class {accuracy['majority']:.3f}; "
         f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
     )
+    if not metrics["audit"]["clean"]:
+        console.print(metrics["audit"]["report"], style="yellow", markup=False, highlight=False)
 
 
 def _print_influence(metrics: dict[str, Any]) -> None:

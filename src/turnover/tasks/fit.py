@@ -44,6 +44,7 @@ class FitConfig:
         classifier: shape of the model.
         training: how it is trained.
         masks: the mask spec.
+        sites: what is masked, as :func:`turnover.attach` takes it.
         compare: also train the same model with ordinary dropout.
         curve_rows: fixed rows of the training and of the test data on which losses are followed.
     """
@@ -51,6 +52,7 @@ class FitConfig:
     classifier: ClassifierConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
     masks: MaskSpec = field(default_factory=MaskSpec)
+    sites: tuple[str, ...] = SITES
     compare: bool = True
     curve_rows: int = 300
 
@@ -73,7 +75,7 @@ def fit(
         the metrics, as in the run's ``metrics.json``.
 
     Raises:
-        InputError: a model that cannot be loaded, a loss that is NaN, an existing run.
+        InputError: a model that cannot be loaded, an unknown site, a loss that is NaN, an existing run.
     """
     with writing_run(out, overwrite=overwrite) as draft:
         # The weights' and the dropout's randomness, without moving the caller's generator.
@@ -109,7 +111,7 @@ def _fit(
     training = encode(tokenizer, train_data, max_tokens)
     test = encode(tokenizer, test_data, max_tokens)
     plain = copy.deepcopy(model) if config.compare else None
-    network = attach(model, SITES, config.masks)
+    network = attach(model, config.sites, config.masks)
     curve_train = _fixed_rows(len(training), config.curve_rows)
     curve_test = _fixed_rows(len(test), config.curve_rows)
     report = network.audit(training.batch(curve_train[:8]), optimizer=None)
@@ -137,7 +139,7 @@ def _fit(
     without = None
     if plain is not None:
         start = time.perf_counter()
-        with ordinary_dropout(plain, SITES, config.masks.keep):
+        with ordinary_dropout(plain, config.sites, config.masks.keep):
             train(
                 plain,
                 training,
@@ -229,6 +231,7 @@ def _metrics(
             "clean": report.clean,
             "buffers": list(report.buffers),
             "settings": list(report.settings),
+            "report": str(report),
         },
         "curves": json.loads(json.dumps(asdict(curves))),
     }
