@@ -12,6 +12,7 @@ from turnover.influence.calibration import (
     q_values,
     standardise_left_out,
 )
+from turnover.influence.result import make_result
 
 NULLS = {
     "gaussian": lambda rng, shape: rng.standard_normal(shape),
@@ -162,3 +163,20 @@ def test_few_pooled_values_give_valid_p_values(count):
     p = null.p_values(np.array([0.0, 2.0, 40.0]))
     assert np.isfinite(p).all()
     assert bool(((p > 0) & (p <= 1)).all())
+
+
+def test_a_target_without_noise_gets_p_one_under_a_skewed_null_too():
+    rng = np.random.default_rng(0)
+    ghosts = np.stack([np.full(500, 0.1), rng.exponential(size=500)])
+    result = make_result(
+        np.array([[0.1, 7.0], [0.1, 20.0]]),
+        noise_floor(ghosts),
+        NullDistribution(standardise_left_out(ghosts[1:])),
+        train_ids=np.arange(2),
+        target_ids=None,
+        method="exact",
+        objective="margin",
+        network="",
+    )
+    assert result.p[0].tolist() == result.q[0].tolist() == [1.0, 1.0]
+    assert result.p[1, 1] < 1e-3

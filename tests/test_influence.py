@@ -510,6 +510,26 @@ def test_a_target_that_no_mask_touches_is_never_significant(method):
     assert (result.noise_floor == 0).all()
 
 
+@pytest.mark.parametrize("method", ["exact", "linear"])
+def test_silent_targets_do_not_change_the_noise_of_the_others(method):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny.mlp()
+
+        def forward(self, x):
+            return self.body(x) * x[:, :1]
+
+    network = turnover.attach(tiny.randomise(Gated()).eval(), "mlp")
+    x, y = tiny.features(3), tiny.labels(3)
+    x[0, 0] = 0
+    influence = Influence(network, objectives.cross_entropy, method, ghosts=11)
+    every = influence.estimate([(x, y)], IDS)
+    others = influence.estimate([(x[1:], y[1:])], IDS)
+    assert (every.p[0] == 1).all()
+    np.testing.assert_allclose(every.p[1:], others.p, rtol=1e-3)
+
+
 @pytest.mark.parametrize("estimate", ["estimate", "aggregate", "self_influence"])
 def test_results_become_labelled_datasets(estimate):
     xarray = pytest.importorskip("xarray")

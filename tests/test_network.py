@@ -270,6 +270,16 @@ def test_a_module_that_runs_at_two_widths_is_refused_at_once():
             model(tiny.features(4))
 
 
+def test_a_width_may_not_change_from_one_forward_to_the_next():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    network = turnover.attach(model, "mlp")
+    with network.exposed(IDS):
+        model(tiny.features(4))
+        with pytest.raises(BindingError, match=r"'1'.*width"):
+            model[1](tiny.features(4, 5))
+    assert network.known_units() == {"1": 8}
+
+
 def test_a_network_within_a_network_masks_both():
     inner, outer = tiny.FunctionalHead(), nn.Sequential()
     outer.append(inner)

@@ -354,9 +354,8 @@ class Network:
             mask = binding.masks.get(site.name)
             if mask is None or mask.shape[1] != units:
                 mask = self._mask(binding, site.name, units)
-                if (
-                    binding.last_node is None
-                ):  # else a recomputation, whose masks nobody would clear
+                # In a recomputation the context has ended, and nobody would clear them.
+                if binding.last_node is None:
                     binding.masks[site.name] = mask
             shape[0] = mask.shape[0]
             if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
