@@ -14,7 +14,14 @@ from turnover.data import Columns, TextData, read
 from turnover.demo import model_folder, write_sentences
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier, build
 from turnover.run import encode
-from turnover.tasks.training import Encoded, TrainingConfig, evaluate, train, under_masks
+from turnover.tasks.training import (
+    Encoded,
+    TrainingConfig,
+    evaluate,
+    standardise_head,
+    train,
+    under_masks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +73,7 @@ def fitted(
     config = ClassifierConfig(str(model_folder()), head_units=4096, lora_rank=8, max_tokens=32)
     model, tokenizer = build(config, 2)
     training, test = (encode(tokenizer, data, config.max_tokens) for data in sentences)
+    standardise_head(model, training)
     network = attach(model, sites, MaskSpec(seed=1))
     report = network.audit(training.batch(range(8)))
     assert report.clean is not leaky

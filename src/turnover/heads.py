@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError
@@ -14,31 +15,63 @@ class WideHead(nn.Module):
     training instances, and units are nowhere cheaper than here. Every parameter belongs to one unit,
     and the last layer has no bias, so nothing in it is shared between exposed and hidden.
 
+    The first layer starts near zero: what its random weights contribute to a prediction differs
+    between any two masks and says nothing of any instance, so a larger ``gain`` is noise in every
+    score (docs/noise.md has the measurements).
+
     Args:
         features: width of the encoder's representation.
         units: number of mask units.
         classes: number of outputs.
-        gain: standard deviation of the first layer's weights; larger makes the units more selective,
-            so that instances are told apart better.
+        gain: standard deviation of the units' input at the start, for standardised features.
 
     Shapes: input float (rows, features), output (rows, classes).
 
     Raises:
-        InputError: a width below 1.
+        InputError: a width below 1, or a gain that is not positive.
     """
 
-    def __init__(self, features: int, units: int, classes: int, *, gain: float = 0.5) -> None:
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, units: int, classes: int, *, gain: float = 0.02) -> None:
         super().__init__()
         for name, value in (("features", features), ("units", units), ("classes", classes)):
             if value < 1:
                 raise InputError(f"WideHead: {name} must be >= 1, got {value}")
+        if not gain > 0:
+            raise InputError(f"WideHead: gain must be > 0, got {gain}; at 0 no unit could learn")
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
         self.spread = nn.Linear(features, units)
         self.activation = nn.GELU()
         self.classify = nn.Linear(units, classes, bias=False)
-        nn.init.normal_(self.spread.weight, std=gain)
+        nn.init.normal_(self.spread.weight, std=gain / features**0.5)
         nn.init.zeros_(self.spread.bias)
+
+    def standardise(self, features: Tensor) -> None:
+        """Fix the centre and the scale of the input, once, before training.
+
+        What all instances have in common drowns what tells them apart. These constants are no
+        parameters, do not change in training and hold no label.
+
+        Args:
+            features: float (rows >= 2, features) of the encoder, a sample.
+
+        Raises:
+            InputError: another shape.
+        """
+        if features.dim() != 2 or len(features) < 2 or features.shape[1] != len(self.centre):
+            raise InputError(
+                f"WideHead.standardise needs features (rows >= 2, {len(self.centre)}), got "
+                f"{tuple(features.shape)}"
+            )
+        sample = features.detach().to(self.centre.dtype)
+        self.centre.copy_(sample.mean(dim=0))
+        self.scale.copy_(1 / sample.std(dim=0).clamp_min(1e-6))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (rows, classes) of features (rows, features)."""
-        logits: Tensor = self.classify(self.activation(self.spread(features)))
+        standardised = (features - self.centre) * self.scale
+        logits: Tensor = self.classify(self.activation(self.spread(standardised)))
         return logits

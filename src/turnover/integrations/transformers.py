@@ -56,12 +56,17 @@ class TextClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits (rows, classes)."""
+        logits: Tensor = self.head(self.features(input_ids, attention_mask, **inputs))
+        return logits
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Mean of the last layer's tokens, float (rows, width)."""
         hidden = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, **inputs
         ).last_hidden_state
         weights = attention_mask[..., None].to(hidden.dtype)
-        logits: Tensor = self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
-        return logits
+        pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return pooled
 
 
 def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:

@@ -28,6 +28,7 @@ from turnover.tasks.training import (
     TrainingConfig,
     evaluate,
     ordinary_dropout,
+    standardise_head,
     train,
     under_masks,
 )
@@ -110,6 +111,7 @@ def _fit(
     max_tokens = config.classifier.max_tokens
     training = encode(tokenizer, train_data, max_tokens)
     test = encode(tokenizer, test_data, max_tokens)
+    standardise_head(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
     curve_train = _fixed_rows(len(training), config.curve_rows)

@@ -24,6 +24,7 @@ from turnover.sites import device_of, resolve
 
 _SORTED_BATCHES = 16
 _EVALUATION_ROWS = 64
+_STANDARDISED_ROWS = 1000
 _CHECK_EVERY = 10
 
 
@@ -160,6 +161,17 @@ def evaluate(
             predicted[where], confidence[where] = choice.cpu(), top.cpu()
     labels = torch.tensor([data.labels[row] for row in rows])
     return Evaluation(loss, predicted == labels, predicted, confidence)
+
+
+def standardise_head(model: TextClassifier, data: Encoded) -> None:
+    """Standardise the head's input on the pretrained encoder's features of some instances."""
+    device = device_of(model)
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    chunks = data.by_length(rows[:_STANDARDISED_ROWS].tolist())
+    model.eval()
+    with torch.no_grad():
+        features = [model.features(**data.batch(chunk).to(device).inputs) for chunk in chunks]
+    model.head.standardise(torch.cat(features))
 
 
 def train(
