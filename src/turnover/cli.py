@@ -99,12 +99,21 @@ def influence(
     method: Method = "linear",
     objective: Objective = "margin",
     ghosts: Ghosts = 4000,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Scored site or pattern (repeatable), '*' for all; default: those that carry more "
+            "signal than noise."
+        ),
+    ] = None,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself."""
     from turnover.run import Run
     from turnover.tasks.score import ScoreConfig, score
 
-    metrics = score(Run.load(run), ScoreConfig(method, objective, ghosts))
+    metrics = score(
+        Run.load(run), ScoreConfig(method, objective, ghosts, tuple(site) if site else None)
+    )
     _print_influence(metrics)
     console.print(f"next: turnover explain {run}, turnover report {run}")
 

@@ -6,6 +6,8 @@ and its ``state_dict`` keys stay as they were. Statistics and scores live elsewh
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import hashlib
 import json
 from collections import deque
@@ -36,6 +38,8 @@ class _Binding:
     hidden: bool | Tensor = False
     broadcast: bool = False
     """One row may become as many rows as there are ids (how exact influence shares work)."""
+    sites: frozenset[str] | None = None
+    """The sites that are masked or probed; at others the network runs whole. ``None``: all."""
     probes: dict[str, Tensor] | None = None
     """If given, sites multiply by ones that require a gradient, and leave them here."""
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -84,19 +88,35 @@ class Network:
         """
         return sum(self.known_units().values())
 
-    def known_units(self) -> dict[str, int]:
-        """Mask units by site name.
+    def known_units(self, sites: Sequence[str] | None = None) -> dict[str, int]:
+        """Mask units by site name, of some sites or (``None``) of all.
 
         Raises:
             BindingError: a site's width is not known yet (run one forward).
         """
-        known = {name: units for name, units in self.units.items() if units is not None}
-        if len(known) < len(self.units):
-            missing = sorted(set(self.units) - set(known))
+        wanted = self.units if sites is None else {name: self.units[name] for name in sites}
+        known = {name: units for name, units in wanted.items() if units is not None}
+        if len(known) < len(wanted):
+            missing = sorted(set(wanted) - set(known))
             raise BindingError(
                 f"the widths of sites {missing} are not known before a forward: run the model once"
             )
         return known
+
+    def select(self, patterns: Sequence[str]) -> list[str]:
+        """Sites whose canonical names equal or match (as globs) one of the patterns.
+
+        Raises:
+            InputError: a pattern that matches no site; the sites are listed.
+        """
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in self._sites):
+                close = difflib.get_close_matches(pattern, self.sites, n=5, cutoff=0.3)
+                raise InputError(
+                    f"no site of this network matches {pattern!r}; closest: "
+                    f"{', '.join(close or self.sites[:10])}"
+                )
+        return [n for n in self._sites if any(_matches(n, pattern) for pattern in patterns)]
 
     def exposed(self, ids: Tensor | Sequence[int]) -> _Context:
         """Context: row i of every batch runs in the exposed sub-network of ``ids[i]``.
@@ -235,7 +255,12 @@ class Network:
         return network
 
     def _bind(
-        self, ids: Tensor | Sequence[int], hidden: bool | Tensor, *, broadcast: bool = False
+        self,
+        ids: Tensor | Sequence[int],
+        hidden: bool | Tensor,
+        *,
+        broadcast: bool = False,
+        sites: Sequence[str] | None = None,
     ) -> _Binding:
         if not self._handles:
             raise BindingError(
@@ -257,9 +282,10 @@ class Network:
                     f"{tuple(hidden.shape)}"
                 )
             hidden = hidden.to(device)
-        binding = _Binding(ids.to(device), hidden, broadcast)
+        chosen = None if sites is None else frozenset(sites)
+        binding = _Binding(ids.to(device), hidden, broadcast, chosen)
         for name, units in self.units.items():
-            if units is not None:
+            if units is not None and (chosen is None or name in chosen):
                 binding.masks[name] = self._mask(binding, name, units)
         return binding
 
@@ -277,6 +303,8 @@ class Network:
         """The forward hook of a site."""
         binding = self._current(site.name)
         if binding is None or (binding.ids is None and binding.probes is None):
+            return None
+        if binding.sites is not None and site.name not in binding.sites:
             return None
         if isinstance(output, Tensor):
             return self._masked(site, output, binding)
@@ -389,10 +417,11 @@ class Network:
         self.units[site] = units
 
     @contextmanager
-    def _probing(self) -> Iterator[dict[str, Tensor]]:
+    def _probing(self, sites: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
         """Context of the mean network whose masks, all ones, take gradients (rows, units)."""
         probes: dict[str, Tensor] = {}
-        with self._context(_Binding(probes=probes)):
+        chosen = None if sites is None else frozenset(sites)
+        with self._context(_Binding(sites=chosen, probes=probes)):
             yield probes
 
 
@@ -431,6 +460,10 @@ def _next_node() -> int:
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
     described = json.dumps([spec.fingerprint(units), sorted(layout.items())])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _is_attached(module: nn.Module) -> bool:

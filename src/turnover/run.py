@@ -81,7 +81,7 @@ class Run:
         arrays = {key: getattr(result, key) for key in _ARRAYS}
         tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
         metadata = {"network": result.network, "method": result.method}
-        metadata["objective"] = result.objective
+        metadata |= {"objective": result.objective, "sites": json.dumps(result.sites)}
         draft = folder / f".{name}.{os.getpid()}"
         save_file(tensors, draft, metadata=metadata)
         draft.replace(folder / f"{name}.safetensors")
@@ -105,10 +105,11 @@ class Run:
                 **{key: arrays.get(key) for key in _ARRAYS},  # type: ignore[arg-type]
                 method=metadata["method"],
                 objective=metadata["objective"],
+                sites=tuple(json.loads(metadata["sites"])),
                 network=metadata["network"],
                 null=None,
             )
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
             raise InputError(f"{path}: damaged result ({error}); compute it again") from error
         own = self.network.digest()
         if result.network != own:

@@ -47,11 +47,14 @@ class Influence:
             ``"linear"`` (one backward per target, whatever the number of ids).
         ghosts: ghost ids for the noise floor, at least 10. Below 1,000 the far tail is rough.
         block: ids in one forward of the exact method.
+        sites: names or glob patterns of the sites whose masks are flipped; at the others the network
+            runs whole, so the scores are the influence that these sites carry. Sites with few units
+            add more noise than signal. ``None``: all, which is the paper's estimate.
         adapter: how a batch becomes :class:`turnover.Batch`.
         progress: show a progress bar with the time left.
 
     Raises:
-        InputError: unknown method (those that exist are listed) or too few ghosts.
+        InputError: unknown method (those that exist are listed), unknown site, or too few ghosts.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Influence:
         *,
         ghosts: int = 1000,
         block: int = 256,
+        sites: Sequence[str] | None = None,
         adapter: Adapter = as_batch,
         progress: bool = False,
     ) -> None:
@@ -76,6 +80,7 @@ class Influence:
         self.method = method
         self.ghosts = ghosts
         self.block = block
+        self.sites = network.sites if sites is None else network.select(sites)
         self.adapter = adapter
         self.progress = progress
 
@@ -98,13 +103,11 @@ class Influence:
         both = torch.cat([ids, ghost_ids(self.ghosts)])
         scores, target_ids = [], []
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block)
+            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
             for batch in self._batches(targets):
                 if self.method == "linear":
                     gradients = self._gradients(batch)
-                    part = linear_scores(
-                        gradients, self.network.spec, self.network.known_units(), both
-                    )
+                    part = linear_scores(gradients, self.network.spec, self._units(), both)
                 else:
                     rows = [exact.scores(batch.rows(i, i + 1), both) for i in range(len(batch))]
                     part = torch.stack(rows)
@@ -134,7 +137,7 @@ class Influence:
         count = 0
         total: Tensor | None = None
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block)
+            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
             for batch in self._batches(targets):
                 if self.method == "linear":
                     part = self._gradients(batch).double().sum(dim=0)
@@ -147,8 +150,7 @@ class Influence:
                 raise InputError("no targets given")
             mean = (total / count).float()[None]
             if self.method == "linear":
-                units = self.network.known_units()
-                mean = linear_scores(mean, self.network.spec, units, both)
+                mean = linear_scores(mean, self.network.spec, self._units(), both)
         values = _finite(mean, "influence").cpu().numpy()
         pairwise = self._result(values[:, : len(ids)], values[:, len(ids) :], ids, None)
         return _first_row(pairwise)
@@ -171,7 +173,7 @@ class Influence:
         ids, own, ghosts = [], [], []
         seen: set[int] = set()
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block)
+            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
             for batch in self._batches(train_batches):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
@@ -195,7 +197,7 @@ class Influence:
         """Scores of every row under its own id (rows,) and under ghosts (rows, ghosts)."""
         if self.method == "linear":
             gradients = self._gradients(batch)
-            spec, units = self.network.spec, self.network.known_units()
+            spec, units = self.network.spec, self._units()
             return (
                 own_linear_scores(gradients, spec, units, ids),
                 linear_scores(gradients, spec, units, ghost_ids(self.ghosts)),
@@ -210,7 +212,11 @@ class Influence:
         return rows[:, 0], rows[:, 1:]
 
     def _gradients(self, batch: Batch) -> Tensor:
-        return _finite(mask_gradients(self.network, self.objective, batch), "mask derivative")
+        gradients = mask_gradients(self.network, self.objective, batch, self.sites)
+        return _finite(gradients, "mask derivative")
+
+    def _units(self) -> dict[str, int]:
+        return self.network.known_units(self.sites)
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
         device = device_of(self.network.model)
@@ -271,6 +277,7 @@ class Influence:
             target_ids=target_ids,
             method=self.method,
             objective=_name(self.objective),
+            sites=tuple(self.sites),
             network=self.network.digest(),
         )
 

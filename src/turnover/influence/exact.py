@@ -7,7 +7,7 @@ the plain way (the target repeated at the model's inputs) before it is trusted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -35,12 +35,20 @@ class ExactEstimator:
         network: the network; its model should be in eval mode.
         objective: callable (outputs, batch) -> (rows,).
         block: ids in one forward.
+        sites: masked sites; at others the network runs whole. ``None``: all.
     """
 
-    def __init__(self, network: Network, objective: Objective, block: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        block: int,
+        sites: Sequence[str] | None = None,
+    ) -> None:
         self._network = network
         self._objective = objective
         self._block = block
+        self._sites = network.sites if sites is None else list(sites)
         self._checked: dict[tuple[tuple[int, ...], ...], str] = {}
         self.place: str | None = None
         """Where one row becomes many: a module name, or at the site or the inputs."""
@@ -64,7 +72,7 @@ class ExactEstimator:
         network, rows = self._network, len(ids)
         repeated = target.expanded(rows)
         shared = place != _AT_INPUTS
-        binding = network._bind(ids, hidden, broadcast=shared)
+        binding = network._bind(ids, hidden, broadcast=shared, sites=self._sites)
         with network._context(binding), _expanding(network.model, place, rows):
             outputs = (target if shared else repeated).call(network.model)
         return costs(self._objective, outputs, repeated)
@@ -102,9 +110,9 @@ class ExactEstimator:
 
     def _first_site(self, target: Batch) -> str:
         network = self._network
-        with torch.enable_grad(), network._probing() as probes:
+        with torch.enable_grad(), network._probing(self._sites) as probes:
             target.call(network.model)
-        check_reached(network, probes)
+        check_reached(self._sites, probes)
         return next(iter(probes))  # sites are recorded in the order in which they ran
 
 

@@ -6,7 +6,7 @@ entry, times (hidden mask - exposed mask).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,13 @@ from turnover.objectives import Objective, costs
 _ID_BLOCK = 1024
 
 
-def mask_gradients(network: Network, objective: Objective, batch: Batch) -> Tensor:
+def mask_gradients(
+    network: Network, objective: Objective, batch: Batch, sites: Sequence[str] | None = None
+) -> Tensor:
     """Derivative of each target's objective by the mask entries of the mean network.
+
+    Args:
+        sites: by the masks of these sites alone; ``None``: all of them.
 
     Returns:
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
@@ -30,20 +35,21 @@ def mask_gradients(network: Network, objective: Objective, batch: Batch) -> Tens
         BindingError: no site was reached by the forward.
         InputError: the objective does not give one number for each row, or has no derivative.
     """
-    with torch.enable_grad(), network._probing() as probes:
+    wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
+    with torch.enable_grad(), network._probing(wanted) as probes:
         values = costs(objective, batch.call(network.model), batch)
-        check_reached(network, probes)
+        check_reached(wanted, probes)
         if not values.requires_grad:
             raise InputError(
                 "the linear method differentiates the objective, and this one cannot be "
                 'differentiated: use method="exact", or an objective without detach or no_grad'
             )
-        used = [probes[site] for site in network.sites if site in probes]
+        used = [probes[site] for site in wanted if site in probes]
         gradients = torch.autograd.grad(values.sum(), used, allow_unused=True)
-    by_site = dict(zip([s for s in network.sites if s in probes], gradients, strict=True))
+    by_site = dict(zip([s for s in wanted if s in probes], gradients, strict=True))
     units = network.known_units()
     columns = []
-    for site in network.sites:
+    for site in wanted:
         gradient = by_site.get(site)
         # A site that the objective does not depend on has derivative 0.
         columns.append(
@@ -54,7 +60,7 @@ def mask_gradients(network: Network, objective: Objective, batch: Batch) -> Tens
     return torch.cat(columns, dim=1)
 
 
-def check_reached(network: Network, reached: Collection[str]) -> None:
+def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
     """Refuse a forward that came by no site at all: every influence would be 0.
 
     Raises:
@@ -62,7 +68,7 @@ def check_reached(network: Network, reached: Collection[str]) -> None:
     """
     if not reached:
         raise BindingError(
-            f"the forward reached none of the sites {network.sites}: are these modules called (weights "
+            f"the forward reached none of the sites {list(wanted)}: are these modules called (weights "
             f"merged, or used by name, bypass them), and is the network attached?"
         )
 

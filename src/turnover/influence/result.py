@@ -33,6 +33,7 @@ class Result:
         target_ids: int64 (targets,), where the target batches had ids.
         method: estimator.
         objective: name of the objective.
+        sites: the sites whose masks were flipped.
         network: digest of the network that was scored (see :meth:`turnover.Network.digest`).
         null: the distribution that turned z into p, for scores of other ids; not stored with a run.
     """
@@ -46,6 +47,7 @@ class Result:
     target_ids: NDArray[np.int64] | None
     method: str
     objective: str
+    sites: tuple[str, ...]
     network: str
     null: NullDistribution | None
 
@@ -104,6 +106,7 @@ def make_result(
     target_ids: NDArray[np.int64] | None,
     method: str,
     objective: str,
+    sites: tuple[str, ...],
     network: str,
 ) -> Result:
     """Pairwise result of scores (targets, train)."""
@@ -120,6 +123,7 @@ def make_result(
         target_ids,
         method,
         objective,
+        sites,
         network,
         null,
     )

@@ -215,26 +215,30 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
                 f"mean over targets, {found['exact_pairs']:,} pairs estimated both ways",
             )
         )
+    scored = found["scored_sites"]
+    names = ", ".join(scored) if len(scored) < 4 else f"{len(scored)} sites"
+    how = "their masks are flipped; elsewhere the network runs whole, so this is what they carry"
+    facts.append(Fact("Scored sites", names, how))
     for site, values in _grouped(found["sites"]).items():
         facts.append(
             Fact(
                 f"Learning at {site}",
                 f"{values['signal']:+.3f} nats",
                 f"{values['units']:,.0f} mask units; mean self-influence through this site alone, "
-                f"{values['z']:+.1f} noise floors",
+                f"against noise of {values['noise']:.3f} nats",
             )
         )
     return tuple(facts)
 
 
 def _grouped(sites: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """LoRA sites as one row: sums of units and signal, mean of z."""
+    """LoRA sites as one row: signals add up, and so do noise variances."""
     lora = {name: v for name, v in sites.items() if ".lora_A." in name}
     grouped = {name: v for name, v in sites.items() if name not in lora}
     if lora:
         grouped[f"{len(lora)} LoRA sites"] = {
             "units": sum(v["units"] for v in lora.values()),
             "signal": sum(v["signal"] for v in lora.values()),
-            "z": float(np.mean([v["z"] for v in lora.values()])),
+            "noise": sum(v["noise"] ** 2 for v in lora.values()) ** 0.5,
         }
     return grouped

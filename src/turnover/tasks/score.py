@@ -38,11 +38,14 @@ class ScoreConfig:
         method: estimator of the pairs and the aggregate (self-influence is linear).
         objective: ``margin`` or ``cross_entropy``, in nats.
         ghosts: ghosts that fit the noise floor; as many fresh ones check it.
+        sites: names or patterns of the sites that are scored, ``("*",)`` for all; ``None`` takes those
+            that carry more signal than noise, told from the training instances' self-influence.
     """
 
     method: str = "linear"
     objective: str = "margin"
     ghosts: int = 4000
+    sites: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -76,9 +79,13 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         "confidence": [round(float(predictions.confidence[row]), 6) for row in wrong],
     }
     objective = OBJECTIVES[config.objective]
-    influence = Influence(network, objective, config.method, ghosts=config.ghosts, progress=True)
-    ids = torch.unique(run.train.ids)
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
+    found["sites"] = by_site = _by_site(run, training, config)
+    sites = choose_sites(by_site) if config.sites is None else network.select(config.sites)
+    found["scored_sites"] = list(sites)
+    settings: dict[str, Any] = {"ghosts": config.ghosts, "sites": sites, "progress": True}
+    influence = Influence(network, objective, config.method, **settings)
+    ids = torch.unique(run.train.ids)
     if wrong:
         fresh = ghost_ids(config.ghosts, start=config.ghosts)
         both = influence.estimate(_batches(test, wrong), torch.cat([ids, fresh]))
@@ -89,10 +96,9 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         found |= _noise(errors, ghost_p)
         found |= _agreement(run, influence, test, wrong, ids, errors)
     run.write_result("aggregate", influence.aggregate(_batches(test, range(len(test))), ids))
-    own = Influence(network, objective, "linear", ghosts=config.ghosts, progress=True)
+    own = Influence(network, objective, "linear", **settings)
     if len(ids) == len(training):
         run.write_result("self", own.self_influence(_batches(training, range(len(training)))))
-    found["sites"] = _by_site(run, training, config)
     write_json(run.folder / "results" / "targets.json", targets)
     metrics = read_json(run.folder / "metrics.json")
     metrics["seconds"]["influence"] = time.perf_counter() - start
@@ -102,6 +108,26 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     metrics["influence"] = found
     write_json(run.folder / "metrics.json", metrics)
     return metrics
+
+
+def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
+    """The sites that together have the highest signal over noise.
+
+    Signals add up and so do noise variances, so a site is worth taking while it raises the ratio.
+    Nothing of the targets is looked at: the p-values stay what they are.
+
+    Args:
+        by_site: for every site ``signal`` and ``noise``, in nats.
+    """
+    ranked = sorted(by_site, key=lambda s: -by_site[s]["signal"] / max(by_site[s]["noise"], 1e-12))
+    best, chosen = -np.inf, ranked[:1]
+    for count in range(1, len(ranked) + 1):
+        sites = ranked[:count]
+        signal = sum(by_site[site]["signal"] for site in sites)
+        noise = sum(by_site[site]["noise"] ** 2 for site in sites) ** 0.5
+        if signal / max(noise, 1e-12) > best:
+            best, chosen = signal / max(noise, 1e-12), sites
+    return [site for site in by_site if site in chosen]
 
 
 def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explanation:
@@ -126,7 +152,9 @@ def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explana
     if label is None:
         data = replace(data, labels=[predicted])
         encoded = run.encode(data)
-    influence = Influence(run.network, objectives.margin, "linear")
+    found = read_json(run.folder / "metrics.json").get("influence", {})
+    sites = found.get("scored_sites", run.network.sites)
+    influence = Influence(run.network, objectives.margin, "linear", sites=sites)
     result = influence.estimate([encoded.batch([0])], torch.unique(run.train.ids))
     confidence = [float(prediction.confidence[0])]
     return explain(result, run.train, data, [0], [predicted], confidence, top=top)[0]
@@ -171,7 +199,12 @@ def _agreement(
     targets = torch.randperm(len(wrong), generator=generator)[:_EXACT_TARGETS].tolist()
     columns = torch.randperm(len(ids), generator=generator)[:_EXACT_IDS]
     exact = Influence(
-        run.network, influence.objective, "exact", ghosts=_EXACT_GHOSTS, progress=True
+        run.network,
+        influence.objective,
+        "exact",
+        ghosts=_EXACT_GHOSTS,
+        sites=influence.sites,
+        progress=True,
     )
     single: Iterator[Batch] = (test.batch([wrong[target]]) for target in targets)
     result = exact.estimate(single, ids[columns])
@@ -194,13 +227,14 @@ def _spearman(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> floa
 def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict[str, float]]:
     """How much of what instances leave in the network sits at each site.
 
-    ``signal``: mean linear self-influence through the site alone, in nats. ``z``: the mean of the same
-    in standard deviations of the site's own ghosts.
+    ``signal``: mean linear self-influence through the site alone, in nats. ``noise``: its ghosts'
+    standard deviation (root mean square over instances). ``z``: the mean of signal over noise.
     """
     network, objective = run.network, OBJECTIVES[config.objective]
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(1))[:_SITE_ROWS]
     signal: dict[str, list[float]] = {site: [] for site in network.sites}
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
+    variance: dict[str, list[float]] = {site: [] for site in network.sites}
     for batch in _batches(training, rows.tolist()):
         gradients = mask_gradients(network, objective, batch)
         assert batch.ids is not None
@@ -211,12 +245,15 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
             own = own_linear_scores(part, network.spec, {site: units}, batch.ids).cpu().numpy()
             noise = linear_scores(part, network.spec, {site: units}, ghost_ids(200)).cpu().numpy()
             signal[site] += own.tolist()
-            ratio[site] += noise_floor(noise).standardise(own[:, None])[:, 0].tolist()
+            floor = noise_floor(noise)
+            ratio[site] += floor.standardise(own[:, None])[:, 0].tolist()
+            variance[site] += (floor.sd**2).tolist()
     units_of = network.known_units()
     return {
         site: {
             "units": units_of[site],
             "signal": float(np.mean(signal[site])),
+            "noise": float(np.mean(variance[site]) ** 0.5),
             "z": float(np.mean(ratio[site])),
         }
         for site in network.sites
