@@ -198,7 +198,7 @@ def _write_report(run: Path, out: Path, *, texts: bool) -> None:
         f"turnover {command} {shlex.quote(str(run))}"
         for command in ("influence", "explain", "report")
     )
-    title = f"Why {Path(loaded.classifier.model).name} errs: {run.name}"
+    title = f"{run.resolve().name}: which training instances are behind its errors"
     write(content(loaded, title=title, commands=commands), out, texts=texts)
     console.print(f"report: {out}")
 

@@ -21,6 +21,10 @@ from turnover.tasks.explain import Explanation, explain, rows_by_id
 from turnover.tasks.explain import Influential as Explained
 
 _OVERALL = 50
+_OBJECTIVES = {
+    "margin": "the margin (minus the log-odds of the true class, in nats)",
+    "cross_entropy": "the cross entropy of the true class (in nats)",
+}
 
 
 def explain_errors(run: Run, *, top: int = 5) -> list[Explanation]:
@@ -54,7 +58,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
     found = metrics["influence"]
     return ReportContent(
         title=title,
-        objective=found["objective"],
+        objective=_OBJECTIVES.get(found["objective"], found["objective"]),
         classes=tuple(run.train.classes),
         curves=_curves(metrics["curves"]),
         accuracy=_accuracy(metrics),
