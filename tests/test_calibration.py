@@ -176,6 +176,7 @@ def test_a_target_without_noise_gets_p_one_under_a_skewed_null_too():
         target_ids=None,
         method="exact",
         objective="margin",
+        sites=(),
         network="",
     )
     assert result.p[0].tolist() == result.q[0].tolist() == [1.0, 1.0]

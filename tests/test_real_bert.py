@@ -114,9 +114,9 @@ def test_ghosts_are_not_significant_more_often_than_chance(clean: Fitted) -> Non
 
 def test_self_influence_stands_out_and_is_helpful(clean: Fitted) -> None:
     batches = [clean.training.batch(rows) for rows in clean.training.by_length(range(TRAIN), 32)]
-    result = Influence(clean.network).self_influence(batches)
+    result = Influence(clean.network, sites=["head.*"]).self_influence(batches)
     assert (result.scores > 0).mean() > 0.8
-    assert (result.z > 3).mean() > 10 * 0.00135
+    assert (result.q <= 0.05).mean() > 0.2
 
 
 def test_linear_scores_rank_like_exact_ones(clean: Fitted) -> None:
