@@ -166,7 +166,7 @@ def report(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run to write.")] = Path("runs/demo"),
-    head_units: int = 8192,
+    head_units: int = 32768,
     seed: int = 0,
 ) -> None:
     """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
@@ -180,6 +180,7 @@ def demo(
         test=str(test_file),
         id_column="id",
         head_units=head_units,
+        head_learning_rate=5e-5,
         seed=seed,
         overwrite=True,
     )
