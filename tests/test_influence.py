@@ -623,3 +623,19 @@ def test_structured_inputs_keep_their_kind_and_shared_tensors():
     repeated = batch.rows(1, 2).expanded(5)
     assert repeated.labels.shape == repeated.ids.shape == (5,)
     assert repeated.call(Structured()).shape == (5, 6)
+
+
+@pytest.mark.parametrize("method", ["exact", "linear"])
+def test_what_is_trained_stays_trainable_even_after_a_failure(method):
+    network = turnover.attach(tiny.mlp().eval(), "mlp")
+    network.model[0].bias = nn.Parameter(torch.zeros(16), requires_grad=False)
+    before = [p.requires_grad for p in network.model.parameters()]
+    Influence(network, method=method, ghosts=10).estimate(
+        [(tiny.features(2), tiny.labels(2))], [1, 2]
+    )
+    assert [p.requires_grad for p in network.model.parameters()] == before
+    with pytest.raises(InputError):
+        Influence(network, method=method, ghosts=10).estimate(
+            [(tiny.features(2) * torch.nan, tiny.labels(2))], [1, 2]
+        )
+    assert [p.requires_grad for p in network.model.parameters()] == before

@@ -234,14 +234,22 @@ class Influence:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode, put back after: dropout or batch statistics would be taken for influence."""
+        """Eval mode, put back after: dropout or batch statistics would be taken for influence.
+
+        Masks are differentiated and parameters are not: below the first site no graph is built.
+        """
         modes = {module: module.training for module in self.network.model.modules()}
+        trained = [p for p in self.network.model.parameters() if p.requires_grad]
         self.network.model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
         try:
             # The linear method needs autograd even where the caller needs none.
             with torch.inference_mode(False):
                 yield
         finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
             for module, mode in modes.items():
                 module.training = mode
 
