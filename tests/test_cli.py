@@ -144,7 +144,7 @@ def test_fit_influence_explain_and_report_work_end_to_end(run: Path, tmp_path: P
     assert metrics["audit"]["leaking_share"] == 0
     assert metrics["audit"]["clean"]
     assert metrics["seconds"]["influence"] > 0
-    assert len(metrics["curves"]["steps"]) == 12
+    assert len(metrics["curves"]["steps"]) == 9
     explained = json.loads(turnover("explain", run, "--json", "--show", 100).stdout)
     assert len(explained) == metrics["errors_explained"] > 0
     assert {"key", "label", "score", "z", "q", "text"} <= set(explained[0]["helpful"][0])

@@ -183,7 +183,7 @@ def train(
     name: str,
     checkpoint: Path,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
-    points: int = 12,
+    points: int = 9,
 ) -> Curves:
     """Train in place, each step under ``bind(ids)``; resumes from the checkpoint where there is one.
 
