@@ -112,19 +112,25 @@ def _deploy(metrics: dict[str, Any]) -> str:
         f"{accuracy['difference'] * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, "
         f"paired over the test rows)"
     )
-    if low > 0:
-        return (
-            f"Deploy the turn-over network: it is better by {difference}, and it explains itself."
-        )
-    if high < 0:
-        return (
-            f"The difference is {difference}: deploy the model with ordinary dropout where accuracy is "
-            f"all that counts, and use the turn-over network to explain and to clean the data."
-        )
-    return (
-        f"The difference is {difference}, not distinguishable from none: deploy the turn-over network, "
-        f"so that what you explain is what you run."
+    ours, theirs = metrics["loss"]["test_mean"], metrics["loss"]["test_without_turnover"]
+    loss = (
+        f"The test losses are {ours:.3f} nats with turn-over and {theirs:.3f} with ordinary dropout"
     )
+    if ours > theirs:
+        loss += ": calibrate the turn-over network's probabilities before you use them"
+    if low > 0:
+        advice = "deploy the turn-over network"
+    elif high < 0:
+        advice = (
+            "deploy the model with ordinary dropout where accuracy is all that counts, and use the "
+            "turn-over network to explain and to clean the data"
+        )
+    else:
+        advice = (
+            "which is not distinguishable from none: deploy the turn-over network, so that what you "
+            "explain is what you run"
+        )
+    return f"The difference in accuracy is {difference}; {advice}. {loss}."
 
 
 def _error(explanation: Explanation) -> ExplainedError:
