@@ -447,3 +447,23 @@ def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
     ]
     assert curves[0] == curves[1]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_cut_off_fit_is_not_resumed_under_other_masks(
+    encoder: Path, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turnover.tasks import fit as module
+
+    def arguments(name: str, keep: float) -> list[object]:
+        more = ("--test", data[1], "--id-column", "id", "--no-compare", "--keep", keep)
+        return fit_arguments(data[0], encoder, tmp_path / name, *more)
+
+    with monkeypatch.context() as patch:  # trained and cut off before the run is written
+        patch.setattr(module, "_metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        turnover(*arguments("cut", 0.5), expect=130)
+    (tmp_path / ".cut.partial" / "turnover.draft").write_bytes(b"half a checkpoint")
+    turnover(*arguments("cut", 0.3))
+    turnover(*arguments("whole", 0.3))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+    assert not list((tmp_path / "cut").glob("*.draft"))

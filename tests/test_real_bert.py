@@ -84,6 +84,7 @@ def fitted(
         network.exposed,
         name="test",
         checkpoint=folder / "checkpoint",
+        identity="test",
     )
     return Fitted(network, model, training, test)
 

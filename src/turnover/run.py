@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ class Run:
             InputError: not a run, a missing or damaged file, or masks that are not those it was
                 trained with.
         """
-        if not (folder / "config.json").is_file():
+        if not _is_run(folder):
             raise InputError(
-                f"{folder} is not a run: it has no config.json (make one: turnover fit)"
+                f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
             )
         config = read_json(folder / "config.json")
         model, tokenizer, classifier = load(folder)
@@ -101,6 +101,11 @@ class Run:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            missing = [key for key in _ARRAYS if key not in arrays and key != "target_ids"]
+            if missing:
+                raise InputError(
+                    f"{path}: damaged result, no {', '.join(missing)}; compute it again"
+                )
             result = Result(
                 **{key: arrays.get(key) for key in _ARRAYS},  # type: ignore[arg-type]
                 method=metadata["method"],
@@ -109,6 +114,8 @@ class Run:
                 network=metadata["network"],
                 null=None,
             )
+        except InputError:
+            raise
         except (SafetensorError, KeyError, OSError, ValueError) as error:
             raise InputError(f"{path}: damaged result ({error}); compute it again") from error
         own = self.network.digest()
@@ -117,11 +124,6 @@ class Run:
                 f"{path} belongs to another model or mask spec: it was computed on network "
                 f"{result.network}, this run's is {own}; run `turnover influence {self.folder}` again"
             )
-        missing = [
-            f.name for f in fields(Result) if f.name in _ARRAYS[:-1] and arrays.get(f.name) is None
-        ]
-        if missing:
-            raise InputError(f"{path}: damaged result, no {', '.join(missing)}; compute it again")
         return result
 
 
@@ -185,6 +187,11 @@ def _read_data(path: Path, classes: list[str]) -> TextData:
         raise InputError(f"{path}: missing or damaged ({error!r})") from error
 
 
+def _is_run(folder: Path) -> bool:
+    # The one file that no other tool's model folder has.
+    return (folder / "masks.json").is_file()
+
+
 @contextmanager
 def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
@@ -194,9 +201,9 @@ def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             that is not a run.
     """
     if folder.exists():
-        if not (folder / "masks.json").is_file() and any(folder.iterdir()):
+        if not _is_run(folder) and any(folder.iterdir()):
             raise InputError(f"{folder} exists and is not a run; choose another folder")
-        if not overwrite and (folder / "masks.json").is_file():
+        if not overwrite and _is_run(folder):
             raise InputError(f"{folder} exists; pass --overwrite to replace it")
     draft = folder.with_name(f".{folder.name}.partial")
     draft.mkdir(parents=True, exist_ok=True)

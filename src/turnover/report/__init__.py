@@ -1,7 +1,6 @@
 """The HTML report: what it says (`content`) and how it is written (`render`)."""
 
 from turnover.report.content import (
-    SIGNIFICANT_Q,
     AccuracyRow,
     Curve,
     ExplainedError,
@@ -12,6 +11,7 @@ from turnover.report.content import (
     ReportContent,
 )
 from turnover.report.render import render, write
+from turnover.tasks.explain import SIGNIFICANT_Q
 
 __all__ = [
     "SIGNIFICANT_Q",

@@ -1,8 +1,9 @@
-"""What a report says, as plain data: no rendering, and nothing beyond the standard library.
+"""What a report says, as plain data: no rendering.
 
 Scores, losses and noise floors are in nats. A score is positive when the training instance was
 helpful to the target and negative when it was harmful. A q-value is Benjamini-Hochberg adjusted
-over the training instances of one target; at most `SIGNIFICANT_Q` counts as significant.
+over the training instances of one target; at most
+`turnover.tasks.explain.SIGNIFICANT_Q` counts as significant.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from turnover.errors import InputError
-
-SIGNIFICANT_Q = 0.05
 
 
 @dataclass(frozen=True)

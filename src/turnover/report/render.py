@@ -13,13 +13,13 @@ from typing import Any
 
 from turnover.errors import InputError
 from turnover.report.content import (
-    SIGNIFICANT_Q,
     Curve,
     ExplainedError,
     HarmfulOverall,
     Influential,
     ReportContent,
 )
+from turnover.tasks.explain import SIGNIFICANT_Q
 
 _MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -95,8 +94,8 @@ def fit(
         write_json(draft / "metrics.json", metrics)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         write_json(draft / "config.json", {"classes": train_data.classes, **settings})
-        for checkpoint in draft.glob("*.checkpoint"):
-            checkpoint.unlink()
+        for leftover in (*draft.glob("*.checkpoint"), *draft.glob("*.draft")):
+            leftover.unlink()
     return metrics
 
 
@@ -116,7 +115,7 @@ def _fit(
     network = attach(model, config.sites, config.masks)
     curve_train = _fixed_rows(len(training), config.curve_rows)
     curve_test = _fixed_rows(len(test), config.curve_rows)
-    report = network.audit(training.batch(curve_train[:8]), optimizer=None)
+    report = network.audit(training.batch(curve_train[:8]))
 
     def measure() -> dict[str, tuple[float, float]]:
         sides = _sides(network, training, test, curve_train, curve_test)
@@ -131,6 +130,7 @@ def _fit(
         network.exposed,
         name="with turn-over dropout",
         checkpoint=draft / "turnover.checkpoint",
+        identity=repr(config),
         measure=measure,
     )
     seconds["train"] = time.perf_counter() - start
@@ -149,6 +149,7 @@ def _fit(
                 _no_masks,
                 name="with ordinary dropout",
                 checkpoint=draft / "ordinary.checkpoint",
+                identity=repr(config),
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)
@@ -235,5 +236,5 @@ def _metrics(
             "settings": list(report.settings),
             "report": str(report),
         },
-        "curves": json.loads(json.dumps(asdict(curves))),
+        "curves": asdict(curves),
     }

@@ -128,8 +128,9 @@ def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
         sites = ranked[:count]
         signal = sum(by_site[site]["signal"] for site in sites)
         noise = sum(by_site[site]["noise"] ** 2 for site in sites) ** 0.5
-        if signal / max(noise, 1e-12) > best:
-            best, chosen = signal / max(noise, 1e-12), sites
+        ratio = signal / max(noise, 1e-12)
+        if ratio > best:
+            best, chosen = ratio, sites
     return [site for site in by_site if site in chosen]
 
 
@@ -153,8 +154,7 @@ def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explana
     prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
     predicted = int(prediction.predicted[0])
     if label is None:
-        data = replace(data, labels=[predicted])
-        encoded = run.encode(data)
+        data, encoded = replace(data, labels=[predicted]), replace(encoded, labels=[predicted])
     found = read_json(run.folder / "metrics.json").get("influence", {})
     sites = found.get("scored_sites", run.network.sites)
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
@@ -238,11 +238,12 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
     signal: dict[str, list[float]] = {site: [] for site in network.sites}
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
     variance: dict[str, list[float]] = {site: [] for site in network.sites}
+    units_of = network.known_units()
     for batch in _batches(training, rows.tolist()):
         gradients = mask_gradients(network, objective, batch)
         assert batch.ids is not None
         start = 0
-        for site, units in network.known_units().items():
+        for site, units in units_of.items():
             part = gradients[:, start : start + units]
             start += units
             own = own_linear_scores(part, network.spec, {site: units}, batch.ids).cpu().numpy()
@@ -251,7 +252,6 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
             floor = noise_floor(noise)
             ratio[site] += floor.standardise(own[:, None])[:, 0].tolist()
             variance[site] += (floor.sd**2).tolist()
-    units_of = network.known_units()
     return {
         site: {
             "units": units_of[site],

@@ -182,6 +182,7 @@ def train(
     *,
     name: str,
     checkpoint: Path,
+    identity: str,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
     points: int = 9,
 ) -> Curves:
@@ -191,6 +192,8 @@ def train(
         bind: what every step runs under: masks of its ids, or nothing.
         name: shown in the progress bar.
         checkpoint: file written after every epoch.
+        identity: says all that decides this training beside the data and ``config``; a checkpoint of
+            another one is not resumed.
         measure: losses on fixed rows, called at ``points`` steps.
 
     Returns:
@@ -205,7 +208,8 @@ def train(
     total = steps_per_epoch * config.epochs
     wanted = {round(i * total / (points - 1)) for i in range(points)} if measure else set()
     curves = Curves()
-    first_epoch = _restore(checkpoint, model, optimizer, curves, config, data)
+    digest = _digest(identity, config, data)
+    first_epoch = _restore(checkpoint, model, optimizer, curves, digest)
     if measure and not curves.steps and 0 in wanted:
         curves.add(0, measure())
     step = first_epoch * steps_per_epoch
@@ -238,7 +242,7 @@ def train(
                     bar.set_postfix(loss=f"{value:.3f}")
                 if measure and step in wanted:
                     curves.add(step, measure())
-            _store(checkpoint, model, optimizer, curves, config, data, epoch + 1)
+            _store(checkpoint, model, optimizer, curves, digest, epoch + 1)
     model.eval()
     return curves
 
@@ -258,7 +262,9 @@ def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Ite
             handle.remove()
 
 
-def under_masks(network: Network, data: Encoded, ids: Tensor | None, *, hidden: bool) -> Any:
+def under_masks(
+    network: Network, data: Encoded, ids: Tensor | None, *, hidden: bool
+) -> Callable[[Sequence[int]], AbstractContextManager[Any]]:
     """A ``bind`` for :func:`evaluate`: masks of the rows' own ids, or of ``ids`` in their place."""
     used = data.ids if ids is None else ids
 
@@ -281,8 +287,8 @@ def _optimizer(model: TextClassifier, config: TrainingConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def _identity(config: TrainingConfig, data: Encoded) -> str:
-    text = json.dumps([repr(config), data.tokens, data.labels, data.ids.tolist()])
+def _digest(identity: str, config: TrainingConfig, data: Encoded) -> str:
+    text = json.dumps([identity, repr(config), data.tokens, data.labels, data.ids.tolist()])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -291,8 +297,7 @@ def _store(
     model: TextClassifier,
     optimizer: torch.optim.Optimizer,
     curves: Curves,
-    config: TrainingConfig,
-    data: Encoded,
+    digest: str,
     epochs: int,
 ) -> None:
     from safetensors.torch import save_file
@@ -304,7 +309,7 @@ def _store(
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.contiguous()
     metadata = {
-        "identity": _identity(config, data),
+        "digest": digest,
         "epochs": str(epochs),
         "curves": json.dumps([curves.steps, curves.losses]),
     }
@@ -318,8 +323,7 @@ def _restore(
     model: TextClassifier,
     optimizer: torch.optim.Optimizer,
     curves: Curves,
-    config: TrainingConfig,
-    data: Encoded,
+    digest: str,
 ) -> int:
     """Put a checkpoint of the same training back; epochs done, 0 where there is none."""
     if not path.exists():
@@ -329,7 +333,7 @@ def _restore(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("identity") != _identity(config, data):
+            if metadata.get("digest") != digest:
                 return 0
             for name, parameter in model.named_parameters():
                 if not parameter.requires_grad:
