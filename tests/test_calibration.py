@@ -6,13 +6,15 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 
 from turnover import InputError
+from turnover.influence import calibration
 from turnover.influence.calibration import (
+    GhostPool,
     NullDistribution,
     noise_floor,
     q_values,
     standardise_left_out,
 )
-from turnover.influence.result import make_result
+from turnover.influence.result import Result
 
 NULLS = {
     "gaussian": lambda rng, shape: rng.standard_normal(shape),
@@ -168,16 +170,46 @@ def test_few_pooled_values_give_valid_p_values(count):
 def test_a_target_without_noise_gets_p_one_under_a_skewed_null_too():
     rng = np.random.default_rng(0)
     ghosts = np.stack([np.full(500, 0.1), rng.exponential(size=500)])
-    result = make_result(
-        np.array([[0.1, 7.0], [0.1, 20.0]]),
-        noise_floor(ghosts),
-        NullDistribution(standardise_left_out(ghosts[1:])),
+    pool = GhostPool()
+    result = Result(
+        scores=np.array([[0.1, 7.0], [0.1, 20.0]], dtype=np.float32),
+        floor=pool.add(ghosts),
+        null=pool.null(),
         train_ids=np.arange(2),
         target_ids=None,
         method="exact",
         objective="margin",
         sites=(),
         network="",
+        considered=2,
     )
     assert result.p[0].tolist() == result.q[0].tolist() == [1.0, 1.0]
     assert result.p[1, 1] < 1e-3
+
+
+def test_a_pool_that_is_full_is_thinned_evenly_and_keeps_its_level(monkeypatch):
+    monkeypatch.setattr(calibration, "_POOLED", 20_000)
+    rng = np.random.default_rng(3)
+    pool = GhostPool()
+    for size in (1, 7, 300, 64, 1000):
+        pool.add(rng.standard_normal((size, 100)))
+    null = pool.null()
+    assert 10_000 <= len(null.values) <= 20_000
+    assert (null.p_values(rng.standard_normal(200_000)) < 0.01).mean() == pytest.approx(
+        0.01, rel=0.1
+    )
+
+
+def test_thinning_does_not_depend_on_how_the_targets_were_batched(monkeypatch):
+    monkeypatch.setattr(calibration, "_POOLED", 2_000)
+    ghosts = np.random.default_rng(4).standard_normal((200, 50))
+    whole, parts = GhostPool(), GhostPool()
+    whole.add(ghosts)
+    for start in range(0, 200, 30):
+        parts.add(ghosts[start : start + 30])
+    assert np.array_equal(whole.null().values, parts.null().values)
+
+
+def test_q_of_some_of_the_p_values_is_an_upper_bound():
+    p = np.sort(np.random.default_rng(5).uniform(size=(3, 1000)) ** 3, axis=1)
+    assert (q_values(p[:, :50], 1000) >= q_values(p)[:, :50] - 1e-15).all()

@@ -95,15 +95,36 @@ class MaskSpec:
             TypeError: ids are not integers (float ids collide from 2**24 on).
             InputError: ids are not one-dimensional, or ``units`` < 1.
         """
+        words = self._words(ids, site, units)
+        return (_expand_pairs(words) if self.balanced else _expand(words))[:, :units]
+
+    def packed(self, ids: Tensor, site: str, units: int) -> Tensor:
+        """The draws behind :meth:`exposed`, eight to a byte, the lowest bit first.
+
+        An independent draw is one unit, 1 = kept. A balanced draw is a pair of units: 1 keeps unit 2j
+        and drops unit 2j + 1, 0 the other way round.
+
+        Args:
+            ids: int64 (rows,).
+            site: canonical site name.
+            units: number of maskable units of the site, >= 1.
+
+        Returns:
+            uint8 (rows, ceil(draws / 8)), draws = units, or half of that (rounded up) if balanced. Bits
+            beyond the last draw mean nothing.
+        """
+        return self._words(ids, site, units).view(torch.uint8)[:, : -(-self.draws(units) // 8)]
+
+    def draws(self, units: int) -> int:
+        """Random draws behind the mask of a site: one for each unit, or for each pair if balanced."""
+        return (units + 1) // 2 if self.balanced else units
+
+    def _words(self, ids: Tensor | Sequence[int], site: str, units: int) -> Tensor:
         ids = check_ids(ids)
         if units < 1:
             raise InputError(f"site {site!r}: units must be >= 1, got {units}")
-        key = self._site_key(site, units)
-        stream = _mix64(ids ^ _signed(key))  # (rows,)
-        if self.balanced:
-            words = _bernoulli_words(stream, (units + 1) // 2, 1 << (_PRECISION - 1))
-            return _expand_pairs(words)[:, :units]
-        return _expand(_bernoulli_words(stream, units, self._threshold))[:, :units]
+        stream = _mix64(ids ^ _signed(self._site_key(site, units)))  # (rows,)
+        return _bernoulli_words(stream, self.draws(units), self._threshold)
 
     def _site_key(self, site: str, units: int) -> int:
         name = int.from_bytes(_digest(site), "little")

@@ -20,12 +20,13 @@ import torch
 
 from turnover.data import TextData
 from turnover.errors import InputError
+from turnover.influence.calibration import NoiseFloor, NullDistribution
 from turnover.influence.result import Result
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier, load, tokenize
 from turnover.network import Network
 from turnover.tasks.training import Encoded
 
-_ARRAYS = ("scores", "z", "p", "q", "noise_floor", "train_ids", "target_ids")
+_ARRAYS = ("scores", "ghost_mean", "ghost_sd", "null", "train_ids", "target_ids")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,14 @@ class Run:
 
         folder = self.folder / "results"
         folder.mkdir(exist_ok=True)
-        arrays = {key: getattr(result, key) for key in _ARRAYS}
+        arrays = {
+            "scores": result.scores,
+            "ghost_mean": result.floor.mean,
+            "ghost_sd": result.floor.sd,
+            "null": result.null.values,
+            "train_ids": result.train_ids,
+            "target_ids": result.target_ids,
+        }
         tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
         metadata = {"network": result.network, "method": result.method}
         metadata |= {"objective": result.objective, "sites": json.dumps(result.sites)}
@@ -107,12 +115,16 @@ class Run:
                     f"{path}: damaged result, no {', '.join(missing)}; compute it again"
                 )
             result = Result(
-                **{key: arrays.get(key) for key in _ARRAYS},  # type: ignore[arg-type]
+                scores=arrays["scores"],
+                floor=NoiseFloor(arrays["ghost_mean"], arrays["ghost_sd"]),
+                null=NullDistribution(arrays["null"]),
+                train_ids=arrays["train_ids"],
+                target_ids=arrays.get("target_ids"),
                 method=metadata["method"],
                 objective=metadata["objective"],
                 sites=tuple(json.loads(metadata["sites"])),
                 network=metadata["network"],
-                null=None,
+                considered=arrays["train_ids"].shape[-1],
             )
         except InputError:
             raise

@@ -15,16 +15,10 @@ from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
-from turnover.influence.calibration import (
-    MIN_GHOSTS,
-    NullDistribution,
-    noise_floor,
-    q_values,
-    standardise_left_out,
-)
+from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.influence.exact import ExactEstimator
-from turnover.influence.linear import linear_scores, mask_gradients, own_linear_scores
-from turnover.influence.result import Result, make_result
+from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.result import Result
 from turnover.masks import check_ids, ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, margin
@@ -107,7 +101,7 @@ class Influence:
             for batch in self._batches(targets):
                 if self.method == "linear":
                     gradients = self._gradients(batch)
-                    part = linear_scores(gradients, self.network.spec, self._units(), both)
+                    part = self._linear(gradients).scores(both)
                 else:
                     rows = [exact.scores(batch.rows(i, i + 1), both) for i in range(len(batch))]
                     part = torch.stack(rows)
@@ -150,7 +144,7 @@ class Influence:
                 raise InputError("no targets given")
             mean = (total / count).float()[None]
             if self.method == "linear":
-                mean = linear_scores(mean, self.network.spec, self._units(), both)
+                mean = self._linear(mean).scores(both)
         values = _finite(mean, "influence").cpu().numpy()
         pairwise = self._result(values[:, : len(ids)], values[:, len(ids) :], ids, None)
         return _first_row(pairwise)
@@ -188,20 +182,17 @@ class Influence:
                 ids.append(row_ids)
         if not ids:
             raise InputError("no training batches given")
-        noise_scores = np.concatenate(ghosts)
-        by_row = self._result(np.concatenate(own)[:, None], noise_scores, torch.cat(ids), None)
-        p = by_row.p[:, 0]
-        return replace(by_row, scores=by_row.scores[:, 0], z=by_row.z[:, 0], p=p, q=q_values(p))
+        by_row = self._result(
+            np.concatenate(own)[:, None], np.concatenate(ghosts), torch.cat(ids), None
+        )
+        return replace(by_row, scores=by_row.scores[:, 0], considered=len(by_row.scores))
 
     def _own(self, batch: Batch, ids: Tensor, exact: ExactEstimator) -> tuple[Tensor, Tensor]:
         """Scores of every row under its own id (rows,) and under ghosts (rows, ghosts)."""
         if self.method == "linear":
             gradients = self._gradients(batch)
-            spec, units = self.network.spec, self._units()
-            return (
-                own_linear_scores(gradients, spec, units, ids),
-                linear_scores(gradients, spec, units, ghost_ids(self.ghosts)),
-            )
+            scorer = self._linear(gradients)
+            return scorer.own(ids), scorer.scores(ghost_ids(self.ghosts))
         noise_ids = ghost_ids(min(self.ghosts, _OWN_GHOSTS))
         rows = torch.stack(
             [
@@ -215,8 +206,8 @@ class Influence:
         gradients = mask_gradients(self.network, self.objective, batch, self.sites)
         return _finite(gradients, "mask derivative")
 
-    def _units(self) -> dict[str, int]:
-        return self.network.known_units(self.sites)
+    def _linear(self, gradients: Tensor) -> LinearScorer:
+        return LinearScorer(gradients, self.network.spec, self.network.known_units(self.sites))
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
         device = device_of(self.network.model)
@@ -275,18 +266,19 @@ class Influence:
         ids: Tensor,
         target_ids: NDArray[np.int64] | None,
     ) -> Result:
-        floor = noise_floor(ghosts)
-        noisy = ghosts[floor.sd > 0]
-        return make_result(
-            scores,
-            floor,
-            NullDistribution(standardise_left_out(noisy if len(noisy) else ghosts)),
+        pool = GhostPool()
+        floor = pool.add(ghosts)
+        return Result(
+            scores=scores,
+            floor=floor,
+            null=pool.null(),
             train_ids=ids.numpy(),
             target_ids=target_ids,
             method=self.method,
             objective=_name(self.objective),
             sites=tuple(self.sites),
             network=self.network.digest(),
+            considered=len(ids),
         )
 
 
@@ -305,11 +297,5 @@ def _finite(values: Tensor, what: str) -> Tensor:
 
 
 def _first_row(result: Result) -> Result:
-    return replace(
-        result,
-        scores=result.scores[0],
-        z=result.z[0],
-        p=result.p[0],
-        q=result.q[0],
-        noise_floor=result.noise_floor[0],
-    )
+    floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
+    return replace(result, scores=result.scores[0], floor=floor)

@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 _TAIL = 0.05
 _PRIOR_SHAPE = 0.15
 _PRIOR_WEIGHT = 30
+_POOLED = 2**20
+"""Standardised ghosts that are kept for a null distribution: 8 MB, and a tail of 50,000."""
 MIN_GHOSTS = 10
 
 
@@ -26,16 +28,26 @@ MIN_GHOSTS = 10
 class NoiseFloor:
     """Ghost mean and standard deviation of every target: float64 (targets,).
 
-    The deviation is exactly 0 where all ghosts score the same.
+    Of an aggregate: (); of self-influence: (train,). The deviation is exactly 0 where all ghosts score
+    the same.
     """
 
     mean: Floats
     sd: Floats
 
     def standardise(self, scores: NDArray[np.floating]) -> Floats:
-        """z-scores (targets, ids) of scores (targets, ids); 0 where the ghosts do not differ."""
-        sd = np.where(self.sd > 0, self.sd, np.inf)
-        return np.asarray((scores - self.mean[:, None]) / sd[:, None], dtype=np.float64)
+        """z-scores of scores (targets, ids), or of scores (ids,) where there is one row of targets.
+
+        0 where the ghosts do not differ.
+        """
+        mean, sd = self.of(scores)
+        return np.asarray((scores - mean) / np.where(sd > 0, sd, np.inf), dtype=np.float64)
+
+    def of(self, scores: NDArray[np.floating]) -> tuple[Floats, Floats]:
+        """Mean and deviation in a shape that broadcasts with the scores."""
+        if scores.ndim == 1:
+            return self.mean, self.sd
+        return self.mean[:, None], self.sd[:, None]
 
 
 def noise_floor(ghosts: NDArray[np.floating]) -> NoiseFloor:
@@ -72,6 +84,39 @@ def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
     return np.asarray((values - other_mean) / safe)
 
 
+class GhostPool:
+    """Standardised ghosts of many targets, thinned evenly where they would fill the memory."""
+
+    def __init__(self) -> None:
+        self._rows: list[Floats] = []
+        self._stride = 1
+        self._seen = 0
+        self._kept = 0
+
+    def add(self, ghosts: NDArray[np.floating]) -> NoiseFloor:
+        """Take in ghost scores (targets, ghosts), and return their noise floor.
+
+        Raises:
+            InputError: fewer than 10 ghosts.
+        """
+        floor = noise_floor(ghosts)
+        rows = np.flatnonzero(floor.sd > 0)
+        # Every stride-th target that has noise at all, counted over all calls.
+        chosen = rows[(self._seen + np.arange(len(rows))) % self._stride == 0]
+        self._seen += len(rows)
+        self._rows += [row.copy() for row in standardise_left_out(ghosts[chosen])]
+        self._kept += len(chosen) * ghosts.shape[1]
+        while self._kept > _POOLED and len(self._rows) > 1:
+            self._rows = self._rows[::2]
+            self._stride *= 2
+            self._kept = sum(len(row) for row in self._rows)
+        return floor
+
+    def null(self) -> NullDistribution:
+        """The null distribution of what was taken in."""
+        return NullDistribution(np.concatenate(self._rows) if self._rows else np.zeros(MIN_GHOSTS))
+
+
 class NullDistribution:
     """Two-sided p-values of z-scores under the pooled ghosts.
 
@@ -85,9 +130,10 @@ class NullDistribution:
     """
 
     def __init__(self, pooled: NDArray[np.floating]) -> None:
-        values = np.sort(pooled.astype(np.float64), axis=None)
-        self._upper = _Tail(values)
-        self._lower = _Tail(-values[::-1])
+        self.values: Floats = np.sort(pooled.astype(np.float64), axis=None)
+        """The pooled values, sorted upwards: all that the distribution is made of."""
+        self._upper = _Tail(self.values)
+        self._lower = _Tail(-self.values[::-1])
 
     def p_values(self, z: NDArray[np.floating]) -> Floats:
         """Two-sided p-values in (0, 1], of the shape of ``z``."""
@@ -135,15 +181,21 @@ def _gaussian_survival(z: Floats) -> Floats:
     return np.asarray(density * safe / (safe**2 + 1))
 
 
-def q_values(p: NDArray[np.floating]) -> Floats:
+def q_values(p: NDArray[np.floating], considered: int | None = None) -> Floats:
     """Benjamini-Hochberg q-values along the last axis, of the shape of ``p`` (rows of ids).
+
+    Args:
+        p: p-values.
+        considered: hypotheses of each row, where ``p`` holds only some of them. What is left out can
+            only lower a rank, so the q-values are then upper bounds.
 
     Source: Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995).
     """
     values = np.asarray(p, dtype=np.float64)
     count = values.shape[-1]
     order = np.argsort(values, axis=-1)
-    ranked = np.take_along_axis(values, order, axis=-1) * count / np.arange(1, count + 1)
+    hypotheses = count if considered is None else considered
+    ranked = np.take_along_axis(values, order, axis=-1) * hypotheses / np.arange(1, count + 1)
     smallest = np.minimum.accumulate(ranked[..., ::-1], axis=-1)[..., ::-1]
     result = np.empty_like(values)
     np.put_along_axis(result, order, np.minimum(smallest, 1.0), axis=-1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from turnover.errors import InputError
 from turnover.influence.calibration import NoiseFloor, NullDistribution, q_values
 
 if TYPE_CHECKING:
@@ -18,112 +20,133 @@ if TYPE_CHECKING:
 class Result:
     """Influence scores, and what they would be worth if they were noise.
 
-    A pairwise result is (targets, train); an aggregate and a self-influence result is (train,).
-    Positive: the training instance helped (without it the objective would be higher). Units: those of
-    the objective (nats for the built-in ones).
+    A pairwise result is (targets, train); the extremes alone are (targets, ranks), from the most
+    helpful training instance to the most harmful; an aggregate and a self-influence result is
+    (train,). Positive: the training instance helped (without it the objective would be higher). Units:
+    those of the objective (nats for the built-in ones).
 
     Attributes:
         scores: float32, influence.
-        z: float32, scores in ghost standard deviations from the ghost mean.
-        p: float64, two-sided, of ``z`` under the ghosts.
-        q: float64, Benjamini-Hochberg over the training ids (per target).
-        noise_floor: float32, the ghosts' standard deviation: (targets,) for a pairwise result, ()
-            for an aggregate, (train,) for self-influence.
-        train_ids: int64 (train,).
+        floor: mean and standard deviation of the ghosts' scores.
+        null: the distribution that turns z into p.
+        train_ids: int64 (train,); (targets, ranks) where only the extremes are held.
         target_ids: int64 (targets,), where the target batches had ids.
         method: estimator.
         objective: name of the objective.
         sites: the sites whose masks were flipped.
-        network: digest of the network that was scored (see :meth:`turnover.Network.digest`).
-        null: the distribution that turned z into p, for scores of other ids; not stored with a run.
+        network: digest of the network that was scored (see :meth:`turnover.Network.digest`); of
+            several, their digests joined by "+".
+        considered: training ids that were scored for each target, and that q is over.
+        standard_error: float32, of the shape of ``scores``: of the mean over networks, where there are
+            several.
+        exact: bool, of the shape of ``scores``: reranked pairs, whose scores are exact; the other
+            scores are linear ones, put on the scale of the exact ones. ``None``: all are alike.
+        recall: float32 (targets,), with rerank: estimated share of the exact extremes among those
+            reported (see :mod:`turnover.influence.rerank`).
     """
 
     scores: NDArray[np.float32]
-    z: NDArray[np.float32]
-    p: NDArray[np.float64]
-    q: NDArray[np.float64]
-    noise_floor: NDArray[np.float32]
+    floor: NoiseFloor
+    null: NullDistribution
     train_ids: NDArray[np.int64]
     target_ids: NDArray[np.int64] | None
     method: str
     objective: str
     sites: tuple[str, ...]
     network: str
-    null: NullDistribution | None
+    considered: int
+    standard_error: NDArray[np.float32] | None = None
+    exact: NDArray[np.bool_] | None = None
+    recall: NDArray[np.float32] | None = None
+
+    @cached_property
+    def z(self) -> NDArray[np.float32]:
+        """Scores in ghost standard deviations from the ghost mean: float32, of the shape of scores."""
+        return self.floor.standardise(self.scores).astype(np.float32)
+
+    @cached_property
+    def p(self) -> NDArray[np.float64]:
+        """Two-sided p-values of ``z`` under the ghosts: float64, of the shape of scores."""
+        _, sd = self.floor.of(self.scores)
+        # Without any noise there is no scale to judge a score by.
+        values = self.null.p_values(self.floor.standardise(self.scores))
+        return np.asarray(np.where(sd > 0, values, 1.0))
+
+    @cached_property
+    def q(self) -> NDArray[np.float64]:
+        """Benjamini-Hochberg q-values over the training ids (per target): float64, likewise.
+
+        Where only the extremes are held, an upper bound.
+        """
+        return q_values(self.p, self.considered)
+
+    @property
+    def noise_floor(self) -> NDArray[np.float32]:
+        """The ghosts' standard deviation, float32.
+
+        (targets,) of a pairwise result, () of an aggregate, (train,) of self-influence.
+        """
+        return self.floor.sd.astype(np.float32)
 
     def select(self, keep: NDArray[np.bool_]) -> Result:
-        """The result for some of the training ids alone; q is computed anew over those.
+        """The result for some of the training ids alone; q is then over those.
 
         Args:
             keep: bool (train,).
+
+        Raises:
+            InputError: the result holds only the extremes of each target.
         """
-        noise_floor = self.noise_floor
-        if self.scores.ndim == 1 and noise_floor.ndim == 1:
-            noise_floor = noise_floor[keep]
-        p = self.p[..., keep]
+        if self.train_ids.ndim > 1:
+            raise InputError(
+                "this result holds only the extremes of each target, and not the same training ids for "
+                "all: estimate without top= to select among them"
+            )
+        floor = self.floor
+        if self.scores.ndim == 1 and floor.sd.ndim == 1:
+            floor = NoiseFloor(floor.mean[keep], floor.sd[keep])
         return replace(
             self,
             scores=self.scores[..., keep],
-            z=self.z[..., keep],
-            p=p,
-            q=q_values(p),
-            noise_floor=noise_floor,
+            floor=floor,
             train_ids=self.train_ids[keep],
+            considered=int(np.count_nonzero(keep)),
+            standard_error=_columns(self.standard_error, keep),
+            exact=_columns(self.exact, keep),
         )
 
     def to_xarray(self) -> xarray.Dataset:
-        """The result as a labelled dataset with dimensions (target, train) or (train,).
+        """The result as a labelled dataset with dimensions (target, train), (target, rank) or (train,).
 
         Raises:
             ImportError: xarray is not installed (``pip install turnover[results]``).
         """
         import xarray
 
-        dims = ("target", "train")[-self.scores.ndim :]
-        coordinates: dict[str, Any] = {"train": self.train_ids}
+        extremes = self.train_ids.ndim > 1
+        dims = ("target", "rank" if extremes else "train")[-self.scores.ndim :]
+        values: dict[str, Any] = {
+            "score": (dims, self.scores),
+            "z": (dims, self.z),
+            "p": (dims, self.p),
+            "q": (dims, self.q),
+            "noise_floor": (dims[: self.floor.sd.ndim], self.noise_floor),
+        }
+        coordinates: dict[str, Any] = {}
+        if extremes:
+            values["train_id"] = (dims, self.train_ids)
+        else:
+            coordinates["train"] = self.train_ids
         if "target" in dims and self.target_ids is not None:
             coordinates["target"] = self.target_ids
-        noise_dims = dims[:1] if self.noise_floor.ndim else ()
-        return xarray.Dataset(
-            {
-                "score": (dims, self.scores),
-                "z": (dims, self.z),
-                "p": (dims, self.p),
-                "q": (dims, self.q),
-                "noise_floor": (noise_dims, self.noise_floor),
-            },
-            coords=coordinates,
-            attrs={"method": self.method, "objective": self.objective, "network": self.network},
-        )
+        for name, more in (("standard_error", self.standard_error), ("exact", self.exact)):
+            if more is not None:
+                values[name] = (dims, more)
+        if self.recall is not None:
+            values["recall"] = (dims[:1], self.recall)
+        attributes = {"method": self.method, "objective": self.objective, "network": self.network}
+        return xarray.Dataset(values, coords=coordinates, attrs=attributes)
 
 
-def make_result(
-    scores: NDArray[np.floating],
-    floor: NoiseFloor,
-    null: NullDistribution,
-    *,
-    train_ids: NDArray[np.int64],
-    target_ids: NDArray[np.int64] | None,
-    method: str,
-    objective: str,
-    sites: tuple[str, ...],
-    network: str,
-) -> Result:
-    """Pairwise result of scores (targets, train)."""
-    z = floor.standardise(scores)
-    # Without any noise there is no scale to judge a score by.
-    p = np.where(floor.sd[:, None] > 0, null.p_values(z), 1.0)
-    return Result(
-        scores.astype(np.float32),
-        z.astype(np.float32),
-        p,
-        q_values(p),
-        floor.sd.astype(np.float32),
-        train_ids,
-        target_ids,
-        method,
-        objective,
-        sites,
-        network,
-        null,
-    )
+def _columns(values: NDArray[Any] | None, keep: NDArray[np.bool_]) -> NDArray[Any] | None:
+    return None if values is None else values[..., keep]

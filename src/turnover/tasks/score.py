@@ -16,7 +16,7 @@ from turnover.data import TextData
 from turnover.errors import InputError
 from turnover.influence import Influence
 from turnover.influence.calibration import noise_floor
-from turnover.influence.linear import linear_scores, mask_gradients, own_linear_scores
+from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
 from turnover.run import Run, read_json, write_json
@@ -246,8 +246,9 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
         for site, units in units_of.items():
             part = gradients[:, start : start + units]
             start += units
-            own = own_linear_scores(part, network.spec, {site: units}, batch.ids).cpu().numpy()
-            noise = linear_scores(part, network.spec, {site: units}, ghost_ids(200)).cpu().numpy()
+            scorer = LinearScorer(part, network.spec, {site: units})
+            own = scorer.own(batch.ids).cpu().numpy()
+            noise = scorer.scores(ghost_ids(200)).cpu().numpy()
             signal[site] += own.tolist()
             floor = noise_floor(noise)
             ratio[site] += floor.standardise(own[:, None])[:, 0].tolist()
