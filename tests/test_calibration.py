@@ -188,13 +188,13 @@ def test_a_target_without_noise_gets_p_one_under_a_skewed_null_too():
 
 
 def test_a_pool_that_is_full_is_thinned_evenly_and_keeps_its_level(monkeypatch):
-    monkeypatch.setattr(calibration, "_POOLED", 20_000)
+    monkeypatch.setattr(calibration, "_POOLED", 80_000)
     rng = np.random.default_rng(3)
     pool = GhostPool()
     for size in (1, 7, 300, 64, 1000):
-        pool.add(rng.standard_normal((size, 100)))
+        pool.add(rng.standard_normal((size, 400)))
     null = pool.null()
-    assert 10_000 <= len(null.values) <= 20_000
+    assert 40_000 <= len(null.values) <= 80_000
     assert (null.p_values(rng.standard_normal(200_000)) < 0.01).mean() == pytest.approx(
         0.01, rel=0.1
     )
