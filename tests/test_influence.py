@@ -110,25 +110,22 @@ def test_exact_is_the_plain_loop_of_two_forwards(name, keep):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "way"),
     [
-        ("mlp", "at the site"),
+        ("mlp", "hidden rows derived behind"),
         ("conv", "at the site"),
-        ("head", "at the site"),
-        ("tuple", "at the site"),
+        ("head", "one product with"),
+        ("tuple", "one product with"),
         ("bert", "bert.encoder.layer.0"),
         ("fragile", "at the inputs"),
         ("silent", "at the inputs"),
     ],
 )
-def test_work_below_the_first_site_is_shared_where_the_model_allows(name, place):
+def test_work_is_shared_as_far_as_the_model_allows(name, way):
     network, batch = build(name)
     estimator = ExactEstimator(network, objectives.margin, 8)
-    estimator.scores(batch.rows(0, 1), IDS)
-    if name == "bert":
-        assert estimator.place.startswith(place)
-    else:
-        assert estimator.place == place
+    estimator.scores([batch.rows(0, 1)], IDS)
+    assert estimator.way.startswith(way)
 
 
 def test_the_frozen_encoder_runs_on_one_row():
@@ -136,9 +133,9 @@ def test_the_frozen_encoder_runs_on_one_row():
     rows = []
     network.model.encoder.register_forward_hook(lambda m, a, output: rows.append(len(output)))
     estimator = ExactEstimator(network, objectives.margin, 64)
-    estimator.scores(batch.rows(0, 1), torch.arange(50))
+    estimator.scores([batch.rows(0, 1)], torch.arange(50))
     rows.clear()
-    estimator.scores(batch.rows(1, 2), torch.arange(50))
+    estimator.scores([batch.rows(1, 2)], torch.arange(50))
     assert set(rows) == {1}
 
 

@@ -13,7 +13,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,28 +23,12 @@ from torch.utils.hooks import RemovableHandle
 
 from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
+from turnover.bindings import Binding, made_in, next_node
 from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve
 
 _REMEMBERED_BINDINGS = 256
-
-
-@dataclass(eq=False)
-class _Binding:
-    """What the sites do while a context is open."""
-
-    ids: Tensor | None = None
-    hidden: bool | Tensor = False
-    broadcast: bool = False
-    """One row may become as many rows as there are ids (how exact influence shares work)."""
-    sites: frozenset[str] | None = None
-    """The sites that are masked or probed; at others the network runs whole. ``None``: all."""
-    probes: dict[str, Tensor] | None = None
-    """If given, sites multiply by ones that require a gradient, and leave them here."""
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    first_node: int = 0
-    last_node: int | None = None
 
 
 class Network:
@@ -66,8 +50,8 @@ class Network:
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
         self._measured: set[str] = set()
-        self._active: _Binding | None = None
-        self._past: deque[_Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
+        self._active: Binding | None = None
+        self._past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
         self._handles: list[RemovableHandle] = []
         for site in sites:
             # A partial of a method, unlike a closure, follows a deep copy or a pickle of the model.
@@ -158,7 +142,7 @@ class Network:
 
     def mean(self) -> _Context:
         """Context: the whole network, unscaled, for every row (also the default in eval mode)."""
-        return self._context(_Binding())
+        return self._context(Binding())
 
     def detach(self) -> None:
         """Remove the hooks; the model is as it was before :func:`attach`."""
@@ -261,7 +245,7 @@ class Network:
         *,
         broadcast: bool = False,
         sites: Sequence[str] | None = None,
-    ) -> _Binding:
+    ) -> Binding:
         if not self._handles:
             raise BindingError(
                 "this network was detached from its model, so nothing would be masked: attach again"
@@ -283,16 +267,35 @@ class Network:
                 )
             hidden = hidden.to(device)
         chosen = None if sites is None else frozenset(sites)
-        binding = _Binding(ids.to(device), hidden, broadcast, chosen)
+        binding = Binding(ids.to(device), hidden, broadcast, chosen)
         for name, units in self.units.items():
             if units is not None and (chosen is None or name in chosen):
                 binding.masks[name] = self._mask(binding, name, units)
         return binding
 
-    def _context(self, binding: _Binding) -> _Context:
+    def _bind_both(self, ids: Tensor, sites: Sequence[str], *, split: str | None = None) -> Binding:
+        """The exposed and, behind them, the hidden rows of ids, for many forwards of one row each.
+
+        Args:
+            split: site that lets only the exposed rows pass; whoever asks for it makes the hidden ones.
+        """
+        ids = ids.to(device_of(self.model))
+        hidden = torch.zeros(2 * len(ids), dtype=torch.bool, device=ids.device)
+        hidden[len(ids) :] = True
+        binding = Binding(
+            torch.cat([ids, ids]), hidden, True, frozenset(sites), factors={}, split=split
+        )
+        for name in sites:
+            units = self.units[name]
+            if units is not None:
+                mask = self.spec.exposed(ids, name, units)
+                binding.masks[name] = torch.cat([mask, ~mask])
+        return binding
+
+    def _context(self, binding: Binding) -> _Context:
         return _Context(self, binding)
 
-    def _mask(self, binding: _Binding, site: str, units: int) -> Tensor:
+    def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
         assert binding.ids is not None
         mask = self.spec.exposed(binding.ids, site, units)
         if isinstance(binding.hidden, Tensor):
@@ -315,7 +318,7 @@ class Network:
             f"that begins with one; name a module inside it"
         )
 
-    def _current(self, site: str) -> _Binding | None:
+    def _current(self, site: str) -> Binding | None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return self._binding_of_recomputation(site)
         if self._active is None and self._core.training and torch.is_grad_enabled():
@@ -325,7 +328,7 @@ class Network:
             )
         return self._active
 
-    def _binding_of_recomputation(self, site: str) -> _Binding | None:
+    def _binding_of_recomputation(self, site: str) -> Binding | None:
         """The binding of the forward that gradient checkpointing is repeating in ``backward()``.
 
         The context has usually ended by then, and several forwards may share one backward. Autograd
@@ -339,14 +342,9 @@ class Network:
                 f"site {site!r} lies in gradient checkpoints within one another, which lose the ids "
                 f"of its forward: pass use_reentrant=False to torch.utils.checkpoint"
             )
-        node: Any = torch._C._current_autograd_node()
-        if node is not None:
-            number = node._sequence_nr()
-            for binding in sorted(candidates, key=lambda b: b.first_node, reverse=True):
-                if binding.first_node <= number and (
-                    binding.last_node is None or number < binding.last_node
-                ):
-                    return binding
+        binding = made_in(candidates)
+        if binding is not None:
+            return binding
         if self._core.training:
             raise BindingError(
                 f"site {site!r} is recomputed in backward() (gradient checkpointing), and the ids of "
@@ -354,7 +352,7 @@ class Network:
             )
         return None
 
-    def _masked(self, site: ResolvedSite, output: Tensor, binding: _Binding) -> Tensor:
+    def _masked(self, site: ResolvedSite, output: Tensor, binding: Binding) -> Tensor:
         dim = output.dim()
         axis = site.axis % dim if -dim <= site.axis < dim else 0
         size = output.shape[axis] if dim else 0
@@ -379,26 +377,42 @@ class Network:
                 binding.probes[site.name] = probe.requires_grad_()
             factor = probe.to(output.dtype)
         else:
-            mask = binding.masks.get(site.name)
-            if mask is None or mask.shape[1] != units:
-                mask = self._mask(binding, site.name, units)
-                # In a recomputation the context has ended, and nobody would clear them.
-                if binding.last_node is None:
-                    binding.masks[site.name] = mask
-            shape[0] = mask.shape[0]
+            factor = self._factor(site, units, output, binding)
+            splits = binding.split == site.name
+            if splits:
+                factor = factor[: len(factor) // 2]
+            shape[0] = len(factor)
             if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
                     f"bound: bind one id for each row"
                 )
-            factor = mask.to(device=output.device, dtype=output.dtype) * self._scale(
-                binding, output
-            )
-        if site.unit_size > 1:
+            if splits:
+                binding.whole, binding.exposed = output, output * factor.view(shape)
+                return binding.exposed
+        if site.unit_size > 1 and binding.probes is not None:
             factor = factor.repeat_interleave(site.unit_size, dim=1)
         return output * factor.view(shape)
 
-    def _scale(self, binding: _Binding, output: Tensor) -> float | Tensor:
+    def _factor(self, site: ResolvedSite, units: int, output: Tensor, binding: Binding) -> Tensor:
+        """What the bound rows are multiplied by: (rows, elements of the site's axis)."""
+        key = (site.name, output.dtype)
+        if binding.factors is not None and key in binding.factors:
+            return binding.factors[key]
+        mask = binding.masks.get(site.name)
+        if mask is None or mask.shape[1] != units:
+            mask = self._mask(binding, site.name, units)
+            # In a recomputation the context has ended, and nobody would clear them.
+            if binding.last_node is None:
+                binding.masks[site.name] = mask
+        factor = mask.to(device=output.device, dtype=output.dtype) * self._scale(binding, output)
+        if site.unit_size > 1:
+            factor = factor.repeat_interleave(site.unit_size, dim=1)
+        if binding.factors is not None:
+            binding.factors[key] = factor
+        return factor
+
+    def _scale(self, binding: Binding, output: Tensor) -> float | Tensor:
         keep = self.spec.keep
         if not isinstance(binding.hidden, Tensor):
             return 1 / (1 - keep) if binding.hidden else 1 / keep
@@ -421,23 +435,23 @@ class Network:
         """Context of the mean network whose masks, all ones, take gradients (rows, units)."""
         probes: dict[str, Tensor] = {}
         chosen = None if sites is None else frozenset(sites)
-        with self._context(_Binding(sites=chosen, probes=probes)):
+        with self._context(Binding(sites=chosen, probes=probes)):
             yield probes
 
 
 class _Context:
     """Opens a binding for the body of a ``with``; contexts nest."""
 
-    def __init__(self, network: Network, binding: _Binding) -> None:
+    def __init__(self, network: Network, binding: Binding) -> None:
         self._network = network
         self._binding = binding
-        self._opened: list[tuple[_Binding | None, _Binding]] = []
+        self._opened: list[tuple[Binding | None, Binding]] = []
 
     def __enter__(self) -> None:
         network = self._network
         # A binding of its own for each entry: each has its own range of autograd nodes.
         binding = replace(
-            self._binding, masks=dict(self._binding.masks), first_node=_next_node(), last_node=None
+            self._binding, masks=dict(self._binding.masks), first_node=next_node(), last_node=None
         )
         self._opened.append((network._active, binding))
         network._active = binding
@@ -445,16 +459,11 @@ class _Context:
     def __exit__(self, *exception: object) -> None:
         network = self._network
         network._active, binding = self._opened.pop()
-        binding.last_node = _next_node()
+        binding.last_node = next_node()
         # Probes are as large as a batch of masks, and their backward runs within the context.
         if binding.probes is None and binding.last_node > binding.first_node:
             binding.masks.clear()  # a recomputation makes them again from the ids
             network._past.append(binding)
-
-
-def _next_node() -> int:
-    """The number that autograd will give to the next node made in this thread."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:

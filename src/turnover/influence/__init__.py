@@ -40,7 +40,7 @@ class Influence:
         method: ``"exact"`` (two forwards of every id: Kobayashi et al. 2020, equation 6) or
             ``"linear"`` (one backward per target, whatever the number of ids).
         ghosts: ghost ids for the noise floor, at least 10. Below 1,000 the far tail is rough.
-        block: ids in one forward of the exact method.
+        block: ids in one forward of the exact method; ``None``: as many as the caches hold.
         sites: names or glob patterns of the sites whose masks are flipped; at the others the network
             runs whole, so the scores are the influence that these sites carry. Sites with few units
             add more noise than signal. ``None``: all, which is the paper's estimate.
@@ -58,7 +58,7 @@ class Influence:
         method: str = "linear",
         *,
         ghosts: int = 1000,
-        block: int = 256,
+        block: int | None = None,
         sites: Sequence[str] | None = None,
         adapter: Adapter = as_batch,
         progress: bool = False,
@@ -67,7 +67,7 @@ class Influence:
             raise InputError(f"unknown method {method!r}; built are: {', '.join(METHODS)}")
         if ghosts < MIN_GHOSTS:
             raise InputError(f"ghosts must be >= {MIN_GHOSTS} to tell a noise floor, got {ghosts}")
-        if block < 1:
+        if block is not None and block < 1:
             raise InputError(f"block must be >= 1, got {block}")
         self.network = network
         self.objective = objective
@@ -103,8 +103,7 @@ class Influence:
                     gradients = self._gradients(batch)
                     part = self._linear(gradients).scores(both)
                 else:
-                    rows = [exact.scores(batch.rows(i, i + 1), both) for i in range(len(batch))]
-                    part = torch.stack(rows)
+                    part = exact.scores([batch.rows(i, i + 1) for i in range(len(batch))], both)
                 scores.append(_finite(part, "influence"))
                 target_ids.append(batch.ids)
         if not scores:
@@ -136,8 +135,8 @@ class Influence:
                 if self.method == "linear":
                     part = self._gradients(batch).double().sum(dim=0)
                 else:
-                    rows = [exact.scores(batch.rows(i, i + 1), both) for i in range(len(batch))]
-                    part = _finite(torch.stack(rows), "influence").double().sum(dim=0)
+                    rows = [batch.rows(i, i + 1) for i in range(len(batch))]
+                    part = _finite(exact.scores(rows, both), "influence").double().sum(dim=0)
                 total = part if total is None else total + part
                 count += len(batch)
             if total is None:
@@ -196,7 +195,7 @@ class Influence:
         noise_ids = ghost_ids(min(self.ghosts, _OWN_GHOSTS))
         rows = torch.stack(
             [
-                exact.scores(batch.rows(i, i + 1), torch.cat([ids[i : i + 1], noise_ids]))
+                exact.scores([batch.rows(i, i + 1)], torch.cat([ids[i : i + 1], noise_ids]))[0]
                 for i in range(len(batch))
             ]
         )

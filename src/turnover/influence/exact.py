@@ -1,40 +1,82 @@
 """The exact estimator: the objective in the hidden minus in the exposed sub-network of every id.
 
-A target runs once below the first site and on one row per id above it. Where in the model one row
-becomes many is found by trying, from the innermost place outwards, and each place is compared with
-the plain way (the target repeated at the model's inputs) before it is trusted.
+Kobayashi et al. 2020, equation 6. What all ids share is computed once for a target. The ways to do
+that are tried from the one that shares most, and each is compared with the plain way, the target
+repeated at the model's inputs, before it is trusted:
+
+1. The one masked layer feeds the linear layer that makes the logits: all ids are one matrix product.
+2. The first masked layer feeds a linear or convolution layer: that layer runs for the exposed rows,
+   and what the hidden rows give is what is left of the whole.
+3. One row becomes many at the first masked layer, or where an enclosing module begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch, shapes
-from turnover.influence.linear import check_reached
+from turnover.influence.linear import LinearScorer, check_reached
 from turnover.masks import ghost_ids
 from turnover.network import Network
-from turnover.objectives import Objective, costs
+from turnover.objectives import Objective, costs, logits_of
+from turnover.sites import device_of
 
 _PROBE_START = 2**40
-"""Ghosts used for comparing places; far from the noise floor's."""
+"""Ghosts used for comparing ways; far from the noise floor's."""
 _PROBES = 3
 
 _AT_SITE = "at the site"
 _AT_INPUTS = "at the inputs"
 
+_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LARGEST_OUTPUT = {"cpu": 2**23}
+"""Bytes of the largest output of a module in one forward: what the caches hold, or a GPU keeps busy."""
+_LARGEST_OUTPUT_ELSEWHERE = 2**28
+_COEFFICIENTS = 2**28
+"""Bytes of coefficients that one product takes at a time."""
+_LOGITS = 2**25
+"""Bytes of logits that the objective takes at a time."""
+_PRODUCT_IDS = 256
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the ids of a target are run.
+
+    Attributes:
+        place: the module at whose inputs one row becomes many, or at the site, or at the inputs.
+        split: site behind which the hidden rows are derived, if any.
+        affine: name of the module that does it.
+        logits: that module makes the logits, from the one masked site.
+        elements: elements of the largest output of a module, for one row.
+    """
+
+    place: str
+    split: str | None = None
+    affine: str | None = None
+    logits: bool = False
+    elements: int = 1
+
+    def __str__(self) -> str:
+        if self.affine is None:
+            return self.place
+        return f"{'one product with' if self.logits else 'hidden rows derived behind'} {self.affine}"
+
 
 class ExactEstimator:
-    """Exact influence on one target at a time, sharing the work below the first site.
+    """Exact influence of ids on targets, sharing what they have in common.
 
     Args:
         network: the network; its model should be in eval mode.
         objective: callable (outputs, batch) -> (rows,).
-        block: ids in one forward.
+        block: ids in one forward; ``None``: as many as the caches hold.
         sites: masked sites; at others the network runs whole. ``None``: all.
     """
 
@@ -42,78 +84,278 @@ class ExactEstimator:
         self,
         network: Network,
         objective: Objective,
-        block: int,
+        block: int | None = None,
         sites: Sequence[str] | None = None,
     ) -> None:
         self._network = network
         self._objective = objective
         self._block = block
         self._sites = network.sites if sites is None else list(sites)
-        self._checked: dict[tuple[tuple[int, ...], ...], str] = {}
-        self.place: str | None = None
-        """Where one row becomes many: a module name, or at the site or the inputs."""
+        self._ways: dict[tuple[tuple[int, ...], ...], _Way] = {}
+        self._last: _Way | None = None
 
-    def scores(self, target: Batch, ids: Tensor) -> Tensor:
-        """Influence of ids on a target of one row: float32 (ids,)."""
+    @property
+    def way(self) -> str | None:
+        """How the last targets were run, in words; ``None`` before the first."""
+        return None if self._last is None else str(self._last)
+
+    def scores(self, targets: Sequence[Batch], ids: Tensor) -> Tensor:
+        """Influence of ids on targets of one row each: float32 (targets, ids)."""
         with torch.no_grad():
-            # A place that serves inputs of one shape may not serve those of another.
-            seen = shapes(target.inputs)
-            if seen not in self._checked:
-                self._checked[seen] = self._choose(target)
-            self.place = self._checked[seen]
-            parts = [self._difference(target, c, self.place) for c in torch.split(ids, self._block)]
-        return torch.cat(parts)
+            ways = [self._way(target) for target in targets]
+            scores = torch.empty((len(targets), len(ids)), device=device_of(self._network.model))
+            products = [i for i, way in enumerate(ways) if way.logits]
+            forwards = [i for i, way in enumerate(ways) if not way.logits]
+            if products:
+                self._product(targets, ways, products, ids, scores)
+            if forwards:
+                self._forward(targets, ways, forwards, ids, scores)
+        return scores
 
-    def _difference(self, target: Batch, ids: Tensor, place: str) -> Tensor:
-        exposed = self._cost(target, ids, place, hidden=False)
-        return self._cost(target, ids, place, hidden=True) - exposed
+    def _product(
+        self,
+        targets: Sequence[Batch],
+        ways: Sequence[_Way],
+        rows: Sequence[int],
+        ids: Tensor,
+        scores: Tensor,
+    ) -> None:
+        seen = [self._seen(targets[row], ways[row]) for row in rows]
+        group = max(1, _COEFFICIENTS // (seen[0][1].numel() * 4))
+        classes = max(len(coefficients) for _, coefficients in seen)
+        block = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes))
+        for first in range(0, len(rows), group):
+            members = range(first, min(first + group, len(rows)))
+            scorer = self._scorer(torch.cat([seen[m][1] for m in members]))
+            start = 0
+            for part in torch.split(ids, block):
+                moved = scorer.scores(part).split([len(seen[m][1]) for m in members])
+                for member, change in zip(members, moved, strict=True):
+                    target, (outputs, _) = targets[rows[member]], seen[member]
+                    values = self._of_logits(target, outputs, change)
+                    scores[rows[member], start : start + len(part)] = values
+                start += len(part)
 
-    def _cost(self, target: Batch, ids: Tensor, place: str, *, hidden: bool) -> Tensor:
-        network, rows = self._network, len(ids)
-        repeated = target.expanded(rows)
-        shared = place != _AT_INPUTS
-        binding = network._bind(ids, hidden, broadcast=shared, sites=self._sites)
-        with network._context(binding), _expanding(network.model, place, rows):
-            outputs = (target if shared else repeated).call(network.model)
-        return costs(self._objective, outputs, repeated)
+    def _seen(self, target: Batch, way: _Way) -> tuple[Any, Tensor]:
+        """Outputs of the whole network, and what each unit adds to each logit: (classes, units)."""
+        assert way.affine is not None and way.split is not None
+        layer = self._network.model.get_submodule(way.affine)
+        site = self._network._sites[way.split].module
+        with _recording([site]) as outputs, self._network.mean():
+            predicted = target.call(self._network.model)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return predicted, weight.float() * outputs[id(site)].float()
 
-    def _choose(self, target: Batch) -> str:
+    def _scorer(self, coefficients: Tensor) -> LinearScorer:
+        return LinearScorer(
+            coefficients, self._network.spec, self._network.known_units(self._sites)
+        )
+
+    def _of_logits(self, target: Batch, outputs: Any, change: Tensor) -> Tensor:
+        """Scores (ids,) from the hidden minus the exposed logits (classes, ids)."""
+        keep, count = self._network.spec.keep, change.shape[1]
+        whole = logits_of(outputs).float()  # (1, classes) = keep * exposed + (1 - keep) * hidden
+        logits = whole.new_empty((2 * count, len(change)))
+        torch.add(whole, change.T, alpha=-(1 - keep), out=logits[:count])
+        torch.add(whole, change.T, alpha=keep, out=logits[count:])
+        values = costs(self._objective, _with_logits(outputs, logits), target.expanded(2 * count))
+        return values[count:] - values[:count]
+
+    def _forward(
+        self,
+        targets: Sequence[Batch],
+        ways: Sequence[_Way],
+        rows: Sequence[int],
+        ids: Tensor,
+        scores: Tensor,
+    ) -> None:
+        block = self._block or self._rows_at_once(max(ways[row].elements for row in rows))
+        splits = {ways[row].split for row in rows}
+        start = 0
+        for part in torch.split(ids, block):
+            # Alone, an exposed row would pass for one that serves all.
+            bound = part if len(part) > 1 else part.expand(2)
+            bindings = {
+                split: self._network._bind_both(bound, self._sites, split=split) for split in splits
+            }
+            for row in rows:
+                binding = bindings[ways[row].split]
+                values = self._difference(targets[row], ways[row], binding, len(bound))
+                scores[row, start : start + len(part)] = values[: len(part)]
+            start += len(part)
+
+    def _rows_at_once(self, elements: int) -> int:
+        device = device_of(self._network.model).type
+        largest = _LARGEST_OUTPUT.get(device, _LARGEST_OUTPUT_ELSEWHERE)
+        rows = max(1, largest // (2 * 4 * elements))
+        return int(min(max(2 ** (rows.bit_length() - 1), 16), 4096))
+
+    def _difference(self, target: Batch, way: _Way, binding: Any, ids: int) -> Tensor:
+        network = self._network
+        repeated = target.expanded(2 * ids)
+        with (
+            network._context(binding),
+            _expanding(network.model, way.place, 2 * ids),
+            _deriving(network, way),
+        ):
+            whole = way.place == _AT_INPUTS
+            outputs = (repeated if whole else target).call(network.model)
+        values = costs(self._objective, outputs, repeated)
+        return values[ids:] - values[:ids]
+
+    def _plain(self, target: Batch, ids: Tensor) -> Tensor:
+        """The definition: the target repeated at the model's inputs, once for each side."""
+        repeated = target.expanded(len(ids))
+        sides = []
+        for hidden in (False, True):
+            with self._network._context(self._network._bind(ids, hidden, sites=self._sites)):
+                outputs = repeated.call(self._network.model)
+            sides.append(costs(self._objective, outputs, repeated))
+        return torch.stack(sides)
+
+    def _way(self, target: Batch) -> _Way:
+        # A way that serves inputs of one shape may not serve those of another.
+        seen = shapes(target.inputs)
+        if seen not in self._ways:
+            self._ways[seen] = self._choose(target)
+        self._last = self._ways[seen]
+        return self._last
+
+    def _choose(self, target: Batch) -> _Way:
         ids = ghost_ids(_PROBES, start=_PROBE_START)
-        plain = {h: self._cost(target, ids, _AT_INPUTS, hidden=h) for h in (False, True)}
-        tolerance = 1e-2 if self._is_coarse(plain[True].device.type) else 1e-5
-        for place in self._places(target):
-            # Whatever fails inside a foreign model rules the place out, and nothing else.
+        plain = self._plain(target, ids)
+        difference = plain[1] - plain[0]
+        # Errors of the two sides, not of their difference, which may be small.
+        relative = 1e-2 if self._is_coarse(plain.device.type) else 1e-5
+        allowed = relative * (1 + plain.abs().amax(dim=0))
+        found = list(self._candidates(target))
+        for way in found:
+            # Whatever fails inside a foreign model rules the way out, and nothing else.
             with suppress(Exception):
-                if all(
-                    torch.allclose(
-                        self._cost(target, ids, place, hidden=h), plain[h], tolerance, tolerance
-                    )
-                    for h in (False, True)
-                ):
-                    return place
-        return _AT_INPUTS
+                if bool(((self._once(target, way, ids) - difference).abs() <= allowed).all()):
+                    return way
+        return _Way(_AT_INPUTS, elements=found[-1].elements)
+
+    def _once(self, target: Batch, way: _Way, ids: Tensor) -> Tensor:
+        if way.logits:
+            outputs, coefficients = self._seen(target, way)
+            return self._of_logits(target, outputs, self._scorer(coefficients).scores(ids))
+        binding = self._network._bind_both(ids, self._sites, split=way.split)
+        return self._difference(target, way, binding, len(ids))
 
     def _is_coarse(self, device_type: str) -> bool:
         parameter = next(self._network.model.parameters(), None)
         half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
         return half or torch.is_autocast_enabled(device_type)
 
-    def _places(self, target: Batch) -> Iterator[str]:
-        if self.place is not None:
-            yield self.place
-        yield _AT_SITE
-        first = self._first_site(target)
-        names = {id(module): name for name, module in self._network.model.named_modules()}
-        path = names[id(self._network._sites[first].module)].split(".")
-        for length in range(len(path), 0, -1):
-            yield ".".join(path[:length])
-
-    def _first_site(self, target: Batch) -> str:
+    def _candidates(self, target: Batch) -> Iterator[_Way]:
         network = self._network
         with torch.enable_grad(), network._probing(self._sites) as probes:
             target.call(network.model)
         check_reached(self._sites, probes)
-        return next(iter(probes))  # sites are recorded in the order in which they ran
+        reached = list(probes)  # sites are recorded in the order in which they ran
+        site = network._sites[reached[0]].module
+        names = {id(module): name for name, module in network.model.named_modules()}
+        with _recording(network.model.modules()) as outputs, network.mean():
+            with _feeding(network.model, lambda: outputs.get(id(site))) as fed:
+                predicted = target.call(network.model)
+        sizes = [o.numel() // len(o) for o in outputs.values() if o.dim() and len(o)]
+        way = partial(_Way, elements=max(sizes, default=1))
+        if fed:
+            behind = names[id(fed[0])]
+            split = {"split": reached[0], "affine": behind}
+            makes_logits = _logits_in(predicted) is outputs.get(id(fed[0]))
+            if makes_logits and len(reached) == len(self._sites) == 1:
+                yield way(_AT_SITE, logits=True, **split)
+            yield way(_AT_SITE, **split)
+        if self._last is not None and self._last.affine is None:
+            yield way(self._last.place)
+        yield way(_AT_SITE)
+        path = names[id(site)].split(".")
+        for length in range(len(path), 0, -1):
+            yield way(".".join(path[:length]))
+
+
+def _logits_in(outputs: Any) -> Tensor | None:
+    """The logits in a model's outputs, where there are any."""
+    with suppress(Exception):
+        return logits_of(outputs)
+    return None
+
+
+def _with_logits(outputs: Any, logits: Tensor) -> Any:
+    """Other logits, in the kind of outputs that the objective knows."""
+    if isinstance(outputs, Tensor):
+        return logits
+    if isinstance(outputs, Mapping):
+        return type(outputs)(logits=logits)  # type: ignore[call-arg]
+    return (logits,)
+
+
+@contextmanager
+def _recording(modules: Any) -> Iterator[dict[int, Tensor]]:
+    """The outputs of modules (of a tuple the first), by the modules' identity."""
+    outputs: dict[int, Tensor] = {}
+
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor):
+            outputs[id(module)] = first
+
+    handles = [module.register_forward_hook(leave) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _feeding(model: nn.Module, source: Callable[[], Tensor | None]) -> Iterator[list[nn.Module]]:
+    """The linear and convolution layers that are given one tensor."""
+    found: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if args and args[0] is source():
+            found.append(module)
+
+    layers = [module for module in model.modules() if type(module) in _AFFINE]
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _deriving(network: Network, way: _Way) -> Iterator[None]:
+    """Behind the split, put the hidden rows under the exposed ones.
+
+    For an affine layer f: ``f(whole) = keep * f(exposed) + (1 - keep) * f(hidden)``.
+    """
+    if way.affine is None:
+        yield
+        return
+    keep = network.spec.keep
+
+    def leave(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        binding = network._active
+        if binding is None or binding.exposed is None or args[0] is not binding.exposed:
+            return None
+        whole = layer.forward(binding.whole)
+        rows = len(output)
+        both = output.new_empty((2 * rows, *output.shape[1:]))
+        both[:rows] = output
+        torch.add(whole / (1 - keep), output, alpha=-keep / (1 - keep), out=both[rows:])
+        return both
+
+    handle = network.model.get_submodule(way.affine).register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
