@@ -25,7 +25,7 @@ from turnover.batches import Batch, shapes
 from turnover.influence.linear import LinearScorer, check_reached
 from turnover.masks import ghost_ids
 from turnover.network import Network
-from turnover.objectives import Objective, costs, logits_of
+from turnover.objectives import Objective, costs, cross_entropy, logits_of, margin
 from turnover.sites import device_of
 
 _PROBE_START = 2**40
@@ -44,6 +44,8 @@ _COEFFICIENTS = 2**28
 _LOGITS = 2**25
 """Bytes of logits that the objective takes at a time."""
 _PRODUCT_IDS = 256
+_OF_LABELS = (cross_entropy, margin)
+"""Objectives that look at logits and labels alone: they take all targets at once."""
 
 
 @dataclass(frozen=True)
@@ -99,90 +101,102 @@ class ExactEstimator:
         """How the last targets were run, in words; ``None`` before the first."""
         return None if self._last is None else str(self._last)
 
-    def scores(self, targets: Sequence[Batch], ids: Tensor) -> Tensor:
-        """Influence of ids on targets of one row each: float32 (targets, ids)."""
+    def scores(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
+        """Influence of ids on the targets of some batches: float32 (targets, ids)."""
         with torch.no_grad():
-            ways = [self._way(target) for target in targets]
-            scores = torch.empty((len(targets), len(ids)), device=device_of(self._network.model))
+            ways = [self._way(batch) for batch in batches]
+            counts = [len(batch) for batch in batches]
+            scores = torch.empty((sum(counts), len(ids)), device=device_of(self._network.model))
+            blocks = scores.split(counts)
             products = [i for i, way in enumerate(ways) if way.logits]
             forwards = [i for i, way in enumerate(ways) if not way.logits]
-            if products:
-                self._product(targets, ways, products, ids, scores)
+            for index in products:
+                self._product(batches[index], ways[index], ids, blocks[index])
             if forwards:
-                self._forward(targets, ways, forwards, ids, scores)
+                self._forward(batches, ways, forwards, ids, blocks)
         return scores
 
-    def _product(
-        self,
-        targets: Sequence[Batch],
-        ways: Sequence[_Way],
-        rows: Sequence[int],
-        ids: Tensor,
-        scores: Tensor,
-    ) -> None:
-        seen = [self._seen(targets[row], ways[row]) for row in rows]
-        group = max(1, _COEFFICIENTS // (seen[0][1].numel() * 4))
-        classes = max(len(coefficients) for _, coefficients in seen)
-        block = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes))
-        for first in range(0, len(rows), group):
-            members = range(first, min(first + group, len(rows)))
-            scorer = self._scorer(torch.cat([seen[m][1] for m in members]))
+    def _product(self, batch: Batch, way: _Way, ids: Tensor, scores: Tensor) -> None:
+        whole, coefficients = self._seen(batch, way)
+        rows, classes, units = coefficients.shape
+        group = max(1, _COEFFICIENTS // (4 * classes * units))
+        for first in range(0, rows, group):
+            some = slice(first, min(first + group, rows))
+            scorer = self._scorer(coefficients[some].flatten(0, 1))
+            part = batch.rows(some.start, some.stop)
+            count = some.stop - some.start
+            size = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes * count))
             start = 0
-            for part in torch.split(ids, block):
-                moved = scorer.scores(part).split([len(seen[m][1]) for m in members])
-                for member, change in zip(members, moved, strict=True):
-                    target, (outputs, _) = targets[rows[member]], seen[member]
-                    values = self._of_logits(target, outputs, change)
-                    scores[rows[member], start : start + len(part)] = values
-                start += len(part)
+            for block in torch.split(ids, size):
+                change = scorer.by_id(block).view(len(block), count, classes)
+                values = self._of_logits(part, _rows_of(whole, some), change)
+                scores[some, start : start + len(block)] = values
+                start += len(block)
 
-    def _seen(self, target: Batch, way: _Way) -> tuple[Any, Tensor]:
-        """Outputs of the whole network, and what each unit adds to each logit: (classes, units)."""
+    def _seen(self, batch: Batch, way: _Way) -> tuple[Any, Tensor]:
+        """Outputs of the whole network, and what each unit adds to each logit.
+
+        Returns:
+            the outputs, and float32 (rows, classes, units).
+        """
         assert way.affine is not None and way.split is not None
         layer = self._network.model.get_submodule(way.affine)
         site = self._network._sites[way.split].module
         with _recording([site]) as outputs, self._network.mean():
-            predicted = target.call(self._network.model)
+            predicted = batch.call(self._network.model)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        return predicted, weight.float() * outputs[id(site)].float()
+        return predicted, weight.float() * outputs[id(site)].float()[:, None]
 
     def _scorer(self, coefficients: Tensor) -> LinearScorer:
         return LinearScorer(
             coefficients, self._network.spec, self._network.known_units(self._sites)
         )
 
-    def _of_logits(self, target: Batch, outputs: Any, change: Tensor) -> Tensor:
-        """Scores (ids,) from the hidden minus the exposed logits (classes, ids)."""
-        keep, count = self._network.spec.keep, change.shape[1]
-        whole = logits_of(outputs).float()  # (1, classes) = keep * exposed + (1 - keep) * hidden
-        logits = whole.new_empty((2 * count, len(change)))
-        torch.add(whole, change.T, alpha=-(1 - keep), out=logits[:count])
-        torch.add(whole, change.T, alpha=keep, out=logits[count:])
-        values = costs(self._objective, _with_logits(outputs, logits), target.expanded(2 * count))
-        return values[count:] - values[:count]
+    def _of_logits(self, batch: Batch, outputs: Any, change: Tensor) -> Tensor:
+        """Scores (rows, ids) from the hidden minus the exposed logits (ids, rows, classes)."""
+        keep, (ids, rows, classes) = self._network.spec.keep, change.shape
+        whole = logits_of(outputs).float()  # (rows, classes) = keep * exposed + (1 - keep) * hidden
+        logits = whole.new_empty((2, ids, rows, classes))
+        torch.add(whole, change, alpha=-(1 - keep), out=logits[0])
+        torch.add(whole, change, alpha=keep, out=logits[1])
+        if self._objective in _OF_LABELS and batch.labels is not None:
+            labels = batch.labels.expand(2 * ids, rows).reshape(-1)
+            flat = logits.view(-1, classes)
+            values = costs(self._objective, flat, Batch(flat, labels)).view(2, ids, rows)
+            return (values[1] - values[0]).T
+        scores = []
+        for row in range(rows):
+            target = batch.rows(row, row + 1).expanded(2 * ids)
+            own = _with_logits(outputs, logits[:, :, row].reshape(-1, classes))
+            values = costs(self._objective, own, target)
+            scores.append(values[ids:] - values[:ids])
+        return torch.stack(scores)
 
     def _forward(
         self,
-        targets: Sequence[Batch],
+        batches: Sequence[Batch],
         ways: Sequence[_Way],
-        rows: Sequence[int],
+        chosen: Sequence[int],
         ids: Tensor,
-        scores: Tensor,
+        scores: Sequence[Tensor],
     ) -> None:
-        block = self._block or self._rows_at_once(max(ways[row].elements for row in rows))
-        splits = {ways[row].split for row in rows}
+        block = self._block or self._rows_at_once(max(ways[index].elements for index in chosen))
+        splits = {ways[index].split for index in chosen}
         start = 0
         for part in torch.split(ids, block):
             # Alone, an exposed row would pass for one that serves all.
             bound = part if len(part) > 1 else part.expand(2)
+            # The masks of a block serve all targets.
             bindings = {
                 split: self._network._bind_both(bound, self._sites, split=split) for split in splits
             }
-            for row in rows:
-                binding = bindings[ways[row].split]
-                values = self._difference(targets[row], ways[row], binding, len(bound))
-                scores[row, start : start + len(part)] = values[: len(part)]
+            for index in chosen:
+                way, batch = ways[index], batches[index]
+                for row in range(len(batch)):
+                    target = batch.rows(row, row + 1)
+                    values = self._difference(target, way, bindings[way.split], len(bound))
+                    scores[index][row, start : start + len(part)] = values[: len(part)]
             start += len(part)
 
     def _rows_at_once(self, elements: int) -> int:
@@ -214,7 +228,8 @@ class ExactEstimator:
             sides.append(costs(self._objective, outputs, repeated))
         return torch.stack(sides)
 
-    def _way(self, target: Batch) -> _Way:
+    def _way(self, batch: Batch) -> _Way:
+        target = batch.rows(0, 1)
         # A way that serves inputs of one shape may not serve those of another.
         seen = shapes(target.inputs)
         if seen not in self._ways:
@@ -239,8 +254,9 @@ class ExactEstimator:
 
     def _once(self, target: Batch, way: _Way, ids: Tensor) -> Tensor:
         if way.logits:
-            outputs, coefficients = self._seen(target, way)
-            return self._of_logits(target, outputs, self._scorer(coefficients).scores(ids))
+            scores = torch.empty((1, len(ids)), device=ids.device)
+            self._product(target, way, ids, scores)
+            return scores[0]
         binding = self._network._bind_both(ids, self._sites, split=way.split)
         return self._difference(target, way, binding, len(ids))
 
@@ -282,6 +298,10 @@ def _logits_in(outputs: Any) -> Tensor | None:
     with suppress(Exception):
         return logits_of(outputs)
     return None
+
+
+def _rows_of(outputs: Any, rows: slice) -> Any:
+    return _with_logits(outputs, logits_of(outputs)[rows])
 
 
 def _with_logits(outputs: Any, logits: Tensor) -> Any:
@@ -340,22 +360,29 @@ def _deriving(network: Network, way: _Way) -> Iterator[None]:
         return
     keep = network.spec.keep
 
-    def leave(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        binding = network._active
-        if binding is None or binding.exposed is None or args[0] is not binding.exposed:
-            return None
-        whole = layer.forward(binding.whole)
-        rows = len(output)
-        both = output.new_empty((2 * rows, *output.shape[1:]))
-        both[:rows] = output
-        torch.add(whole / (1 - keep), output, alpha=-keep / (1 - keep), out=both[rows:])
-        return both
+    layer = network.model.get_submodule(way.affine)
+    forward = layer.forward
 
-    handle = network.model.get_submodule(way.affine).register_forward_hook(leave)
+    def both(given: Tensor) -> Tensor:
+        binding = network._active
+        if binding is None or given is not binding.exposed:
+            return forward(given)
+        whole = forward(binding.whole)
+        rows = len(given)
+        output = whole.new_empty((2 * rows, *whole.shape[1:]))
+        if type(layer) is nn.Linear and layer.bias is not None and given.dim() == 2:
+            torch.addmm(layer.bias, given, layer.weight.T, out=output[:rows])
+        else:
+            output[:rows] = forward(given)
+        torch.add(whole / (1 - keep), output[:rows], alpha=-keep / (1 - keep), out=output[rows:])
+        return output
+
+    # A hook sees what the layer returned; writing to its place saves a copy of all rows.
+    layer.forward = both
     try:
         yield
     finally:
-        handle.remove()
+        del layer.forward
 
 
 @contextmanager

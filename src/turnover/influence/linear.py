@@ -6,7 +6,7 @@ entry, times (hidden mask - exposed mask). Kobayashi et al. 2020, equation 6, to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -108,17 +108,36 @@ class LinearScorer:
 
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
-        ids = ids.to(self._steps.device)
         scores = self._steps.new_empty((len(self._steps), len(ids)))
+        start = 0
+        for packed in self._blocks(ids):
+            block = scores[:, start : start + len(packed)]
+            if self._tables:
+                block.copy_(self._looked_up(packed).T)
+            else:
+                torch.mm(self._steps, _signs(packed).T, out=block)
+            start += len(packed)
+        return scores.add_(self._base[:, None]) if self._spec.keep != 0.5 else scores
+
+    def by_id(self, ids: Tensor) -> Tensor:
+        """:meth:`scores` with the ids first: float32 (ids, rows)."""
+        scores = self._steps.new_empty((len(ids), len(self._steps)))
+        start = 0
+        for packed in self._blocks(ids):
+            block = scores[start : start + len(packed)]
+            if self._tables:
+                block.copy_(self._looked_up(packed))
+            else:
+                torch.mm(_signs(packed), self._steps.T, out=block)
+            start += len(packed)
+        return scores.add_(self._base) if self._spec.keep != 0.5 else scores
+
+    def _blocks(self, ids: Tensor) -> Iterator[Tensor]:
         size = _PRODUCT_IDS
         if self._tables:
             size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
-        for start in range(0, len(ids), size):
-            packed = self._packed(ids[start : start + size])
-            scores[:, start : start + size] = (
-                self._looked_up(packed) if self._tables else self._steps @ _signs(packed).T
-            )
-        return scores.add_(self._base[:, None]) if self._spec.keep != 0.5 else scores
+        for part in ids.to(self._steps.device).split(size):
+            yield self._packed(part)
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""
@@ -147,7 +166,7 @@ class LinearScorer:
         offsets = torch.arange(packed.shape[1], dtype=torch.int32, device=packed.device) * 256
         entries = packed.to(torch.int32) + offsets
         parts = [functional.embedding_bag(entries, t, mode="sum") for t in self._tables]
-        return torch.cat(parts, dim=1).T
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _sums_by_byte(steps: Tensor) -> Tensor:
