@@ -94,6 +94,67 @@ def fit(
 
 
 @app.command()
+def plan(
+    data: Annotated[
+        str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
+    ],
+    model: Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")],
+    test: Annotated[
+        str | None, typer.Option(help="Test data; without it a fifth of the data is held out.")
+    ] = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    id_column: Annotated[str | None, typer.Option(help="Distinct instance ids.")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Rows with one value share one mask (source, annotator).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split for --test, likewise.")] = "test",
+    epochs: int = 3,
+    batch_size: int = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of the LoRA components.")] = 1e-3,
+    head_learning_rate: Annotated[float, typer.Option(help="Of the wide head.")] = 1e-4,
+    head_units: Annotated[int, typer.Option(help="Mask units of the wide head.")] = 8192,
+    lora_rank: int = 16,
+    max_tokens: int = 128,
+    keep: Annotated[float, typer.Option(help="Share of units an instance trains.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of masks, weights and order.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Networks whose scores are averaged.")] = 1,
+    top: Annotated[int, typer.Option(help="Strongest instances of a target to resolve.")] = 10,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Train on a part of the data and measure.")
+    ] = False,
+    pilot_rows: Annotated[int, typer.Option(help="About how many training rows.")] = 800,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Before training: how sure will single scores be, and what would it take?"""
+    from turnover.data import Columns, hold_out, read
+    from turnover.integrations.transformers import ClassifierConfig
+    from turnover.masks import MaskSpec
+    from turnover.tasks.fit import FitConfig
+    from turnover.tasks.plan import plan
+    from turnover.tasks.training import TrainingConfig
+
+    config = FitConfig(
+        ClassifierConfig(model, head_units, lora_rank, max_tokens),
+        TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
+        MaskSpec(keep, seed),
+    )
+    columns = Columns(text_column, label_column, id_column, group_column)
+    train_data = read(data, columns, split=split)
+    if test is None:
+        train_data, test_data = hold_out(train_data)
+    else:
+        test_data = read(test, columns, classes=train_data.classes, split=test_split)
+    rows = pilot_rows if pilot else None
+    found = plan(config, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+        return
+    _print_plan(found)
+
+
+@app.command()
 def influence(
     run: RunFolder,
     method: Method = "linear",
@@ -223,6 +284,42 @@ def _print_fit(metrics: dict[str, Any]) -> None:
     )
     if not metrics["audit"]["clean"]:
         console.print(metrics["audit"]["report"], style="yellow", markup=False, highlight=False)
+
+
+def _print_plan(plan: Any) -> None:
+    columns = ["mask units", "networks", "relative signal to noise"]
+    if plan.pilot:
+        columns += ["signal to noise", "noise, nats", f"z of number {plan.top}"]
+        columns += ["q <= 0.05 per target"]
+    title = f"{plan.asked.instances} training instances"
+    table = Table(*columns, title=title, title_justify="left")
+    for option in plan.options:
+        cells = [f"{option.setting.units}", f"{option.setting.seeds}", f"{option.relative:.2g}"]
+        if (expected := option.prediction) is not None:
+            cells += [f"{expected.signal_to_noise:.2f}", f"{expected.noise_floor:.3g}"]
+            cells += [f"{expected.top_z:.1f}", f"{expected.significant:.1f}"]
+        table.add_row(*cells, style="bold" if option.setting == plan.asked else None)
+    console.print(table)
+    if plan.pilot is None:
+        console.print(
+            "All relative to the setting asked for (bold): how large the influences in this data are is "
+            "not known before training. --pilot trains on a part of it and measures."
+        )
+        return
+    strongest = f"the {plan.top} strongest instances of a target"
+    if plan.needed_units is None:
+        console.print(
+            f"no number of units is known to resolve {strongest}: the pilot saw none so far"
+        )
+    else:
+        console.print(
+            f"to resolve {strongest} (z of {plan.needed_z:.1f}, q <= 0.05): {plan.needed_units} mask "
+            f"units in one network, or networks of {plan.asked.units}: {plan.needed_seeds}"
+        )
+    console.print(
+        f"pilot: {plan.pilot.rows} rows, {plan.pilot.targets} targets, {plan.pilot.seconds:.0f} s; "
+        f"other widths: with learning rate and start as docs/planning.md says"
+    )
 
 
 def _print_influence(metrics: dict[str, Any]) -> None:
