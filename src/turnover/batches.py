@@ -29,7 +29,7 @@ class Batch:
     ids: Tensor | None = None
 
     def __len__(self) -> int:
-        for value in _tensors(self.inputs):
+        for value in tensors(self.inputs):
             if value.dim():
                 return len(value)
         raise InputError("the batch's model inputs hold no tensor, so it has no rows")
@@ -112,7 +112,7 @@ def as_batch(batch: Any) -> Batch:
 
 def shapes(inputs: Any) -> tuple[tuple[int, ...], ...]:
     """Shapes of the tensors in a batch's model inputs, in their order."""
-    return tuple(tuple(value.shape) for value in _tensors(inputs))
+    return tuple(tuple(value.shape) for value in tensors(inputs))
 
 
 def _as_labels(labels: Any) -> Tensor | None:
@@ -127,7 +127,8 @@ def _as_labels(labels: Any) -> Tensor | None:
         ) from error
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a batch's model inputs, or in any nest of them, in their order."""
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

@@ -2,120 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
-from turnover.influence.exact import ExactEstimator
-from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.engine import (
+    Engine,
+    MeanTarget,
+    Score,
+    Scores,
+    TargetBlock,
+    over_networks,
+)
+from turnover.influence.extremes import Extremes
+from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
 from turnover.influence.result import Result
+from turnover.influence.sinks import MemorySink, Sink, StoreSink, check_columns
 from turnover.masks import check_ids, ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, margin
-from turnover.sites import device_of
 
-METHODS = ("exact", "linear")
+if TYPE_CHECKING:
+    from turnover.influence.store import StoredResult
+
+METHODS = ("linear", "exact", "rerank")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
+
+_GRADIENT_BYTES = 2**28
+_SCORE_BYTES = 2**25
+"""Bytes of derivatives and of scores that a block of targets takes."""
+_MOST_TARGETS = 1024
+_EXACT_BLOCK = (16, 1024)
+"""Targets and ids between two saves of exact scores: minutes of a small BERT."""
+_RECALLED = 10
 
 
 class Influence:
     """Estimates which training instances made a network predict what it predicts.
 
     Args:
-        network: from :func:`turnover.attach`, trained under ``exposed(ids)``.
+        network: from :func:`turnover.attach`, trained under ``exposed(ids)``; or several, trained on
+            the same ids with other seeds, whose scores are averaged: noise falls with the square root
+            of their number, and every score comes with its standard error.
         objective: cost of a prediction, callable ``(outputs, batch) -> (rows,)``; default
             :func:`turnover.objectives.margin`, whose noise is closest to Gaussian. Significance is
             computed on the objective given.
-        method: ``"exact"`` (two forwards of every id: Kobayashi et al. 2020, equation 6) or
-            ``"linear"`` (one backward per target, whatever the number of ids).
+        method: ``"exact"`` (two forwards of every id: Kobayashi et al. 2020, equation 6), ``"linear"``
+            (one backward per target, whatever the number of ids) or ``"rerank"`` (linear, then exact
+            for the candidates at both ends).
         ghosts: ghost ids for the noise floor, at least 10. Below 1,000 the far tail is rough.
         block: ids in one forward of the exact method; ``None``: as many as the caches hold.
         sites: names or glob patterns of the sites whose masks are flipped; at the others the network
             runs whole, so the scores are the influence that these sites carry. Sites with few units
             add more noise than signal. ``None``: all, which is the paper's estimate.
+        candidates: ids on each side that ``"rerank"`` scores exactly.
         adapter: how a batch becomes :class:`turnover.Batch`.
         progress: show a progress bar with the time left.
 
     Raises:
-        InputError: unknown method (those that exist are listed), unknown site, or too few ghosts.
+        InputError: unknown method (those that exist are listed), unknown site, too few ghosts, one
+            network twice, or networks whose sites differ.
     """
 
     def __init__(
         self,
-        network: Network,
+        network: Network | Sequence[Network],
         objective: Objective = margin,
         method: str = "linear",
         *,
         ghosts: int = 1000,
         block: int | None = None,
         sites: Sequence[str] | None = None,
+        candidates: int = 50,
         adapter: Adapter = as_batch,
         progress: bool = False,
     ) -> None:
         if method not in METHODS:
             raise InputError(f"unknown method {method!r}; built are: {', '.join(METHODS)}")
-        if ghosts < MIN_GHOSTS:
-            raise InputError(f"ghosts must be >= {MIN_GHOSTS} to tell a noise floor, got {ghosts}")
-        if block is not None and block < 1:
-            raise InputError(f"block must be >= 1, got {block}")
-        self.network = network
+        for name, value, least in (
+            ("ghosts", ghosts, MIN_GHOSTS),
+            ("block", block, 1),
+            ("candidates", candidates, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{name} must be >= {least}, got {value}")
+        self.networks = _several(network)
         self.objective = objective
         self.method = method
         self.ghosts = ghosts
         self.block = block
-        self.sites = network.sites if sites is None else network.select(sites)
+        first = self.networks[0]
+        self.sites = first.sites if sites is None else first.select(sites)
+        self.candidates = candidates
         self.adapter = adapter
         self.progress = progress
+        self._engines = [Engine(one, objective, block, self.sites) for one in self.networks]
 
-    def estimate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int]) -> Result:
+    @overload
+    def estimate(
+        self,
+        targets: Iterable[Any],
+        train_ids: Tensor | Sequence[int],
+        *,
+        top: int | None = None,
+        out: None = None,
+        coordinates: Mapping[str, Any] | None = None,
+    ) -> Result: ...
+
+    @overload
+    def estimate(
+        self,
+        targets: Iterable[Any],
+        train_ids: Tensor | Sequence[int],
+        *,
+        top: int | None = None,
+        out: str | Path,
+        coordinates: Mapping[str, Any] | None = None,
+    ) -> StoredResult: ...
+
+    def estimate(
+        self,
+        targets: Iterable[Any],
+        train_ids: Tensor | Sequence[int],
+        *,
+        top: int | None = None,
+        out: str | Path | None = None,
+        coordinates: Mapping[str, Any] | None = None,
+    ) -> Result | StoredResult:
         """Influence of every training instance on every target.
 
         Args:
             targets: batches of predictions to explain, with labels as the objective needs them.
             train_ids: int64 (train,), distinct. Ghosts beyond the first ``ghosts`` are allowed, to
                 check the false-positive rate.
+            top: keep only so many of the most helpful and of the most harmful ids of each target.
+                Memory then does not grow with the number of ids.
+            out: folder or fsspec URL of a zarr store to write, block by block. Memory then grows
+                neither with targets nor with ids. If it was begun before and cut off, by the same
+                call, it is gone on with, and ends in the same bits.
+            coordinates: with ``out``, labels to store beside the training ids: name to one value for
+                each id.
 
         Returns:
-            :class:`Result` with scores (targets, train); all of it is held in memory.
+            :class:`Result` with scores (targets, train), or (targets, ranks) with ``top``, in memory;
+            with ``out`` a :class:`StoredResult` that reads what is asked for.
 
         Raises:
             InputError: no targets, ids given twice or shared with the noise floor, an objective
-                that is not finite (the rows are named).
+                that is not finite (the rows are named), a store that holds something else or that
+                somebody else is writing.
         """
         ids = self._check(train_ids)
-        both = torch.cat([ids, ghost_ids(self.ghosts)])
-        scores, target_ids = [], []
+        if top is not None and top < 1:
+            raise InputError(f"top must be >= 1, got {top}")
+        if self.method == "rerank" and top is not None and top > self.candidates:
+            raise InputError(
+                f"top={top} asks for more than the {self.candidates} candidates that are scored "
+                f"exactly: raise candidates, or lower top"
+            )
+        if coordinates and out is None:
+            raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
-            for batch in self._batches(targets):
-                if self.method == "linear":
-                    gradients = self._gradients(batch)
-                    part = self._linear(gradients).scores(both)
-                else:
-                    part = exact.scores([batch.rows(i, i + 1) for i in range(len(batch))], both)
-                scores.append(_finite(part, "influence"))
-                target_ids.append(batch.ids)
-        if not scores:
-            raise InputError("no targets given")
-        values = torch.cat(scores).cpu().numpy()
-        known = [value for value in target_ids if value is not None]
-        return self._result(
-            values[:, : len(ids)],
-            values[:, len(ids) :],
-            ids,
-            torch.cat(known).cpu().numpy() if len(known) == len(target_ids) else None,
-        )
+            batches = self._begun(targets)
+            if out is None:
+                sink = MemorySink(len(ids))
+                self._walk(batches, ids, top, sink)
+                return sink.result(ids.numpy(), **self._described(ids))
+            return self._store(batches, ids, top, out, dict(coordinates or {}))
 
     def aggregate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int]) -> Result:
         """Influence on the mean objective over all targets, without the pairwise matrix.
@@ -126,33 +191,29 @@ class Influence:
             :class:`Result` with scores (train,) and a scalar noise floor.
         """
         ids = self._check(train_ids)
-        both = torch.cat([ids, ghost_ids(self.ghosts)])
-        count = 0
-        total: Tensor | None = None
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
-            for batch in self._batches(targets):
-                if self.method == "linear":
-                    part = self._gradients(batch).double().sum(dim=0)
-                else:
-                    rows = [batch.rows(i, i + 1) for i in range(len(batch))]
-                    part = _finite(exact.scores(rows, both), "influence").double().sum(dim=0)
-                total = part if total is None else total + part
-                count += len(batch)
-            if total is None:
-                raise InputError("no targets given")
-            mean = (total / count).float()[None]
-            if self.method == "linear":
-                mean = self._linear(mean).scores(both)
-        values = _finite(mean, "influence").cpu().numpy()
-        pairwise = self._result(values[:, : len(ids)], values[:, len(ids) :], ids, None)
-        return _first_row(pairwise)
+            batches = list(self._begun(targets))
+            block = MeanTarget(self._engines, batches)
+            sink = MemorySink(len(ids))
+            self._fill(block, slice(0, 1), ids, None, sink, self._columns(1, len(ids)))
+            result = sink.result(ids.numpy(), **self._described(ids))
+        floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
+        error, exact = result.standard_error, result.exact
+        return replace(
+            result,
+            scores=result.scores[0],
+            floor=floor,
+            target_ids=None,
+            standard_error=None if error is None else error[0],
+            exact=None if exact is None else exact[0],
+        )
 
     def self_influence(self, train_batches: Iterable[Any]) -> Result:
         """Influence of every training instance on itself: memorisation, and mislabels.
 
         Every row is scored under its own id and under ghosts: all of them with the linear method, 20
-        with the exact one, whose null distribution is pooled over the rows.
+        with the exact one, whose null distribution is pooled over the rows. With ``"rerank"`` there is
+        nothing to rank, and the scores are linear.
 
         Args:
             train_batches: batches with labels and ids.
@@ -163,10 +224,10 @@ class Influence:
         Raises:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
-        ids, own, ghosts = [], [], []
+        pool = GhostPool()
+        ids, own, errors, floors = [], [], [], []
         seen: set[int] = set()
         with self._evaluating():
-            exact = ExactEstimator(self.network, self.objective, self.block, self.sites)
             for batch in self._batches(train_batches):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
@@ -175,73 +236,278 @@ class Influence:
                 if again:
                     raise InputError(_TWICE.format(again[:5]))
                 seen.update(row_ids.tolist())
-                scores, noise = self._own(batch, row_ids, exact)
-                own.append(_finite(scores, "self-influence").cpu().numpy())
-                ghosts.append(noise.cpu().numpy())
+                scores, noise = self._own(batch, row_ids)
+                own.append(scores.mean[0].cpu().numpy())
+                if scores.standard_error is not None:
+                    errors.append(scores.standard_error[0].cpu().numpy())
+                floors.append(pool.add(noise.cpu().numpy()))
                 ids.append(row_ids)
         if not ids:
             raise InputError("no training batches given")
-        by_row = self._result(
-            np.concatenate(own)[:, None], np.concatenate(ghosts), torch.cat(ids), None
+        all_ids = torch.cat(ids)
+        described = self._described(all_ids)
+        return Result(
+            scores=np.concatenate(own),
+            floor=NoiseFloor(
+                np.concatenate([floor.mean for floor in floors]),
+                np.concatenate([floor.sd for floor in floors]),
+            ),
+            null=pool.null(),
+            train_ids=all_ids.numpy(),
+            target_ids=None,
+            standard_error=np.concatenate(errors) if errors else None,
+            **(described | {"method": "exact" if self.method == "exact" else "linear"}),
         )
-        return replace(by_row, scores=by_row.scores[:, 0], considered=len(by_row.scores))
 
-    def _own(self, batch: Batch, ids: Tensor, exact: ExactEstimator) -> tuple[Tensor, Tensor]:
-        """Scores of every row under its own id (rows,) and under ghosts (rows, ghosts)."""
-        if self.method == "linear":
-            gradients = self._gradients(batch)
-            scorer = self._linear(gradients)
-            return scorer.own(ids), scorer.scores(ghost_ids(self.ghosts))
-        noise_ids = ghost_ids(min(self.ghosts, _OWN_GHOSTS))
-        rows = torch.stack(
-            [
-                exact.scores([batch.rows(i, i + 1)], torch.cat([ids[i : i + 1], noise_ids]))[0]
-                for i in range(len(batch))
+    def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
+        """Scores of every row under its own id (1, rows), and under ghosts (rows, ghosts)."""
+        if self.method == "exact":
+            noise_ids = ghost_ids(min(self.ghosts, _OWN_GHOSTS))
+            rows = list(TargetBlock(self._engines, [batch]).targets())
+            scored = [
+                row.exact(torch.cat([ids[i : i + 1], noise_ids])) for i, row in enumerate(rows)
             ]
+            first = [one.columns(0, 1) for one in scored]
+            error = [one.standard_error for one in first if one.standard_error is not None]
+            own = Scores(
+                torch.cat([one.mean for one in first], dim=1),
+                torch.cat(error, dim=1) if error else None,
+            )
+            return own, torch.cat([one.mean[:, 1:] for one in scored])
+        scorers = [engine.scorer(engine.gradients([batch])) for engine in self._engines]
+        noise = over_networks([scorer.scores(ghost_ids(self.ghosts)) for scorer in scorers])
+        return over_networks([scorer.own(ids)[None] for scorer in scorers]), noise.mean
+
+    def _begun(self, targets: Iterable[Any]) -> Iterator[Batch]:
+        """The targets, after a look at the first, by which all widths are known."""
+        batches = self._batches(targets)
+        first = next(batches, None)
+        if first is None:
+            raise InputError("no targets given")
+        for engine in self._engines:
+            engine.measure(first)
+        return chain([first], batches)
+
+    def _walk(self, targets: Iterator[Batch], ids: Tensor, top: int | None, sink: Sink) -> int:
+        """Score all targets, block by block; returns how many there were."""
+        start = 0
+        rows_at_once, columns = self._grid(len(ids))
+        for batches in _regrouped(targets, rows_at_once):
+            count = sum(len(batch) for batch in batches)
+            sink.begin(start, batches)
+            block = TargetBlock(self._engines, batches)
+            self._fill(block, slice(start, start + count), ids, top, sink, columns)
+            start += count
+        return start
+
+    def _fill(
+        self,
+        block: TargetBlock | MeanTarget,
+        rows: slice,
+        ids: Tensor,
+        top: int | None,
+        sink: Sink,
+        columns: int,
+    ) -> None:
+        """Put the scores of one block of targets where they belong."""
+        ghosts = ghost_ids(self.ghosts)
+        if self.method == "rerank":
+            self._rerank(block, rows, ids, top, sink, columns)
+            return
+        score: Score = block.linear if self.method == "linear" else block.exact
+        if not sink.has("ghost", rows):
+            sink.put("ghost", rows, _numpy(score(ghosts).mean))
+        if top is None:
+            for start in range(0, len(ids), columns):
+                some = slice(start, min(start + columns, len(ids)))
+                several = len(self.networks) > 1
+                if sink.has("standard_error" if several else "score", rows, some):
+                    continue
+                _put(sink, rows, score(ids[some]), some)
+        elif not sink.has("train_id", rows):
+            self._extremes(score, rows, ids, top, sink, columns)
+
+    def _extremes(
+        self, score: Score, rows: slice, ids: Tensor, top: int, sink: Sink, columns: int
+    ) -> None:
+        extremes = Extremes(rows.stop - rows.start, top)
+        errors = []
+        for part in torch.split(ids, columns):
+            scores = score(part)
+            extremes.add(scores.mean)
+            errors.append(scores.standard_error)
+        positions, found = extremes.result()
+        if errors[0] is not None:
+            # Few of them are wanted, but which is known only now.
+            again = [self._error_of(score, ids, row) for row in positions]
+            picked = np.stack([error[index] for index, error in enumerate(again)])
+            sink.put("standard_error", rows, picked)
+        sink.put("score", rows, found)
+        sink.put("train_id", rows, ids.numpy()[positions])
+
+    def _error_of(self, score: Score, ids: Tensor, positions: Any) -> Any:
+        error = score(ids[torch.from_numpy(positions)]).standard_error
+        assert error is not None
+        return _numpy(error)
+
+    def _rerank(
+        self,
+        block: TargetBlock | MeanTarget,
+        rows: slice,
+        ids: Tensor,
+        top: int | None,
+        sink: Sink,
+        columns: int,
+    ) -> None:
+        if sink.has("recall", rows):
+            return
+        count = rows.stop - rows.start
+        parts = torch.split(ids, columns)
+        found = rerank(
+            block,
+            (block.linear(part).mean for part in parts),
+            ids,
+            ghost_ids(self.ghosts),
+            targets=count,
+            candidates=self.candidates,
+            wanted=top or _RECALLED,
         )
-        return rows[:, 0], rows[:, 1:]
+        sink.put("ghost", rows, found.ghosts)
+        if top is None:
+            start = 0
+            exact = np.zeros((count, len(ids)), dtype=bool)
+            np.put_along_axis(exact, found.positions, True, axis=1)
+            for part in parts:
+                some = slice(start, start + len(part))
+                linear = block.linear(part)
+                scores = put_on_scale(found, linear)
+                inside = (found.positions >= some.start) & (found.positions < some.stop)
+                row, column = np.nonzero(inside)
+                at = found.positions[row, column] - some.start
+                scores[row, at] = found.scores[row, column]
+                sink.put("score", rows, scores, some)
+                sink.put("exact", rows, exact[:, some], some)
+                if found.standard_error is not None and linear.standard_error is not None:
+                    errors = _numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                    errors[row, at] = found.standard_error[row, column]
+                    sink.put("standard_error", rows, errors.astype(np.float32), some)
+                start = some.stop
+        else:
+            order = np.argsort(-found.scores, axis=1, kind="stable")
+            if order.shape[1] > 2 * top:
+                order = np.concatenate([order[:, :top], order[:, -top:]], axis=1)
+            positions = np.take_along_axis(found.positions, order, axis=1)
+            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
+            sink.put("train_id", rows, ids.numpy()[positions])
+            if found.standard_error is not None:
+                errors = np.take_along_axis(found.standard_error, order, axis=1)
+                sink.put("standard_error", rows, errors)
+        sink.put("recall", rows, found.recall)
 
-    def _gradients(self, batch: Batch) -> Tensor:
-        gradients = mask_gradients(self.network, self.objective, batch, self.sites)
-        return _finite(gradients, "mask derivative")
+    def _store(
+        self,
+        targets: Iterator[Batch],
+        ids: Tensor,
+        top: int | None,
+        out: str | Path,
+        coordinates: dict[str, Any],
+    ) -> StoredResult:
+        from turnover.influence import store
 
-    def _linear(self, gradients: Tensor) -> LinearScorer:
-        return LinearScorer(gradients, self.network.spec, self.network.known_units(self.sites))
+        rows, columns = self._grid(len(ids))
+        described = self._described(ids)
+        identity = described | {
+            "sites": list(self.sites),
+            "ghosts": self.ghosts,
+            "candidates": self.candidates if self.method == "rerank" else None,
+            "top": top,
+            "grid": [rows, columns, self.block],
+        }
+        labelled = {"train": ("train", ids.numpy())} | check_columns(coordinates, len(ids))
+        sizes = {
+            "ghost": min(self.ghosts, EXACT_GHOSTS) if self.method == "rerank" else self.ghosts
+        }
+        if top is None:
+            sizes["train"] = len(ids)
+        else:
+            sizes["rank"] = min(2 * top, len(ids))
+        variables = self._variables(rows, columns, sizes)
+        with store.writing(
+            out, identity, variables, sizes, labelled, "dense" if top is None else "top"
+        ) as writer:
+            if not writer.complete:
+                count = self._walk(targets, ids, top, StoreSink(writer))
+                writer.finish(count)
+        return store.read(out)
+
+    def _variables(self, rows: int, columns: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+        from turnover.influence.store import Variable
+
+        few = min(rows, 32)  # targets in one file: a reader wants some of them
+        second = "train" if "train" in sizes else "rank"
+        dims = ("target", second)
+        chunks = (few, min(columns, sizes[second]))
+        variables = {
+            "score": Variable(dims, "float32", chunks),
+            "ghost": Variable(("target", "ghost"), "float32", (few, sizes["ghost"])),
+        }
+        if second == "rank":
+            variables["train_id"] = Variable(dims, "int64", chunks)
+        if len(self.networks) > 1:
+            variables["standard_error"] = Variable(dims, "float32", chunks)
+        if self.method == "rerank":
+            variables["recall"] = Variable(("target",), "float32", (few,))
+            if second == "train":
+                variables["exact"] = Variable(dims, "bool", chunks)
+        return variables
+
+    def _grid(self, ids: int) -> tuple[int, int]:
+        """Targets and ids in one block; whoever repeats it repeats the bits."""
+        if self.method == "exact":
+            return _EXACT_BLOCK
+        units = sum(sum(network.known_units(self.sites).values()) for network in self.networks)
+        rows = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
+        if self.method == "rerank":
+            rows = 32  # the exact part of a block is what takes the time
+        return rows, self._columns(rows, ids)
+
+    def _columns(self, rows: int, ids: int) -> int:
+        if self.method == "exact":
+            return _EXACT_BLOCK[1]
+        size = max(1024, _SCORE_BYTES // (4 * rows))
+        return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
+
+    def _described(self, ids: Tensor) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "objective": getattr(self.objective, "__name__", type(self.objective).__name__),
+            "sites": tuple(self.sites),
+            "network": "+".join(network.digest() for network in self.networks),
+            "considered": len(ids),
+        }
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
-        device = device_of(self.network.model)
         for raw in tqdm(batches, desc=f"influence ({self.method})", disable=not self.progress):
-            batch = self.adapter(raw)
-            rows = len(batch)
-            if not rows:
-                raise InputError("a batch has no rows")
-            if batch.ids is not None and batch.ids.shape != (rows,):
-                raise InputError(
-                    f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
-                    f"for each row"
-                )
-            yield batch.to(device)
+            yield self._checked(raw)
+
+    def _checked(self, raw: Any) -> Batch:
+        batch = self.adapter(raw)
+        rows = len(batch)
+        if not rows:
+            raise InputError("a batch has no rows")
+        if batch.ids is not None and batch.ids.shape != (rows,):
+            raise InputError(
+                f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
+                f"for each row"
+            )
+        return batch
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode, put back after: dropout or batch statistics would be taken for influence.
-
-        Masks are differentiated and parameters are not: below the first site no graph is built.
-        """
-        modes = {module: module.training for module in self.network.model.modules()}
-        trained = [p for p in self.network.model.parameters() if p.requires_grad]
-        self.network.model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            # The linear method needs autograd even where the caller needs none.
-            with torch.inference_mode(False):
-                yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            for module, mode in modes.items():
-                module.training = mode
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.evaluating())
+            yield
 
     def _check(self, train_ids: Tensor | Sequence[int]) -> Tensor:
         ids = check_ids(train_ids).cpu()
@@ -258,43 +524,47 @@ class Influence:
             )
         return ids
 
-    def _result(
-        self,
-        scores: NDArray[np.float32],
-        ghosts: NDArray[np.float32],
-        ids: Tensor,
-        target_ids: NDArray[np.int64] | None,
-    ) -> Result:
-        pool = GhostPool()
-        floor = pool.add(ghosts)
-        return Result(
-            scores=scores,
-            floor=floor,
-            null=pool.null(),
-            train_ids=ids.numpy(),
-            target_ids=target_ids,
-            method=self.method,
-            objective=_name(self.objective),
-            sites=tuple(self.sites),
-            network=self.network.digest(),
-            considered=len(ids),
-        )
 
-
-def _name(objective: Objective) -> str:
-    return getattr(objective, "__name__", type(objective).__name__)
-
-
-def _finite(values: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
+def _several(network: Network | Sequence[Network]) -> list[Network]:
+    networks = [network] if isinstance(network, Network) else list(network)
+    if not networks:
+        raise InputError("no network given")
+    if len({id(one.model) for one in networks}) < len(networks):
         raise InputError(
-            f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
-            f"objective diverged on them"
+            "one network is given twice, and would count double in the mean over networks"
         )
-    return values
+    for one in networks[1:]:
+        if one.sites != networks[0].sites:
+            raise InputError(
+                f"the networks have different sites, {networks[0].sites} and {one.sites}: attach the "
+                f"same ones to all"
+            )
+    return networks
 
 
-def _first_row(result: Result) -> Result:
-    floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
-    return replace(result, scores=result.scores[0], floor=floor)
+def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
+    """Batches of exactly ``rows`` targets in all, but for the last; a batch may be cut."""
+    group: list[Batch] = []
+    missing = rows
+    for batch in batches:
+        start = 0
+        while len(batch) - start >= missing:
+            yield [*group, batch.rows(start, start + missing)]
+            start += missing
+            group, missing = [], rows
+        if start < len(batch):
+            rest = batch.rows(start, len(batch)) if start else batch
+            group.append(rest)
+            missing -= len(rest)
+    if group:
+        yield group
+
+
+def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
+    sink.put("score", rows, _numpy(scores.mean), columns)
+    if scores.standard_error is not None:
+        sink.put("standard_error", rows, _numpy(scores.standard_error), columns)
+
+
+def _numpy(values: Tensor) -> Any:
+    return values.cpu().numpy()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ class _Way:
     def __str__(self) -> str:
         if self.affine is None:
             return self.place
-        return f"{'one product with' if self.logits else 'hidden rows derived behind'} {self.affine}"
+        return (
+            f"{'one product with' if self.logits else 'hidden rows derived behind'} {self.affine}"
+        )
 
 
 class ExactEstimator:
@@ -107,7 +109,7 @@ class ExactEstimator:
             ways = [self._way(batch) for batch in batches]
             counts = [len(batch) for batch in batches]
             scores = torch.empty((sum(counts), len(ids)), device=device_of(self._network.model))
-            blocks = scores.split(counts)
+            blocks = torch.split(scores, counts)
             products = [i for i, way in enumerate(ways) if way.logits]
             forwards = [i for i, way in enumerate(ways) if not way.logits]
             for index in products:
@@ -273,9 +275,12 @@ class ExactEstimator:
         reached = list(probes)  # sites are recorded in the order in which they ran
         site = network._sites[reached[0]].module
         names = {id(module): name for name, module in network.model.named_modules()}
-        with _recording(network.model.modules()) as outputs, network.mean():
-            with _feeding(network.model, lambda: outputs.get(id(site))) as fed:
-                predicted = target.call(network.model)
+        with (
+            _recording(network.model.modules()) as outputs,
+            network.mean(),
+            _feeding(network.model, lambda: outputs.get(id(site))) as fed,
+        ):
+            predicted = target.call(network.model)
         sizes = [o.numel() // len(o) for o in outputs.values() if o.dim() and len(o)]
         way = partial(_Way, elements=max(sizes, default=1))
         if fed:
@@ -361,13 +366,13 @@ def _deriving(network: Network, way: _Way) -> Iterator[None]:
     keep = network.spec.keep
 
     layer = network.model.get_submodule(way.affine)
-    forward = layer.forward
+    forward, own = layer.forward, vars(layer).get("forward")
 
     def both(given: Tensor) -> Tensor:
         binding = network._active
         if binding is None or given is not binding.exposed:
-            return forward(given)
-        whole = forward(binding.whole)
+            return cast(Tensor, forward(given))
+        whole: Tensor = forward(binding.whole)
         rows = len(given)
         output = whole.new_empty((2 * rows, *whole.shape[1:]))
         if type(layer) is nn.Linear and layer.bias is not None and given.dim() == 2:
@@ -383,6 +388,8 @@ def _deriving(network: Network, way: _Way) -> Iterator[None]:
         yield
     finally:
         del layer.forward
+        if own is not None:  # another library had put its own there
+            layer.forward = own
 
 
 @contextmanager

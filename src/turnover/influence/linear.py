@@ -104,7 +104,7 @@ class LinearScorer:
         self._steps = torch.cat([self._by_draw(part) for part in self._split(step)], dim=1)
         self._tables: list[Tensor] = []
         if len(coefficients) <= _FEW_ROWS:
-            self._tables = [_sums_by_byte(rows) for rows in self._steps.split(_TABLE_ROWS)]
+            self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
 
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
@@ -136,7 +136,7 @@ class LinearScorer:
         size = _PRODUCT_IDS
         if self._tables:
             size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
-        for part in ids.to(self._steps.device).split(size):
+        for part in torch.split(ids.to(self._steps.device), size):
             yield self._packed(part)
 
     def own(self, ids: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class LinearScorer:
         return torch.cat([self._spec.packed(ids, s, units) for s, units in self._units.items()], 1)
 
     def _split(self, columns: Tensor) -> Sequence[Tensor]:
-        return columns.split(list(self._units.values()), dim=1)
+        return torch.split(columns, list(self._units.values()), dim=1)
 
     def _by_draw(self, columns: Tensor) -> Tensor:
         """What each draw of a site moves: columns of a pair cancel; whole bytes, filled up with 0."""

@@ -1,0 +1,202 @@
+"""Scores of the targets of one block by one or several networks, on any ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+from turnover.influence.exact import ExactEstimator
+from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.network import Network
+from turnover.objectives import Objective
+from turnover.sites import device_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Influence of ids on targets: float32 (targets, ids), the mean over networks.
+
+    Attributes:
+        mean: on the device of the first network.
+        standard_error: of the mean, likewise; ``None`` for one network.
+    """
+
+    mean: Tensor
+    standard_error: Tensor | None = None
+
+    def columns(self, start: int, stop: int) -> Scores:
+        """The scores of some ids alone."""
+        error = self.standard_error
+        return Scores(self.mean[:, start:stop], None if error is None else error[:, start:stop])
+
+
+Score = Callable[[Tensor], Scores]
+"""Scores of ids, int64 (ids,)."""
+
+
+class Engine:
+    """The estimators of one network.
+
+    Args:
+        network: the network.
+        objective: callable (outputs, batch) -> (rows,).
+        block: ids in one forward of the exact estimator; ``None``: as many as the caches hold.
+        sites: masked sites; at others the network runs whole.
+    """
+
+    def __init__(
+        self, network: Network, objective: Objective, block: int | None, sites: Sequence[str]
+    ) -> None:
+        self.network = network
+        self.objective = objective
+        self.sites = list(sites)
+        self._exact = ExactEstimator(network, objective, block, sites)
+
+    def measure(self, batch: Batch) -> None:
+        """Learn the widths of the sites from a forward, where they are not known yet."""
+        network = self.network
+        if all(network.units[site] is not None for site in self.sites):
+            return
+        with torch.no_grad(), network._probing(self.sites):
+            batch.rows(0, 1).to(device_of(network.model)).call(network.model)
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Derivatives of the targets' objectives by the mask entries: float32 (targets, units)."""
+        parts = []
+        for batch in batches:
+            moved = batch.to(device_of(self.network.model))
+            part = mask_gradients(self.network, self.objective, moved, self.sites)
+            parts.append(finite(part, "mask derivative"))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def scorer(self, gradients: Tensor) -> LinearScorer:
+        """The linear estimator of rows of derivatives."""
+        return LinearScorer(gradients, self.network.spec, self.network.known_units(self.sites))
+
+    def exact(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
+        """Exact scores: float32 (targets, ids)."""
+        device = device_of(self.network.model)
+        scores = self._exact.scores([batch.to(device) for batch in batches], ids)
+        return finite(scores, "influence")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode, put back after: dropout or batch statistics would be taken for influence.
+
+        Masks are differentiated and parameters are not: below the first site no graph is built.
+        """
+        model = self.network.model
+        modes = {module: module.training for module in model.modules()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            # The linear method needs autograd even where the caller needs none.
+            with torch.inference_mode(False):
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class TargetBlock:
+    """The targets of some batches, before some networks.
+
+    Args:
+        engines: one for each network.
+        batches: the targets, in order.
+    """
+
+    def __init__(self, engines: Sequence[Engine], batches: Sequence[Batch]) -> None:
+        self._engines = engines
+        self._batches = batches
+        self._scorers: list[LinearScorer] | None = None
+
+    def linear(self, ids: Tensor) -> Scores:
+        """Linear scores."""
+        if self._scorers is None:
+            self._scorers = [e.scorer(e.gradients(self._batches)) for e in self._engines]
+        return over_networks([scorer.scores(ids) for scorer in self._scorers])
+
+    def exact(self, ids: Tensor) -> Scores:
+        """Exact scores."""
+        return over_networks([e.exact(self._batches, ids) for e in self._engines])
+
+    def targets(self) -> Iterator[TargetBlock]:
+        """Each target as a block of its own."""
+        for batch in self._batches:
+            for row in range(len(batch)):
+                yield TargetBlock(self._engines, [batch.rows(row, row + 1)])
+
+
+class MeanTarget:
+    """The mean objective over all targets, as one target.
+
+    Args:
+        engines: one for each network.
+        batches: the targets; gone over once for the linear scores, and once for every block of ids for
+            the exact ones.
+    """
+
+    def __init__(self, engines: Sequence[Engine], batches: Sequence[Batch]) -> None:
+        self._engines = engines
+        self._batches = batches
+        self._count = sum(len(batch) for batch in batches)
+        self._scorers: list[LinearScorer] | None = None
+
+    def linear(self, ids: Tensor) -> Scores:
+        """Linear scores (1, ids): the derivatives are summed first."""
+        if self._scorers is None:
+            self._scorers = [engine.scorer(self._mean_gradient(engine)) for engine in self._engines]
+        return over_networks([scorer.scores(ids) for scorer in self._scorers])
+
+    def exact(self, ids: Tensor) -> Scores:
+        """Exact scores (1, ids)."""
+        return over_networks([self._mean_exact(engine, ids) for engine in self._engines])
+
+    def targets(self) -> Iterator[MeanTarget]:
+        """Itself."""
+        yield self
+
+    def _mean_gradient(self, engine: Engine) -> Tensor:
+        total = sum(engine.gradients([b]).double().sum(dim=0) for b in self._batches)
+        assert isinstance(total, Tensor)
+        return (total / self._count).float()[None]
+
+    def _mean_exact(self, engine: Engine, ids: Tensor) -> Tensor:
+        total = sum(engine.exact([b], ids).double().sum(dim=0) for b in self._batches)
+        assert isinstance(total, Tensor)
+        return (total / self._count).float()[None]
+
+
+def over_networks(scores: Sequence[Tensor]) -> Scores:
+    """Mean and standard error over networks of scores (targets, ids)."""
+    if len(scores) == 1:
+        return Scores(scores[0])
+    stacked = torch.stack([one.to(scores[0].device) for one in scores])
+    error = stacked.std(dim=0) / len(scores) ** 0.5
+    return Scores(stacked.mean(dim=0), error)
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """The values, if they are finite.
+
+    Raises:
+        InputError: NaN or infinite; the rows are named.
+    """
+    if not bool(torch.isfinite(values).all()):
+        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
+        raise InputError(
+            f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
+            f"objective diverged on them"
+        )
+    return values

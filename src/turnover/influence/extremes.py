@@ -1,0 +1,103 @@
+"""The highest and lowest scores of every target, over ids that come in blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Extremes:
+    """The ``count`` most helpful and ``count`` most harmful ids of every target.
+
+    Ids are ordered by score and, where scores are equal, by who came first: these are the two ends of
+    that order, whatever the blocks.
+
+    Args:
+        targets: number of targets.
+        count: ids on each side.
+    """
+
+    def __init__(self, targets: int, count: int) -> None:
+        self._targets = targets
+        self._count = count
+        self._seen = 0
+        self._sides = (_Side(targets, count), _Side(targets, count, last_first=True))
+
+    def add(self, scores: Tensor) -> None:
+        """Take in scores (targets, ids) of the next ids."""
+        high, low = self._sides
+        high.add(scores, self._seen)
+        low.add(-scores, self._seen)
+        self._seen += scores.shape[1]
+
+    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Positions of ids in the order they came, and scores, from high to low: (targets, ranks).
+
+        Where there are fewer than ``2 * count`` ids, each is there once.
+        """
+        high, low = (side.sorted() for side in self._sides)
+        most = min(self._count, self._seen)
+        least = min(self._count, self._seen - most)
+        positions = np.concatenate([high[0][:, :most], low[0][:, :least][:, ::-1]], axis=1)
+        scores = np.concatenate([high[1][:, :most], -low[1][:, :least][:, ::-1]], axis=1)
+        return positions, scores
+
+
+class _Side:
+    """The highest scores of every target; of equal ones the first, or the last."""
+
+    def __init__(self, targets: int, count: int, *, last_first: bool = False) -> None:
+        self._targets, self._count, self._last_first = targets, count, last_first
+        self._threshold: Tensor | None = None
+        self._found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
+        self._pending = 0
+
+    def add(self, scores: Tensor, start: int) -> None:
+        if self._threshold is None:
+            count = min(self._count, scores.shape[1])
+            threshold = scores.topk(count, dim=1).values[:, -1:]
+            hits = scores >= threshold
+            if count == self._count:
+                self._threshold = threshold
+        elif self._last_first:
+            hits = scores >= self._threshold
+        else:
+            hits = scores > self._threshold
+        rows, columns = hits.nonzero(as_tuple=True)
+        if not len(rows):
+            return
+        values = scores[rows, columns]
+        self._found.append(
+            (rows.cpu().numpy(), (columns + start).cpu().numpy(), values.cpu().numpy())
+        )
+        self._pending += len(rows)
+        if self._pending > 2 * self._targets * self._count:
+            self._prune(scores)
+
+    def _prune(self, like: Tensor) -> None:
+        rows, positions, values = self._best()
+        self._found, self._pending = [(rows, positions, values)], 0
+        counts = np.bincount(rows, minlength=self._targets)
+        if counts.min() >= self._count:
+            last = values[np.cumsum(counts) - 1]
+            self._threshold = torch.from_numpy(last).to(like.device)[:, None]
+
+    def _best(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        rows, positions, values = (
+            np.concatenate(parts) for parts in zip(*self._found, strict=True)
+        )
+        order = np.lexsort((-positions if self._last_first else positions, -values, rows))
+        rows, positions, values = rows[order], positions[order], values[order]
+        starts = np.searchsorted(rows, np.arange(self._targets))
+        kept = np.arange(len(rows)) - starts[rows] < self._count
+        return rows[kept], positions[kept], values[kept]
+
+    def sorted(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        rows, positions, values = self._best()
+        ranks = len(rows) // self._targets  # every target has seen the same ids
+        shape = (self._targets, ranks)
+        return positions.reshape(shape).astype(np.int64), values.reshape(shape).astype(np.float32)

@@ -1,0 +1,177 @@
+"""Where scores go: into memory, or block by block onto disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from turnover.batches import Batch, tensors
+from turnover.errors import InputError
+from turnover.influence.calibration import GhostPool, NoiseFloor
+from turnover.influence.result import Result
+
+if TYPE_CHECKING:
+    from turnover.influence.store import Writer
+
+Array = NDArray[Any]
+
+
+class Sink(Protocol):
+    """Takes the variables of a result, in regions of (targets, second dimension)."""
+
+    def begin(self, start: int, batches: Sequence[Batch]) -> None:
+        """Announce the targets of a block, the first of which is number ``start``."""
+
+    def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
+        """Whether a region was taken already."""
+
+    def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
+        """Take a region of a variable: all its columns, or some."""
+
+
+class MemorySink:
+    """Keeps everything.
+
+    Args:
+        train: length of the second dimension of what comes in parts.
+    """
+
+    def __init__(self, train: int) -> None:
+        self._train = train
+        self._blocks: dict[str, list[Array]] = {}
+        self._ids: list[torch.Tensor | None] = []
+
+    def begin(self, start: int, batches: Sequence[Batch]) -> None:  # noqa: ARG002
+        """See :class:`Sink`."""
+        self._ids += [batch.ids for batch in batches]
+
+    def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:  # noqa: ARG002
+        """Never: nothing is there before it is put."""
+        return False
+
+    def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
+        """See :class:`Sink`."""
+        blocks = self._blocks.setdefault(name, [])
+        if columns is None:
+            blocks.append(values)
+            return
+        if columns.start == 0:
+            shape = (rows.stop - rows.start, self._train)
+            blocks.append(np.empty(shape, dtype=values.dtype))
+        blocks[-1][:, columns] = values
+
+    def result(self, train_ids: NDArray[np.int64], **described: Any) -> Result:
+        """Everything as a result.
+
+        Args:
+            train_ids: int64 (train,); not used where the extremes came with theirs.
+            described: method, objective, sites, network and considered of :class:`Result`.
+        """
+        pool = GhostPool()
+        floors = [pool.add(ghosts) for ghosts in self._blocks["ghost"]]
+        values = {
+            name: np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+            for name, blocks in self._blocks.items()
+        }
+        known = [ids for ids in self._ids if ids is not None]
+        complete = bool(known) and len(known) == len(self._ids)
+        return Result(
+            scores=values["score"],
+            floor=NoiseFloor(
+                np.concatenate([floor.mean for floor in floors]),
+                np.concatenate([floor.sd for floor in floors]),
+            ),
+            null=pool.null(),
+            train_ids=values.get("train_id", train_ids),
+            target_ids=torch.cat(known).cpu().numpy() if complete else None,
+            standard_error=values.get("standard_error"),
+            exact=values.get("exact"),
+            recall=values.get("recall"),
+            **described,
+        )
+
+
+class StoreSink:
+    """Hands regions to a store on disk."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def begin(self, start: int, batches: Sequence[Batch]) -> None:
+        """See :class:`Sink`."""
+        ids = [batch.ids for batch in batches if batch.ids is not None]
+        self._writer.targets(
+            start,
+            np.concatenate([fingerprints(batch) for batch in batches]),
+            torch.cat(ids).cpu().numpy() if len(ids) == len(batches) else None,
+            _labels(batches),
+        )
+
+    def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
+        """See :class:`Sink`."""
+        return self._writer.read(name, _region(rows, columns)) is not None
+
+    def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
+        """See :class:`Sink`."""
+        self._writer.write(name, _region(rows, columns), values)
+
+
+def _region(rows: slice, columns: slice | None) -> tuple[slice, ...]:
+    return (rows, slice(None)) if columns is None else (rows, columns)
+
+
+def _labels(batches: Sequence[Batch]) -> NDArray[np.int64] | None:
+    found = []
+    for batch in batches:
+        labels = batch.labels
+        if labels is None or labels.is_floating_point() or labels.shape != (len(batch),):
+            return None
+        found.append(labels.cpu().long().numpy())
+    return np.concatenate(found)
+
+
+def fingerprints(batch: Batch) -> NDArray[np.uint64]:
+    """A hash of the inputs and labels of every row of a batch: uint64 (rows,)."""
+    rows = len(batch)
+    whole = [batch.inputs, batch.labels]
+    values = [value.detach().cpu() for value in tensors(whole)]
+    shared = hashlib.blake2b(digest_size=8)
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
+    for value in values:
+        head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
+        flat = value.contiguous().reshape(rows, -1) if value.dim() and len(value) == rows else None
+        if flat is None:
+            shared.update(head + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            continue
+        raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty((rows, 0), np.uint8)
+        for row, digest in enumerate(digests):
+            digest.update(head + raw[row].tobytes())
+    common = shared.digest()
+    words = [int.from_bytes(digest.digest(), "little") for digest in digests]
+    return np.array(words, dtype=np.uint64) ^ np.uint64(int.from_bytes(common, "little"))
+
+
+def check_columns(coordinates: dict[str, Any], train: int) -> dict[str, tuple[str, Array]]:
+    """Coordinates of the training ids, one value for each.
+
+    Raises:
+        InputError: another number of values, or values that make no plain array.
+    """
+    checked = {}
+    for name, values in coordinates.items():
+        array: Array = np.empty(0, dtype=object)
+        with suppress(ValueError):
+            array = np.asarray(values)
+        if array.shape != (train,) or array.dtype == object:
+            raise InputError(
+                f"coordinate {name!r} must hold one number or string for each of the {train} training "
+                f"ids, got an array of {array.dtype} {array.shape}"
+            )
+        checked[name] = ("train", array)
+    return checked

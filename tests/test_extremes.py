@@ -1,0 +1,27 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnover.influence.extremes import Extremes
+
+
+@given(
+    targets=st.integers(1, 4),
+    ids=st.integers(1, 60),
+    count=st.integers(1, 12),
+    block=st.integers(1, 60),
+    values=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_they_are_the_two_ends_of_the_sorted_scores(targets, ids, count, block, values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, values, (targets, ids), generator=generator).float()
+    extremes = Extremes(targets, count)
+    for part in scores.split(block, dim=1):
+        extremes.add(part)
+    positions, found = extremes.result()
+    order = np.argsort(-scores.numpy(), axis=1, kind="stable")
+    ends = order if ids <= 2 * count else np.delete(order, np.s_[count:-count], axis=1)
+    assert np.array_equal(positions, ends)
+    assert np.array_equal(found, np.take_along_axis(scores.numpy(), ends, axis=1))
