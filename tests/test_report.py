@@ -18,7 +18,7 @@ from turnover.errors import InputError
 from turnover.report import (
     AccuracyRow,
     Curve,
-    ExplainedError,
+    Explanation,
     Fact,
     HarmfulOverall,
     Influential,
@@ -35,7 +35,7 @@ CURVE_NAMES = ("train exposed", "train hidden", "test exposed", "test hidden")
 def influential(sign: int, rank: int, target: int) -> Influential:
     z = sign * (6.0 - rank)
     return Influential(
-        id=f"train-{target}-{sign}-{rank}",
+        key=f"train-{target}-{sign}-{rank}",
         label="positive" if rank % 2 else "negative",
         score=0.02 * z,
         z=z,
@@ -44,9 +44,9 @@ def influential(sign: int, rank: int, target: int) -> Influential:
     )
 
 
-def explained(target: int) -> ExplainedError:
-    return ExplainedError(
-        id=f"test-{target:03d}",
+def explained(target: int) -> Explanation:
+    return Explanation(
+        key=f"test-{target:03d}",
         true_label="negative",
         predicted_label="positive",
         confidence=0.5 + target / 100,
@@ -60,7 +60,7 @@ def explained(target: int) -> ExplainedError:
 
 def overall(rank: int) -> HarmfulOverall:
     return HarmfulOverall(
-        id=f"harmful-{rank}",
+        key=f"harmful-{rank}",
         label="positive",
         score=-0.05 / (1 + rank),
         z=-6.0 + rank,
@@ -174,7 +174,7 @@ def test_texts_cannot_become_markup() -> None:
                 helpful=(replace(error.helpful[0], text=HOSTILE),),
             ),
         ),
-        harmful_overall=(replace(content.harmful_overall[0], text=HOSTILE, id=HOSTILE),),
+        harmful_overall=(replace(content.harmful_overall[0], text=HOSTILE, key=HOSTILE),),
         commands=(HOSTILE,),
     )
     html = render(hostile)

@@ -3,21 +3,19 @@
 from turnover.report.content import (
     AccuracyRow,
     Curve,
-    ExplainedError,
     Fact,
     HarmfulOverall,
-    Influential,
     NoiseFloor,
     ReportContent,
 )
 from turnover.report.render import render, write
-from turnover.tasks.explain import SIGNIFICANT_Q
+from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, Influential
 
 __all__ = [
     "SIGNIFICANT_Q",
     "AccuracyRow",
     "Curve",
-    "ExplainedError",
+    "Explanation",
     "Fact",
     "HarmfulOverall",
     "Influential",

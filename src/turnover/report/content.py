@@ -11,44 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from turnover.errors import InputError
-
-
-@dataclass(frozen=True)
-class Influential:
-    """One training instance in the list of a target.
-
-    `score` is its influence on the target in nats, `z` the score in units of the target's noise
-    floor, `q` the adjusted p-value (0 to 1).
-    """
-
-    id: str
-    label: str
-    score: float
-    z: float
-    q: float
-    text: str | None
-
-
-@dataclass(frozen=True)
-class ExplainedError:
-    """One misclassified test target.
-
-    `confidence` is the probability (0 to 1) given to `predicted_label`, `noise_floor` the standard
-    deviation of the ghosts' scores on this target in nats, `n_significant` the number of training
-    instances with a significant influence among all of them, not only those listed. `helpful` and
-    `harmful` are seen from the true class, strongest first: the harmful ones pushed toward the
-    error.
-    """
-
-    id: str
-    true_label: str
-    predicted_label: str
-    confidence: float
-    noise_floor: float
-    n_significant: int
-    text: str | None
-    helpful: tuple[Influential, ...]
-    harmful: tuple[Influential, ...]
+from turnover.tasks.explain import Explanation, Influential
 
 
 @dataclass(frozen=True)
@@ -93,21 +56,15 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class HarmfulOverall:
+class HarmfulOverall(Influential):
     """A training instance that was harmful to the test targets taken together.
 
     `score` is the aggregate influence in nats (negative: harmful), `z` and `q` belong to that
     aggregate. `self_influence` is its influence on itself in nats, None when not measured.
     """
 
-    id: str
-    label: str
-    score: float
-    z: float
-    q: float
     self_influence: float | None
     self_influence_q: float | None
-    text: str | None
 
 
 @dataclass(frozen=True)
@@ -146,7 +103,7 @@ class ReportContent:
     curves: tuple[Curve, ...]
     accuracy: tuple[AccuracyRow, ...]
     deploy: str
-    errors: tuple[ExplainedError, ...]
+    errors: tuple[Explanation, ...]
     harmful_overall: tuple[HarmfulOverall, ...]
     noise: NoiseFloor
     facts: tuple[Fact, ...]

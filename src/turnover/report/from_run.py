@@ -9,16 +9,13 @@ import numpy as np
 from turnover.report.content import (
     AccuracyRow,
     Curve,
-    ExplainedError,
     Fact,
     HarmfulOverall,
-    Influential,
     NoiseFloor,
     ReportContent,
 )
 from turnover.run import Run, read_json
-from turnover.tasks.explain import Explanation, explain, rows_by_id
-from turnover.tasks.explain import Influential as Explained
+from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
 
 _OVERALL = 50
 _OBJECTIVES = {
@@ -54,7 +51,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         InputError: the run has not been scored, or its results belong to another model.
     """
     metrics = read_json(run.folder / "metrics.json")
-    explanations = explain_errors(run)
+    errors = tuple(explain_errors(run))  # before what follows: it names a run that was not scored
     found = metrics["influence"]
     return ReportContent(
         title=title,
@@ -63,7 +60,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         curves=_curves(metrics["curves"]),
         accuracy=_accuracy(metrics),
         deploy=_deploy(metrics),
-        errors=tuple(_error(explanation) for explanation in explanations),
+        errors=errors,
         harmful_overall=_harmful_overall(run),
         noise=_noise(metrics, found),
         facts=_facts(metrics, found),
@@ -133,24 +130,6 @@ def _deploy(metrics: dict[str, Any]) -> str:
     return f"The difference in accuracy is {difference}; {advice}. {loss}."
 
 
-def _error(explanation: Explanation) -> ExplainedError:
-    return ExplainedError(
-        explanation.key,
-        explanation.true_label,
-        explanation.predicted_label,
-        explanation.confidence,
-        explanation.noise_floor,
-        explanation.n_significant,
-        explanation.text,
-        tuple(_instance(one) for one in explanation.helpful),
-        tuple(_instance(one) for one in explanation.harmful),
-    )
-
-
-def _instance(one: Explained) -> Influential:
-    return Influential(one.key, one.label, one.score, one.z, one.q, one.text)
-
-
 def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     overall = run.read_result("aggregate")
     rows = rows_by_id(overall, run.train)
@@ -159,22 +138,12 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
         result = run.read_result("self")
         triples = zip(result.train_ids, result.scores, result.q, strict=True)
         own = {int(i): (float(score), float(q)) for i, score, q in triples}
+    most_harmful = np.argsort(overall.scores, kind="stable")[:_OVERALL]
+    instances = influential(overall, None, run.train, rows, most_harmful)
     listed = []
-    for column in np.argsort(overall.scores, kind="stable")[:_OVERALL]:
-        row = rows[column]
+    for one, column in zip(instances, most_harmful, strict=True):
         score, q = own.get(int(overall.train_ids[column]), (None, None))
-        listed.append(
-            HarmfulOverall(
-                run.train.keys[row],
-                run.train.classes[run.train.labels[row]],
-                float(overall.scores[column]),
-                float(overall.z[column]),
-                float(overall.q[column]),
-                score,
-                q,
-                run.train.texts[row],
-            )
-        )
+        listed.append(HarmfulOverall(**vars(one), self_influence=score, self_influence_q=q))
     return tuple(listed)
 
 

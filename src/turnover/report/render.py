@@ -12,14 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from turnover.errors import InputError
-from turnover.report.content import (
-    Curve,
-    ExplainedError,
-    HarmfulOverall,
-    Influential,
-    ReportContent,
-)
-from turnover.tasks.explain import SIGNIFICANT_Q
+from turnover.report.content import Curve, HarmfulOverall, ReportContent
+from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, Influential
 
 _MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"
@@ -95,14 +89,14 @@ def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _error_data(errors: tuple[ExplainedError, ...]) -> dict[str, Any]:
+def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
     # A training instance can be listed under hundreds of targets: its text travels once.
     instances: dict[tuple[str, str, str | None], int] = {}
 
     def listed(items: tuple[Influential, ...], scale: float) -> list[dict[str, Any]]:
         return [
             {
-                "instance": instances.setdefault((i.id, i.label, i.text), len(instances)),
+                "instance": instances.setdefault((i.key, i.label, i.text), len(instances)),
                 "score": _signed(i.score),
                 "z": _z(i.z),
                 "q": _q(i.q),
@@ -119,7 +113,7 @@ def _error_data(errors: tuple[ExplainedError, ...]) -> dict[str, Any]:
         largest_z = max((abs(i.z) for i in everyone if math.isfinite(i.z)), default=0.0)
         rows.append(
             {
-                "id": error.id,
+                "id": error.key,
                 "true": error.true_label,
                 "predicted": error.predicted_label,
                 "text": error.text,

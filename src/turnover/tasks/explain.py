@@ -17,11 +17,15 @@ NOT_SIGNIFICANT = "not distinguishable from noise"
 
 @dataclass(frozen=True)
 class Influential:
-    """One training instance in an explanation; the score is in the objective's units (nats)."""
+    """One training instance and what it did to a target, or to several taken together.
+
+    ``score`` is its influence in the objective's units (nats), ``z`` the score in units of the noise
+    floor, ``q`` the adjusted p-value (0 to 1). ``text`` is None where it was left out.
+    """
 
     key: str
     label: str
-    text: str
+    text: str | None
     score: float
     z: float
     q: float
@@ -36,11 +40,14 @@ class Influential:
 class Explanation:
     """One target with its most helpful (highest first) and most harmful (lowest first) instances.
 
-    ``n_significant`` counts all training instances with q <= 0.05, shown or not.
+    They are seen from the true class: the harmful ones pushed away from it. ``confidence`` is the
+    probability (0 to 1) given to ``predicted_label``, ``noise_floor`` the standard deviation of the
+    ghosts' scores on this target in nats. ``n_significant`` counts all training instances with
+    q <= 0.05, shown or not. ``text`` is None where it was left out.
     """
 
     key: str
-    text: str
+    text: str | None
     true_label: str
     predicted_label: str
     confidence: float
