@@ -7,9 +7,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from turnover.errors import InputError
+
+if TYPE_CHECKING:
+    from turnover.run import Run
+    from turnover.tasks.explain import Explanation
+    from turnover.tasks.score import ScoreConfig
 
 try:
     import typer
@@ -170,13 +175,9 @@ def influence(
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself."""
     from turnover.run import Run
-    from turnover.tasks.score import ScoreConfig, score
+    from turnover.tasks.score import ScoreConfig
 
-    metrics = score(
-        Run.load(run), ScoreConfig(method, objective, ghosts, tuple(site) if site else None)
-    )
-    _print_influence(metrics)
-    console.print(f"next: turnover explain {run}, turnover report {run}")
+    _score(Run.load(run), ScoreConfig(method, objective, ghosts, tuple(site) if site else None))
 
 
 @app.command()
@@ -191,27 +192,16 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain misclassified test rows, or one text, by training instances."""
-    from turnover.report.from_run import explain_errors
-    from turnover.run import Run, write_json
+    from turnover.run import Run
     from turnover.tasks.score import explain_text
 
     if show < 0 or top < 1:
         raise InputError("--show must be >= 0 and --top >= 1")
     loaded = Run.load(run)
     if text is not None:
-        explanations = [explain_text(loaded, text, label, top=top)]
+        _print_explanations([explain_text(loaded, text, label, top=top)], as_json=as_json)
     else:
-        explanations = explain_errors(loaded, top=top)
-        path = run / "results" / "explanations.json"
-        write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
-        explanations = sorted(explanations, key=lambda e: -e.n_significant)[:show]
-    if as_json:
-        sys.stdout.write(json.dumps([e.to_dict() for e in explanations], indent=2) + "\n")
-        return
-    for explanation in explanations:
-        _print_explanation(explanation)
-    if text is None:
-        console.print(f"all errors: {path}")
+        _explain_errors(loaded, show=show, top=top, as_json=as_json)
 
 
 @app.command()
@@ -221,7 +211,9 @@ def report(
     text: Annotated[bool, typer.Option(help="Show texts; --no-text leaves them out.")] = True,
 ) -> None:
     """Write the run's report: one HTML file that needs nothing else."""
-    _write_report(run, out or run / "report.html", texts=text)
+    from turnover.run import Run
+
+    _write_report(Run.load(run), out or run / "report.html", texts=text)
 
 
 @app.command()
@@ -232,6 +224,8 @@ def demo(
 ) -> None:
     """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
     from turnover.demo import model_folder, write_sentences
+    from turnover.run import Run
+    from turnover.tasks.score import ScoreConfig
 
     train_file, test_file = write_sentences(out.parent / f"{out.name}-data")
     fit(
@@ -245,23 +239,42 @@ def demo(
         seed=seed,
         overwrite=True,
     )
-    influence(out)
-    explain(out)
-    _write_report(out, out / "report.html", texts=True)
+    run = Run.load(out)
+    _score(run, ScoreConfig())
+    _explain_errors(run, show=3, top=5, as_json=False)
+    _write_report(run, out / "report.html", texts=True)
 
 
-def _write_report(run: Path, out: Path, *, texts: bool) -> None:
+def _score(run: Run, config: ScoreConfig) -> None:
+    from turnover.tasks.score import score
+
+    _print_influence(score(run, config))
+    console.print(f"next: turnover explain {run.folder}, turnover report {run.folder}")
+
+
+def _explain_errors(run: Run, *, show: int, top: int, as_json: bool) -> None:
+    from turnover.report.from_run import explain_errors
+    from turnover.run import write_json
+
+    explanations = explain_errors(run, top=top)
+    path = run.folder / "results" / "explanations.json"
+    write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
+    explanations.sort(key=lambda explanation: -explanation.n_significant)
+    _print_explanations(explanations[:show], as_json=as_json)
+    if not as_json:
+        console.print(f"all errors: {path}")
+
+
+def _write_report(run: Run, out: Path, *, texts: bool) -> None:
     from turnover.report.from_run import content
     from turnover.report.render import write
-    from turnover.run import Run
 
-    loaded = Run.load(run)
     commands = tuple(
-        f"turnover {command} {shlex.quote(str(run))}"
+        f"turnover {command} {shlex.quote(str(run.folder))}"
         for command in ("influence", "explain", "report")
     )
-    title = f"{run.resolve().name}: which training instances are behind its errors"
-    write(content(loaded, title=title, commands=commands), out, texts=texts)
+    title = f"{run.folder.resolve().name}: which training instances are behind its errors"
+    write(content(run, title=title, commands=commands), out, texts=texts)
     console.print(f"report: {out}")
 
 
@@ -335,7 +348,15 @@ def _print_influence(metrics: dict[str, Any]) -> None:
     )
 
 
-def _print_explanation(explanation: Any) -> None:
+def _print_explanations(explanations: list[Explanation], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps([e.to_dict() for e in explanations], indent=2) + "\n")
+        return
+    for explanation in explanations:
+        _print_explanation(explanation)
+
+
+def _print_explanation(explanation: Explanation) -> None:
     from turnover.tasks.explain import NOT_SIGNIFICANT
 
     table = Table(
