@@ -330,8 +330,8 @@ def _print_plan(plan: Any) -> None:
             f"units in one network, or networks of {plan.asked.units}: {plan.needed_seeds}"
         )
     console.print(
-        f"pilot: {plan.pilot.rows} rows, {plan.pilot.targets} targets, {plan.pilot.seconds:.0f} s; "
-        f"other widths: with learning rate and start as docs/planning.md says"
+        f"pilot: {plan.pilot.rows} rows, {plan.pilot.targets} targets, {plan.pilot.seconds:.0f} s; at "
+        f"other widths multiply --head-learning-rate by sqrt({plan.asked.units} / units)"
     )
 
 

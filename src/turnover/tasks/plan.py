@@ -105,7 +105,8 @@ class Pilot:
         targets: held-out rows that were scored.
         sites: the sites that were scored.
         noise_floor: ghosts' standard deviation (root mean square over targets), nats of margin.
-        signal: standard deviation of the scores beyond that of ghosts, nats of margin.
+        signal: standard deviation of the scores beyond that of ghosts, nats of margin; 0 where it is
+            not more than chance gives.
         sizes: float64, ascending from 0: absolute influences without noise, in noise floors.
         shares: float64, of the shape of ``sizes``: their shares of all pairs.
         seconds: what it took.
@@ -146,7 +147,7 @@ class Pilot:
     def needed_units(self, setting: Setting, top: int) -> int | None:
         """Mask units at the setting's seeds for the ``top`` strongest to reach the z that q <= 0.05 asks.
 
-        ``None`` where the pilot saw no influence at all at that rank.
+        ``None`` where the pilot saw no influence beyond chance at that rank.
 
         Raises:
             InputError: ``top`` is not between 1 and the instances.
@@ -391,19 +392,15 @@ def measure(
     noise = float(floors.mean()) ** 0.5
     if noise == 0:
         raise InputError("the pilot's scores are all 0: its network did not learn anything")
-    beyond = float(((squares - 1) * floors[:, None]).mean())
-    sizes, shares = without_noise(np.sqrt(squares))
-    return Pilot(
-        setting,
-        rows,
-        len(z),
-        sites,
-        noise,
-        max(beyond, 0.0) ** 0.5,
-        sizes,
-        shares,
-        seconds,
-    )
+    # Targets share the ids' masks, so the ids are what is independent. The ghosts behind the noise
+    # floors are no better known than the ids' mean: together some 1.4 standard errors.
+    beyond = ((squares - 1) * floors[:, None]).mean(axis=0)
+    signal, error = float(beyond.mean()), float(beyond.std(ddof=1)) / math.sqrt(len(beyond))
+    if signal <= 3 * error:
+        signal, sizes, shares = 0.0, np.zeros(1), np.ones(1)
+    else:
+        sizes, shares = without_noise(np.sqrt(squares))
+    return Pilot(setting, rows, len(z), sites, noise, math.sqrt(signal), sizes, shares, seconds)
 
 
 def pilot_training(config: TrainingConfig, rows: int, pilot_rows: int) -> TrainingConfig:
