@@ -10,6 +10,7 @@ from turnover.errors import BindingError, InputError
 from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.influence.result import Result
+from turnover.influence.stored import open_result
 from turnover.masks import MaskSpec, content_ids, ghost_ids, string_ids
 from turnover.network import Network, attach
 from turnover.sites import Site
@@ -30,5 +31,6 @@ __all__ = [
     "content_ids",
     "ghost_ids",
     "objectives",
+    "open_result",
     "string_ids",
 ]

@@ -1,0 +1,146 @@
+"""Results on disk: written block by block, on any file system, and gone on with after a cut.
+
+A result is a zarr group that xarray opens. Its ``zarr.json`` is written last: a store that has none is
+not finished, and ``progress/`` says what it was begun with and for which targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnover.errors import InputError
+from turnover.influence.begun import BEGUN, ROOT, Coordinates, describe, finished, marked
+from turnover.influence.blocks import Variable
+from turnover.influence.place import Place
+from turnover.influence.result import Result
+from turnover.influence.stored import DESCRIBED, StoredResult
+from turnover.influence.stored import open_result as read
+from turnover.influence.writer import Writer
+
+__all__ = ["StoredResult", "Variable", "Writer", "read", "save", "writing"]
+
+_CELLS = 2**20
+"""Values in a chunk of a saved result."""
+_COLUMNS = 2**16
+
+
+@contextmanager
+def writing(
+    url: str | Path,
+    identity: Mapping[str, Any],
+    variables: Mapping[str, Variable],
+    sizes: Mapping[str, int],
+    coordinates: Coordinates,
+    kind: str,
+) -> Iterator[Writer]:
+    """Begin a result, or go on with one that was cut off.
+
+    Args:
+        url: path or fsspec URL; missing folders are made.
+        identity: JSON values that say what the numbers are of.
+        variables: what will be written. With ``ghost`` among them, noise floor and null distribution
+            are made of it at the end; without, ``ghost_mean``, ``noise_floor`` and ``null`` must be.
+        sizes: length of each dimension. At most one that the variables have may be left out: it grows
+            as rows come (:meth:`Writer.targets`), and must be the first of its variables. A dimension
+            that only coordinates have need not be given.
+        coordinates: name to (dimension, values): numbers or strings.
+        kind: see :class:`turnover.influence.stored.StoredResult`.
+
+    Raises:
+        InputError: the place holds something else, or the result of other values; another process
+            writes there; a damaged store.
+        ImportError: zarr is not installed (``pip install turnover[results]``).
+    """
+    place = Place(url)
+    held = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
+    begun_with = describe(identity, variables, sizes, held, kind)
+    if finished(place, begun_with):
+        yield Writer(place, begun_with, held, complete=True)
+        return
+    with place.locked() as renew:
+        # Another process may have finished it since.
+        complete = finished(place, begun_with)
+        writer = Writer(place, begun_with, held, complete=complete, renew=renew)
+        if not complete:
+            writer.begin()
+        yield writer
+
+
+def save(url: str | Path, result: Result) -> None:
+    """Store a result that is in memory, in place of one that is there.
+
+    Locally the new one is written beside the old one, which stays until the new one is whole; elsewhere
+    the old one is removed first.
+
+    Args:
+        url: path or fsspec URL.
+        result: of any shape.
+
+    Raises:
+        InputError: the place holds something else, or another process writes there.
+        ImportError: zarr is not installed (``pip install turnover[results]``).
+    """
+    place = Place(url)
+    kind, values, coordinates = _laid_out(result)
+    identity = {name: getattr(result, name) for name in DESCRIBED}
+    sizes = {
+        dim: length
+        for dims, array in values.values()
+        for dim, length in zip(dims, array.shape, strict=True)
+    }
+    variables = {
+        name: Variable(dims, array.dtype.name, _chunks(array.shape))
+        for name, (dims, array) in values.items()
+    }
+    begun_with = describe(identity, variables, sizes, coordinates, kind)
+    with place.locked() as renew:
+        if marked(place, ROOT) is None and marked(place, BEGUN) is None and not place.vacant():
+            raise InputError(f"{url} is not a turnover result; give another place")
+        draft = place.neighbour("draft") if place.local else place
+        draft.clear()
+        writer = Writer(draft, begun_with, coordinates, complete=False, renew=renew)
+        writer.begin()
+        for name, (_, array) in values.items():
+            writer.write(name, (), array)
+        writer.finish()
+        draft.become(place)
+
+
+def _laid_out(
+    result: Result,
+) -> tuple[str, dict[str, tuple[tuple[str, ...], NDArray[Any]]], dict[str, Any]]:
+    """Kind, variables and coordinates of a result in memory."""
+    top = result.train_ids.ndim > 1
+    dims = ("target", "rank" if top else "train")[-result.scores.ndim :]
+    floor = dims[: result.floor.sd.ndim]
+    kind = "top" if top else "dense"
+    if result.scores.ndim == 1:
+        kind = "self" if floor else "aggregate"
+    values = {
+        "score": (dims, result.scores),
+        "train_id": (dims, result.train_ids if top else None),
+        "standard_error": (dims, result.standard_error),
+        "exact": (dims, result.exact),
+        "recall": (dims[:1], result.recall),
+        "ghost_mean": (floor, np.asarray(result.floor.mean)),
+        "noise_floor": (floor, np.asarray(result.floor.sd)),
+        "null": (("pool",), result.null.values),
+    }
+    coordinates: dict[str, Any] = {} if top else {"train": ("train", result.train_ids)}
+    if result.target_ids is not None:
+        coordinates["target"] = ("target", result.target_ids)
+    held = {name: (of, array) for name, (of, array) in values.items() if array is not None}
+    return kind, held, coordinates
+
+
+def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return tuple(_COLUMNS for _ in shape)
+    columns = max(1, min(shape[1], _COLUMNS))
+    return max(1, min(shape[0], _CELLS // columns)), columns

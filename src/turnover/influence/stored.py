@@ -1,0 +1,169 @@
+"""Results on disk: opened, checked, read in part or as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnover.errors import InputError
+from turnover.influence.begun import BEGUN, MARK, ROOT, manifest, marked
+from turnover.influence.blocks import CODECS, DTYPES, Blocks, Variable
+from turnover.influence.calibration import NoiseFloor, NullDistribution
+from turnover.influence.place import Place
+from turnover.influence.result import Result
+
+if TYPE_CHECKING:
+    import xarray
+
+DESCRIBED = ("method", "objective", "sites", "network", "considered")
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A finished result on disk, of which nothing but ids and attributes is in memory.
+
+    Attributes:
+        url: where.
+        kind: ``"dense"`` (targets x train), ``"top"`` (the extremes of each target), ``"aggregate"``
+            or ``"self"`` (one score for each training id).
+        dataset: all of it, lazy, with ids and labels as coordinates. xarray itself finds damaged
+            chunks, but takes a missing one for NaN; :meth:`load` finds both.
+        attributes: method, objective, sites, network, considered, and what else was noted.
+    """
+
+    url: str
+    kind: str
+    dataset: xarray.Dataset
+    attributes: Mapping[str, Any]
+    _blocks: Blocks
+
+    def __len__(self) -> int:
+        """Targets; training ids where there is one score for each."""
+        return self._blocks.sizes[self._blocks.variables["score"].dims[0]]
+
+    @cached_property
+    def target_ids(self) -> NDArray[np.int64] | None:
+        """int64 (targets,), where the targets had ids."""
+        return self._blocks.read("target") if "target" in self._blocks.variables else None
+
+    @cached_property
+    def train_ids(self) -> NDArray[np.int64]:
+        """int64 (train,); (targets, ranks) where only the extremes are held."""
+        return self._blocks.read("train_id" if self.kind == "top" else "train")
+
+    @cached_property
+    def null(self) -> NullDistribution:
+        """The distribution that turns z into p."""
+        return NullDistribution(self._blocks.read("null"))
+
+    def load(self, targets: slice | Sequence[int] | None = None) -> Result:
+        """Rows of the result, in memory; the cost is that of the rows alone.
+
+        Args:
+            targets: their positions (not ids), from the end where negative; ``None``: all.
+
+        Raises:
+            InputError: a position that does not exist, a choice of targets where the result has none,
+                or a chunk that is missing or damaged.
+        """
+        if targets is not None and self.kind not in {"dense", "top"}:
+            raise InputError(f"{self.url} has no targets to choose from; load() takes all of it")
+        rows = None if targets is None else self._positions(targets)
+        scores = self._rows("score", rows)
+        mean, sd = self._rows("ghost_mean", rows), self._rows("noise_floor", rows)
+        train_ids = self._rows("train_id", rows) if self.kind == "top" else self.train_ids
+        ids = self.target_ids
+        optional = {
+            name: self._rows(name, rows) if name in self._blocks.variables else None
+            for name in ("standard_error", "exact", "recall")
+        }
+        return Result(
+            scores=scores,
+            floor=NoiseFloor(mean, sd),
+            null=self.null,
+            train_ids=train_ids,
+            target_ids=ids if ids is None or rows is None else ids[rows],
+            method=self.attributes["method"],
+            objective=self.attributes["objective"],
+            sites=tuple(self.attributes["sites"]),
+            network=self.attributes["network"],
+            considered=self.attributes["considered"],
+            **optional,
+        )
+
+    def _positions(self, targets: slice | Sequence[int]) -> NDArray[np.int64]:
+        if isinstance(targets, slice):
+            return np.arange(len(self))[targets]
+        given = np.asarray(targets)
+        if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+            raise InputError("targets must be a slice or a list of positions")
+        rows = given.astype(np.int64)
+        wrong = rows[(rows < -len(self)) | (rows >= len(self))]
+        if len(wrong):
+            raise InputError(f"{self.url} has {len(self)} targets, none at {wrong[0]}")
+        return np.where(rows < 0, rows + len(self), rows)
+
+    def _rows(self, name: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
+        """A variable, or some of its rows: what they need of each chunk is read once."""
+        if rows is None:
+            return self._blocks.read(name)
+        variable = self._blocks.variables[name]
+        rest = [self._blocks.sizes[dim] for dim in variable.dims[1:]]
+        values: NDArray[Any] = np.empty((len(rows), *rest), dtype=variable.dtype)
+        chunks = rows // variable.chunks[0]
+        for chunk in np.unique(chunks):
+            chosen = np.flatnonzero(chunks == chunk)
+            first, last = int(rows[chosen].min()), int(rows[chosen].max())
+            part = self._blocks.read(name, (slice(first, last + 1),))
+            values[chosen] = part[rows[chosen] - first]
+        return values
+
+
+def open_result(url: str | Path) -> StoredResult:
+    """Open a result that was estimated with ``out=``, or saved.
+
+    Args:
+        url: path or fsspec URL.
+
+    Raises:
+        InputError: no result there, not a result, one that is not finished, damaged, or of a later
+            version.
+        ImportError: zarr or xarray is not installed (``pip install turnover[results]``).
+    """
+    import xarray
+
+    place = Place(url)
+    root = marked(place, ROOT)
+    if root is None:
+        if marked(place, BEGUN) is not None:
+            raise InputError(
+                f"{url} is not finished: repeat the call that began it, and it goes on where it was cut off"
+            )
+        if place.vacant():
+            raise InputError(f"{url}: there is no result; check the path, or estimate with out=")
+        raise InputError(f"{url} is not a turnover result: it has no {ROOT}")
+    arrays = root["consolidated_metadata"]["metadata"]
+    variables: dict[str, Variable] = {}
+    sizes: dict[str, int] = {}
+    for name, metadata in arrays.items():
+        codecs = {codec["name"] for codec in metadata["codecs"]}
+        if str(metadata["data_type"]) not in DTYPES or not codecs <= CODECS:
+            raise InputError(f"{url} is not a turnover result: {name} is {metadata['data_type']}")
+        dims = tuple(metadata.get("dimension_names", ()))
+        chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        variables[name] = Variable(dims, metadata["data_type"], tuple(chunks))
+        sizes |= dict(zip(dims, metadata["shape"], strict=True))
+    blocks = Blocks(place, variables, sizes, finished=True)
+    for name in sizes.keys() & variables.keys():
+        blocks.read(
+            name
+        )  # xarray makes indexes of these at once, and would not name a damaged chunk
+    dataset = xarray.open_zarr(place.zarr(writable=False), consolidated=True, zarr_format=3)
+    del dataset.attrs[MARK]
+    return StoredResult(str(url), manifest(root)["kind"], dataset, dict(dataset.attrs), blocks)
