@@ -157,8 +157,9 @@ def test_fit_influence_explain_and_report_work_end_to_end(run: Path, tmp_path: P
 
 def test_a_run_holds_only_data_and_no_leftovers(run: Path) -> None:
     endings = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert endings <= {".json", ".jsonl", ".safetensors", ".html", ".txt"}
-    assert not list(run.parent.glob(".*"))
+    chunks = {""}
+    assert endings <= {".json", ".jsonl", ".safetensors", ".html", ".txt"} | chunks
+    assert not list(run.parent.glob(".*")) + list(run.rglob(".*"))
 
 
 def test_a_new_text_can_be_explained(run: Path) -> None:
@@ -368,7 +369,8 @@ def test_a_result_of_another_spec_is_refused(copy_of_run: Path) -> None:
         *("config.json", "masks.json", "classifier.json", "model.safetensors", "train.jsonl"),
         *(
             "encoder/config.json",
-            "results/errors.safetensors",
+            "results/errors.zarr/zarr.json",
+            "results/errors.zarr/score/c/0/0",
             "results/targets.json",
             "metrics.json",
         ),
@@ -389,7 +391,7 @@ def test_a_damaged_run_is_refused_by_name(name: str, damage: str, copy_of_run: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "magic"), "exact, linear"),
+        (("--method", "magic"), "linear, exact"),
         (("--objective", "accuracy"), "margin, cross_entropy"),
         (("--ghosts", "3"), "ghosts must be >= 10"),
     ],

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from turnover.data import TextData
 from turnover.errors import InputError
-from turnover.influence.calibration import NoiseFloor, NullDistribution
 from turnover.influence.result import Result
+from turnover.influence.store import save
+from turnover.influence.stored import open_result
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier, load, tokenize
 from turnover.network import Network
 from turnover.tasks.training import Encoded
-
-_ARRAYS = ("scores", "ghost_mean", "ghost_sd", "null", "train_ids", "target_ids")
 
 
 @dataclass(frozen=True)
@@ -74,62 +72,23 @@ class Run:
         return encode(self.tokenizer, data, self.classifier.max_tokens)
 
     def write_result(self, name: str, result: Result) -> None:
-        """Store a result, atomically, with the digest of its network."""
-        from safetensors.numpy import save_file
+        """Store a result, in place of an earlier one, with the digest of its network."""
+        save(self._result(name), result)
 
-        folder = self.folder / "results"
-        folder.mkdir(exist_ok=True)
-        arrays = {
-            "scores": result.scores,
-            "ghost_mean": result.floor.mean,
-            "ghost_sd": result.floor.sd,
-            "null": result.null.values,
-            "train_ids": result.train_ids,
-            "target_ids": result.target_ids,
-        }
-        tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
-        metadata = {"network": result.network, "method": result.method}
-        metadata |= {"objective": result.objective, "sites": json.dumps(result.sites)}
-        draft = folder / f".{name}.{os.getpid()}"
-        save_file(tensors, draft, metadata=metadata)
-        draft.replace(folder / f"{name}.safetensors")
+    def has_result(self, name: str) -> bool:
+        """Whether there is such a result."""
+        return self._result(name).exists()
 
     def read_result(self, name: str) -> Result:
         """A stored result of this run's network.
 
         Raises:
-            InputError: no such result, a damaged file, or one of another model or spec.
+            InputError: no such result, a damaged one, or one of another model or spec.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / "results" / f"{name}.safetensors"
-        if not path.is_file():
+        path = self._result(name)
+        if not path.exists():
             raise InputError(f"{path} does not exist: run `turnover influence {self.folder}` first")
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            missing = [key for key in _ARRAYS if key not in arrays and key != "target_ids"]
-            if missing:
-                raise InputError(
-                    f"{path}: damaged result, no {', '.join(missing)}; compute it again"
-                )
-            result = Result(
-                scores=arrays["scores"],
-                floor=NoiseFloor(arrays["ghost_mean"], arrays["ghost_sd"]),
-                null=NullDistribution(arrays["null"]),
-                train_ids=arrays["train_ids"],
-                target_ids=arrays.get("target_ids"),
-                method=metadata["method"],
-                objective=metadata["objective"],
-                sites=tuple(json.loads(metadata["sites"])),
-                network=metadata["network"],
-                considered=arrays["train_ids"].shape[-1],
-            )
-        except InputError:
-            raise
-        except (SafetensorError, KeyError, OSError, ValueError) as error:
-            raise InputError(f"{path}: damaged result ({error}); compute it again") from error
+        result = open_result(path).load()
         own = self.network.digest()
         if result.network != own:
             raise InputError(
@@ -137,6 +96,9 @@ class Run:
                 f"{result.network}, this run's is {own}; run `turnover influence {self.folder}` again"
             )
         return result
+
+    def _result(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.zarr"
 
 
 def encode(tokenizer: Any, data: TextData, max_tokens: int) -> Encoded:

@@ -32,20 +32,35 @@ class StoredResult:
         url: where.
         kind: ``"dense"`` (targets x train), ``"top"`` (the extremes of each target), ``"aggregate"``
             or ``"self"`` (one score for each training id).
-        dataset: all of it, lazy, with ids and labels as coordinates. xarray itself finds damaged
-            chunks, but takes a missing one for NaN; :meth:`load` finds both.
         attributes: method, objective, sites, network, considered, and what else was noted.
     """
 
     url: str
     kind: str
-    dataset: xarray.Dataset
     attributes: Mapping[str, Any]
     _blocks: Blocks
 
     def __len__(self) -> int:
         """Targets; training ids where there is one score for each."""
         return self._blocks.sizes[self._blocks.variables["score"].dims[0]]
+
+    @cached_property
+    def dataset(self) -> xarray.Dataset:
+        """All of it, lazy, with ids and labels as coordinates.
+
+        xarray itself finds damaged chunks, but takes a missing one for NaN; :meth:`load` finds both.
+
+        Raises:
+            ImportError: xarray is not installed (``pip install turnover[results]``).
+        """
+        import xarray
+
+        for name in self._blocks.sizes.keys() & self._blocks.variables.keys():
+            self._blocks.read(name)  # made indexes of at once; a damaged one would not be named
+        store = self._blocks.place.zarr(writable=False)
+        dataset = xarray.open_zarr(store, consolidated=True, zarr_format=3)
+        dataset.attrs = dict(self.attributes)
+        return dataset
 
     @cached_property
     def target_ids(self) -> NDArray[np.int64] | None:
@@ -134,10 +149,8 @@ def open_result(url: str | Path) -> StoredResult:
     Raises:
         InputError: no result there, not a result, one that is not finished, damaged, or of a later
             version.
-        ImportError: zarr or xarray is not installed (``pip install turnover[results]``).
+        ImportError: zarr is not installed (``pip install turnover[results]``).
     """
-    import xarray
-
     place = Place(url)
     root = marked(place, ROOT)
     if root is None:
@@ -160,10 +173,5 @@ def open_result(url: str | Path) -> StoredResult:
         variables[name] = Variable(dims, metadata["data_type"], tuple(chunks))
         sizes |= dict(zip(dims, metadata["shape"], strict=True))
     blocks = Blocks(place, variables, sizes, finished=True)
-    for name in sizes.keys() & variables.keys():
-        blocks.read(
-            name
-        )  # xarray makes indexes of these at once, and would not name a damaged chunk
-    dataset = xarray.open_zarr(place.zarr(writable=False), consolidated=True, zarr_format=3)
-    del dataset.attrs[MARK]
-    return StoredResult(str(url), manifest(root)["kind"], dataset, dict(dataset.attrs), blocks)
+    attributes = {k: v for k, v in root["attributes"].items() if k not in {MARK, "coordinates"}}
+    return StoredResult(str(url), manifest(root)["kind"], attributes, blocks)

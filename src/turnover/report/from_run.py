@@ -134,7 +134,7 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     overall = run.read_result("aggregate")
     rows = rows_by_id(overall, run.train)
     own: dict[int, tuple[float, float]] = {}
-    if (run.folder / "results" / "self.safetensors").is_file():
+    if run.has_result("self"):
         result = run.read_result("self")
         triples = zip(result.train_ids, result.scores, result.q, strict=True)
         own = {int(i): (float(score), float(q)) for i, score, q in triples}
