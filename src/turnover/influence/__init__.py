@@ -17,18 +17,11 @@ from tqdm.auto import tqdm
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
-from turnover.influence.engine import (
-    Engine,
-    MeanTarget,
-    Score,
-    Scores,
-    TargetBlock,
-    over_networks,
-)
-from turnover.influence.extremes import Extremes
-from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
+from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks
+from turnover.influence.rerank import EXACT_GHOSTS
 from turnover.influence.result import Result
-from turnover.influence.sinks import MemorySink, Sink, StoreSink, check_columns
+from turnover.influence.sinks import MemorySink, StoreSink, check_columns
+from turnover.influence.walk import Walk
 from turnover.masks import check_ids, ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, margin
@@ -39,14 +32,6 @@ if TYPE_CHECKING:
 METHODS = ("linear", "exact", "rerank")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
-
-_GRADIENT_BYTES = 2**28
-_SCORE_BYTES = 2**25
-"""Bytes of derivatives and of scores that a block of targets takes."""
-_MOST_TARGETS = 1024
-_EXACT_BLOCK = (16, 1024)
-"""Targets and ids between two saves of exact scores: minutes of a small BERT."""
-_RECALLED = 10
 
 
 class Influence:
@@ -178,7 +163,7 @@ class Influence:
             batches = self._begun(targets)
             if out is None:
                 sink = MemorySink(len(ids))
-                self._walk(batches, ids, top, sink)
+                self._walk(top).over(batches, ids, sink)
                 return sink.result(ids.numpy(), **self._described(ids))
             return self._store(batches, ids, top, out, dict(coordinates or {}))
 
@@ -193,9 +178,8 @@ class Influence:
         ids = self._check(train_ids)
         with self._evaluating():
             batches = list(self._begun(targets))
-            block = MeanTarget(self._engines, batches)
             sink = MemorySink(len(ids))
-            self._fill(block, slice(0, 1), ids, None, sink, self._columns(1, len(ids)))
+            self._walk().over_mean(batches, ids, sink)
             result = sink.result(ids.numpy(), **self._described(ids))
         floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
         error, exact = result.standard_error, result.exact
@@ -288,121 +272,8 @@ class Influence:
             engine.measure(first)
         return chain([first], batches)
 
-    def _walk(self, targets: Iterator[Batch], ids: Tensor, top: int | None, sink: Sink) -> int:
-        """Score all targets, block by block; returns how many there were."""
-        start = 0
-        rows_at_once, columns = self._grid(len(ids))
-        for batches in _regrouped(targets, rows_at_once):
-            count = sum(len(batch) for batch in batches)
-            sink.begin(start, batches)
-            block = TargetBlock(self._engines, batches)
-            self._fill(block, slice(start, start + count), ids, top, sink, columns)
-            start += count
-        return start
-
-    def _fill(
-        self,
-        block: TargetBlock | MeanTarget,
-        rows: slice,
-        ids: Tensor,
-        top: int | None,
-        sink: Sink,
-        columns: int,
-    ) -> None:
-        """Put the scores of one block of targets where they belong."""
-        ghosts = ghost_ids(self.ghosts)
-        if self.method == "rerank":
-            self._rerank(block, rows, ids, top, sink, columns)
-            return
-        score: Score = block.linear if self.method == "linear" else block.exact
-        if not sink.has("ghost", rows):
-            sink.put("ghost", rows, _numpy(score(ghosts).mean))
-        if top is None:
-            for start in range(0, len(ids), columns):
-                some = slice(start, min(start + columns, len(ids)))
-                several = len(self.networks) > 1
-                if sink.has("standard_error" if several else "score", rows, some):
-                    continue
-                _put(sink, rows, score(ids[some]), some)
-        elif not sink.has("train_id", rows):
-            self._extremes(score, rows, ids, top, sink, columns)
-
-    def _extremes(
-        self, score: Score, rows: slice, ids: Tensor, top: int, sink: Sink, columns: int
-    ) -> None:
-        extremes = Extremes(rows.stop - rows.start, top)
-        errors = []
-        for part in torch.split(ids, columns):
-            scores = score(part)
-            extremes.add(scores.mean)
-            errors.append(scores.standard_error)
-        positions, found = extremes.result()
-        if errors[0] is not None:
-            # Few of them are wanted, but which is known only now.
-            again = [self._error_of(score, ids, row) for row in positions]
-            picked = np.stack([error[index] for index, error in enumerate(again)])
-            sink.put("standard_error", rows, picked)
-        sink.put("score", rows, found)
-        sink.put("train_id", rows, ids.numpy()[positions])
-
-    def _error_of(self, score: Score, ids: Tensor, positions: Any) -> Any:
-        error = score(ids[torch.from_numpy(positions)]).standard_error
-        assert error is not None
-        return _numpy(error)
-
-    def _rerank(
-        self,
-        block: TargetBlock | MeanTarget,
-        rows: slice,
-        ids: Tensor,
-        top: int | None,
-        sink: Sink,
-        columns: int,
-    ) -> None:
-        if sink.has("recall", rows):
-            return
-        count = rows.stop - rows.start
-        parts = torch.split(ids, columns)
-        found = rerank(
-            block,
-            (block.linear(part).mean for part in parts),
-            ids,
-            ghost_ids(self.ghosts),
-            targets=count,
-            candidates=self.candidates,
-            wanted=top or _RECALLED,
-        )
-        sink.put("ghost", rows, found.ghosts)
-        if top is None:
-            start = 0
-            exact = np.zeros((count, len(ids)), dtype=bool)
-            np.put_along_axis(exact, found.positions, True, axis=1)
-            for part in parts:
-                some = slice(start, start + len(part))
-                linear = block.linear(part)
-                scores = put_on_scale(found, linear)
-                inside = (found.positions >= some.start) & (found.positions < some.stop)
-                row, column = np.nonzero(inside)
-                at = found.positions[row, column] - some.start
-                scores[row, at] = found.scores[row, column]
-                sink.put("score", rows, scores, some)
-                sink.put("exact", rows, exact[:, some], some)
-                if found.standard_error is not None and linear.standard_error is not None:
-                    errors = _numpy(linear.standard_error) * np.abs(found.slope[:, None])
-                    errors[row, at] = found.standard_error[row, column]
-                    sink.put("standard_error", rows, errors.astype(np.float32), some)
-                start = some.stop
-        else:
-            order = np.argsort(-found.scores, axis=1, kind="stable")
-            if order.shape[1] > 2 * top:
-                order = np.concatenate([order[:, :top], order[:, -top:]], axis=1)
-            positions = np.take_along_axis(found.positions, order, axis=1)
-            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
-            sink.put("train_id", rows, ids.numpy()[positions])
-            if found.standard_error is not None:
-                errors = np.take_along_axis(found.standard_error, order, axis=1)
-                sink.put("standard_error", rows, errors)
-        sink.put("recall", rows, found.recall)
+    def _walk(self, top: int | None = None) -> Walk:
+        return Walk(self._engines, self.method, self.ghosts, self.candidates, top)
 
     def _store(
         self,
@@ -414,7 +285,8 @@ class Influence:
     ) -> StoredResult:
         from turnover.influence import store
 
-        rows, columns = self._grid(len(ids))
+        walk = self._walk(top)
+        rows, columns = walk.grid(len(ids))
         described = self._described(ids)
         identity = described | {
             "sites": list(self.sites),
@@ -436,7 +308,7 @@ class Influence:
             out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer:
             if not writer.complete:
-                count = self._walk(targets, ids, top, StoreSink(writer))
+                count = walk.over(targets, ids, StoreSink(writer))
                 writer.finish(count)
         return store.read(out)
 
@@ -460,22 +332,6 @@ class Influence:
             if second == "train":
                 variables["exact"] = Variable(dims, "bool", chunks)
         return variables
-
-    def _grid(self, ids: int) -> tuple[int, int]:
-        """Targets and ids in one block; whoever repeats it repeats the bits."""
-        if self.method == "exact":
-            return _EXACT_BLOCK
-        units = sum(sum(network.known_units(self.sites).values()) for network in self.networks)
-        rows = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
-        if self.method == "rerank":
-            rows = 32  # the exact part of a block is what takes the time
-        return rows, self._columns(rows, ids)
-
-    def _columns(self, rows: int, ids: int) -> int:
-        if self.method == "exact":
-            return _EXACT_BLOCK[1]
-        size = max(1024, _SCORE_BYTES // (4 * rows))
-        return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
 
     def _described(self, ids: Tensor) -> dict[str, Any]:
         return {
@@ -540,31 +396,3 @@ def _several(network: Network | Sequence[Network]) -> list[Network]:
                 f"same ones to all"
             )
     return networks
-
-
-def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
-    """Batches of exactly ``rows`` targets in all, but for the last; a batch may be cut."""
-    group: list[Batch] = []
-    missing = rows
-    for batch in batches:
-        start = 0
-        while len(batch) - start >= missing:
-            yield [*group, batch.rows(start, start + missing)]
-            start += missing
-            group, missing = [], rows
-        if start < len(batch):
-            rest = batch.rows(start, len(batch)) if start else batch
-            group.append(rest)
-            missing -= len(rest)
-    if group:
-        yield group
-
-
-def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
-    sink.put("score", rows, _numpy(scores.mean), columns)
-    if scores.standard_error is not None:
-        sink.put("standard_error", rows, _numpy(scores.standard_error), columns)
-
-
-def _numpy(values: Tensor) -> Any:
-    return values.cpu().numpy()

@@ -58,6 +58,11 @@ class Engine:
         self.sites = list(sites)
         self._exact = ExactEstimator(network, objective, block, sites)
 
+    @property
+    def units(self) -> int:
+        """Mask units of the scored sites."""
+        return sum(self.network.known_units(self.sites).values())
+
     def measure(self, batch: Batch) -> None:
         """Learn the widths of the sites from a forward, where they are not known yet."""
         network = self.network

@@ -86,8 +86,8 @@ def rerank(
     sample = ghosts[:EXACT_GHOSTS]
     linear_ghosts = block.linear(ghosts).mean.cpu().double().numpy()
     scores, errors, exact_ghosts = [], [], []
-    target: TargetBlock | MeanTarget
-    for row, target in enumerate(block.targets()):
+    alone: Iterable[TargetBlock | MeanTarget] = block.targets()
+    for row, target in enumerate(alone):
         chosen = ids[torch.from_numpy(positions[row, ends])]
         both = target.exact(torch.cat([chosen, sample.to(chosen.device)]))
         scores.append(_numpy(both.mean[0, : len(chosen)]))

@@ -115,14 +115,16 @@ class StoreSink:
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
         """See :class:`Sink`."""
-        return self._writer.read(name, _region(rows, columns)) is not None
+        return self._writer.read(name, _region(name, rows, columns)) is not None
 
     def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
         """See :class:`Sink`."""
-        self._writer.write(name, _region(rows, columns), values)
+        self._writer.write(name, _region(name, rows, columns), values)
 
 
-def _region(rows: slice, columns: slice | None) -> tuple[slice, ...]:
+def _region(name: str, rows: slice, columns: slice | None) -> tuple[slice, ...]:
+    if name == "recall":
+        return (rows,)
     return (rows, slice(None)) if columns is None else (rows, columns)
 
 

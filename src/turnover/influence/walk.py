@@ -1,0 +1,211 @@
+"""Going through targets and ids in blocks, by any method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnover.batches import Batch
+from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock
+from turnover.influence.extremes import Extremes
+from turnover.influence.rerank import put_on_scale, rerank
+from turnover.influence.sinks import Sink
+from turnover.masks import ghost_ids
+
+_GRADIENT_BYTES = 2**28
+_SCORE_BYTES = 2**25
+"""Bytes of derivatives and of scores that a block of targets takes."""
+_MOST_TARGETS = 1024
+_EXACT_BLOCK = (16, 1024)
+"""Targets and ids between two saves of exact scores: minutes of a small BERT."""
+_RECALLED = 10
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How targets and ids are gone through.
+
+    Attributes:
+        engines: one for each network.
+        method: estimator.
+        ghosts: ghosts of the noise floor.
+        candidates: ids on each side that are reranked.
+        top: keep only so many ids on each side of each target; ``None``: all.
+    """
+
+    engines: Sequence[Engine]
+    method: str
+    ghosts: int
+    candidates: int
+    top: int | None = None
+
+    def over(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
+        """Score all targets, block by block; returns how many there were."""
+        start = 0
+        rows_at_once, columns = self.grid(len(ids))
+        for batches in _regrouped(targets, rows_at_once):
+            count = sum(len(batch) for batch in batches)
+            sink.begin(start, batches)
+            self.fill(
+                TargetBlock(self.engines, batches), slice(start, start + count), ids, sink, columns
+            )
+            start += count
+        return start
+
+    def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
+        """Score the mean objective of all targets."""
+        self.fill(
+            MeanTarget(self.engines, targets), slice(0, 1), ids, sink, self.columns(1, len(ids))
+        )
+
+    def grid(self, ids: int) -> tuple[int, int]:
+        """Targets and ids in one block; whoever repeats it repeats the bits."""
+        if self.method == "exact":
+            return _EXACT_BLOCK
+        units = sum(engine.units for engine in self.engines)
+        rows = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
+        if self.method == "rerank":
+            rows = 32  # the exact part of a block is what takes the time
+        return rows, self.columns(rows, ids)
+
+    def columns(self, rows: int, ids: int) -> int:
+        """Ids in one block of so many targets."""
+        if self.method == "exact":
+            return _EXACT_BLOCK[1]
+        size = max(1024, _SCORE_BYTES // (4 * rows))
+        return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
+
+    def fill(
+        self,
+        block: TargetBlock | MeanTarget,
+        rows: slice,
+        ids: Tensor,
+        sink: Sink,
+        columns: int,
+    ) -> None:
+        """Put the scores of one block of targets where they belong."""
+        ghosts = ghost_ids(self.ghosts)
+        if self.method == "rerank":
+            self._rerank(block, rows, ids, sink, columns)
+            return
+        score: Score = block.linear if self.method == "linear" else block.exact
+        if not sink.has("ghost", rows):
+            sink.put("ghost", rows, _numpy(score(ghosts).mean))
+        if self.top is None:
+            for start in range(0, len(ids), columns):
+                some = slice(start, min(start + columns, len(ids)))
+                several = len(self.engines) > 1
+                if sink.has("standard_error" if several else "score", rows, some):
+                    continue
+                _put(sink, rows, score(ids[some]), some)
+        elif not sink.has("train_id", rows):
+            self._extremes(score, rows, ids, sink, columns)
+
+    def _extremes(self, score: Score, rows: slice, ids: Tensor, sink: Sink, columns: int) -> None:
+        assert self.top is not None
+        extremes = Extremes(rows.stop - rows.start, self.top)
+        errors = []
+        for part in torch.split(ids, columns):
+            scores = score(part)
+            extremes.add(scores.mean)
+            errors.append(scores.standard_error)
+        positions, found = extremes.result()
+        if errors[0] is not None:
+            # Few of them are wanted, but which is known only now.
+            again = [self._error_of(score, ids, row) for row in positions]
+            picked = np.stack([error[index] for index, error in enumerate(again)])
+            sink.put("standard_error", rows, picked)
+        sink.put("score", rows, found)
+        sink.put("train_id", rows, ids.numpy()[positions])
+
+    def _error_of(self, score: Score, ids: Tensor, positions: Any) -> Any:
+        error = score(ids[torch.from_numpy(positions)]).standard_error
+        assert error is not None
+        return _numpy(error)
+
+    def _rerank(
+        self,
+        block: TargetBlock | MeanTarget,
+        rows: slice,
+        ids: Tensor,
+        sink: Sink,
+        columns: int,
+    ) -> None:
+        if sink.has("recall", rows):
+            return
+        count = rows.stop - rows.start
+        parts = torch.split(ids, columns)
+        found = rerank(
+            block,
+            (block.linear(part).mean for part in parts),
+            ids,
+            ghost_ids(self.ghosts),
+            targets=count,
+            candidates=self.candidates,
+            wanted=self.top or _RECALLED,
+        )
+        sink.put("ghost", rows, found.ghosts)
+        if self.top is None:
+            start = 0
+            exact = np.zeros((count, len(ids)), dtype=bool)
+            np.put_along_axis(exact, found.positions, True, axis=1)
+            for part in parts:
+                some = slice(start, start + len(part))
+                linear = block.linear(part)
+                scores = put_on_scale(found, linear)
+                inside = (found.positions >= some.start) & (found.positions < some.stop)
+                row, column = np.nonzero(inside)
+                at = found.positions[row, column] - some.start
+                scores[row, at] = found.scores[row, column]
+                sink.put("score", rows, scores, some)
+                sink.put("exact", rows, exact[:, some], some)
+                if found.standard_error is not None and linear.standard_error is not None:
+                    errors = _numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                    errors[row, at] = found.standard_error[row, column]
+                    sink.put("standard_error", rows, errors.astype(np.float32), some)
+                start = some.stop
+        else:
+            order = np.argsort(-found.scores, axis=1, kind="stable")
+            if order.shape[1] > 2 * self.top:
+                ends = [order[:, : self.top], order[:, -self.top :]]
+                order = np.concatenate(ends, axis=1)
+            positions = np.take_along_axis(found.positions, order, axis=1)
+            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
+            sink.put("train_id", rows, ids.numpy()[positions])
+            if found.standard_error is not None:
+                errors = np.take_along_axis(found.standard_error, order, axis=1)
+                sink.put("standard_error", rows, errors)
+        sink.put("recall", rows, found.recall)
+
+
+def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
+    """Batches of exactly ``rows`` targets in all, but for the last; a batch may be cut."""
+    group: list[Batch] = []
+    missing = rows
+    for batch in batches:
+        start = 0
+        while len(batch) - start >= missing:
+            yield [*group, batch.rows(start, start + missing)]
+            start += missing
+            group, missing = [], rows
+        if start < len(batch):
+            rest = batch.rows(start, len(batch)) if start else batch
+            group.append(rest)
+            missing -= len(rest)
+    if group:
+        yield group
+
+
+def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
+    sink.put("score", rows, _numpy(scores.mean), columns)
+    if scores.standard_error is not None:
+        sink.put("standard_error", rows, _numpy(scores.standard_error), columns)
+
+
+def _numpy(values: Tensor) -> Any:
+    return values.cpu().numpy()
