@@ -81,7 +81,7 @@ def documents(
         )
     with warnings.catch_warnings():
         # Readers that do not know consolidated metadata find the same in every array's own file.
-        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        warnings.simplefilter("ignore", UserWarning)
         zarr.consolidate_metadata(store, zarr_format=3)
     return {key: value.to_bytes() for key, value in held.items()}
 
