@@ -32,7 +32,13 @@ app = typer.Typer(
 console = Console()
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, as written by `turnover fit`.")]
-Method = Annotated[str, typer.Option(help="Estimator: linear or exact.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="Estimator: linear, exact, rerank (linear, then exact for the ends), or auto (the most "
+        "exact within --seconds)."
+    ),
+]
 Objective = Annotated[str, typer.Option(help="Cost of a prediction: margin or cross_entropy.")]
 Ghosts = Annotated[int, typer.Option(help="Ghosts that fit the noise floor.")]
 
@@ -172,12 +178,28 @@ def influence(
             "signal than noise."
         ),
     ] = None,
+    seconds: Annotated[float, typer.Option(help="What --method auto may take.")] = 60.0,
+    explain_plan: Annotated[
+        bool,
+        typer.Option(
+            "--explain-plan",
+            help="Print estimated time, memory and noise of each method, and stop.",
+        ),
+    ] = False,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself."""
     from turnover.run import Run
     from turnover.tasks.score import ScoreConfig
+    from turnover.tasks.score import explain_plan as explained
 
-    _score(Run.load(run), ScoreConfig(method, objective, ghosts, tuple(site) if site else None))
+    sites = tuple(site) if site else None
+    config = ScoreConfig(method, objective, ghosts, sites, seconds)
+    loaded = Run.load(run)
+    if explain_plan:
+        plan = explained(loaded, config)
+        sys.stdout.write(f"{plan or 'no misclassified test rows: nothing to score'}\n")
+        return
+    _score(loaded, config)
 
 
 @app.command()

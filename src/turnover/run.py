@@ -6,6 +6,7 @@ tokenizer), ``train.jsonl``, ``test.jsonl``, ``metrics.json``, ``results/``. Dat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -74,6 +75,25 @@ class Run:
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
         save(self._result(name), result)
+
+    @contextmanager
+    def draft(self, name: str, settings: str) -> Iterator[Path]:
+        """Where a result is written that becomes ``name`` when the body ends.
+
+        Where the body is cut off it is kept, and found again under the same settings.
+        """
+        folder = self.folder / "results"
+        folder.mkdir(exist_ok=True)
+        key = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+        draft = folder / f".{name}-{key}.zarr"
+        for other in folder.glob(f".{name}-*.zarr"):
+            if other != draft:
+                shutil.rmtree(other)
+        yield draft
+        final = self._result(name)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
 
     def has_result(self, name: str) -> bool:
         """Whether there is such a result."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
+from turnover.influence.cost import Plan, plan
 from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks
+from turnover.influence.progress import Progress
 from turnover.influence.rerank import EXACT_GHOSTS
 from turnover.influence.result import Result
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
@@ -29,7 +30,7 @@ from turnover.objectives import Objective, margin
 if TYPE_CHECKING:
     from turnover.influence.store import StoredResult
 
-METHODS = ("linear", "exact", "rerank")
+METHODS = ("linear", "exact", "rerank", "auto")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
 
@@ -45,14 +46,16 @@ class Influence:
             :func:`turnover.objectives.margin`, whose noise is closest to Gaussian. Significance is
             computed on the objective given.
         method: ``"exact"`` (two forwards of every id: Kobayashi et al. 2020, equation 6), ``"linear"``
-            (one backward per target, whatever the number of ids) or ``"rerank"`` (linear, then exact
-            for the candidates at both ends).
+            (one backward per target, whatever the number of ids), ``"rerank"`` (linear, then exact
+            for the candidates at both ends), or ``"auto"``: the most exact of them that is estimated
+            to stay within ``seconds`` (see :meth:`plan`).
         ghosts: ghost ids for the noise floor, at least 10. Below 1,000 the far tail is rough.
         block: ids in one forward of the exact method; ``None``: as many as the caches hold.
         sites: names or glob patterns of the sites whose masks are flipped; at the others the network
             runs whole, so the scores are the influence that these sites carry. Sites with few units
             add more noise than signal. ``None``: all, which is the paper's estimate.
         candidates: ids on each side that ``"rerank"`` scores exactly.
+        seconds: what ``"auto"`` may take.
         adapter: how a batch becomes :class:`turnover.Batch`.
         progress: show a progress bar with the time left.
 
@@ -71,6 +74,7 @@ class Influence:
         block: int | None = None,
         sites: Sequence[str] | None = None,
         candidates: int = 50,
+        seconds: float = 60.0,
         adapter: Adapter = as_batch,
         progress: bool = False,
     ) -> None:
@@ -91,8 +95,10 @@ class Influence:
         first = self.networks[0]
         self.sites = first.sites if sites is None else first.select(sites)
         self.candidates = candidates
+        self.seconds = seconds
         self.adapter = adapter
         self.progress = progress
+        self._progress: Progress | None = None
         self._engines = [Engine(one, objective, block, self.sites) for one in self.networks]
 
     @overload
@@ -152,7 +158,8 @@ class Influence:
         ids = self._check(train_ids)
         if top is not None and top < 1:
             raise InputError(f"top must be >= 1, got {top}")
-        if self.method == "rerank" and top is not None and top > self.candidates:
+        reranks = self.method in ("rerank", "auto")
+        if reranks and top is not None and top > self.candidates:
             raise InputError(
                 f"top={top} asks for more than the {self.candidates} candidates that are scored "
                 f"exactly: raise candidates, or lower top"
@@ -160,12 +167,12 @@ class Influence:
         if coordinates and out is None:
             raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            batches = self._begun(targets)
+            walk, batches = self._begun(targets, ids, top, in_memory=out is None)
             if out is None:
                 sink = MemorySink(len(ids))
-                self._walk(top).over(batches, ids, sink)
-                return sink.result(ids.numpy(), **self._described(ids))
-            return self._store(batches, ids, top, out, dict(coordinates or {}))
+                walk.over(batches, ids, sink)
+                return sink.result(ids.numpy(), **self._described(walk.method, ids))
+            return self._store(walk, batches, ids, out, dict(coordinates or {}))
 
     def aggregate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int]) -> Result:
         """Influence on the mean objective over all targets, without the pairwise matrix.
@@ -177,10 +184,10 @@ class Influence:
         """
         ids = self._check(train_ids)
         with self._evaluating():
-            batches = list(self._begun(targets))
+            walk, batches = self._begun(targets, ids, None, in_memory=True)
             sink = MemorySink(len(ids))
-            self._walk().over_mean(batches, ids, sink)
-            result = sink.result(ids.numpy(), **self._described(ids))
+            walk.over_mean(list(batches), ids, sink)
+            result = sink.result(ids.numpy(), **self._described(walk.method, ids))
         floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
         error, exact = result.standard_error, result.exact
         return replace(
@@ -197,7 +204,7 @@ class Influence:
 
         Every row is scored under its own id and under ghosts: all of them with the linear method, 20
         with the exact one, whose null distribution is pooled over the rows. With ``"rerank"`` there is
-        nothing to rank, and the scores are linear.
+        nothing to rank, and the scores are linear, as with ``"auto"``.
 
         Args:
             train_batches: batches with labels and ids.
@@ -211,8 +218,9 @@ class Influence:
         pool = GhostPool()
         ids, own, errors, floors = [], [], [], []
         seen: set[int] = set()
-        with self._evaluating():
-            for batch in self._batches(train_batches):
+        progress = Progress("self-influence", 1, shown=self.progress)
+        with self._evaluating(), closing(progress):
+            for batch in progress.follow(train_batches, self._batches(train_batches)):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
                 row_ids = self._check(batch.ids)
@@ -226,10 +234,11 @@ class Influence:
                     errors.append(scores.standard_error[0].cpu().numpy())
                 floors.append(pool.add(noise.cpu().numpy()))
                 ids.append(row_ids)
+                progress.advance(len(batch))
         if not ids:
             raise InputError("no training batches given")
         all_ids = torch.cat(ids)
-        described = self._described(all_ids)
+        described = self._described("exact" if self.method == "exact" else "linear", all_ids)
         return Result(
             scores=np.concatenate(own),
             floor=NoiseFloor(
@@ -240,7 +249,7 @@ class Influence:
             train_ids=all_ids.numpy(),
             target_ids=None,
             standard_error=np.concatenate(errors) if errors else None,
-            **(described | {"method": "exact" if self.method == "exact" else "linear"}),
+            **described,
         )
 
     def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
@@ -262,9 +271,47 @@ class Influence:
         noise = over_networks([scorer.scores(ghost_ids(self.ghosts)) for scorer in scorers])
         return over_networks([scorer.own(ids)[None] for scorer in scorers]), noise.mean
 
-    def _begun(self, targets: Iterable[Any]) -> Iterator[Batch]:
-        """The targets, after a look at the first, by which all widths are known."""
-        batches = self._batches(targets)
+    def plan(
+        self,
+        targets: Iterable[Any],
+        train_ids: Tensor | Sequence[int],
+        *,
+        top: int | None = None,
+        out: str | Path | None = None,
+    ) -> Plan:
+        """What :meth:`estimate` would cost by each method, from a pilot of a few seconds.
+
+        Arguments and errors as in :meth:`estimate`; nothing is written.
+
+        Returns:
+            :class:`turnover.influence.cost.Plan` with estimated seconds, memory and noise floor of
+            each method, and the one that ``"auto"`` takes; ``str()`` of it is a table.
+        """
+        ids = self._check(train_ids)
+        with self._evaluating():
+            batches = self._measured(self._batches(targets))
+            walk = self._walk("linear", top)
+            return plan(walk, list(batches), len(ids), budget=self.seconds, in_memory=out is None)
+
+    def _begun(
+        self, targets: Iterable[Any], ids: Tensor, top: int | None, *, in_memory: bool
+    ) -> tuple[Walk, Iterator[Batch]]:
+        """How the targets will be gone through, and the targets, with a progress bar."""
+        batches = self._measured(self._batches(targets))
+        walk = self._walk(self.method, top)
+        if self.method == "auto":
+            listed = list(batches)
+            chosen = plan(walk, listed, len(ids), budget=self.seconds, in_memory=in_memory).chosen
+            walk, targets, batches = self._walk(chosen, top), listed, iter(listed)
+        pairs = len(self.networks) * walk.pairs(len(ids))
+        progress = Progress(f"influence ({walk.method})", pairs, shown=self.progress)
+        for engine in self._engines:
+            engine.advance = progress.advance
+        self._progress = progress
+        return walk, progress.follow(targets, batches)
+
+    def _measured(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, after a look at the first, by which all widths are known."""
         first = next(batches, None)
         if first is None:
             raise InputError("no targets given")
@@ -272,26 +319,26 @@ class Influence:
             engine.measure(first)
         return chain([first], batches)
 
-    def _walk(self, top: int | None = None) -> Walk:
-        return Walk(self._engines, self.method, self.ghosts, self.candidates, top)
+    def _walk(self, method: str, top: int | None) -> Walk:
+        return Walk(self._engines, method, self.ghosts, self.candidates, top)
 
     def _store(
         self,
+        walk: Walk,
         targets: Iterator[Batch],
         ids: Tensor,
-        top: int | None,
         out: str | Path,
         coordinates: dict[str, Any],
     ) -> StoredResult:
         from turnover.influence import store
 
-        walk = self._walk(top)
+        top, reranks = walk.top, walk.method == "rerank"
         rows, columns = walk.grid(len(ids))
-        described = self._described(ids)
+        described = self._described(walk.method, ids)
         identity = described | {
             "sites": list(self.sites),
             "ghosts": self.ghosts,
-            "candidates": self.candidates if self.method == "rerank" else None,
+            "candidates": self.candidates if reranks else None,
             "top": top,
             "grid": [rows, columns, self.block],
         }
@@ -303,16 +350,21 @@ class Influence:
             sizes["train"] = len(ids)
         else:
             sizes["rank"] = min(2 * top, len(ids))
-        variables = self._variables(rows, columns, sizes)
+        variables = self._variables(rows, columns, sizes, reranks=reranks)
         with store.writing(
             out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer:
-            if not writer.complete:
-                count = walk.over(targets, ids, StoreSink(writer))
-                writer.finish(count)
+            sink = StoreSink(writer)
+            if writer.complete:
+                count = walk.announce(targets, ids, sink)
+            else:
+                count = walk.over(targets, ids, sink)
+            writer.finish(count)  # of what is finished, only checked
         return store.read(out)
 
-    def _variables(self, rows: int, columns: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def _variables(
+        self, rows: int, columns: int, sizes: Mapping[str, int], *, reranks: bool
+    ) -> dict[str, Any]:
         from turnover.influence.store import Variable
 
         few = min(rows, 32)  # targets in one file: a reader wants some of them
@@ -327,15 +379,15 @@ class Influence:
             variables["train_id"] = Variable(dims, "int64", chunks)
         if len(self.networks) > 1:
             variables["standard_error"] = Variable(dims, "float32", chunks)
-        if self.method == "rerank":
+        if reranks:
             variables["recall"] = Variable(("target",), "float32", (few,))
             if second == "train":
                 variables["exact"] = Variable(dims, "bool", chunks)
         return variables
 
-    def _described(self, ids: Tensor) -> dict[str, Any]:
+    def _described(self, method: str, ids: Tensor) -> dict[str, Any]:
         return {
-            "method": self.method,
+            "method": method,
             "objective": getattr(self.objective, "__name__", type(self.objective).__name__),
             "sites": tuple(self.sites),
             "network": "+".join(network.digest() for network in self.networks),
@@ -343,27 +395,32 @@ class Influence:
         }
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
-        for raw in tqdm(batches, desc=f"influence ({self.method})", disable=not self.progress):
-            yield self._checked(raw)
-
-    def _checked(self, raw: Any) -> Batch:
-        batch = self.adapter(raw)
-        rows = len(batch)
-        if not rows:
-            raise InputError("a batch has no rows")
-        if batch.ids is not None and batch.ids.shape != (rows,):
-            raise InputError(
-                f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
-                f"for each row"
-            )
-        return batch
+        for raw in batches:
+            batch = self.adapter(raw)
+            rows = len(batch)
+            if not rows:
+                raise InputError("a batch has no rows")
+            if batch.ids is not None and batch.ids.shape != (rows,):
+                raise InputError(
+                    f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
+                    f"for each row"
+                )
+            yield batch
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with ExitStack() as stack:
             for engine in self._engines:
                 stack.enter_context(engine.evaluating())
+            stack.callback(self._finished)
             yield
+
+    def _finished(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        self._progress = None
+        for engine in self._engines:
+            engine.advance = lambda _: None
 
     def _check(self, train_ids: Tensor | Sequence[int]) -> Tensor:
         ids = check_ids(train_ids).cpu()

@@ -57,6 +57,8 @@ class Engine:
         self.objective = objective
         self.sites = list(sites)
         self._exact = ExactEstimator(network, objective, block, sites)
+        self.advance: Callable[[int], None] = lambda _: None
+        """Told how many pairs more were scored exactly."""
 
     @property
     def units(self) -> int:
@@ -87,8 +89,19 @@ class Engine:
     def exact(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
         """Exact scores: float32 (targets, ids)."""
         device = device_of(self.network.model)
-        scores = self._exact.scores([batch.to(device) for batch in batches], ids)
+        moved = [batch.to(device) for batch in batches]
+        scores = self._exact.scores(moved, ids, self.advance)
         return finite(scores, "influence")
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest output of a module in an exact forward, for one row."""
+        return self._exact.elements
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in an exact forward."""
+        return self._exact.rows_at_once
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

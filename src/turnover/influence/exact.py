@@ -97,14 +97,32 @@ class ExactEstimator:
         self._sites = network.sites if sites is None else list(sites)
         self._ways: dict[tuple[tuple[int, ...], ...], _Way] = {}
         self._last: _Way | None = None
+        self._advance: Callable[[int], None] = lambda _: None
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest output of a module in one forward, for one row."""
+        return max((way.elements for way in self._ways.values()), default=1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in one forward, both sides."""
+        return 2 * (self._block or self._rows_at_once(self.elements))
 
     @property
     def way(self) -> str | None:
         """How the last targets were run, in words; ``None`` before the first."""
         return None if self._last is None else str(self._last)
 
-    def scores(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
-        """Influence of ids on the targets of some batches: float32 (targets, ids)."""
+    def scores(
+        self, batches: Sequence[Batch], ids: Tensor, advance: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Influence of ids on the targets of some batches: float32 (targets, ids).
+
+        Args:
+            advance: told how many pairs more are scored.
+        """
+        self._advance = advance or (lambda _: None)
         with torch.no_grad():
             ways = [self._way(batch) for batch in batches]
             counts = [len(batch) for batch in batches]
@@ -114,6 +132,7 @@ class ExactEstimator:
             forwards = [i for i, way in enumerate(ways) if not way.logits]
             for index in products:
                 self._product(batches[index], ways[index], ids, blocks[index])
+                self._advance(blocks[index].numel())
             if forwards:
                 self._forward(batches, ways, forwards, ids, blocks)
         return scores
@@ -199,6 +218,7 @@ class ExactEstimator:
                     target = batch.rows(row, row + 1)
                     values = self._difference(target, way, bindings[way.split], len(bound))
                     scores[index][row, start : start + len(part)] = values[: len(part)]
+                    self._advance(len(part))
             start += len(part)
 
     def _rows_at_once(self, elements: int) -> int:

@@ -95,7 +95,7 @@ def rerank(
         if both.standard_error is not None:
             errors.append(_numpy(both.standard_error[0, : len(chosen)]))
     exact = np.stack(scores)
-    offset, slope, spread, on_floor = _calibrated(linear_ghosts, np.stack(exact_ghosts))
+    offset, slope, spread, on_floor = calibrated(linear_ghosts, np.stack(exact_ghosts))
     expected = offset[:, None] + slope[:, None] * found[:, between]
     return Reranked(
         positions=positions[:, ends],
@@ -112,7 +112,7 @@ def _numpy(values: Tensor) -> NDArray[np.float32]:
     return values.cpu().numpy()
 
 
-def _calibrated(
+def calibrated(
     linear: Floats, exact: NDArray[np.float32]
 ) -> tuple[Floats, Floats, Floats, NDArray[np.float32]]:
     """Regression of the exact ghosts on the linear ones, and exact ghosts on the better noise floor.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock
 from turnover.influence.extremes import Extremes
-from turnover.influence.rerank import put_on_scale, rerank
+from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
 from turnover.influence.sinks import Sink
 from turnover.masks import ghost_ids
 
@@ -23,6 +24,7 @@ _SCORE_BYTES = 2**25
 _MOST_TARGETS = 1024
 _EXACT_BLOCK = (16, 1024)
 """Targets and ids between two saves of exact scores: minutes of a small BERT."""
+_RERANKED = 32
 _RECALLED = 10
 
 
@@ -57,28 +59,51 @@ class Walk:
             start += count
         return start
 
+    def announce(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
+        """Tell the sink of all targets, and score none; returns how many there were."""
+        start = 0
+        for batches in _regrouped(targets, self.grid(len(ids))[0]):
+            sink.begin(start, batches)
+            start += sum(len(batch) for batch in batches)
+        return start
+
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
         """Score the mean objective of all targets."""
         self.fill(
-            MeanTarget(self.engines, targets), slice(0, 1), ids, sink, self.columns(1, len(ids))
+            MeanTarget(self.engines, targets),
+            slice(0, 1),
+            ids,
+            sink,
+            self.columns(self.method, 1, len(ids)),
         )
 
-    def grid(self, ids: int) -> tuple[int, int]:
-        """Targets and ids in one block; whoever repeats it repeats the bits."""
-        if self.method == "exact":
-            return _EXACT_BLOCK
+    def rows(self, method: str, targets: int | None = None) -> int:
+        """Targets in one block of a method."""
+        if method == "exact":
+            return _EXACT_BLOCK[0]
+        if method == "rerank":
+            return _RERANKED  # the exact part of a block is what takes the time
         units = sum(engine.units for engine in self.engines)
-        rows = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
-        if self.method == "rerank":
-            rows = 32  # the exact part of a block is what takes the time
-        return rows, self.columns(rows, ids)
+        most = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
+        return most if targets is None else min(most, targets)
 
-    def columns(self, rows: int, ids: int) -> int:
+    def columns(self, method: str, rows: int, ids: int) -> int:
         """Ids in one block of so many targets."""
-        if self.method == "exact":
+        if method == "exact":
             return _EXACT_BLOCK[1]
         size = max(1024, _SCORE_BYTES // (4 * rows))
         return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
+
+    def pairs(self, ids: int) -> int:
+        """Pairs that a target takes of each network, by which progress is told."""
+        if self.method == "rerank":
+            return min(2 * self.candidates, ids) + min(EXACT_GHOSTS, self.ghosts)
+        return ids + self.ghosts
+
+    def grid(self, ids: int) -> tuple[int, int]:
+        """Targets and ids in one block; whoever repeats it repeats the bits."""
+        rows = self.rows(self.method)
+        return rows, self.columns(self.method, rows, ids)
 
     def fill(
         self,
@@ -93,7 +118,7 @@ class Walk:
         if self.method == "rerank":
             self._rerank(block, rows, ids, sink, columns)
             return
-        score: Score = block.linear if self.method == "linear" else block.exact
+        score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
         if not sink.has("ghost", rows):
             sink.put("ghost", rows, _numpy(score(ghosts).mean))
         if self.top is None:
@@ -101,10 +126,20 @@ class Walk:
                 some = slice(start, min(start + columns, len(ids)))
                 several = len(self.engines) > 1
                 if sink.has("standard_error" if several else "score", rows, some):
+                    self._advance((rows.stop - rows.start) * (some.stop - some.start))
                     continue
                 _put(sink, rows, score(ids[some]), some)
         elif not sink.has("train_id", rows):
             self._extremes(score, rows, ids, sink, columns)
+
+    def _linear(self, block: TargetBlock | MeanTarget, ids: Tensor) -> Scores:
+        scores = block.linear(ids)
+        self._advance(scores.mean.numel())
+        return scores
+
+    def _advance(self, pairs: int) -> None:
+        for engine in self.engines:
+            engine.advance(pairs)
 
     def _extremes(self, score: Score, rows: slice, ids: Tensor, sink: Sink, columns: int) -> None:
         assert self.top is not None

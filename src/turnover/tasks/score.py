@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from turnover import objectives
 from turnover.batches import Batch
 from turnover.data import TextData
 from turnover.errors import InputError
-from turnover.influence import Influence
+from turnover.influence import METHODS, Influence
 from turnover.influence.calibration import noise_floor
+from turnover.influence.cost import Plan
 from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
@@ -37,6 +39,7 @@ class ScoreConfig:
 
     Attributes:
         method: estimator of the pairs and the aggregate (self-influence is linear).
+        seconds: what the estimator may take, where it is chosen by that (``auto``).
         objective: ``margin`` or ``cross_entropy``, in nats.
         ghosts: ghosts that fit the noise floor; as many fresh ones check it.
         sites: names or patterns of the sites that are scored, ``("*",)`` for all; ``None`` takes those
@@ -47,6 +50,7 @@ class ScoreConfig:
     objective: str = "margin"
     ghosts: int = 4000
     sites: tuple[str, ...] | None = None
+    seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -59,7 +63,8 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     """Estimate, store the results in the run, and add what was found to its metrics.
 
     Stores ``results/errors`` (misclassified test rows x training ids), ``results/aggregate`` (mean
-    over all test rows), ``results/self`` (training ids) and ``results/targets.json``.
+    over all test rows), ``results/self`` (training ids) and ``results/targets.json``. Where it is cut
+    off, the same call goes on with the errors.
 
     Returns:
         the run's metrics, complete.
@@ -69,40 +74,31 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     network = run.network
-    test, training = run.encode(run.test), run.encode(run.train)
-    predictions = evaluate(run.model, test, range(len(test)), lambda _: network.mean())
-    # Results keep the order of their batches, so the errors are listed as they will be batched.
-    misclassified = [row for row in range(len(test)) if not predictions.correct[row]]
-    wrong = [row for chunk in test.by_length(misclassified, _BATCH) for row in chunk]
-    targets = {
-        "rows": wrong,
-        "predicted": [int(predictions.predicted[row]) for row in wrong],
-        "confidence": [round(float(predictions.confidence[row]), 6) for row in wrong],
-    }
-    objective = OBJECTIVES[config.objective]
+    scoring = _Scoring(run, config)
+    test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
-    found["sites"] = by_site = _by_site(run, training, config)
-    sites = choose_sites(by_site) if config.sites is None else network.select(config.sites)
-    found["scored_sites"] = list(sites)
-    settings: dict[str, Any] = {"ghosts": config.ghosts, "sites": sites, "progress": True}
-    influence = Influence(network, objective, config.method, **settings)
-    ids = torch.unique(run.train.ids)
+    found["sites"], found["scored_sites"] = scoring.by_site, list(scoring.sites)
     if wrong:
-        fresh = ghost_ids(config.ghosts, start=config.ghosts)
-        both = influence.estimate(_batches(test, wrong), torch.cat([ids, fresh]))
-        is_ghost = both.train_ids < 0
-        ghost_p = both.p[:, is_ghost]
-        errors = both.select(~is_ghost)
-        run.write_result("errors", errors)
-        found |= _noise(errors, ghost_p)
+        influence = scoring.influence(config.method)
+        if config.method == "auto":
+            plan = influence.plan(_batches(test, wrong), ids)
+            influence = scoring.influence(plan.chosen)
+            found["plan"] = plan.to_dict()
+        found["method"] = influence.method
+        settings = json.dumps([asdict(config), influence.method, scoring.sites, network.digest()])
+        with run.draft("errors", settings) as draft:
+            errors = influence.estimate(_batches(test, wrong), ids, out=draft).load()
+        found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
         found |= _agreement(run, influence, test, wrong, ids, errors)
-    run.write_result("aggregate", influence.aggregate(_batches(test, range(len(test))), ids))
+    mean_method = config.method if config.method in ("exact", "linear") else "linear"
+    mean = scoring.influence(mean_method)
+    run.write_result("aggregate", mean.aggregate(_batches(test, range(len(test))), ids))
     # Every row has ghosts of its own and the null is pooled over the rows, so fewer do.
-    own_ghosts = min(config.ghosts, _OWN_GHOSTS)
-    own = Influence(network, objective, "linear", **(settings | {"ghosts": own_ghosts}))
+    own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
+    training = scoring.training
     if len(ids) == len(training):
         run.write_result("self", own.self_influence(_batches(training, range(len(training)))))
-    write_json(run.folder / "results" / "targets.json", targets)
+    write_json(run.folder / "results" / "targets.json", scoring.targets)
     metrics = read_json(run.folder / "metrics.json")
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
@@ -111,6 +107,57 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     metrics["influence"] = found
     write_json(run.folder / "metrics.json", metrics)
     return metrics
+
+
+def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
+    """What scoring the errors would cost by each method; ``None`` where there are no errors.
+
+    Raises:
+        InputError: unknown objective or method.
+    """
+    scoring = _Scoring(run, config)
+    if not scoring.wrong:
+        return None
+    return scoring.influence("auto").plan(_batches(scoring.test, scoring.wrong), scoring.ids)
+
+
+class _Scoring:
+    """What is scored in a run: its errors, and the sites."""
+
+    def __init__(self, run: Run, config: ScoreConfig) -> None:
+        self._run, self._config = run, config
+        network = run.network
+        if config.method not in METHODS:
+            raise InputError(f"unknown method {config.method!r}; built are: {', '.join(METHODS)}")
+        self.test, self.training = run.encode(run.test), run.encode(run.train)
+        everything = range(len(self.test))
+        predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
+        # Results keep the order of their batches, so the errors are listed as they will be batched.
+        misclassified = [row for row in everything if not predictions.correct[row]]
+        chunks = self.test.by_length(misclassified, _BATCH)
+        self.wrong = [row for chunk in chunks for row in chunk]
+        self.targets = {
+            "rows": self.wrong,
+            "predicted": [int(predictions.predicted[row]) for row in self.wrong],
+            "confidence": [round(float(predictions.confidence[row]), 6) for row in self.wrong],
+        }
+        self.ids = torch.unique(run.train.ids)
+        self.by_site = _by_site(run, self.training, config)
+        self.sites = (
+            choose_sites(self.by_site) if config.sites is None else network.select(config.sites)
+        )
+
+    def influence(self, method: str, *, ghosts: int | None = None) -> Influence:
+        config = self._config
+        return Influence(
+            self._run.network,
+            OBJECTIVES[config.objective],
+            method,
+            ghosts=ghosts or config.ghosts,
+            sites=self.sites,
+            seconds=config.seconds,
+            progress=True,
+        )
 
 
 def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
@@ -166,6 +213,16 @@ def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explana
 def _batches(data: Encoded, rows: Sequence[int]) -> list[Batch]:
     """Batches of rows of similar length, shortest first."""
     return [data.batch(chunk) for chunk in data.by_length(rows, _BATCH)]
+
+
+def _fresh(
+    influence: Influence, test: Encoded, wrong: Sequence[int], count: int
+) -> np.ndarray[Any, Any]:
+    """p-values of ghosts that did not fit the noise floor: (errors, ghosts)."""
+    fresh = ghost_ids(count, start=count)
+    if influence.method == "exact":
+        fresh = fresh[:_EXACT_GHOSTS]
+    return influence.estimate(_batches(test, wrong), fresh).p
 
 
 def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
