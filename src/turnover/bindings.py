@@ -24,9 +24,10 @@ class Binding:
     """If given, sites multiply by ones that require a gradient, and leave them here."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[tuple[str, torch.dtype], Tensor] | None = None
-    """If given, masks as scaled numbers are kept here, for the next forward under the same binding."""
+    """If given, rows are the ids exposed and, behind them, hidden; and masks as scaled numbers are kept
+    here, for the next forward under the same binding."""
     split: str | None = None
-    """The site that lets only the first half of the rows pass: the exposed ones."""
+    """With ``factors``, the site that lets only the exposed rows pass."""
     whole: Tensor | None = None
     """What came to that site, before the mask."""
     exposed: Tensor | None = None

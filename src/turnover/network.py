@@ -279,17 +279,8 @@ class Network:
         Args:
             split: site that lets only the exposed rows pass; whoever asks for it makes the hidden ones.
         """
-        ids = ids.to(device_of(self.model))
-        hidden = torch.zeros(2 * len(ids), dtype=torch.bool, device=ids.device)
-        hidden[len(ids) :] = True
-        binding = Binding(
-            torch.cat([ids, ids]), hidden, True, frozenset(sites), factors={}, split=split
-        )
-        for name in sites:
-            units = self.units[name]
-            if units is not None:
-                mask = self.spec.exposed(ids, name, units)
-                binding.masks[name] = torch.cat([mask, ~mask])
+        binding = self._bind(ids, False, broadcast=True, sites=sites)
+        binding.factors, binding.split = {}, split
         return binding
 
     def _context(self, binding: Binding) -> _Context:
@@ -379,8 +370,6 @@ class Network:
         else:
             factor = self._factor(site, units, output, binding)
             splits = binding.split == site.name
-            if splits:
-                factor = factor[: len(factor) // 2]
             shape[0] = len(factor)
             if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
@@ -405,7 +394,13 @@ class Network:
             # In a recomputation the context has ended, and nobody would clear them.
             if binding.last_node is None:
                 binding.masks[site.name] = mask
-        factor = mask.to(device=output.device, dtype=output.dtype) * self._scale(binding, output)
+        mask = mask.to(output.device)
+        factor = mask.to(output.dtype).mul_(self._scale(binding, output))
+        if binding.factors is not None and binding.split != site.name:
+            both = factor.new_empty((2 * len(factor), units))
+            both[: len(factor)] = factor
+            torch.mul(~mask, 1 / (1 - self.spec.keep), out=both[len(factor) :])
+            factor = both
         if site.unit_size > 1:
             factor = factor.repeat_interleave(site.unit_size, dim=1)
         if binding.factors is not None:

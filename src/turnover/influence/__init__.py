@@ -355,11 +355,9 @@ class Influence:
             out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer:
             sink = StoreSink(writer)
-            if writer.complete:
-                count = walk.announce(targets, ids, sink)
-            else:
-                count = walk.over(targets, ids, sink)
-            writer.finish(count)  # of what is finished, only checked
+            # What is finished is only checked.
+            go = walk.announce if writer.complete else walk.over
+            writer.finish(go(targets, ids, sink))
         return store.read(out)
 
     def _variables(
