@@ -68,9 +68,10 @@ class Engine:
     def measure(self, batch: Batch) -> None:
         """Learn the widths of the sites from a forward, where they are not known yet."""
         network = self.network
-        if all(network.units[site] is not None for site in self.sites):
+        # All of them: the digest of the network tells the masks of sites that are not scored, too.
+        if all(units is not None for units in network.units.values()):
             return
-        with torch.no_grad(), network._probing(self.sites):
+        with torch.no_grad(), network._probing():
             batch.rows(0, 1).to(device_of(network.model)).call(network.model)
 
     def gradients(self, batches: Sequence[Batch]) -> Tensor:

@@ -55,7 +55,7 @@ def mask_gradients(
         used = [probes[site] for site in wanted if site in probes]
         gradients = torch.autograd.grad(values.sum(), used, allow_unused=True)
     by_site = dict(zip([s for s in wanted if s in probes], gradients, strict=True))
-    units = network.known_units()
+    units = network.known_units(wanted)
     columns = []
     for site in wanted:
         gradient = by_site.get(site)
