@@ -2,7 +2,9 @@
 
 Kobayashi et al. 2020, equation 6. What all ids share is computed once for a target. The ways to do
 that are tried from the one that shares most, and each is compared with the plain way, the target
-repeated at the model's inputs, before it is trusted:
+repeated at the model's inputs, before it is trusted. What that cannot show, since models may branch on
+data, is looked at for every target: the first two ways prove that the model computes what they take it
+to compute, and where they cannot, or anything fails, the target is run in the plain way.
 
 1. The one masked layer feeds the linear layer that makes the logits: all ids are one matrix product.
 2. The first masked layer feeds a linear or convolution layer: that layer runs for the exposed rows,
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch, shapes
+from turnover.errors import BindingError
 from turnover.influence.linear import LinearScorer, check_reached
 from turnover.masks import ghost_ids
 from turnover.network import Network
@@ -128,17 +131,25 @@ class ExactEstimator:
             counts = [len(batch) for batch in batches]
             scores = torch.empty((sum(counts), len(ids)), device=device_of(self._network.model))
             blocks = torch.split(scores, counts)
-            products = [i for i, way in enumerate(ways) if way.logits]
-            forwards = [i for i, way in enumerate(ways) if not way.logits]
-            for index in products:
-                self._product(batches[index], ways[index], ids, blocks[index])
-                self._advance(blocks[index].numel())
+            forwards = []
+            for index, way in enumerate(ways):
+                made = False
+                with suppress(Exception):  # if it is not the product's fault, it will come again
+                    made = self._product(batches[index], way, ids, blocks[index])
+                if made:
+                    self._advance(blocks[index].numel())
+                else:
+                    forwards.append(index)
             if forwards:
                 self._forward(batches, ways, forwards, ids, blocks)
         return scores
 
-    def _product(self, batch: Batch, way: _Way, ids: Tensor, scores: Tensor) -> None:
-        whole, coefficients = self._seen(batch, way)
+    def _product(self, batch: Batch, way: _Way, ids: Tensor, scores: Tensor) -> bool:
+        """Fill in scores (rows, ids) by one product; False if that is not the model's way."""
+        seen = self._seen(batch, way) if way.logits else None
+        if seen is None:
+            return False
+        whole, coefficients = seen
         rows, classes, units = coefficients.shape
         group = max(1, _COEFFICIENTS // (4 * classes * units))
         for first in range(0, rows, group):
@@ -153,21 +164,36 @@ class ExactEstimator:
                 values = self._of_logits(part, _rows_of(whole, some), change)
                 scores[some, start : start + len(block)] = values
                 start += len(block)
+        return True
 
-    def _seen(self, batch: Batch, way: _Way) -> tuple[Any, Tensor]:
+    def _seen(self, batch: Batch, way: _Way) -> tuple[Any, Tensor] | None:
         """Outputs of the whole network, and what each unit adds to each logit.
 
         Returns:
-            the outputs, and float32 (rows, classes, units).
+            the outputs, and float32 (rows, classes, units); ``None`` if the logits are not what the
+            layer made of the site's one output.
         """
         assert way.affine is not None and way.split is not None
         layer = self._network.model.get_submodule(way.affine)
         site = self._network._sites[way.split].module
-        with _recording([site]) as outputs, self._network.mean():
+        with _following(self._network.model, site) as trail, self._network.mean():
             predicted = batch.call(self._network.model)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return predicted, weight.float() * outputs[id(site)].float()[:, None]
+        if not self._are_made_by(layer, predicted, trail):
+            return None
+        weight, given = layer.weight, trail.output
+        assert isinstance(weight, Tensor) and given is not None
+        return predicted, weight.float() * given.float()[:, None]
+
+    def _are_made_by(self, layer: nn.Module, outputs: Any, trail: _Trail) -> bool:
+        """Whether the objective depends on the site through a linear layer's one output alone."""
+        logits = _logits_in(outputs)
+        return (
+            trail.uses == 1
+            and type(layer) is nn.Linear
+            and "forward" not in vars(layer)
+            and any(made is logits and of is layer for of, made in trail.unchanged())
+            and (self._objective in _OF_LABELS or _holds_nothing_else(outputs))
+        )
 
     def _scorer(self, coefficients: Tensor) -> LinearScorer:
         return LinearScorer(
@@ -216,7 +242,7 @@ class ExactEstimator:
                 way, batch = ways[index], batches[index]
                 for row in range(len(batch)):
                     target = batch.rows(row, row + 1)
-                    values = self._difference(target, way, bindings[way.split], len(bound))
+                    values = self._surely(target, way, bindings[way.split], bound)
                     scores[index][row, start : start + len(part)] = values[: len(part)]
                     self._advance(len(part))
             start += len(part)
@@ -227,7 +253,18 @@ class ExactEstimator:
         rows = max(1, largest // (2 * 4 * elements))
         return int(min(max(2 ** (rows.bit_length() - 1), 16), 4096))
 
-    def _difference(self, target: Batch, way: _Way, binding: Any, ids: int) -> Tensor:
+    def _surely(self, target: Batch, way: _Way, binding: Any, ids: Tensor) -> Tensor:
+        # The model may treat this target otherwise than the one the way was compared for.
+        with suppress(Exception):
+            values = self._shared(target, way, binding, len(ids))[0]
+            return values[1] - values[0]
+        values = self._plain(target, ids)[0]
+        return values[1] - values[0]
+
+    def _shared(
+        self, target: Batch, way: _Way, binding: Any, ids: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`_plain`, in a way that shares work."""
         network = self._network
         repeated = target.expanded(2 * ids)
         with (
@@ -235,20 +272,28 @@ class ExactEstimator:
             _expanding(network.model, way.place, 2 * ids),
             _deriving(network, way),
         ):
-            whole = way.place == _AT_INPUTS
-            outputs = (repeated if whole else target).call(network.model)
+            outputs = (repeated if way.place == _AT_INPUTS else target).call(network.model)
         values = costs(self._objective, outputs, repeated)
-        return values[ids:] - values[:ids]
+        logits = _logits_in(outputs)
+        return values.view(2, ids), None if logits is None else logits.reshape(
+            2, ids, *logits.shape[1:]
+        )
 
-    def _plain(self, target: Batch, ids: Tensor) -> Tensor:
-        """The definition: the target repeated at the model's inputs, once for each side."""
+    def _plain(self, target: Batch, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The definition: the target repeated at the model's inputs, once for each side.
+
+        Returns:
+            the objective (2, ids) of the exposed and the hidden side, and their logits (2, ids, ...).
+        """
         repeated = target.expanded(len(ids))
-        sides = []
+        sides, logits = [], []
         for hidden in (False, True):
             with self._network._context(self._network._bind(ids, hidden, sites=self._sites)):
                 outputs = repeated.call(self._network.model)
             sides.append(costs(self._objective, outputs, repeated))
-        return torch.stack(sides)
+            logits.append(_logits_in(outputs))
+        found = [one for one in logits if one is not None]
+        return torch.stack(sides), torch.stack(found) if len(found) == 2 else None
 
     def _way(self, batch: Batch) -> _Way:
         target = batch.rows(0, 1)
@@ -262,29 +307,38 @@ class ExactEstimator:
     def _choose(self, target: Batch) -> _Way:
         ids = ghost_ids(_PROBES, start=_PROBE_START)
         plain = self._plain(target, ids)
-        difference = plain[1] - plain[0]
-        # Errors of the two sides, not of their difference, which may be small.
-        relative = 1e-2 if self._is_coarse(plain.device.type) else 1e-5
-        allowed = relative * (1 + plain.abs().amax(dim=0))
         found = list(self._candidates(target))
         for way in found:
             # Whatever fails inside a foreign model rules the way out, and nothing else.
             with suppress(Exception):
-                if bool(((self._once(target, way, ids) - difference).abs() <= allowed).all()):
+                if self._agrees(target, way, ids, *plain):
                     return way
         return _Way(_AT_INPUTS, elements=found[-1].elements)
 
-    def _once(self, target: Batch, way: _Way, ids: Tensor) -> Tensor:
+    def _agrees(
+        self, target: Batch, way: _Way, ids: Tensor, plain: Tensor, plain_logits: Tensor | None
+    ) -> bool:
+        coarse = self._is_coarse(plain.device.type)
+        # Errors of the two sides, not of their difference, which may be small.
+        allowed = (1e-2 if coarse else 1e-5) * (1 + plain.abs().amax(dim=0))
+        difference = plain[1] - plain[0]
         if way.logits:
-            scores = torch.empty((1, len(ids)), device=ids.device)
-            self._product(target, way, ids, scores)
-            return scores[0]
+            scores = torch.empty((1, len(ids)), device=plain.device)
+            made = self._product(target, way, ids, scores)
+            return made and bool(((scores[0] - difference).abs() <= allowed).all())
         binding = self._network._bind_both(ids, self._sites, split=way.split)
-        return self._difference(target, way, binding, len(ids))
+        values, logits = self._shared(target, way, binding, len(ids))
+        if not bool(((values[1] - values[0] - difference).abs() <= allowed).all()):
+            return False
+        if logits is None or plain_logits is None:
+            return logits is plain_logits
+        # An objective that is saturated on this target would let anything pass.
+        most = (3e-2 if coarse else 1e-5) * (1 + plain_logits.abs().max())
+        return bool(((logits - plain_logits).abs() <= most).all())
 
     def _is_coarse(self, device_type: str) -> bool:
-        parameter = next(self._network.model.parameters(), None)
-        half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+        kinds = {parameter.dtype for parameter in self._network.model.parameters()}
+        half = not kinds.isdisjoint((torch.float16, torch.bfloat16))
         return half or torch.is_autocast_enabled(device_type)
 
     def _candidates(self, target: Batch) -> Iterator[_Way]:
@@ -298,16 +352,16 @@ class ExactEstimator:
         with (
             _recording(network.model.modules()) as outputs,
             network.mean(),
-            _feeding(network.model, lambda: outputs.get(id(site))) as fed,
+            _following(network.model, site) as trail,
         ):
             predicted = target.call(network.model)
         sizes = [o.numel() // len(o) for o in outputs.values() if o.dim() and len(o)]
         way = partial(_Way, elements=max(sizes, default=1))
-        if fed:
-            behind = names[id(fed[0])]
-            split = {"split": reached[0], "affine": behind}
-            makes_logits = _logits_in(predicted) is outputs.get(id(fed[0]))
-            if makes_logits and len(reached) == len(self._sites) == 1:
+        if trail.fed:
+            behind = trail.fed[0][0]
+            split = {"split": reached[0], "affine": names[id(behind)]}
+            alone = len(reached) == len(self._sites) == 1
+            if alone and self._are_made_by(behind, predicted, trail):
                 yield way(_AT_SITE, logits=True, **split)
             yield way(_AT_SITE, **split)
         if self._last is not None and self._last.affine is None:
@@ -323,6 +377,13 @@ def _logits_in(outputs: Any) -> Tensor | None:
     with suppress(Exception):
         return logits_of(outputs)
     return None
+
+
+def _holds_nothing_else(outputs: Any) -> bool:
+    """Whether outputs hold logits and nothing else that an objective could look at."""
+    if isinstance(outputs, Mapping):
+        return set(outputs) == {"logits"}
+    return isinstance(outputs, Tensor) or (isinstance(outputs, tuple | list) and len(outputs) == 1)
 
 
 def _rows_of(outputs: Any, rows: slice) -> Any:
@@ -356,19 +417,61 @@ def _recording(modules: Any) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
+@dataclass
+class _Trail:
+    """Where a site's output went in a forward.
+
+    Attributes:
+        uses: how often the site ran.
+        output: its last output.
+        fed: linear and convolution layers that were given that very tensor, and what they made of it.
+    """
+
+    uses: int = 0
+    output: Tensor | None = None
+    fed: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)
+    _version: int = 0
+
+    def leave_site(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor):
+            self.uses += 1
+            self.output, self._version = first, _version(first)
+
+    def leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
+        given = args[0] if args else None
+        if (
+            not isinstance(given, Tensor)
+            or given is not self.output
+            or not isinstance(output, Tensor)
+        ):
+            return
+        if _version(given) == self._version:  # nothing was written into it on the way
+            self.fed.append((module, output))
+            self._versions.append(_version(output))
+
+    def unchanged(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The layers whose outputs nothing was written into since."""
+        for (module, output), version in zip(self.fed, self._versions, strict=True):
+            if _version(output) == version:
+                yield module, output
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts what was written into a tensor."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
-def _feeding(model: nn.Module, source: Callable[[], Tensor | None]) -> Iterator[list[nn.Module]]:
-    """The linear and convolution layers that are given one tensor."""
-    found: list[nn.Module] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if args and args[0] is source():
-            found.append(module)
-
+def _following(model: nn.Module, site: nn.Module) -> Iterator[_Trail]:
+    """Where the output of a site goes."""
+    trail = _Trail()
     layers = [module for module in model.modules() if type(module) in _AFFINE]
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles = [site.register_forward_hook(trail.leave_site)]
+    handles += [layer.register_forward_hook(trail.leave_layer) for layer in layers]
     try:
-        yield found
+        yield trail
     finally:
         for handle in handles:
             handle.remove()
@@ -392,10 +495,13 @@ def _deriving(network: Network, way: _Way) -> Iterator[None]:
         binding = network._active
         if binding is None or given is not binding.exposed:
             return cast(Tensor, forward(given))
+        assert binding.whole is not None
+        if len(binding.whole) != 1 or _version(given):
+            raise BindingError("the masked rows are not those of one row, or were written into")
         whole: Tensor = forward(binding.whole)
         rows = len(given)
         output = whole.new_empty((2 * rows, *whole.shape[1:]))
-        if type(layer) is nn.Linear and layer.bias is not None and given.dim() == 2:
+        if own is None and type(layer) is nn.Linear and layer.bias is not None and given.dim() == 2:
             torch.addmm(layer.bias, given, layer.weight.T, out=output[:rows])
         else:
             output[:rows] = forward(given)
