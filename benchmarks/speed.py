@@ -39,15 +39,24 @@ MILLION, MILLION_TARGETS, MILLION_UNITS, MILLION_TOP = 1_000_000, 1_000, 8_192, 
 Found = dict[str, Any]
 
 
-def medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
-    """Median seconds of each, in turns, so that a busy moment hits all alike; the first is a warm-up."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats + 1):
-        for index, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            times[index].append(time.perf_counter() - start)
-    return [statistics.median(values[1:]) for values in times]
+class Times:
+    """Seconds of several functions, taken in turns so that a busy moment hits all alike."""
+
+    def __init__(self, rounds: int, **functions: Callable[[], object]) -> None:
+        self._seconds: dict[str, list[float]] = {name: [] for name in functions}
+        for turn in range(rounds + 1):
+            for name, function in functions.items():
+                taken = seconds(function)
+                if turn:  # the first is a warm-up
+                    self._seconds[name].append(taken)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self._seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """Median over the turns of how much longer the one took than the other."""
+        both = zip(self._seconds[name], self._seconds[other], strict=True)
+        return statistics.median(a / b for a, b in both)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -146,43 +155,47 @@ def mlp(_: argparse.Namespace) -> Found:
     assert torch.allclose(exact(), expected, rtol=1e-4, atol=1e-4), "exact is not the loop"
     assert torch.allclose(head_exact(), head_loop(), rtol=1e-4, atol=1e-4), "head is not the loop"
     ranks = np.mean([spearmanr(a, b).statistic for a, b in zip(linear(), expected, strict=True)])
-    slow = medians(7, loop, products, exact, head_loop)
-    fast = medians(31, linear, head_exact)
-    user = medians(5, whole("linear"), whole("exact"))
+    times = Times(
+        11,
+        loop=loop,
+        products=products,
+        exact=exact,
+        head_loop=head_loop,
+        linear=linear,
+        head=head_exact,
+        estimate=whole("linear"),
+    )
     flops = 2 * IDS * TARGETS * WIDTH * WIDTH
-    rate = 3 * flops / slow[1]
     found = {
-        "loop_s": slow[0],
-        "loop_gemm_share": 2 * flops * (784 / WIDTH + 2) / slow[0] / rate,
-        "gemm_gflops": rate / 1e9,
-        "exact_s": slow[2],
-        "exact_vs_loop": slow[0] / slow[2],
-        "exact_vs_gemm": slow[1] / slow[2],
-        "linear_s": fast[0],
-        "linear_vs_loop": slow[0] / fast[0],
-        "linear_spearman": float(ranks),
-        "head_s": fast[1],
-        "head_vs_loop": slow[3] / fast[1],
-        "estimate_linear_s": user[0],
-        "estimate_linear_vs_loop": slow[0] / user[0],
-        "estimate_exact_s": user[1],
+        "loop_s": times.median("loop"),
+        "loop_gemm_share": times.ratio("products", "loop") * 2 * (784 / WIDTH + 2) / 3,
+        "gemm_gflops": 3 * flops / times.median("products") / 1e9,
+        "exact_s": times.median("exact"),
+        "exact_vs_loop": times.ratio("loop", "exact"),
+        "exact_vs_gemm": times.ratio("products", "exact"),
         "exact_max_error": float((exact() - expected).abs().max()),
+        "linear_s": times.median("linear"),
+        "linear_vs_loop": times.ratio("loop", "linear"),
+        "linear_spearman": float(ranks),
+        "head_s": times.median("head"),
+        "head_vs_loop": times.ratio("head_loop", "head"),
+        "estimate_linear_s": times.median("estimate"),
+        "estimate_linear_vs_loop": times.ratio("loop", "estimate"),
     }
     pairs = IDS * TARGETS
     print(f"{IDS} ids x {TARGETS} targets, MLP 784-{WIDTH}-{WIDTH}-{WIDTH}-10")
-    for name, time_taken, ratio in (
-        ("loop of two forwards", slow[0], 1.0),
-        ("exact", slow[2], found["exact_vs_loop"]),
-        ("linear", fast[0], found["linear_vs_loop"]),
-        ("masks on the last layer: loop", slow[3], 1.0),
-        ("masks on the last layer: exact", fast[1], found["head_vs_loop"]),
-        ("estimate(linear), 1000 ghosts, z and q", user[0], found["estimate_linear_vs_loop"]),
+    for name, key, ratio in (
+        ("loop of two forwards", "loop", 1.0),
+        ("exact", "exact", found["exact_vs_loop"]),
+        ("linear", "linear", found["linear_vs_loop"]),
+        ("masks on the last layer: loop", "head_loop", 1.0),
+        ("masks on the last layer: exact", "head", found["head_vs_loop"]),
+        ("linear with 1000 ghosts, z and q", "estimate", found["estimate_linear_vs_loop"]),
     ):
-        print(
-            f"  {name:<40} {time_taken:8.4f} s {pairs / time_taken:12,.0f} pairs/s {ratio:7.1f} x"
-        )
+        taken = times.median(key)
+        print(f"  {name:<40} {taken:8.4f} s {pairs / taken:12,.0f} pairs/s {ratio:7.1f} x")
     print(f"  loop at {found['loop_gemm_share']:.0%} of the matrix-product rate of", end=" ")
-    print(f"{rate / 1e9:.0f} GFLOP/s, exact at {found['exact_vs_gemm']:.0%}; ", end="")
+    print(f"{found['gemm_gflops']:.0f} GFLOP/s, exact at {found['exact_vs_gemm']:.0%}; ", end="")
     print(f"linear ranks like the loop: Spearman {ranks:.3f}")
     return found
 
@@ -247,7 +260,7 @@ def bert(arguments: argparse.Namespace) -> Found:
             return engine.exact(targets, some)
 
     assert torch.allclose(loop(), exact_of_some(), rtol=1e-4, atol=1e-4), "exact is not the loop"
-    ratio = medians(2, loop, exact_of_some)
+    times = Times(2, loop=loop, exact=exact_of_some)
     settings: Found = {"ghosts": 100, "progress": True}
     start = time.perf_counter()
     exact = Influence(network, margin, "exact", **settings).estimate(targets, ids)
@@ -271,7 +284,7 @@ def bert(arguments: argparse.Namespace) -> Found:
                 ]
             )
         ),
-        "bert_exact_vs_loop": ratio[0] / ratio[1],
+        "bert_exact_vs_loop": times.ratio("loop", "exact"),
         "bert_exact_s": exact_s,
         "bert_pairs_exact": exact.scores.size,
         "bert_linear_vs_exact_s": exact_s
@@ -373,8 +386,8 @@ def training(arguments: argparse.Namespace) -> Found:
             with network.exposed(ids):
                 second()
 
-        times = medians(60, first, with_masks)
-    overhead = {"mlp": times[1] / times[0]}
+        times = Times(100, dropout=first, masks=with_masks)
+    overhead = {"mlp": times.ratio("masks", "dropout")}
     config = ClassifierConfig(str(model_folder()), 8192, 16, 128)
     plain_bert, tokenizer = build(config, 2)
     masked_bert, _ = build(config, 2)
@@ -390,8 +403,8 @@ def training(arguments: argparse.Namespace) -> Found:
             with bert_network.exposed(ids[:32]):
                 second()
 
-        times = medians(12, first, bert_with_masks)
-    overhead["bert"] = times[1] / times[0]
+        times = Times(30, dropout=first, masks=bert_with_masks)
+    overhead["bert"] = times.ratio("masks", "dropout")
     print(f"  a step with masks / with nn.Dropout: MLP {overhead['mlp']:.3f}", end="")
     print(f", BERT {overhead['bert']:.3f}")
     return {"train_overhead": max(overhead.values()), "train_overhead_by_model": overhead}
