@@ -130,7 +130,7 @@ class Walk:
                     continue
                 _put(sink, rows, score(ids[some]), some)
         elif not sink.has("train_id", rows):
-            self._extremes(score, rows, ids, sink, columns)
+            self._extremes(block, score, rows, ids, sink, columns)
 
     def _linear(self, block: TargetBlock | MeanTarget, ids: Tensor) -> Scores:
         scores = block.linear(ids)
@@ -141,27 +141,43 @@ class Walk:
         for engine in self.engines:
             engine.advance(pairs)
 
-    def _extremes(self, score: Score, rows: slice, ids: Tensor, sink: Sink, columns: int) -> None:
+    def _extremes(
+        self,
+        block: TargetBlock | MeanTarget,
+        score: Score,
+        rows: slice,
+        ids: Tensor,
+        sink: Sink,
+        columns: int,
+    ) -> None:
         assert self.top is not None
         extremes = Extremes(rows.stop - rows.start, self.top)
-        errors = []
         for part in torch.split(ids, columns):
-            scores = score(part)
-            extremes.add(scores.mean)
-            errors.append(scores.standard_error)
+            extremes.add(score(part).mean)
         positions, found = extremes.result()
-        if errors[0] is not None:
+        if len(self.engines) > 1:
             # Few of them are wanted, but which is known only now.
-            again = [self._error_of(score, ids, row) for row in positions]
-            picked = np.stack([error[index] for index, error in enumerate(again)])
-            sink.put("standard_error", rows, picked)
+            sink.put("standard_error", rows, self._errors(block, ids, positions, columns))
         sink.put("score", rows, found)
         sink.put("train_id", rows, ids.numpy()[positions])
 
-    def _error_of(self, score: Score, ids: Tensor, positions: Any) -> Any:
-        error = score(ids[torch.from_numpy(positions)]).standard_error
-        assert error is not None
-        return _numpy(error)
+    def _errors(
+        self, block: TargetBlock | MeanTarget, ids: Tensor, positions: Any, columns: int
+    ) -> Any:
+        """Standard errors of the scores of the ids at some positions: float32, of their shape."""
+        errors = np.empty(positions.shape, dtype=np.float32)
+        if self.method == "exact":
+            alone: Iterable[TargetBlock | MeanTarget] = block.targets()
+            for index, target in enumerate(alone):
+                errors[index] = _error(target.exact(ids[torch.from_numpy(positions[index])]))[0]
+            return errors
+        wanted = np.unique(positions)
+        for start in range(0, len(wanted), columns):
+            some = wanted[start : start + columns]
+            error = _error(block.linear(ids[torch.from_numpy(some)]))
+            row, rank = np.nonzero((positions >= some[0]) & (positions <= some[-1]))
+            errors[row, rank] = error[row, np.searchsorted(some, positions[row, rank])]
+        return errors
 
     def _rerank(
         self,
@@ -187,8 +203,6 @@ class Walk:
         sink.put("ghost", rows, found.ghosts)
         if self.top is None:
             start = 0
-            exact = np.zeros((count, len(ids)), dtype=bool)
-            np.put_along_axis(exact, found.positions, True, axis=1)
             for part in parts:
                 some = slice(start, start + len(part))
                 linear = block.linear(part)
@@ -197,8 +211,10 @@ class Walk:
                 row, column = np.nonzero(inside)
                 at = found.positions[row, column] - some.start
                 scores[row, at] = found.scores[row, column]
+                exact = np.zeros(scores.shape, dtype=bool)
+                exact[row, at] = True
                 sink.put("score", rows, scores, some)
-                sink.put("exact", rows, exact[:, some], some)
+                sink.put("exact", rows, exact, some)
                 if found.standard_error is not None and linear.standard_error is not None:
                     errors = _numpy(linear.standard_error) * np.abs(found.slope[:, None])
                     errors[row, at] = found.standard_error[row, column]
@@ -240,6 +256,11 @@ def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
     sink.put("score", rows, _numpy(scores.mean), columns)
     if scores.standard_error is not None:
         sink.put("standard_error", rows, _numpy(scores.standard_error), columns)
+
+
+def _error(scores: Scores) -> Any:
+    assert scores.standard_error is not None
+    return _numpy(scores.standard_error)
 
 
 def _numpy(values: Tensor) -> Any:
