@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,11 +139,14 @@ def _labels(batches: Sequence[Batch]) -> NDArray[np.int64] | None:
 
 
 def fingerprints(batch: Batch) -> NDArray[np.uint64]:
-    """A hash of the inputs and labels of every row of a batch: uint64 (rows,)."""
+    """A hash of the inputs and labels of every row of a batch: uint64 (rows,).
+
+    What is no tensor counts, and so do tensors that all rows share.
+    """
     rows = len(batch)
     whole = [batch.inputs, batch.labels]
     values = [value.detach().cpu() for value in tensors(whole)]
-    shared = hashlib.blake2b(digest_size=8)
+    shared = hashlib.blake2b(_layout(whole).encode(), digest_size=8)
     digests = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
     for value in values:
         head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
@@ -157,6 +160,17 @@ def fingerprints(batch: Batch) -> NDArray[np.uint64]:
     common = shared.digest()
     words = [int.from_bytes(digest.digest(), "little") for digest in digests]
     return np.array(words, dtype=np.uint64) ^ np.uint64(int.from_bytes(common, "little"))
+
+
+def _layout(value: Any) -> str:
+    """A nest of inputs in words, tensors left out."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key!r}:{_layout(item)}' for key, item in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(_layout, value))}]"
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        return repr(value)
+    return type(value).__name__  # another object's words may hold where it lies in memory
 
 
 def check_columns(coordinates: dict[str, Any], train: int) -> dict[str, tuple[str, Array]]:
