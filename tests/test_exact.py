@@ -515,9 +515,8 @@ def test_a_model_that_raises_is_left_as_it_was(name, times):
 
 
 def test_sites_that_are_left_out_need_no_width():
-    network = build(Deep, ["act", "relu"])
     batch = batch_of(PLAIN)
-    network.units["act"] = network.units["relu"] = None
+    own = Batch(batch.inputs, batch.labels, IDS[:ROWS])
     for method in ("linear", "exact"):
         network = build(Deep, ["act", "relu"])
         assert None in network.units.values()
@@ -526,6 +525,11 @@ def test_sites_that_are_left_out_need_no_width():
         whole = build(Deep, "relu")
         alone = Influence(whole, method=method, ghosts=10).estimate([batch], IDS)
         np.testing.assert_allclose(result.scores, alone.scores, rtol=1e-5, atol=1e-6)
+        network = build(Deep, ["act", "relu"])
+        chosen = Influence(network, method=method, ghosts=10, sites=["relu"])
+        diagonal = np.diag(result.scores[:, :ROWS])
+        scores = chosen.self_influence([own]).scores
+        np.testing.assert_allclose(scores, diagonal, rtol=1e-5, atol=1e-6)
 
 
 def test_other_inputs_that_are_no_tensors_are_another_way():

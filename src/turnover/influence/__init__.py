@@ -17,7 +17,7 @@ from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.influence.cost import Plan, plan
-from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks
+from turnover.influence.engine import Engine, Scores, TargetBlock, measure, over_networks
 from turnover.influence.progress import Progress
 from turnover.influence.rerank import EXACT_GHOSTS
 from turnover.influence.result import Result
@@ -189,7 +189,7 @@ class Influence:
             walk.over_mean(list(batches), ids, sink)
             result = sink.result(ids.numpy(), **self._described(walk.method, ids))
         floor = NoiseFloor(result.floor.mean[0], result.floor.sd[0])
-        error, exact = result.standard_error, result.exact
+        error, exact, recall = result.standard_error, result.exact, result.recall
         return replace(
             result,
             scores=result.scores[0],
@@ -197,6 +197,7 @@ class Influence:
             target_ids=None,
             standard_error=None if error is None else error[0],
             exact=None if exact is None else exact[0],
+            recall=None if recall is None else recall[0],
         )
 
     def self_influence(self, train_batches: Iterable[Any]) -> Result:
@@ -216,7 +217,8 @@ class Influence:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
         pool = GhostPool()
-        ids, own, errors, floors = [], [], [], []
+        ids: list[Tensor] = []
+        own, errors, floors = [], [], []
         seen: set[int] = set()
         progress = Progress("self-influence", 1, shown=self.progress)
         with self._evaluating(), closing(progress):
@@ -228,6 +230,8 @@ class Influence:
                 if again:
                     raise InputError(_TWICE.format(again[:5]))
                 seen.update(row_ids.tolist())
+                if not ids:
+                    measure(self._engines, batch)
                 scores, noise = self._own(batch, row_ids)
                 own.append(scores.mean[0].cpu().numpy())
                 if scores.standard_error is not None:
@@ -315,8 +319,7 @@ class Influence:
         first = next(batches, None)
         if first is None:
             raise InputError("no targets given")
-        for engine in self._engines:
-            engine.measure(first)
+        measure(self._engines, first)
         return chain([first], batches)
 
     def _walk(self, method: str, top: int | None) -> Walk:

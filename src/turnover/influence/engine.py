@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnover.batches import Batch
 from turnover.errors import InputError
@@ -195,6 +196,28 @@ class MeanTarget:
         total = sum(engine.exact([b], ids).double().sum(dim=0) for b in self._batches)
         assert isinstance(total, Tensor)
         return (total / self._count).float()[None]
+
+
+def measure(engines: Sequence[Engine], batch: Batch) -> None:
+    """Learn the widths of all sites, by which one network can be told from another.
+
+    Raises:
+        InputError: two networks have the same masks and weights.
+    """
+    for engine in engines:
+        engine.measure(batch)
+    networks = [engine.network for engine in engines]
+    for (first, one), (second, other) in combinations(enumerate(networks), 2):
+        if one.fingerprint() == other.fingerprint() and _same_weights(one.model, other.model):
+            raise InputError(
+                f"networks {first} and {second} have the same masks and weights: one is given twice, and "
+                f"would count double in the mean over networks"
+            )
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(*(chain(m.parameters(), m.buffers()) for m in (one, other)), strict=False)
+    return all(a.dtype == b.dtype and torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def over_networks(scores: Sequence[Tensor]) -> Scores:
