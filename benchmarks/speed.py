@@ -34,7 +34,7 @@ from turnover.influence.engine import Engine
 from turnover.objectives import margin
 
 WIDTH, IDS, TARGETS, LOOP_BATCH = 768, 3000, 10, 100
-BERT_TARGETS, BERT_TOP = 4, 10
+BERT_TARGETS, BERT_TOP = 3, 10
 MILLION, MILLION_TARGETS, MILLION_UNITS, MILLION_TOP = 1_000_000, 1_000, 8_192, 100
 Found = dict[str, Any]
 
@@ -234,7 +234,7 @@ def bert(arguments: argparse.Namespace) -> Found:
     order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0)).tolist()
     targets = [test.batch([wrong[index]]) for index in order[:BERT_TARGETS]]
     ids = torch.unique(run.train.ids)
-    some = ids[:200]
+    some = ids[:LOOP_BATCH]
 
     @torch.no_grad()
     def loop() -> Tensor:

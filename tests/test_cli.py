@@ -194,6 +194,26 @@ def test_fit_without_test_data_holds_some_out(
     assert "without_turnover" not in metrics["accuracy"]
 
 
+def test_explaining_the_plan_names_every_method_and_writes_nothing(copy_of_run: Path) -> None:
+    before = sorted(path.name for path in (copy_of_run / "results").iterdir())
+    metrics = (copy_of_run / "metrics.json").read_text()
+    out = turnover("influence", copy_of_run, "--explain-plan", "--ghosts", 100).stdout
+    if "no misclassified" not in out:
+        assert all(word in out for word in ("linear", "rerank", "exact", "GiB", "noise floor"))
+    assert sorted(path.name for path in (copy_of_run / "results").iterdir()) == before
+    assert (copy_of_run / "metrics.json").read_text() == metrics
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "rerank"])
+def test_every_method_scores_a_run(method: str, copy_of_run: Path) -> None:
+    turnover("influence", copy_of_run, "--method", method, "--ghosts", 100)
+    metrics = json.loads((copy_of_run / "metrics.json").read_text())
+    chosen = metrics["influence"]["plan"]["chosen"] if method == "auto" else method
+    assert metrics["influence"]["method"] == chosen
+    assert not list((copy_of_run / "results").glob(".*"))
+    turnover("report", copy_of_run)
+
+
 def test_groups_share_a_mask(encoder: Path, tmp_path: Path) -> None:
     rows = [(f"source {i % 5}", text, label) for i, (_, text, label) in enumerate(sentences(60))]
     path = write_csv(tmp_path / "grouped.csv", rows)
