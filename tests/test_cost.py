@@ -2,9 +2,9 @@ import time
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 import turnover
 from turnover import Batch, Influence, objectives
 

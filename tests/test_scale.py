@@ -20,6 +20,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
+from turnover.influence import store
 from turnover.influence.calibration import GhostPool
 from turnover.influence.linear import LinearScorer
 
@@ -286,8 +287,8 @@ def test_a_reranked_aggregate_is_stored_and_labelled(tmp_path):
     dataset = result.to_xarray()
     np.testing.assert_array_equal(dataset.score.values, result.scores)
     assert dataset.recall.shape == ()
-    turnover.influence.store.save(tmp_path / "r", result)
-    again = turnover.influence.store.read(tmp_path / "r").load()
+    store.save(tmp_path / "r", result)
+    again = store.read(tmp_path / "r").load()
     np.testing.assert_array_equal(again.recall, result.recall)
     np.testing.assert_array_equal(again.exact, result.exact)
 
@@ -465,10 +466,11 @@ import json, sys, time
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-import tiny, turnover
+import tiny, turnover, turnover.influence.walk
 from test_scale import influence, network, targets, several
 from turnover import Batch, objectives
 
+turnover.influence.walk._MOST_TARGETS = 32  # several blocks of the linear method
 method, top, out, pause = json.loads(sys.argv[1])
 nets = several(2, width=8)
 def slow(module, args, output):
@@ -529,7 +531,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(method, top,
             break
         assert process.returncode == -signal.SIGKILL, process.stdout.read()
     assert kills >= 2
-    one, other = (turnover.influence.store.read(tmp_path / name) for name in ("whole", "cut"))
+    one, other = (store.read(tmp_path / name) for name in ("whole", "cut"))
     same(one.load(), other.load())
     files = [
         {
