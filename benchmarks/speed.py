@@ -209,6 +209,8 @@ def demo_run(folder: Path) -> Any:
     from turnover.tasks.training import TrainingConfig
 
     if not (folder / "masks.json").is_file():
+        folder = folder.with_name("speed")
+    if not (folder / "masks.json").is_file():
         from turnover.data import Columns, read
 
         columns = Columns("text", "label", "id", None)
@@ -219,7 +221,8 @@ def demo_run(folder: Path) -> Any:
             TrainingConfig(3, 32, 1e-3, 5e-5, 0),
             compare=False,
         )
-        fit(config, rows, read(str(test), columns, classes=rows.classes), folder)
+        test_rows = read(str(test), columns, classes=rows.classes)
+        fit(config, rows, test_rows, folder)
     return Run.load(folder)
 
 
@@ -452,7 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", help="one part, in this process")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
-    parser.add_argument("--run", type=Path, default=Path("runs/speed"), help="the demo's network")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the demo's network")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--ids", type=int)
     parser.add_argument("--kind", choices=("store", "top"))

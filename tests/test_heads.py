@@ -64,6 +64,12 @@ def test_widths_below_one_are_refused(arguments):
         WideHead(*arguments)
 
 
+def test_wider_heads_start_smaller_so_that_the_start_is_no_larger_share_of_the_noise():
+    spreads = [WideHead(50, units, 2).spread.weight.std().item() for units in (512, 8192, 32768)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.05)
+    assert spreads[2] == pytest.approx(spreads[1] / 2, rel=0.05)
+
+
 def test_a_gain_of_zero_is_refused():
     with pytest.raises(InputError, match="gain"):
         WideHead(4, 8, 2, gain=0.0)

@@ -23,7 +23,9 @@ class WideHead(nn.Module):
         features: width of the encoder's representation.
         units: number of mask units.
         classes: number of outputs.
-        gain: standard deviation of the units' input at the start, for standardised features.
+        gain: standard deviation of the units' input at the start, for standardised features. ``None``:
+            0.02, and less from 8,192 units on, like 1 / sqrt(units), so that the start is the same
+            share of the noise at any width (docs/planning.md).
 
     Shapes: input float (rows, features), output (rows, classes).
 
@@ -34,11 +36,15 @@ class WideHead(nn.Module):
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, features: int, units: int, classes: int, *, gain: float = 0.02) -> None:
+    def __init__(
+        self, features: int, units: int, classes: int, *, gain: float | None = None
+    ) -> None:
         super().__init__()
         for name, value in (("features", features), ("units", units), ("classes", classes)):
             if value < 1:
                 raise InputError(f"WideHead: {name} must be >= 1, got {value}")
+        if gain is None:
+            gain = 0.02 * min(1.0, (8192 / units) ** 0.5)
         if not gain > 0:
             raise InputError(f"WideHead: gain must be > 0, got {gain}; at 0 no unit could learn")
         self.register_buffer("centre", torch.zeros(features))
