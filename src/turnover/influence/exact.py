@@ -39,9 +39,13 @@ _AT_SITE = "at the site"
 _AT_INPUTS = "at the inputs"
 
 _AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LARGEST_OUTPUT = {"cpu": 2**23}
-"""Bytes of the largest output of a module in one forward: what the caches hold, or a GPU keeps busy."""
-_LARGEST_OUTPUT_ELSEWHERE = 2**28
+_CACHED = {"cpu": 2**23}
+"""Bytes of the largest output of a module in one forward that the caches hold."""
+_LARGEST = {"cpu": 2**26}
+"""Bytes of it that are worth while for the sake of a forward of some rows."""
+_ELSEWHERE = 2**28
+"""Both, on a GPU: what keeps it busy."""
+_SOME_IDS = 64
 _COEFFICIENTS = 2**28
 """Bytes of coefficients that one product takes at a time."""
 _LOGITS = 2**25
@@ -261,9 +265,11 @@ class ExactEstimator:
 
     def _rows_at_once(self, elements: int) -> int:
         device = device_of(self._network.model).type
-        largest = _LARGEST_OUTPUT.get(device, _LARGEST_OUTPUT_ELSEWHERE)
-        rows = max(1, largest // (2 * 4 * elements))
-        return int(min(max(2 ** (rows.bit_length() - 1), 16), 4096))
+        per_id = 2 * 4 * elements
+        cached = _CACHED.get(device, _ELSEWHERE) // per_id
+        some = min(_SOME_IDS, _LARGEST.get(device, _ELSEWHERE) // per_id)
+        ids = max(1, cached, some)
+        return int(min(2 ** (ids.bit_length() - 1), 4096))
 
     def _surely(self, target: Batch, way: _Way, binding: Any, ids: Tensor) -> Tensor:
         # The model may treat this target otherwise than the one the way was compared for.
