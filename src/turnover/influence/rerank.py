@@ -97,6 +97,12 @@ def rerank(
     exact = np.stack(scores)
     offset, slope, spread, on_floor = calibrated(linear_ghosts, np.stack(exact_ghosts))
     expected = offset[:, None] + slope[:, None] * found[:, between]
+    # What lies further in looks as ghosts do there.
+    half, left = positions.shape[1] // 2, len(ids) - positions.shape[1]
+    high, low = found[:, max(half - 1, 0), None], found[:, half, None]
+    inner = (linear_ghosts < high) & (linear_ghosts > low)
+    weights = inner * (left / np.maximum(inner.sum(axis=1, keepdims=True), 1))
+    further = offset[:, None] + slope[:, None] * linear_ghosts
     return Reranked(
         positions=positions[:, ends],
         scores=exact,
@@ -104,7 +110,13 @@ def rerank(
         ghosts=on_floor,
         offset=offset,
         slope=slope,
-        recall=_recall(exact, expected, spread, wanted),
+        recall=_recall(
+            exact,
+            np.concatenate([expected, further], axis=1),
+            np.concatenate([np.ones_like(expected), weights], axis=1),
+            spread,
+            wanted,
+        ),
     )
 
 
@@ -146,26 +158,36 @@ def calibrated(
 
 
 def _recall(
-    exact: NDArray[np.float32], expected: Floats, spread: Floats, wanted: int
+    exact: NDArray[np.float32], expected: Floats, weights: Floats, spread: Floats, wanted: int
 ) -> NDArray[np.float32]:
     """Estimated share of the exact extremes that are among the candidates: (targets,).
 
-    An id that is no candidate is missed if its exact score, normal about what its linear score lets
-    expect, lies beyond the last one wanted.
+    An id that is no candidate has an exact score that is normal about what its linear score lets
+    expect. The share is that of the candidates in what lies beyond the score where both together are
+    as many as are wanted.
+
+    Args:
+        exact: of the candidates (targets, candidates).
+        expected: of what is no candidate (targets, others), and ``weights``: how many ids each stands for.
+        weights: float64 (targets, others).
+        spread: float64 (targets,), of exact scores about the expected ones.
+        wanted: ids on each side.
     """
     wanted = min(wanted, exact.shape[1] // 2)
-    if not expected.shape[1] or not wanted:
+    if not wanted:
         return np.ones(len(exact), dtype=np.float32)
-    ranked = np.sort(exact, axis=1)
-    safe = np.where(spread > 0, spread, 1e-30)[:, None]
-    missed = np.zeros(len(exact))
-    for threshold, sign in ((ranked[:, -wanted], 1.0), (ranked[:, wanted - 1], -1.0)):
-        distance = sign * (threshold[:, None] - expected) / safe
-        missed += _beyond(distance).sum(axis=1)
-    return np.asarray(1 / (1 + missed / (2 * wanted)), dtype=np.float32)
-
-
-_beyond = np.vectorize(lambda z: 0.5 * math.erfc(z / math.sqrt(2)), otypes=[np.float64])
+    recall = np.empty(len(exact))
+    ranks = np.arange(wanted + 1)
+    for row, scores in enumerate(exact.astype(np.float64)):
+        scale = max(float(spread[row]), 1e-30) * math.sqrt(2)
+        found = 0.0
+        for sign in (1.0, -1.0):
+            best = np.sort(sign * scores)[::-1][:wanted]
+            distance = torch.from_numpy((best[:, None] - sign * expected[row]) / scale)
+            missed = torch.erfc(distance).numpy() @ weights[row] / 2
+            found += float(np.interp(wanted, np.r_[0.0, ranks[1:] + missed], ranks))
+        recall[row] = found / (2 * wanted)
+    return recall.astype(np.float32)
 
 
 def put_on_scale(reranked: Reranked, linear: Scores) -> NDArray[np.float32]:
