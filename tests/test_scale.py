@@ -20,7 +20,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
-from turnover.influence import store
+from turnover.influence import store, walk
 from turnover.influence.calibration import GhostPool
 from turnover.influence.linear import LinearScorer
 
@@ -127,6 +127,28 @@ def test_scores_do_not_depend_on_the_order_of_ids_or_on_blocks(method, seed, cut
     np.testing.assert_allclose(shuffled, whole[:, order], rtol=1e-5, atol=1e-5)
     part = other.estimate([targets()], IDS[:cut]).scores
     np.testing.assert_allclose(part, whole[:, :cut], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "exact"])
+@pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 5])
+def test_a_shared_input_as_long_as_a_block_of_targets_is_not_cut(method, length, monkeypatch):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny.mlp()
+
+        def forward(self, x, table):
+            return self.body(x + table.sum(0))
+
+    monkeypatch.setattr(walk, "_MOST_TARGETS", 16)
+    net = turnover.attach(tiny.randomise(Shifted()).eval(), "mlp")
+    x, y, table = tiny.features(21), tiny.labels(21), tiny.features(length, seed=3)
+    make = influence(method, net)
+    found = make.estimate([Batch({"x": x, "table": table}, y)], IDS).scores
+    for first in (0, 15, 18):
+        part = Batch({"x": x[first:][:3], "table": table}, y[first:][:3])
+        expected = make.estimate([part], IDS).scores
+        np.testing.assert_allclose(found[first : first + 3], expected, rtol=1e-4, atol=1e-4)
 
 
 # Only the extremes
