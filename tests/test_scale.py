@@ -303,7 +303,6 @@ def test_aggregate_by_rerank(networks):
         np.testing.assert_allclose(few.standard_error[at], exact.standard_error[at], atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="Result.to_xarray and store.save give recall a dimension")
 def test_a_reranked_aggregate_is_stored_and_labelled(tmp_path):
     result = influence("rerank", candidates=3).aggregate([targets()], IDS)
     dataset = result.to_xarray()

@@ -167,7 +167,7 @@ class Influence:
         if coordinates and out is None:
             raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, top, in_memory=out is None)
+            walk, batches = self._begun(targets, ids, top, out)
             if out is None:
                 sink = MemorySink(len(ids))
                 walk.over(batches, ids, sink)
@@ -184,7 +184,7 @@ class Influence:
         """
         ids = self._check(train_ids)
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, None, in_memory=True)
+            walk, batches = self._begun(targets, ids, None, None)
             sink = MemorySink(len(ids))
             walk.over_mean(list(batches), ids, sink)
             result = sink.result(ids.numpy(), **self._described(walk.method, ids))
@@ -298,14 +298,17 @@ class Influence:
             return plan(walk, list(batches), len(ids), budget=self.seconds, in_memory=out is None)
 
     def _begun(
-        self, targets: Iterable[Any], ids: Tensor, top: int | None, *, in_memory: bool
+        self, targets: Iterable[Any], ids: Tensor, top: int | None, out: str | Path | None
     ) -> tuple[Walk, Iterator[Batch]]:
         """How the targets will be gone through, and the targets, with a progress bar."""
         batches = self._measured(self._batches(targets))
         walk = self._walk(self.method, top)
         if self.method == "auto":
             listed = list(batches)
-            chosen = plan(walk, listed, len(ids), budget=self.seconds, in_memory=in_memory).chosen
+            chosen = None if out is None else _begun_method(out)
+            if chosen is None:
+                budget, count = self.seconds, len(ids)
+                chosen = plan(walk, listed, count, budget=budget, in_memory=out is None).chosen
             walk, targets, batches = self._walk(chosen, top), listed, iter(listed)
         pairs = len(self.networks) * walk.pairs(len(ids))
         progress = Progress(f"influence ({walk.method})", pairs, shown=self.progress)
@@ -437,6 +440,13 @@ class Influence:
                 f"turnover.ghost_ids(count, start={self.ghosts}) for fresh ones"
             )
         return ids
+
+
+def _begun_method(out: str | Path) -> str | None:
+    """What a result was begun with goes on with it, however long it would now be estimated to take."""
+    from turnover.influence import store
+
+    return store.begun_method(out)
 
 
 def _several(network: Network | Sequence[Network]) -> list[Network]:

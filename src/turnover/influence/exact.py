@@ -14,18 +14,30 @@ to compute, and where they cannot, or anything fails, the target is run in the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch, shapes
-from turnover.errors import BindingError
 from turnover.influence.linear import LinearScorer, check_reached
+from turnover.influence.sharing import (
+    AT_INPUTS,
+    AT_SITE,
+    Trail,
+    Way,
+    deriving,
+    expanding,
+    following,
+    holds_nothing_else,
+    logits_in,
+    recording,
+    rows_of,
+    with_logits,
+)
 from turnover.masks import ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, costs, cross_entropy, logits_of, margin
@@ -35,10 +47,6 @@ _PROBE_START = 2**40
 """Ghosts used for comparing ways; far from the noise floor's."""
 _PROBES = 3
 
-_AT_SITE = "at the site"
-_AT_INPUTS = "at the inputs"
-
-_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CACHED = {"cpu": 2**23}
 """Bytes of the largest output of a module in one forward that the caches hold."""
 _LARGEST = {"cpu": 2**26}
@@ -53,32 +61,6 @@ _LOGITS = 2**25
 _PRODUCT_IDS = 256
 _OF_LABELS = (cross_entropy, margin)
 """Objectives that look at logits and labels alone: they take all targets at once."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How the ids of a target are run.
-
-    Attributes:
-        place: the module at whose inputs one row becomes many, or at the site, or at the inputs.
-        split: site behind which the hidden rows are derived, if any.
-        affine: name of the module that does it.
-        logits: that module makes the logits, from the one masked site.
-        elements: elements of the largest output of a module, for one row.
-    """
-
-    place: str
-    split: str | None = None
-    affine: str | None = None
-    logits: bool = False
-    elements: int = 1
-
-    def __str__(self) -> str:
-        if self.affine is None:
-            return self.place
-        return (
-            f"{'one product with' if self.logits else 'hidden rows derived behind'} {self.affine}"
-        )
 
 
 @cache
@@ -113,8 +95,8 @@ class ExactEstimator:
         self._objective = objective
         self._block = block
         self._sites = network.sites if sites is None else list(sites)
-        self._ways: dict[tuple[tuple[int, ...], ...], _Way] = {}
-        self._last: _Way | None = None
+        self._ways: dict[tuple[tuple[int, ...], ...], Way] = {}
+        self._last: Way | None = None
         self._advance: Callable[[int], None] = lambda _: None
 
     @property
@@ -160,7 +142,7 @@ class ExactEstimator:
                 self._forward(batches, ways, forwards, ids, blocks)
         return scores
 
-    def _product(self, batch: Batch, way: _Way, ids: Tensor, scores: Tensor) -> bool:
+    def _product(self, batch: Batch, way: Way, ids: Tensor, scores: Tensor) -> bool:
         """Fill in scores (rows, ids) by one product; False if that is not the model's way."""
         seen = self._seen(batch, way) if way.logits else None
         if seen is None:
@@ -177,12 +159,12 @@ class ExactEstimator:
             start = 0
             for block in torch.split(ids, size):
                 change = scorer.by_id(block).view(len(block), count, classes)
-                values = self._of_logits(part, _rows_of(whole, some), change)
+                values = self._of_logits(part, rows_of(whole, some), change)
                 scores[some, start : start + len(block)] = values
                 start += len(block)
         return True
 
-    def _seen(self, batch: Batch, way: _Way) -> tuple[Any, Tensor] | None:
+    def _seen(self, batch: Batch, way: Way) -> tuple[Any, Tensor] | None:
         """Outputs of the whole network, and what each unit adds to each logit.
 
         Returns:
@@ -192,7 +174,7 @@ class ExactEstimator:
         assert way.affine is not None and way.split is not None
         layer = self._network.model.get_submodule(way.affine)
         site = self._network._sites[way.split].module
-        with _following(self._network.model, site) as trail, self._network.mean():
+        with following(self._network.model, site) as trail, self._network.mean():
             predicted = batch.call(self._network.model)
         if not self._are_made_by(layer, predicted, trail):
             return None
@@ -200,15 +182,15 @@ class ExactEstimator:
         assert isinstance(weight, Tensor) and given is not None
         return predicted, weight.float() * given.float()[:, None]
 
-    def _are_made_by(self, layer: nn.Module, outputs: Any, trail: _Trail) -> bool:
+    def _are_made_by(self, layer: nn.Module, outputs: Any, trail: Trail) -> bool:
         """Whether the objective depends on the site through a linear layer's one output alone."""
-        logits = _logits_in(outputs)
+        logits = logits_in(outputs)
         return (
             trail.uses == 1
             and type(layer) is nn.Linear
             and "forward" not in vars(layer)
             and any(made is logits and of is layer for of, made in trail.unchanged())
-            and (self._objective in _OF_LABELS or _holds_nothing_else(outputs))
+            and (self._objective in _OF_LABELS or holds_nothing_else(outputs))
         )
 
     def _scorer(self, coefficients: Tensor) -> LinearScorer:
@@ -231,7 +213,7 @@ class ExactEstimator:
         scores = []
         for row in range(rows):
             target = batch.rows(row, row + 1).expanded(2 * ids)
-            own = _with_logits(outputs, logits[:, :, row].reshape(-1, classes))
+            own = with_logits(outputs, logits[:, :, row].reshape(-1, classes))
             values = costs(self._objective, own, target)
             scores.append(values[ids:] - values[:ids])
         return torch.stack(scores)
@@ -239,7 +221,7 @@ class ExactEstimator:
     def _forward(
         self,
         batches: Sequence[Batch],
-        ways: Sequence[_Way],
+        ways: Sequence[Way],
         chosen: Sequence[int],
         ids: Tensor,
         scores: Sequence[Tensor],
@@ -271,7 +253,7 @@ class ExactEstimator:
         ids = max(1, cached, some)
         return int(min(2 ** (ids.bit_length() - 1), 4096))
 
-    def _surely(self, target: Batch, way: _Way, binding: Any, ids: Tensor) -> Tensor:
+    def _surely(self, target: Batch, way: Way, binding: Any, ids: Tensor) -> Tensor:
         # The model may treat this target otherwise than the one the way was compared for.
         with suppress(Exception):
             values = self._shared(target, way, binding, len(ids))[0]
@@ -280,19 +262,19 @@ class ExactEstimator:
         return values[1] - values[0]
 
     def _shared(
-        self, target: Batch, way: _Way, binding: Any, ids: int
+        self, target: Batch, way: Way, binding: Any, ids: int
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`_plain`, in a way that shares work."""
         network = self._network
         repeated = target.expanded(2 * ids)
         with (
             network._context(binding),
-            _expanding(network.model, way.place, 2 * ids),
-            _deriving(network, way),
+            expanding(network.model, way.place, 2 * ids),
+            deriving(network, way),
         ):
-            outputs = (repeated if way.place == _AT_INPUTS else target).call(network.model)
+            outputs = (repeated if way.place == AT_INPUTS else target).call(network.model)
         values = costs(self._objective, outputs, repeated)
-        logits = _logits_in(outputs)
+        logits = logits_in(outputs)
         return values.view(2, ids), None if logits is None else logits.reshape(
             2, ids, *logits.shape[1:]
         )
@@ -309,11 +291,11 @@ class ExactEstimator:
             with self._network._context(self._network._bind(ids, hidden, sites=self._sites)):
                 outputs = repeated.call(self._network.model)
             sides.append(costs(self._objective, outputs, repeated))
-            logits.append(_logits_in(outputs))
+            logits.append(logits_in(outputs))
         found = [one for one in logits if one is not None]
         return torch.stack(sides), torch.stack(found) if len(found) == 2 else None
 
-    def _way(self, batch: Batch) -> _Way:
+    def _way(self, batch: Batch) -> Way:
         target = batch.rows(0, 1)
         # A way that serves inputs of one shape may not serve those of another.
         seen = shapes(target.inputs)
@@ -322,7 +304,7 @@ class ExactEstimator:
         self._last = self._ways[seen]
         return self._last
 
-    def _choose(self, target: Batch) -> _Way:
+    def _choose(self, target: Batch) -> Way:
         ids = ghost_ids(_PROBES, start=_PROBE_START)
         plain = self._plain(target, ids)
         found = list(self._candidates(target))
@@ -331,10 +313,10 @@ class ExactEstimator:
             with suppress(Exception):
                 if self._agrees(target, way, ids, *plain):
                     return way
-        return _Way(_AT_INPUTS, elements=found[-1].elements)
+        return Way(AT_INPUTS, elements=found[-1].elements)
 
     def _agrees(
-        self, target: Batch, way: _Way, ids: Tensor, plain: Tensor, plain_logits: Tensor | None
+        self, target: Batch, way: Way, ids: Tensor, plain: Tensor, plain_logits: Tensor | None
     ) -> bool:
         coarse = self._is_coarse(plain.device.type)
         # Errors of the two sides, not of their difference, which may be small.
@@ -359,7 +341,7 @@ class ExactEstimator:
         half = not kinds.isdisjoint((torch.float16, torch.bfloat16))
         return half or torch.is_autocast_enabled(device_type)
 
-    def _candidates(self, target: Batch) -> Iterator[_Way]:
+    def _candidates(self, target: Batch) -> Iterator[Way]:
         network = self._network
         with torch.enable_grad(), network._probing(self._sites) as probes:
             target.call(network.model)
@@ -368,197 +350,23 @@ class ExactEstimator:
         site = network._sites[reached[0]].module
         names = {id(module): name for name, module in network.model.named_modules()}
         with (
-            _recording(network.model.modules()) as outputs,
+            recording(network.model.modules()) as outputs,
             network.mean(),
-            _following(network.model, site) as trail,
+            following(network.model, site) as trail,
         ):
             predicted = target.call(network.model)
         sizes = [o.numel() // len(o) for o in outputs.values() if o.dim() and len(o)]
-        way = partial(_Way, elements=max(sizes, default=1))
+        way = partial(Way, elements=max(sizes, default=1))
         if trail.fed:
             behind = trail.fed[0][0]
             split = {"split": reached[0], "affine": names[id(behind)]}
             alone = len(reached) == len(self._sites) == 1
             if alone and self._are_made_by(behind, predicted, trail):
-                yield way(_AT_SITE, logits=True, **split)
-            yield way(_AT_SITE, **split)
+                yield way(AT_SITE, logits=True, **split)
+            yield way(AT_SITE, **split)
         if self._last is not None and self._last.affine is None:
             yield way(self._last.place)
-        yield way(_AT_SITE)
+        yield way(AT_SITE)
         path = names[id(site)].split(".")
         for length in range(len(path), 0, -1):
             yield way(".".join(path[:length]))
-
-
-def _logits_in(outputs: Any) -> Tensor | None:
-    """The logits in a model's outputs, where there are any."""
-    with suppress(Exception):
-        return logits_of(outputs)
-    return None
-
-
-def _holds_nothing_else(outputs: Any) -> bool:
-    """Whether outputs hold logits and nothing else that an objective could look at."""
-    if isinstance(outputs, Mapping):
-        return set(outputs) == {"logits"}
-    return isinstance(outputs, Tensor) or (isinstance(outputs, tuple | list) and len(outputs) == 1)
-
-
-def _rows_of(outputs: Any, rows: slice) -> Any:
-    return _with_logits(outputs, logits_of(outputs)[rows])
-
-
-def _with_logits(outputs: Any, logits: Tensor) -> Any:
-    """Other logits, in the kind of outputs that the objective knows."""
-    if isinstance(outputs, Tensor):
-        return logits
-    if isinstance(outputs, Mapping):
-        return type(outputs)(logits=logits)  # type: ignore[call-arg]
-    return (logits,)
-
-
-@contextmanager
-def _recording(modules: Any) -> Iterator[dict[int, Tensor]]:
-    """The outputs of modules (of a tuple the first), by the modules' identity."""
-    outputs: dict[int, Tensor] = {}
-
-    def leave(module: nn.Module, _args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor):
-            outputs[id(module)] = first
-
-    handles = [module.register_forward_hook(leave) for module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass
-class _Trail:
-    """Where a site's output went in a forward.
-
-    Attributes:
-        uses: how often the site ran.
-        output: its last output.
-        fed: linear and convolution layers that were given that very tensor, and what they made of it.
-    """
-
-    uses: int = 0
-    output: Tensor | None = None
-    fed: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
-    _versions: list[int] = field(default_factory=list)
-    _version: int = 0
-
-    def leave_site(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor):
-            self.uses += 1
-            self.output, self._version = first, _version(first)
-
-    def leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        given = args[0] if args else None
-        if (
-            not isinstance(given, Tensor)
-            or given is not self.output
-            or not isinstance(output, Tensor)
-        ):
-            return
-        if _version(given) == self._version:  # nothing was written into it on the way
-            self.fed.append((module, output))
-            self._versions.append(_version(output))
-
-    def unchanged(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """The layers whose outputs nothing was written into since."""
-        for (module, output), version in zip(self.fed, self._versions, strict=True):
-            if _version(output) == version:
-                yield module, output
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts what was written into a tensor."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _following(model: nn.Module, site: nn.Module) -> Iterator[_Trail]:
-    """Where the output of a site goes."""
-    trail = _Trail()
-    layers = [module for module in model.modules() if type(module) in _AFFINE]
-    handles = [site.register_forward_hook(trail.leave_site)]
-    handles += [layer.register_forward_hook(trail.leave_layer) for layer in layers]
-    try:
-        yield trail
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _deriving(network: Network, way: _Way) -> Iterator[None]:
-    """Behind the split, put the hidden rows under the exposed ones.
-
-    For an affine layer f: ``f(whole) = keep * f(exposed) + (1 - keep) * f(hidden)``.
-    """
-    if way.affine is None:
-        yield
-        return
-    keep = network.spec.keep
-
-    layer = network.model.get_submodule(way.affine)
-    forward, own = layer.forward, vars(layer).get("forward")
-
-    def both(given: Tensor) -> Tensor:
-        binding = network._active
-        if binding is None or given is not binding.exposed:
-            return cast(Tensor, forward(given))
-        assert binding.whole is not None
-        if len(binding.whole) != 1 or _version(given):
-            raise BindingError("the masked rows are not those of one row, or were written into")
-        whole: Tensor = forward(binding.whole)
-        rows = len(given)
-        output = whole.new_empty((2 * rows, *whole.shape[1:]))
-        if own is None and type(layer) is nn.Linear and layer.bias is not None and given.dim() == 2:
-            torch.addmm(layer.bias, given, layer.weight.T, out=output[:rows])
-        else:
-            output[:rows] = forward(given)
-        torch.add(whole / (1 - keep), output[:rows], alpha=-keep / (1 - keep), out=output[rows:])
-        return output
-
-    # A hook sees what the layer returned; writing to its place saves a copy of all rows.
-    layer.forward = both
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:  # another library had put its own there
-            layer.forward = own
-
-
-@contextmanager
-def _expanding(model: nn.Module, place: str, rows: int) -> Iterator[None]:
-    """Repeat the first tensor that enters a module, where it has one row."""
-    if place in (_AT_SITE, _AT_INPUTS):
-        yield
-        return
-
-    def repeat(value: Any) -> Any:
-        return value.expand(rows, *value.shape[1:]) if _is_one_row(value) else value
-
-    def enter(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if args:
-            return (repeat(args[0]), *args[1:]), kwargs
-        first = next((key for key, value in kwargs.items() if _is_one_row(value)), None)
-        return args, {key: repeat(v) if key == first else v for key, v in kwargs.items()}
-
-    register: Callable[..., Any] = model.get_submodule(place).register_forward_pre_hook
-    handle = register(enter, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _is_one_row(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1

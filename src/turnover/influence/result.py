@@ -41,8 +41,8 @@ class Result:
             several.
         exact: bool, of the shape of ``scores``: reranked pairs, whose scores are exact; the other
             scores are linear ones, put on the scale of the exact ones. ``None``: all are alike.
-        recall: float32 (targets,), with rerank: estimated share of the exact extremes among those
-            reported (see :mod:`turnover.influence.rerank`).
+        recall: float32 (targets,), () of an aggregate, with rerank: estimated share of the exact
+            extremes among those reported (see :mod:`turnover.influence.rerank`).
     """
 
     scores: NDArray[np.float32]
@@ -143,7 +143,7 @@ class Result:
             if more is not None:
                 values[name] = (dims, more)
         if self.recall is not None:
-            values["recall"] = (dims[:1], self.recall)
+            values["recall"] = (dims[: np.ndim(self.recall)], self.recall)
         attributes = {"method": self.method, "objective": self.objective, "network": self.network}
         return xarray.Dataset(values, coords=coordinates, attrs=attributes)
 

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.begun import BEGUN, ROOT, Coordinates, describe, finished, marked
+from turnover.influence.begun import (
+    BEGUN,
+    ROOT,
+    Coordinates,
+    describe,
+    finished,
+    manifest,
+    marked,
+)
 from turnover.influence.blocks import Variable
 from turnover.influence.place import Place
 from turnover.influence.result import Result
@@ -23,7 +31,7 @@ from turnover.influence.stored import DESCRIBED, StoredResult
 from turnover.influence.stored import open_result as read
 from turnover.influence.writer import Writer
 
-__all__ = ["StoredResult", "Variable", "Writer", "read", "save", "writing"]
+__all__ = ["StoredResult", "Variable", "Writer", "begun_method", "read", "save", "writing"]
 
 _CELLS = 2**20
 """Values in a chunk of a saved result."""
@@ -70,6 +78,17 @@ def writing(
         if not complete:
             writer.begin()
         yield writer
+
+
+def begun_method(url: str | Path) -> str | None:
+    """The estimator of a result that was begun or finished there; ``None`` where there is none.
+
+    Raises:
+        InputError: the place holds something else, or a damaged store.
+    """
+    place = Place(url)
+    document = marked(place, ROOT) or marked(place, BEGUN)
+    return None if document is None else str(manifest(document)["identity"]["method"])
 
 
 def save(url: str | Path, result: Result) -> None:
@@ -127,7 +146,7 @@ def _laid_out(
         "train_id": (dims, result.train_ids if top else None),
         "standard_error": (dims, result.standard_error),
         "exact": (dims, result.exact),
-        "recall": (dims[:1], result.recall),
+        "recall": (floor, result.recall),
         "ghost_mean": (floor, np.asarray(result.floor.mean)),
         "noise_floor": (floor, np.asarray(result.floor.sd)),
         "null": (("pool",), result.null.values),
