@@ -169,25 +169,10 @@ def build(make, sites, keep=0.5, seed=0):
     return turnover.attach(model, sites, MaskSpec(keep, seed=seed))
 
 
-def definition(network, objective, batch, ids):
-    """One target and one id at a time, hidden minus exposed."""
-    scores = torch.empty(len(batch), len(ids))
-    with torch.no_grad():
-        for row in range(len(batch)):
-            target = batch.rows(row, row + 1)
-            for column, value in enumerate(ids.tolist()):
-                with network.hidden([value]):
-                    hidden = objective(target.call(network.model), target)
-                with network.exposed([value]):
-                    exposed = objective(target.call(network.model), target)
-                scores[row, column] = hidden.float().item() - exposed.float().item()
-    return scores.numpy()
-
-
 def check(network, objective, batch, ids=IDS, tolerance=1e-5, block=None):
     """Compare the exact scores with the definition; returns the way they were made."""
     batch.call(network.model)
-    expected = definition(network, objective, batch, ids)
+    expected = tiny.definition(network, objective, batch, ids)
     assert np.abs(expected).max() > 1e-4
     estimator = ExactEstimator(network, objective, block)
     with torch.no_grad():
@@ -385,7 +370,7 @@ def test_models_whose_first_target_says_nothing_of_the_others(make, objective):
     batch.inputs[:, 0] = torch.tensor([-1.0, 1.0, 2.0])
     batch.call(network.model)
     parts = [batch.rows(i, i + 1) for i in range(ROWS)]
-    expected = np.concatenate([definition(network, objective, part, IDS) for part in parts])
+    expected = np.concatenate([tiny.definition(network, objective, part, IDS) for part in parts])
     found = Influence(network, objective, "exact", ghosts=10).estimate(parts, IDS).scores
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -417,7 +402,7 @@ def test_half_precision(name):
     network = build(make, sites)
     batch = batch_of(shape)
     batch.call(network.model)
-    expected = definition(network, objectives.margin, batch, IDS)
+    expected = tiny.definition(network, objectives.margin, batch, IDS)
     network.model.bfloat16()
     half = Batch(batch.inputs.bfloat16(), batch.labels)
     with torch.no_grad():
@@ -432,7 +417,7 @@ def test_double_precision_and_autocast(name):
     network = build(make, sites)
     batch = batch_of(shape)
     batch.call(network.model)
-    expected = definition(network, objectives.margin, batch, IDS)
+    expected = tiny.definition(network, objectives.margin, batch, IDS)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = ExactEstimator(network, objectives.margin).scores([batch], IDS).numpy()
     np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
@@ -542,7 +527,7 @@ def test_other_inputs_that_are_no_tensors_are_another_way():
     batch = batch_of(PLAIN, 1)
     network.model(batch.inputs, False)
     parts = [Batch({"x": batch.inputs, "bent": bent}, batch.labels) for bent in (False, True)]
-    expected = np.concatenate([definition(network, objectives.margin, p, IDS) for p in parts])
+    expected = np.concatenate([tiny.definition(network, objectives.margin, p, IDS) for p in parts])
     found = Influence(network, objectives.margin, "exact", ghosts=10).estimate(parts, IDS)
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=1e-5)
 
@@ -552,7 +537,7 @@ def test_compiled_models():
     network = build(Deep, ["act", "relu"])
     batch = batch_of(PLAIN)
     batch.call(network.model)
-    expected = definition(network, objectives.margin, batch, IDS)
+    expected = tiny.definition(network, objectives.margin, batch, IDS)
     model = tiny.randomise(Deep()).eval()
     compiled = turnover.attach(torch.compile(model, backend="eager"), ["act", "relu"])
     compiled.model(batch.inputs)

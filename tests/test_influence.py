@@ -83,27 +83,12 @@ def build(name, keep=0.5):
     return network, batch
 
 
-def plain(network, objective, batch, ids):
-    """The definition: one target and one id at a time, hidden minus exposed."""
-    scores = torch.empty(len(batch), len(ids))
-    with torch.no_grad():
-        for row in range(len(batch)):
-            target = batch.rows(row, row + 1)
-            for column, value in enumerate(ids.tolist()):
-                with network.hidden([value]):
-                    hidden = objective(target.call(network.model), target)
-                with network.exposed([value]):
-                    exposed = objective(target.call(network.model), target)
-                scores[row, column] = hidden.item() - exposed.item()
-    return scores.numpy()
-
-
 @pytest.mark.parametrize("keep", [0.5, 0.3])
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_is_the_plain_loop_of_two_forwards(name, keep):
     network, batch = build(name, keep)
     for objective in OBJECTIVES[:2]:
-        expected = plain(network, objective, batch, IDS)
+        expected = tiny.definition(network, objective, batch, IDS)
         result = Influence(network, objective, "exact", ghosts=10, block=4).estimate([batch], IDS)
         assert np.abs(expected).max() > 1e-4
         np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-5)
@@ -151,7 +136,7 @@ def test_a_place_is_checked_anew_for_inputs_of_another_shape():
     batches = [Batch(tiny.features(1, tokens, 6), tiny.labels(1)) for tokens in (1, 5, 2)]
     influence = Influence(network, objectives.margin, "exact", ghosts=10)
     result = influence.estimate(batches, IDS)
-    expected = [plain(network, objectives.margin, batch, IDS)[0] for batch in batches]
+    expected = [tiny.definition(network, objectives.margin, batch, IDS)[0] for batch in batches]
     np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -162,7 +147,7 @@ def test_block_size_changes_nothing_but_rounding(block):
     result = Influence(network, objectives.margin, "exact", ghosts=10, block=block).estimate(
         [batch], IDS
     )
-    expected = plain(network, objectives.margin, batch, IDS)
+    expected = tiny.definition(network, objectives.margin, batch, IDS)
     np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import turnover
+from turnover import Batch
 
 CLASSES = 3
 TOKENS = 7
@@ -143,3 +145,18 @@ def train(
         loss.backward()
         optimizer.step()
     network.model.eval()
+
+
+def definition(network, objective, batch: Batch, ids: Tensor) -> np.ndarray:
+    """One target and one id at a time, hidden minus exposed."""
+    scores = torch.empty(len(batch), len(ids))
+    with torch.no_grad():
+        for row in range(len(batch)):
+            target = batch.rows(row, row + 1)
+            for column, value in enumerate(ids.tolist()):
+                with network.hidden([value]):
+                    hidden = objective(target.call(network.model), target)
+                with network.exposed([value]):
+                    exposed = objective(target.call(network.model), target)
+                scores[row, column] = hidden.float().item() - exposed.float().item()
+    return scores.numpy()

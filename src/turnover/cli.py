@@ -42,45 +42,58 @@ Method = Annotated[
 Objective = Annotated[str, typer.Option(help="Cost of a prediction: margin or cross_entropy.")]
 Ghosts = Annotated[int, typer.Option(help="Ghosts that fit the noise floor.")]
 
+Data = Annotated[
+    str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
+]
+Encoder = Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")]
+TestData = Annotated[
+    str | None, typer.Option(help="Test data; without it a fifth of the data is held out.")
+]
+IdColumn = Annotated[str | None, typer.Option(help="Distinct instance ids.")]
+GroupColumn = Annotated[
+    str | None, typer.Option(help="Rows with one value share one mask (source, annotator).")
+]
+Split = Annotated[str, typer.Option(help="Split of a Hugging Face data set.")]
+TestSplit = Annotated[str, typer.Option(help="Split for --test, likewise.")]
+LearningRate = Annotated[float, typer.Option(help="Of the LoRA components.")]
+HeadLearningRate = Annotated[float, typer.Option(help="Of the wide head.")]
+HeadUnits = Annotated[int, typer.Option(help="Mask units of the wide head.")]
+Keep = Annotated[float, typer.Option(help="Share of units an instance trains.")]
+Seed = Annotated[int, typer.Option(help="Of masks, weights and order.")]
+
 
 @app.command()
 def fit(
-    data: Annotated[
-        str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
-    ],
-    model: Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")],
+    data: Data,
+    model: Encoder,
     out: Annotated[Path, typer.Option(help="Folder of the run to write.")],
-    test: Annotated[
-        str | None, typer.Option(help="Test data; without it a fifth of the data is held out.")
-    ] = None,
+    test: TestData = None,
     text_column: str = "text",
     label_column: str = "label",
-    id_column: Annotated[str | None, typer.Option(help="Distinct instance ids.")] = None,
-    group_column: Annotated[
-        str | None, typer.Option(help="Rows with one value share one mask (source, annotator).")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
-    test_split: Annotated[str, typer.Option(help="Split for --test, likewise.")] = "test",
+    id_column: IdColumn = None,
+    group_column: GroupColumn = None,
+    split: Split = "train",
+    test_split: TestSplit = "test",
     epochs: int = 3,
     batch_size: int = 32,
-    learning_rate: Annotated[float, typer.Option(help="Of the LoRA components.")] = 1e-3,
-    head_learning_rate: Annotated[float, typer.Option(help="Of the wide head.")] = 1e-4,
-    head_units: Annotated[int, typer.Option(help="Mask units of the wide head.")] = 8192,
+    learning_rate: LearningRate = 1e-3,
+    head_learning_rate: HeadLearningRate = 1e-4,
+    head_units: HeadUnits = 8192,
     lora_rank: int = 16,
     max_tokens: int = 128,
-    keep: Annotated[float, typer.Option(help="Share of units an instance trains.")] = 0.5,
+    keep: Keep = 0.5,
     site: Annotated[
         list[str] | None,
         typer.Option(help="Masked module, pattern or preset (repeatable); default: lora and head."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of masks, weights and order.")] = 0,
+    seed: Seed = 0,
     compare: Annotated[
         bool, typer.Option(help="Also train the same model with ordinary dropout.")
     ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing run.")] = False,
 ) -> None:
     """Fine-tune a text classifier with turn-over dropout; writes a run folder."""
-    from turnover.data import Columns, hold_out, read
+    from turnover.data import Columns, read_both
     from turnover.integrations.transformers import SITES, ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.tasks.fit import FitConfig, fit
@@ -94,11 +107,7 @@ def fit(
         compare,
     )
     columns = Columns(text_column, label_column, id_column, group_column)
-    train_data = read(data, columns, split=split)
-    if test is None:
-        train_data, test_data = hold_out(train_data)
-    else:
-        test_data = read(test, columns, classes=train_data.classes, split=test_split)
+    train_data, test_data = read_both(data, test, columns, split, test_split)
     metrics = fit(config, train_data, test_data, out, overwrite=overwrite)
     _print_fit(metrics)
     console.print(f"run: {out}; next: turnover influence {out}")
@@ -106,30 +115,24 @@ def fit(
 
 @app.command()
 def plan(
-    data: Annotated[
-        str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
-    ],
-    model: Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")],
-    test: Annotated[
-        str | None, typer.Option(help="Test data; without it a fifth of the data is held out.")
-    ] = None,
+    data: Data,
+    model: Encoder,
+    test: TestData = None,
     text_column: str = "text",
     label_column: str = "label",
-    id_column: Annotated[str | None, typer.Option(help="Distinct instance ids.")] = None,
-    group_column: Annotated[
-        str | None, typer.Option(help="Rows with one value share one mask (source, annotator).")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
-    test_split: Annotated[str, typer.Option(help="Split for --test, likewise.")] = "test",
+    id_column: IdColumn = None,
+    group_column: GroupColumn = None,
+    split: Split = "train",
+    test_split: TestSplit = "test",
     epochs: int = 3,
     batch_size: int = 32,
-    learning_rate: Annotated[float, typer.Option(help="Of the LoRA components.")] = 1e-3,
-    head_learning_rate: Annotated[float, typer.Option(help="Of the wide head.")] = 1e-4,
-    head_units: Annotated[int, typer.Option(help="Mask units of the wide head.")] = 8192,
+    learning_rate: LearningRate = 1e-3,
+    head_learning_rate: HeadLearningRate = 1e-4,
+    head_units: HeadUnits = 8192,
     lora_rank: int = 16,
     max_tokens: int = 128,
-    keep: Annotated[float, typer.Option(help="Share of units an instance trains.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of masks, weights and order.")] = 0,
+    keep: Keep = 0.5,
+    seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="Networks whose scores are averaged.")] = 1,
     top: Annotated[int, typer.Option(help="Strongest instances of a target to resolve.")] = 10,
     pilot: Annotated[
@@ -139,7 +142,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Before training: how sure will single scores be, and what would it take?"""
-    from turnover.data import Columns, hold_out, read
+    from turnover.data import Columns, read_both
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.tasks.fit import FitConfig
@@ -152,11 +155,7 @@ def plan(
         MaskSpec(keep, seed),
     )
     columns = Columns(text_column, label_column, id_column, group_column)
-    train_data = read(data, columns, split=split)
-    if test is None:
-        train_data, test_data = hold_out(train_data)
-    else:
-        test_data = read(test, columns, classes=train_data.classes, split=test_split)
+    train_data, test_data = read_both(data, test, columns, split, test_split)
     rows = pilot_rows if pilot else None
     found = plan(config, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
     if as_json:

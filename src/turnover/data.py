@@ -209,6 +209,20 @@ def _ids(
     return keys, string_ids(keys)
 
 
+def read_both(
+    data: str, test: str | None, columns: Columns, split: str, test_split: str
+) -> tuple[TextData, TextData]:
+    """Training and test data; without ``test`` a part of the data is held out.
+
+    Raises:
+        InputError: as :func:`read` and :func:`hold_out`.
+    """
+    train_data = read(data, columns, split=split)
+    if test is None:
+        return hold_out(train_data)
+    return train_data, read(test, columns, classes=train_data.classes, split=test_split)
+
+
 def hold_out(data: TextData, share: float = 0.2) -> tuple[TextData, TextData]:
     """Training and test part of data that came without test data; which is which follows the ids.
 
