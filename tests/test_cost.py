@@ -7,6 +7,7 @@ import torch
 import tiny
 import turnover
 from turnover import Batch, Influence, objectives
+from turnover.influence import cost
 
 IDS = torch.arange(400)
 
@@ -70,14 +71,24 @@ def test_auto_goes_on_with_the_method_that_a_result_was_begun_with(tmp_path):
     assert begun.load().method == again.load().method == "exact"
 
 
+def test_auto_stores_what_it_reranks(tmp_path, monkeypatch):
+    network, batches = build()
+    monkeypatch.setattr(cost, "_choose", lambda *_: ("rerank", "it fits"))
+    auto = Influence(network, method="auto", ghosts=150, candidates=5)
+    stored = auto.estimate(batches, IDS, out=tmp_path / "scores.zarr").load()
+    expected = Influence(network, method="rerank", ghosts=150, candidates=5).estimate(batches, IDS)
+    np.testing.assert_array_equal(stored.scores, expected.scores)
+    np.testing.assert_array_equal(stored.noise_floor, expected.noise_floor)
+
+
 def test_the_plan_foretells_noise_floors_and_counts_everything():
     network, batches = build()
     influence = Influence(network, ghosts=200)
     plan = influence.plan(batches, IDS)
     assert (plan.targets, plan.ids) == (24, 400)
-    for cost in plan.costs:
-        real = Influence(network, method=cost.method, ghosts=200).estimate(batches, IDS)
-        assert cost.noise_floor == pytest.approx(np.median(real.noise_floor), rel=0.35)
+    for one in plan.costs:
+        real = Influence(network, method=one.method, ghosts=200).estimate(batches, IDS)
+        assert one.noise_floor == pytest.approx(np.median(real.noise_floor), rel=0.35)
 
 
 @pytest.mark.parametrize("method", ["linear", "exact"])
@@ -88,7 +99,7 @@ def test_the_plan_foretells_the_time(method):
     foretold, taken = [], []
     for _ in range(3):
         costs = influence.plan(batches, ids).costs
-        foretold += [cost.seconds for cost in costs if cost.method == method]
+        foretold += [one.seconds for one in costs if one.method == method]
         start = time.perf_counter()
         influence.estimate(batches, ids)
         taken.append(time.perf_counter() - start)

@@ -17,9 +17,8 @@ from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.influence.cost import Plan, plan
-from turnover.influence.engine import Engine, Scores, TargetBlock, measure, over_networks
+from turnover.influence.engine import Engine, Scores, TargetBlock, measure
 from turnover.influence.progress import Progress
-from turnover.influence.rerank import EXACT_GHOSTS
 from turnover.influence.result import Result
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
@@ -258,11 +257,12 @@ class Influence:
 
     def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
         """Scores of every row under its own id (1, rows), and under ghosts (rows, ghosts)."""
+        block = TargetBlock(self._engines, [batch])
         if self.method == "exact":
             noise_ids = ghost_ids(min(self.ghosts, _OWN_GHOSTS))
-            rows = list(TargetBlock(self._engines, [batch]).targets())
             scored = [
-                row.exact(torch.cat([ids[i : i + 1], noise_ids])) for i, row in enumerate(rows)
+                row.exact(torch.cat([ids[i : i + 1], noise_ids]))
+                for i, row in enumerate(block.targets())
             ]
             first = [one.columns(0, 1) for one in scored]
             error = [one.standard_error for one in first if one.standard_error is not None]
@@ -271,9 +271,7 @@ class Influence:
                 torch.cat(error, dim=1) if error else None,
             )
             return own, torch.cat([one.mean[:, 1:] for one in scored])
-        scorers = [engine.scorer(engine.gradients([batch])) for engine in self._engines]
-        noise = over_networks([scorer.scores(ghost_ids(self.ghosts)) for scorer in scorers])
-        return over_networks([scorer.own(ids)[None] for scorer in scorers]), noise.mean
+        return block.own(ids), block.linear(ghost_ids(self.ghosts)).mean
 
     def plan(
         self,
@@ -349,9 +347,7 @@ class Influence:
             "grid": [rows, columns, self.block],
         }
         labelled = {"train": ("train", ids.numpy())} | check_columns(coordinates, len(ids))
-        sizes = {
-            "ghost": min(self.ghosts, EXACT_GHOSTS) if self.method == "rerank" else self.ghosts
-        }
+        sizes = {"ghost": walk.floor_ghosts}
         if top is None:
             sizes["train"] = len(ids)
         else:

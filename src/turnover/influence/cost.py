@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.influence.calibration import noise_floor
 from turnover.influence.engine import Engine, TargetBlock
-from turnover.influence.rerank import EXACT_GHOSTS, calibrated
+from turnover.influence.rerank import calibrated
 from turnover.influence.walk import Walk
 from turnover.masks import ghost_ids
 from turnover.sites import device_of
@@ -96,14 +96,15 @@ def plan(walk: Walk, batches: Sequence[Batch], ids: int, *, budget: float, in_me
     targets = sum(len(batch) for batch in batches)
     first = batches[0].rows(0, min(_PILOT_ROWS, len(batches[0])))
     ghosts = ghost_ids(walk.ghosts)
+    ways = {method: replace(walk, method=method) for method in ("linear", "rerank", "exact")}
     backward = timing = exact = 0.0
-    elements = units = 0
+    units = exact_bytes = 0
     for engine in walk.engines:
         backward += _backward(engine, first)
-        timing += _product(engine, first, walk.rows("linear", targets))
+        timing += _product(engine, first, ways["linear"].rows(targets))
         exact += _exact(engine, first)
         units += engine.units
-        elements = max(elements, engine.elements)
+        exact_bytes = max(exact_bytes, 8 * engine.elements * engine.rows_at_once)
     block = TargetBlock(walk.engines, [first])
     linear_ghosts = block.linear(ghosts).mean.cpu().double().numpy()
     some = ghosts[: _FEW_GHOSTS if exact > _QUICK / _MORE_GHOSTS else _MORE_GHOSTS]
@@ -114,22 +115,18 @@ def plan(walk: Walk, batches: Sequence[Batch], ids: int, *, budget: float, in_me
         "exact": float(np.median(noise_floor(on_floor).sd)),
     }
     held = targets * (min(2 * walk.top, ids) if walk.top else ids) * 4 if in_memory else 0
-    candidates = min(2 * walk.candidates, ids) + min(EXACT_GHOSTS, walk.ghosts)
-    linear_s = targets * (backward + timing * (ids + walk.ghosts))
+    linear_s = targets * (backward + timing * ways["linear"].pairs(ids))
     again = 2 if walk.top is None else 1  # a dense rerank goes through the linear scores twice
     times = {
         "linear": linear_s,
-        "rerank": again * linear_s + targets * candidates * exact,
-        "exact": targets * (ids + walk.ghosts) * exact,
+        "rerank": again * linear_s + targets * ways["rerank"].pairs(ids) * exact,
+        "exact": targets * ways["exact"].pairs(ids) * exact,
     }
     costs = []
     for method, seconds in times.items():
-        rows = walk.rows(method, targets)
-        work = rows * walk.columns(method, rows, ids) * 4
-        if method == "exact":
-            work += 8 * elements * engine.rows_at_once
-        else:
-            work += 3 * rows * units * 4
+        rows = ways[method].rows(targets)
+        work = rows * ways[method].columns(rows, ids) * 4
+        work += exact_bytes if method == "exact" else 3 * rows * units * 4
         if method == "rerank" and walk.top is None:
             work += rows * ids * 5
         floor = floors["linear" if method == "linear" else "exact"]

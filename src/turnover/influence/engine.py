@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from turnover.batches import Batch
@@ -139,17 +142,18 @@ class TargetBlock:
     def __init__(self, engines: Sequence[Engine], batches: Sequence[Batch]) -> None:
         self._engines = engines
         self._batches = batches
-        self._scorers: list[LinearScorer] | None = None
 
     def linear(self, ids: Tensor) -> Scores:
         """Linear scores."""
-        if self._scorers is None:
-            self._scorers = [e.scorer(e.gradients(self._batches)) for e in self._engines]
         return over_networks([scorer.scores(ids) for scorer in self._scorers])
+
+    def own(self, ids: Tensor) -> Scores:
+        """Linear scores (1, targets) of target i and ``ids[i]``."""
+        return over_networks([scorer.own(ids)[None] for scorer in self._scorers])
 
     def exact(self, ids: Tensor) -> Scores:
         """Exact scores."""
-        return over_networks([e.exact(self._batches, ids) for e in self._engines])
+        return over_networks([self._exact(engine, ids) for engine in self._engines])
 
     def targets(self) -> Iterator[TargetBlock]:
         """Each target as a block of its own."""
@@ -157,45 +161,38 @@ class TargetBlock:
             for row in range(len(batch)):
                 yield TargetBlock(self._engines, [batch.rows(row, row + 1)])
 
+    @cached_property
+    def _scorers(self) -> list[LinearScorer]:
+        return [engine.scorer(self._gradients(engine)) for engine in self._engines]
 
-class MeanTarget:
+    def _gradients(self, engine: Engine) -> Tensor:
+        return engine.gradients(self._batches)
+
+    def _exact(self, engine: Engine, ids: Tensor) -> Tensor:
+        return engine.exact(self._batches, ids)
+
+
+class MeanTarget(TargetBlock):
     """The mean objective over all targets, as one target.
 
-    Args:
-        engines: one for each network.
-        batches: the targets; gone over once for the linear scores, and once for every block of ids for
-            the exact ones.
+    The derivatives are summed first; for the exact scores the targets are gone over for every block of
+    ids.
     """
 
-    def __init__(self, engines: Sequence[Engine], batches: Sequence[Batch]) -> None:
-        self._engines = engines
-        self._batches = batches
-        self._count = sum(len(batch) for batch in batches)
-        self._scorers: list[LinearScorer] | None = None
-
-    def linear(self, ids: Tensor) -> Scores:
-        """Linear scores (1, ids): the derivatives are summed first."""
-        if self._scorers is None:
-            self._scorers = [engine.scorer(self._mean_gradient(engine)) for engine in self._engines]
-        return over_networks([scorer.scores(ids) for scorer in self._scorers])
-
-    def exact(self, ids: Tensor) -> Scores:
-        """Exact scores (1, ids)."""
-        return over_networks([self._mean_exact(engine, ids) for engine in self._engines])
-
-    def targets(self) -> Iterator[MeanTarget]:
+    def targets(self) -> Iterator[TargetBlock]:
         """Itself."""
         yield self
 
-    def _mean_gradient(self, engine: Engine) -> Tensor:
-        total = sum(engine.gradients([b]).double().sum(dim=0) for b in self._batches)
-        assert isinstance(total, Tensor)
-        return (total / self._count).float()[None]
+    def _gradients(self, engine: Engine) -> Tensor:
+        return self._mean(lambda batch: engine.gradients([batch]))
 
-    def _mean_exact(self, engine: Engine, ids: Tensor) -> Tensor:
-        total = sum(engine.exact([b], ids).double().sum(dim=0) for b in self._batches)
+    def _exact(self, engine: Engine, ids: Tensor) -> Tensor:
+        return self._mean(lambda batch: engine.exact([batch], ids))
+
+    def _mean(self, of: Callable[[Batch], Tensor]) -> Tensor:
+        total = sum(of(batch).double().sum(dim=0) for batch in self._batches)
         assert isinstance(total, Tensor)
-        return (total / self._count).float()[None]
+        return (total / sum(map(len, self._batches))).float()[None]
 
 
 def measure(engines: Sequence[Engine], batch: Batch) -> None:
@@ -227,6 +224,11 @@ def over_networks(scores: Sequence[Tensor]) -> Scores:
     stacked = torch.stack([one.to(scores[0].device) for one in scores])
     error = stacked.std(dim=0) / len(scores) ** 0.5
     return Scores(stacked.mean(dim=0), error)
+
+
+def to_numpy(values: Tensor) -> NDArray[np.float32]:
+    """The values of a float32 tensor on any device."""
+    return values.cpu().numpy()
 
 
 def finite(values: Tensor, what: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.influence.engine import MeanTarget, Scores, TargetBlock
+from turnover.influence.engine import Scores, TargetBlock, to_numpy
 from turnover.influence.extremes import Extremes
 
 EXACT_GHOSTS = 100
@@ -53,7 +53,7 @@ class Reranked:
 
 
 def rerank(
-    block: TargetBlock | MeanTarget,
+    block: TargetBlock,
     linear: Iterable[Tensor],
     ids: Tensor,
     ghosts: Tensor,
@@ -86,14 +86,13 @@ def rerank(
     sample = ghosts[:EXACT_GHOSTS]
     linear_ghosts = block.linear(ghosts).mean.cpu().double().numpy()
     scores, errors, exact_ghosts = [], [], []
-    alone: Iterable[TargetBlock | MeanTarget] = block.targets()
-    for row, target in enumerate(alone):
+    for row, target in enumerate(block.targets()):
         chosen = ids[torch.from_numpy(positions[row, ends])]
         both = target.exact(torch.cat([chosen, sample.to(chosen.device)]))
-        scores.append(_numpy(both.mean[0, : len(chosen)]))
-        exact_ghosts.append(_numpy(both.mean[0, len(chosen) :]))
+        scores.append(to_numpy(both.mean[0, : len(chosen)]))
+        exact_ghosts.append(to_numpy(both.mean[0, len(chosen) :]))
         if both.standard_error is not None:
-            errors.append(_numpy(both.standard_error[0, : len(chosen)]))
+            errors.append(to_numpy(both.standard_error[0, : len(chosen)]))
     exact = np.stack(scores)
     offset, slope, spread, on_floor = calibrated(linear_ghosts, np.stack(exact_ghosts))
     expected = offset[:, None] + slope[:, None] * found[:, between]
@@ -118,10 +117,6 @@ def rerank(
             wanted,
         ),
     )
-
-
-def _numpy(values: Tensor) -> NDArray[np.float32]:
-    return values.cpu().numpy()
 
 
 def calibrated(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch, tensors
-from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock
+from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
 from turnover.influence.extremes import Extremes
 from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
 from turnover.influence.sinks import Sink
@@ -48,66 +48,67 @@ class Walk:
 
     def over(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
         """Score all targets, block by block; returns how many there were."""
-        start = 0
-        rows_at_once, columns = self.grid(len(ids))
-        for batches in _regrouped(targets, rows_at_once):
-            count = sum(len(batch) for batch in batches)
-            sink.begin(start, batches)
-            self.fill(
-                TargetBlock(self.engines, batches), slice(start, start + count), ids, sink, columns
-            )
-            start += count
-        return start
+        columns = self.grid(len(ids))[1]
+        count = 0
+        for rows, batches in self._announced(targets, ids, sink):
+            self.fill(TargetBlock(self.engines, batches), rows, ids, sink, columns)
+            count += sum(map(len, batches))
+        return count
 
     def announce(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
         """Tell the sink of all targets, and score none; returns how many there were."""
+        return sum(len(batch) for _, some in self._announced(targets, ids, sink) for batch in some)
+
+    def _announced(
+        self, targets: Iterable[Batch], ids: Tensor, sink: Sink
+    ) -> Iterator[tuple[slice, list[Batch]]]:
         start = 0
         for batches in _regrouped(targets, self.grid(len(ids))[0]):
             sink.begin(start, batches)
-            start += sum(len(batch) for batch in batches)
-        return start
+            rows = slice(start, start + sum(map(len, batches)))
+            yield rows, batches
+            start = rows.stop
 
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
         """Score the mean objective of all targets."""
-        self.fill(
-            MeanTarget(self.engines, targets),
-            slice(0, 1),
-            ids,
-            sink,
-            self.columns(self.method, 1, len(ids)),
-        )
+        block, columns = MeanTarget(self.engines, targets), self.columns(1, len(ids))
+        self.fill(block, slice(0, 1), ids, sink, columns)
 
-    def rows(self, method: str, targets: int | None = None) -> int:
-        """Targets in one block of a method."""
-        if method == "exact":
+    def rows(self, targets: int | None = None) -> int:
+        """Targets in one block."""
+        if self.method == "exact":
             return _EXACT_BLOCK[0]
-        if method == "rerank":
+        if self.method == "rerank":
             return _RERANKED  # the exact part of a block is what takes the time
         units = sum(engine.units for engine in self.engines)
         most = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
         return most if targets is None else min(most, targets)
 
-    def columns(self, method: str, rows: int, ids: int) -> int:
+    def columns(self, rows: int, ids: int) -> int:
         """Ids in one block of so many targets."""
-        if method == "exact":
+        if self.method == "exact":
             return _EXACT_BLOCK[1]
         size = max(1024, _SCORE_BYTES // (4 * rows))
         return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
 
-    def pairs(self, ids: int) -> int:
-        """Pairs that a target takes of each network, by which progress is told."""
-        if self.method == "rerank":
-            return min(2 * self.candidates, ids) + min(EXACT_GHOSTS, self.ghosts)
-        return ids + self.ghosts
-
     def grid(self, ids: int) -> tuple[int, int]:
         """Targets and ids in one block; whoever repeats it repeats the bits."""
-        rows = self.rows(self.method)
-        return rows, self.columns(self.method, rows, ids)
+        rows = self.rows()
+        return rows, self.columns(rows, ids)
+
+    @property
+    def floor_ghosts(self) -> int:
+        """Ghosts that make the noise floor of a target."""
+        return min(EXACT_GHOSTS, self.ghosts) if self.method == "rerank" else self.ghosts
+
+    def pairs(self, ids: int) -> int:
+        """Pairs that a target takes of each network, by which progress is told."""
+        scored = min(2 * self.candidates, ids) if self.method == "rerank" else ids
+        return scored + self.floor_ghosts
 
     def fill(
         self,
-        block: TargetBlock | MeanTarget,
+        block: TargetBlock,
         rows: slice,
         ids: Tensor,
         sink: Sink,
@@ -120,7 +121,7 @@ class Walk:
             return
         score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
         if not sink.has("ghost", rows):
-            sink.put("ghost", rows, _numpy(score(ghosts).mean))
+            sink.put("ghost", rows, to_numpy(score(ghosts).mean))
         if self.top is None:
             for start in range(0, len(ids), columns):
                 some = slice(start, min(start + columns, len(ids)))
@@ -132,7 +133,7 @@ class Walk:
         elif not sink.has("train_id", rows):
             self._extremes(block, score, rows, ids, sink, columns)
 
-    def _linear(self, block: TargetBlock | MeanTarget, ids: Tensor) -> Scores:
+    def _linear(self, block: TargetBlock, ids: Tensor) -> Scores:
         scores = block.linear(ids)
         self._advance(scores.mean.numel())
         return scores
@@ -143,7 +144,7 @@ class Walk:
 
     def _extremes(
         self,
-        block: TargetBlock | MeanTarget,
+        block: TargetBlock,
         score: Score,
         rows: slice,
         ids: Tensor,
@@ -161,14 +162,11 @@ class Walk:
         sink.put("score", rows, found)
         sink.put("train_id", rows, ids.numpy()[positions])
 
-    def _errors(
-        self, block: TargetBlock | MeanTarget, ids: Tensor, positions: Any, columns: int
-    ) -> Any:
+    def _errors(self, block: TargetBlock, ids: Tensor, positions: Any, columns: int) -> Any:
         """Standard errors of the scores of the ids at some positions: float32, of their shape."""
         errors = np.empty(positions.shape, dtype=np.float32)
         if self.method == "exact":
-            alone: Iterable[TargetBlock | MeanTarget] = block.targets()
-            for index, target in enumerate(alone):
+            for index, target in enumerate(block.targets()):
                 errors[index] = _error(target.exact(ids[torch.from_numpy(positions[index])]))[0]
             return errors
         wanted = np.unique(positions)
@@ -181,7 +179,7 @@ class Walk:
 
     def _rerank(
         self,
-        block: TargetBlock | MeanTarget,
+        block: TargetBlock,
         rows: slice,
         ids: Tensor,
         sink: Sink,
@@ -216,7 +214,7 @@ class Walk:
                 sink.put("score", rows, scores, some)
                 sink.put("exact", rows, exact, some)
                 if found.standard_error is not None and linear.standard_error is not None:
-                    errors = _numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                    errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
                     errors[row, at] = found.standard_error[row, column]
                     sink.put("standard_error", rows, errors.astype(np.float32), some)
                 start = some.stop
@@ -267,15 +265,11 @@ def _cut(batch: Batch, start: int, stop: int) -> list[Batch]:
 
 
 def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
-    sink.put("score", rows, _numpy(scores.mean), columns)
+    sink.put("score", rows, to_numpy(scores.mean), columns)
     if scores.standard_error is not None:
-        sink.put("standard_error", rows, _numpy(scores.standard_error), columns)
+        sink.put("standard_error", rows, to_numpy(scores.standard_error), columns)
 
 
 def _error(scores: Scores) -> Any:
     assert scores.standard_error is not None
-    return _numpy(scores.standard_error)
-
-
-def _numpy(values: Tensor) -> Any:
-    return values.cpu().numpy()
+    return to_numpy(scores.standard_error)
