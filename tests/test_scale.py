@@ -27,7 +27,6 @@ from turnover.influence.linear import LinearScorer
 IDS = torch.arange(40) * 7919
 TARGETS = 5
 METHODS = ("linear", "exact", "rerank")
-FIELDS = ("scores", "train_ids", "target_ids", "standard_error", "exact", "recall")
 
 
 def network(seed=0, keep=0.5, width=12, sites="mlp"):
@@ -341,22 +340,6 @@ def test_self_influence_of_thousands_holds_bounded_ghosts(monkeypatch):
 # Results on disk
 
 
-def same(one, other):
-    for name in FIELDS:
-        left, right = getattr(one, name), getattr(other, name)
-        assert (left is None) == (right is None), name
-        if left is not None:
-            assert left.dtype == right.dtype and left.shape == right.shape, name
-            np.testing.assert_array_equal(left, right, err_msg=name)
-    for name in ("mean", "sd"):
-        np.testing.assert_array_equal(getattr(one.floor, name), getattr(other.floor, name))
-    np.testing.assert_array_equal(one.null.values, other.null.values)
-    np.testing.assert_array_equal(one.z, other.z)
-    np.testing.assert_array_equal(one.q, other.q)
-    for name in ("method", "objective", "sites", "network", "considered"):
-        assert getattr(one, name) == getattr(other, name), name
-
-
 @pytest.mark.parametrize("networks", [1, 2])
 @pytest.mark.parametrize("top", [None, 3, 50])
 @pytest.mark.parametrize("method", METHODS)
@@ -368,8 +351,8 @@ def test_what_is_stored_is_what_memory_holds(method, top, networks, tmp_path):
     stored = make.estimate(
         batches, IDS, top=top, out=tmp_path / "r", coordinates={"source": [f"s{i}" for i in IDS]}
     )
-    same(stored.load(), memory)
-    same(make.estimate(batches, IDS, top=top), memory)
+    tiny.assert_same(stored.load(), memory)
+    tiny.assert_same(make.estimate(batches, IDS, top=top), memory)
     dataset = stored.dataset
     assert dataset.source.dims == ("train",)
     np.testing.assert_array_equal(dataset.source.values, [f"s{i}" for i in IDS])
@@ -390,7 +373,7 @@ def test_thousands_of_targets_have_one_null_distribution_on_disk_and_in_memory(t
             nets.model[layer].bias.zero_()
     make = influence("linear", nets, ghosts=1000)
     memory = make.estimate(batches, IDS)
-    same(make.estimate(batches, IDS, out=tmp_path / "r").load(), memory)
+    tiny.assert_same(make.estimate(batches, IDS, out=tmp_path / "r").load(), memory)
     assert (memory.noise_floor == 0).sum() == 295
 
 
@@ -461,8 +444,8 @@ def test_resuming_with_anything_else_is_refused_and_named(method, finished, tmp_
         with pytest.raises(InputError, match=named):
             estimator.estimate(given_targets, ids, out=url, **options)
     expected = make.estimate(batches, IDS)
-    same(make.estimate(batches, IDS, out=url).load(), expected)
-    same(make.estimate(batches, IDS, out=url).load(), expected)
+    tiny.assert_same(make.estimate(batches, IDS, out=url).load(), expected)
+    tiny.assert_same(make.estimate(batches, IDS, out=url).load(), expected)
 
 
 def test_targets_that_differ_in_what_is_no_tensor_are_other_targets(tmp_path):
@@ -553,7 +536,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(method, top,
         assert process.returncode == -signal.SIGKILL, process.stdout.read()
     assert kills >= 2
     one, other = (store.read(tmp_path / name) for name in ("whole", "cut"))
-    same(one.load(), other.load())
+    tiny.assert_same(one.load(), other.load())
     files = [
         {
             str(p.relative_to(tmp_path / name)): p.read_bytes()

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tiny
 import turnover
 from turnover import InputError
 from turnover.influence import place
@@ -52,7 +53,6 @@ TOP = {
     "train_id": Variable(("target", "rank"), "int64", (ROWS, RANKS)),
     "ghost": Variable(("target", "ghost"), "float32", (ROWS, GHOSTS)),
 }
-FIELDS = ("scores", "train_ids", "target_ids", "standard_error", "exact", "recall")
 
 
 class Shared(AbstractFileSystem):
@@ -164,24 +164,6 @@ def expected(variables=None, **changed):
     return Result(**(fields | changed))
 
 
-def assert_same(one, other):
-    for name in FIELDS:
-        left, right = getattr(one, name), getattr(other, name)
-        assert (left is None) == (right is None), name
-        if left is not None:
-            assert left.dtype == right.dtype and left.shape == right.shape, name
-            np.testing.assert_array_equal(left, right, err_msg=name)
-    for left, right in zip(bits(one), bits(other), strict=True):
-        np.testing.assert_array_equal(left, right)
-        assert np.shape(left) == np.shape(right)
-    for name in ("method", "objective", "sites", "network", "considered"):
-        assert getattr(one, name) == getattr(other, name)
-
-
-def bits(result):
-    return result.floor.mean, result.floor.sd, result.null.values, result.z, result.q
-
-
 def tree(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -232,7 +214,7 @@ def test_a_saved_result_comes_back_bit_for_bit(name, url):
     result = results()[name]
     save(url, result)
     stored = turnover.open_result(url)
-    assert_same(stored.load(), result)
+    tiny.assert_same(stored.load(), result)
     assert stored.kind == ("dense" if name == "nothing selected" else name.split()[0])
     assert len(stored) == len(result.scores)
 
@@ -240,7 +222,7 @@ def test_a_saved_result_comes_back_bit_for_bit(name, url):
 def test_saving_again_replaces_the_result_and_leaves_nothing_else(tmp_path):
     save(tmp_path / "one.zarr", results()["dense"])
     save(tmp_path / "one.zarr", results()["top"])
-    assert_same(read(tmp_path / "one.zarr").load(), results()["top"])
+    tiny.assert_same(read(tmp_path / "one.zarr").load(), results()["top"])
     assert [path.name for path in tmp_path.iterdir()] == ["one.zarr"]
 
 
@@ -248,7 +230,7 @@ def test_saving_again_replaces_the_result_and_leaves_nothing_else(tmp_path):
 def test_a_result_written_in_blocks_is_the_result_in_memory(variables, url):
     write(url, variables)
     stored = read(url)
-    assert_same(stored.load(), expected(variables))
+    tiny.assert_same(stored.load(), expected(variables))
     assert len(stored) == TARGETS
     np.testing.assert_array_equal(stored.target_ids, np.arange(TARGETS))
     np.testing.assert_array_equal(stored.train_ids, expected(variables).train_ids)
@@ -294,7 +276,7 @@ def test_targets_without_ids_have_none(tmp_path):
     stored = read(tmp_path / "r.zarr")
     assert stored.target_ids is None and stored.load().target_ids is None
     assert set(stored.dataset.coords) == {"train", "train_label"}
-    assert_same(stored.load(), expected(target_ids=None))
+    tiny.assert_same(stored.load(), expected(target_ids=None))
 
 
 def test_aggregates_and_rows_of_training_instances_can_be_written_in_blocks(tmp_path):
@@ -343,7 +325,7 @@ def test_a_store_that_was_cut_off_keeps_what_it_has(url):
     with pytest.raises(InputError, match="not finished: repeat the call"):
         read(url)
     assert write(url) == whole - first
-    assert_same(read(url).load(), expected())
+    tiny.assert_same(read(url).load(), expected())
 
 
 def child(url, pause):
@@ -394,7 +376,7 @@ def test_two_processes_do_not_write_one_result(remote, tmp_path, monkeypatch):
             write(url)
         monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
     write(url)
-    assert_same(read(url).load(), expected())
+    tiny.assert_same(read(url).load(), expected())
 
 
 def test_a_writer_that_was_silent_finds_itself_replaced(monkeypatch):
@@ -521,7 +503,7 @@ def test_damage_is_named_or_does_no_harm(finished, tmp_path, rng, how):
     # What load() does not read: coordinates, and what only zarr without consolidated metadata reads.
     unread = name.parts[0] in {"train_label", "target_label", "ghost", "progress"}
     if unread or (path.name == "zarr.json" and len(name.parts) == 2):
-        assert_same(read(folder).load(), expected())
+        tiny.assert_same(read(folder).load(), expected())
     else:
         with pytest.raises(InputError, match=re.escape(str(folder))) as caught:
             read(folder).load()
@@ -541,7 +523,7 @@ def test_a_damaged_block_is_named_when_going_on(damage, tmp_path):
         write(folder)
     chunk.unlink()
     write(folder)
-    assert_same(read(folder).load(), expected())
+    tiny.assert_same(read(folder).load(), expected())
 
 
 def test_what_is_not_a_result_is_refused_and_left_alone(tmp_path):

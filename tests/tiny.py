@@ -160,3 +160,20 @@ def definition(network, objective, batch: Batch, ids: Tensor) -> np.ndarray:
                     exposed = objective(target.call(network.model), target)
                 scores[row, column] = hidden.float().item() - exposed.float().item()
     return scores.numpy()
+
+
+def assert_same(one: turnover.Result, other: turnover.Result) -> None:
+    """Two results agree in every bit."""
+    for name in ("scores", "train_ids", "target_ids", "standard_error", "exact", "recall"):
+        left, right = getattr(one, name), getattr(other, name)
+        assert (left is None) == (right is None), name
+        if left is not None:
+            assert left.dtype == right.dtype and left.shape == right.shape, name
+            np.testing.assert_array_equal(left, right, err_msg=name)
+    for name in ("mean", "sd"):
+        np.testing.assert_array_equal(getattr(one.floor, name), getattr(other.floor, name))
+    np.testing.assert_array_equal(one.null.values, other.null.values)
+    np.testing.assert_array_equal(one.z, other.z)
+    np.testing.assert_array_equal(one.q, other.q)
+    for name in ("method", "objective", "sites", "network", "considered"):
+        assert getattr(one, name) == getattr(other, name), name
