@@ -1,0 +1,1 @@
+"""How near attributions come to what retraining says."""

