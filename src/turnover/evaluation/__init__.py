@@ -3,8 +3,13 @@
 Needs ``pip install turnover[evaluation]``. Not imported by ``import turnover``.
 """
 
-from turnover.evaluation.lds import Correlation, Lds, lds
+from turnover.evaluation.correlation import Correlation
+from turnover.evaluation.lds import Lds, lds
+from turnover.evaluation.leave_one_out import LeaveOneOut, leave_one_out
+from turnover.evaluation.memorisation import Memorisation, memorisation
+from turnover.evaluation.mislabel import Mislabel, mislabel
 from turnover.evaluation.recipe import Build, Masked, Recipe
+from turnover.evaluation.removal import Removal, removal_curve
 from turnover.evaluation.retraining import minus_cost, retrain
 from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.evaluation.training import Trained, logits, train
@@ -13,14 +18,22 @@ __all__ = [
     "Build",
     "Correlation",
     "Lds",
+    "LeaveOneOut",
     "Masked",
+    "Memorisation",
+    "Mislabel",
     "Recipe",
+    "Removal",
     "Subsets",
     "Trained",
     "draw_subsets",
     "lds",
+    "leave_one_out",
     "logits",
+    "memorisation",
     "minus_cost",
+    "mislabel",
+    "removal_curve",
     "retrain",
     "train",
 ]

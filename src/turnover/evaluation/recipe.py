@@ -24,8 +24,7 @@ class Recipe:
         epochs: passes over the instances, >= 1.
         learning_rate: > 0.
         batch_size: instances in a step, >= 1; the last, smaller batch of an epoch is trained on too.
-        momentum: of ``"sgd"``, in [0, 1); ``"adam"`` has torch's own decay rates, and needs 0 or the
-            default here.
+        momentum: of ``"sgd"``, in [0, 1); ``"adam"`` has torch's own decay rates, whatever it is.
         weight_decay: factor of the L2 penalty in the gradient, >= 0.
         optimiser: ``"sgd"`` or ``"adam"``.
 

@@ -205,10 +205,13 @@ def batch_of_models(model: nn.Module, train: int, units: int = 0) -> int:
     # A batch of convolutions is one grouped convolution, which takes longer than as many single
     # ones; layers with buffers (batch norm) change them in place, which vmap cannot follow.
     plain = all(isinstance(owner, nn.Linear | nn.LayerNorm) for owner in owners)
-    if not plain or any(True for _ in model.buffers()):
+    # Of tied weights a state dict has two names, of which stacked parameters have one.
+    parameters = list(model.parameters())
+    alike = len(model.state_dict()) == len(parameters)
+    trained = all(parameter.requires_grad for parameter in parameters)
+    if not (plain and alike and trained) or any(True for _ in model.buffers()):
         return 1
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    several = _BATCHED_PARAMETERS // max(parameters, 1)
+    several = _BATCHED_PARAMETERS // max(sum(p.numel() for p in parameters), 1)
     if several < _FEWEST_BATCHED:
         return 1
     return max(1, min(several, _MASK_BYTES // max(train * units, 1)))
