@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from turnover import InputError
@@ -212,6 +211,8 @@ def _decoded(
     jpegs: NDArray[np.uint8], offsets: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Images (rows, 3, height, width) in [0, 255], of JPEGs that lie one behind the other."""
+    from PIL import Image
+
     images = []
     for row in rows:
         with Image.open(io.BytesIO(jpegs[offsets[row] : offsets[row + 1]].tobytes())) as image:
