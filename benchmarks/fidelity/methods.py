@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -14,6 +18,7 @@ from torch import nn
 from .problems import Problem
 
 Floats = NDArray[np.float32]
+_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,56 @@ class Scored:
     note: str = ""
 
 
-def attempt(method: Callable[[Attribution], Scored], task: Attribution) -> Scored:
-    """Run a method; one that fails is a row that says why."""
+def attempt(
+    method: Callable[[Attribution], Scored], task: Attribution, seconds: float = _SECONDS
+) -> Scored:
+    """Run a method; one that fails, or takes too long, is a row that says why.
+
+    Args:
+        method: what is run, with torch's global generator at seed 0 and put back afterwards: packages
+            draw from it.
+        task: what it is given.
+        seconds: wall-clock limit, kept in the main thread alone.
+    """
     task.workdir.mkdir(parents=True, exist_ok=True)
     try:
-        scored = method(task)
+        with torch.random.fork_rng(devices=[]), _limited(seconds):
+            torch.manual_seed(0)
+            scored = method(task)
     except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the board goes on
         said = str(error).strip().splitlines()
-        note = f"failed: {type(error).__name__}: {said[0][:200] if said else ''}"
-        return Scored(None, None, 0.0, 0.0, 0, note=note)
-    for name in ("scores", "self_scores"):
+        return _failed(f"{type(error).__name__}: {said[0][:200] if said else ''}")
+    train, test = len(task.problem.train), len(task.problem.test)
+    for name, shape in (("scores", (test, train)), ("self_scores", (train,))):
         values = getattr(scored, name)
-        if values is not None and not np.isfinite(values).all():
-            note = f"failed: {name} are not finite"
-            return Scored(None, None, scored.prepare_seconds, scored.score_seconds, 0, note=note)
+        if values is None:
+            continue
+        if values.shape != shape:
+            return _failed(f"{name} are {values.shape}, not {shape}")
+        if not np.isfinite(values).all():
+            return _failed(f"{name} are not finite")
     return scored
+
+
+def _failed(why: str) -> Scored:
+    return Scored(None, None, 0.0, 0.0, 0, note=f"failed: {why}")
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise a ``TimeoutError`` in what takes longer."""
+    # Only the main thread gets signals.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

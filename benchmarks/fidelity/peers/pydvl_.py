@@ -20,7 +20,6 @@ from turnover import InputError
 from ..methods import Attribution, Scored
 
 _CHILD = Path(__file__).with_name("pydvl_child.py")
-_SECONDS = 600
 
 
 def python() -> Path:
@@ -44,9 +43,7 @@ def pydvl(method: str) -> Callable[[Attribution], Scored]:
         save_file({k: v.contiguous() for k, v in (data | weights).items()}, given)
         layers = json.dumps([_layer(one) for one in cast(nn.Sequential, task.models[0])])
         command = [str(python()), str(_CHILD), method, layers, str(given), str(made)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not made.exists():
             said = done.stderr.strip().splitlines() or ["nothing was said"]
             raise RuntimeError(said[-1])
@@ -60,8 +57,14 @@ def pydvl(method: str) -> Callable[[Attribution], Scored]:
 
 
 def _layer(layer: nn.Module) -> list[object]:
+    """Class and arguments, from which the other interpreter makes the layer."""
     if isinstance(layer, nn.Linear):
         return ["Linear", layer.in_features, layer.out_features, layer.bias is not None]
     if isinstance(layer, nn.Conv2d):
-        return ["Conv2d", layer.in_channels, layer.out_channels]
-    return [type(layer).__name__]
+        sizes = (layer.kernel_size, layer.stride, layer.padding)
+        return ["Conv2d", layer.in_channels, layer.out_channels, *sizes]
+    if isinstance(layer, nn.MaxPool2d):
+        return ["MaxPool2d", layer.kernel_size, layer.stride, layer.padding]
+    if isinstance(layer, nn.ReLU | nn.Flatten):
+        return [type(layer).__name__]
+    raise InputError(f"pyDVL's interpreter cannot be told of the layer {layer}")

@@ -19,15 +19,13 @@ _REGULARISATION = 1e-2
 
 
 def layer(name: str, *sizes: Any) -> nn.Module:
-    if name == "Linear":
-        return nn.Linear(sizes[0], sizes[1], bias=sizes[2])
-    if name == "Conv2d":
-        return nn.Conv2d(sizes[0], sizes[1], 3, padding=1)
-    return nn.MaxPool2d(2) if name == "MaxPool2d" else getattr(nn, name)()
+    made: nn.Module = getattr(nn, name)(*sizes)
+    return made
 
 
 def main() -> None:
     method, layers, given, made = sys.argv[1:]
+    torch.manual_seed(0)
     data = load_file(given)
     model = nn.Sequential(*(layer(*one) for one in json.loads(layers)))
     weights = {k.removeprefix("model."): v for k, v in data.items() if k.startswith("model.")}
@@ -40,15 +38,19 @@ def main() -> None:
         influence = NystroemSketchInfluence(
             model, nn.functional.cross_entropy, regularization=_REGULARISATION, rank=_RANK
         )
-        numbers = sum(p.numel() for p in model.parameters()) * _RANK
     else:
         influence = EkfacInfluence(
             model, update_diagonal=True, hessian_regularization=_REGULARISATION
         )
-        sides = [sum(p.shape) + p[0].numel() ** 2 + len(p) ** 2 for p in model.parameters()]
-        numbers = sum(sides)
     influence = influence.fit(DataLoader(TensorDataset(x, y), batch_size=250))
     fitted = time.perf_counter()
+    if method == "nystroem":  # eigenvectors and eigenvalues
+        numbers = (sum(p.numel() for p in model.parameters()) + 1) * _RANK
+    else:
+        kept = influence.ekfac_representation
+        numbers = sum(
+            one.numel() for part in (kept.evecs_a, kept.evecs_g, kept.diags) for one in part
+        )
     parts = [
         influence.influences(test_x, test_y, *part, mode=InfluenceMode.Up).detach()
         for part in zip(x.split(500), y.split(500), strict=True)
