@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.influence.cost import Plan, plan
 from turnover.influence.engine import Engine, Scores, TargetBlock, measure
+from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
 from turnover.influence.progress import Progress
 from turnover.influence.result import Result
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
@@ -29,7 +30,7 @@ from turnover.objectives import Objective, margin
 if TYPE_CHECKING:
     from turnover.influence.store import StoredResult
 
-METHODS = ("linear", "exact", "rerank", "auto")
+METHODS = ("linear", "exact", "rerank", "auto", "gram")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
 
@@ -40,14 +41,16 @@ class Influence:
     Args:
         network: from :func:`turnover.attach`, trained under ``exposed(ids)``; or several, trained on
             the same ids with other seeds, whose scores are averaged: noise falls with the square root
-            of their number, and every score comes with its standard error.
+            of their number, and every score comes with its standard error. For ``"gram"`` also any
+            trained modules, without masks.
         objective: cost of a prediction, callable ``(outputs, batch) -> (rows,)``; default
             :func:`turnover.objectives.margin`, whose noise is closest to Gaussian. Significance is
             computed on the objective given.
         method: ``"exact"`` (two forwards of every id: Kobayashi et al. 2020, equation 6), ``"linear"``
             (one backward per target, whatever the number of ids), ``"rerank"`` (linear, then exact
             for the candidates at both ends), or ``"auto"``: the most exact of them that is estimated
-            to stay within ``seconds`` (see :meth:`plan`).
+            to stay within ``seconds`` (see :meth:`plan`). ``"gram"``: inner products of gradients,
+            which needs :meth:`fit` (:mod:`turnover.influence.gram`).
         ghosts: ghost ids for the noise floor, at least 10. Below 1,000 the far tail is rough.
         block: ids in one forward of the exact method; ``None``: as many as the caches hold.
         sites: names or glob patterns of the sites whose masks are flipped; at the others the network
@@ -55,17 +58,26 @@ class Influence:
             add more noise than signal. ``None``: all, which is the paper's estimate.
         candidates: ids on each side that ``"rerank"`` scores exactly.
         seconds: what ``"auto"`` may take.
+        ridge: of gram, what is added to the diagonal: a multiple of the mean diagonal, ``"gcv"`` or
+            ``"evidence"``.
+        residual: of gram, whether scores are multiplied with 1 minus the probability of the training
+            instance's label; a number is an exponent of it. ``None``: for plain modules with the
+            margin (:class:`turnover.influence.gram.Options`).
+        features: of gram, ``"gradients"``, or ``"masks"``: derivatives by the masks alone, a compact
+            stand-in for big networks.
+        resamples: of gram with one network, halves of the training set behind standard errors.
         adapter: how a batch becomes :class:`turnover.Batch`.
         progress: show a progress bar with the time left.
 
     Raises:
         InputError: unknown method (those that exist are listed), unknown site, too few ghosts, one
-            network twice, or networks whose sites differ.
+            network twice, networks whose sites differ, or modules without masks by a method that
+            needs them.
     """
 
     def __init__(
         self,
-        network: Network | Sequence[Network],
+        network: Network | nn.Module | Sequence[Network | nn.Module],
         objective: Objective = margin,
         method: str = "linear",
         *,
@@ -74,6 +86,10 @@ class Influence:
         sites: Sequence[str] | None = None,
         candidates: int = 50,
         seconds: float = 60.0,
+        ridge: float | str = DEFAULT_RIDGE,
+        residual: bool | float | None = None,
+        features: str = "gradients",
+        resamples: int = 8,
         adapter: Adapter = as_batch,
         progress: bool = False,
     ) -> None:
@@ -86,25 +102,61 @@ class Influence:
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} must be >= {least}, got {value}")
-        self.networks = _several(network)
         self.objective = objective
         self.method = method
         self.ghosts = ghosts
         self.block = block
-        first = self.networks[0]
-        self.sites = first.sites if sites is None else first.select(sites)
         self.candidates = candidates
         self.seconds = seconds
         self.adapter = adapter
         self.progress = progress
         self._progress: Progress | None = None
+        self._gram: Gram | None = None
+        models = _several(network)
+        if method == "gram":
+            self.sites: list[str] = []
+            self.networks: list[Network] = []
+            self._engines: list[Engine] = []
+            self._gram = Gram(
+                models,
+                objective,
+                Options(ridge, residual, features, resamples),
+                batches=self._batches,
+                progress=progress,
+            )
+            return
+        self.networks = _attached(models, method)
+        first = self.networks[0]
+        self.sites = first.sites if sites is None else first.select(sites)
         self._engines = [Engine(one, objective, block, self.sites) for one in self.networks]
+
+    def fit(self, train_batches: Iterable[Any]) -> Influence:
+        """Take in the training set, as ``"gram"`` needs it. A second call starts anew.
+
+        Args:
+            train_batches: the training instances, each once, with labels. Their ids come from the
+                batches; where none has any, row numbers from 0 are the ids.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            InputError: another method, no batches, ids in some batches only or given twice, an
+                objective that is not finite or mixes rows.
+        """
+        if self._gram is None:
+            raise InputError(
+                f"nothing to fit: method={self.method!r} does not look at the training data; call "
+                f"estimate"
+            )
+        self._gram.fit(train_batches)
+        return self
 
     @overload
     def estimate(
         self,
         targets: Iterable[Any],
-        train_ids: Tensor | Sequence[int],
+        train_ids: Tensor | Sequence[int] | None = None,
         *,
         top: int | None = None,
         out: None = None,
@@ -115,7 +167,7 @@ class Influence:
     def estimate(
         self,
         targets: Iterable[Any],
-        train_ids: Tensor | Sequence[int],
+        train_ids: Tensor | Sequence[int] | None = None,
         *,
         top: int | None = None,
         out: str | Path,
@@ -125,7 +177,7 @@ class Influence:
     def estimate(
         self,
         targets: Iterable[Any],
-        train_ids: Tensor | Sequence[int],
+        train_ids: Tensor | Sequence[int] | None = None,
         *,
         top: int | None = None,
         out: str | Path | None = None,
@@ -135,8 +187,8 @@ class Influence:
 
         Args:
             targets: batches of predictions to explain, with labels as the objective needs them.
-            train_ids: int64 (train,), distinct. Ghosts beyond the first ``ghosts`` are allowed, to
-                check the false-positive rate.
+            train_ids: int64 (train,), distinct. Ghosts beyond the first ``ghosts`` are allowed, to check
+                the false-positive rate. By ``"gram"`` of fitted instances, and ``None`` for all.
             top: keep only so many of the most helpful and of the most harmful ids of each target.
                 Memory then does not grow with the number of ids.
             out: folder or fsspec URL of a zarr store to write, block by block. Memory then grows
@@ -154,9 +206,16 @@ class Influence:
                 that is not finite (the rows are named), a store that holds something else or that
                 somebody else is writing.
         """
-        ids = self._check(train_ids)
         if top is not None and top < 1:
             raise InputError(f"top must be >= 1, got {top}")
+        if self._gram is not None:
+            if out is not None or coordinates:
+                raise InputError(
+                    "gram keeps its scores in memory: leave out= and coordinates= out, and give top= "
+                    "where there are too many"
+                )
+            return self._gram.estimate(targets, train_ids, top)
+        ids = self._check(train_ids)
         reranks = self.method in ("rerank", "auto")
         if reranks and top is not None and top > self.candidates:
             raise InputError(
@@ -173,7 +232,9 @@ class Influence:
                 return sink.result(ids.numpy(), **self._described(walk.method, ids))
             return self._store(walk, batches, ids, out, dict(coordinates or {}))
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int]) -> Result:
+    def aggregate(
+        self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None = None
+    ) -> Result:
         """Influence on the mean objective over all targets, without the pairwise matrix.
 
         Arguments and errors as in :meth:`estimate`.
@@ -181,6 +242,8 @@ class Influence:
         Returns:
             :class:`Result` with scores (train,) and a scalar noise floor.
         """
+        if self._gram is not None:
+            return self._gram.aggregate(targets, train_ids)
         ids = self._check(train_ids)
         with self._evaluating():
             walk, batches = self._begun(targets, ids, None, None)
@@ -199,7 +262,7 @@ class Influence:
             recall=None if recall is None else recall[0],
         )
 
-    def self_influence(self, train_batches: Iterable[Any]) -> Result:
+    def self_influence(self, train_batches: Iterable[Any] | None = None) -> Result:
         """Influence of every training instance on itself: memorisation, and mislabels.
 
         Every row is scored under its own id and under ghosts: all of them with the linear method, 20
@@ -207,7 +270,8 @@ class Influence:
         nothing to rank, and the scores are linear, as with ``"auto"``.
 
         Args:
-            train_batches: batches with labels and ids.
+            train_batches: batches with labels and ids; by ``"gram"`` of fitted instances, and ``None`` for
+                all of them.
 
         Returns:
             :class:`Result` with scores and noise floor (train,); q is over all instances.
@@ -215,6 +279,10 @@ class Influence:
         Raises:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
+        if self._gram is not None:
+            return self._gram.self_influence(train_batches)
+        if train_batches is None:
+            raise InputError(f"self-influence by method={self.method!r} needs train_batches")
         pool = GhostPool()
         ids: list[Tensor] = []
         own, errors, floors = [], [], []
@@ -276,7 +344,7 @@ class Influence:
     def plan(
         self,
         targets: Iterable[Any],
-        train_ids: Tensor | Sequence[int],
+        train_ids: Tensor | Sequence[int] | None = None,
         *,
         top: int | None = None,
         out: str | Path | None = None,
@@ -289,6 +357,8 @@ class Influence:
             :class:`turnover.influence.cost.Plan` with estimated seconds, memory and noise floor of
             each method, and the one that ``"auto"`` takes; ``str()`` of it is a table.
         """
+        if self._gram is not None:
+            raise InputError('plan compares the methods that need masks: leave method="gram" out')
         ids = self._check(train_ids)
         with self._evaluating():
             batches = self._measured(self._batches(targets))
@@ -422,7 +492,11 @@ class Influence:
         for engine in self._engines:
             engine.advance = lambda _: None
 
-    def _check(self, train_ids: Tensor | Sequence[int]) -> Tensor:
+    def _check(self, train_ids: Tensor | Sequence[int] | None) -> Tensor:
+        if train_ids is None:
+            raise InputError(
+                f"method={self.method!r} needs train_ids: it scores any ids it is given"
+            )
         ids = check_ids(train_ids).cpu()
         if not len(ids):
             raise InputError("no training ids given")
@@ -445,13 +519,25 @@ def _begun_method(out: str | Path) -> str | None:
     return store.begun_method(out)
 
 
-def _several(network: Network | Sequence[Network]) -> list[Network]:
-    networks = [network] if isinstance(network, Network) else list(network)
-    if not networks:
+def _several(
+    network: Network | nn.Module | Sequence[Network | nn.Module],
+) -> list[Network | nn.Module]:
+    models = [network] if isinstance(network, Network | nn.Module) else list(network)
+    if not models:
         raise InputError("no network given")
-    if len({id(one.model) for one in networks}) < len(networks):
+    if len({id(one.model if isinstance(one, Network) else one) for one in models}) < len(models):
         raise InputError(
             "one network is given twice, and would count double in the mean over networks"
+        )
+    return models
+
+
+def _attached(models: Sequence[Network | nn.Module], method: str) -> list[Network]:
+    networks = [one for one in models if isinstance(one, Network)]
+    if len(networks) < len(models):
+        raise InputError(
+            f"method={method!r} needs the masks that a network was trained under: give one from "
+            f'turnover.attach, or take method="gram" for a network that was trained without'
         )
     for one in networks[1:]:
         if one.sites != networks[0].sites:

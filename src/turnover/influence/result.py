@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.calibration import NoiseFloor, NullDistribution, q_values
+from turnover.influence.calibration import (
+    NoiseFloor,
+    NullDistribution,
+    PairNoise,
+    StudentNull,
+    q_values,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -27,7 +33,8 @@ class Result:
 
     Attributes:
         scores: float32, influence.
-        floor: mean and standard deviation of the ghosts' scores.
+        floor: mean and standard deviation of the ghosts' scores; of gram, 0 and the root mean square of
+            the standard errors.
         null: the distribution that turns z into p.
         train_ids: int64 (train,); (targets, ranks) where only the extremes are held.
         target_ids: int64 (targets,), where the target batches had ids.
@@ -38,7 +45,7 @@ class Result:
             several, their digests joined by "+".
         considered: training ids that were scored for each target, and that q is over.
         standard_error: float32, of the shape of ``scores``: of the mean over networks, where there are
-            several.
+            several; of gram also with one network, over halves of the training set.
         exact: bool, of the shape of ``scores``: reranked pairs, whose scores are exact; the other
             scores are linear ones, put on the scale of the exact ones. ``None``: all are alike.
         recall: float32 (targets,), () of an aggregate, with rerank: estimated share of the exact
@@ -47,7 +54,7 @@ class Result:
 
     scores: NDArray[np.float32]
     floor: NoiseFloor
-    null: NullDistribution
+    null: NullDistribution | StudentNull
     train_ids: NDArray[np.int64]
     target_ids: NDArray[np.int64] | None
     method: str
@@ -61,16 +68,29 @@ class Result:
 
     @cached_property
     def z(self) -> NDArray[np.float32]:
-        """Scores in ghost standard deviations from the ghost mean: float32, of the shape of scores."""
-        return self.floor.standardise(self.scores).astype(np.float32)
+        """Scores in ghost standard deviations from the ghost mean: float32, of the shape of scores.
+
+        Of gram: in standard errors.
+        """
+        return self._noise.standardise(self.scores).astype(np.float32)
 
     @cached_property
     def p(self) -> NDArray[np.float64]:
-        """Two-sided p-values of ``z`` under the ghosts: float64, of the shape of scores."""
-        _, sd = self.floor.of(self.scores)
+        """Two-sided p-values of ``z``: float64, of the shape of scores.
+
+        Under the ghosts; of gram, under Student's t.
+        """
+        noise = self._noise
+        _, sd = noise.of(self.scores)
         # Without any noise there is no scale to judge a score by.
-        values = self.null.p_values(self.floor.standardise(self.scores))
+        values = self.null.p_values(noise.standardise(self.scores))
         return np.asarray(np.where(sd > 0, values, 1.0))
+
+    @property
+    def _noise(self) -> NoiseFloor | PairNoise:
+        if isinstance(self.null, StudentNull) and self.standard_error is not None:
+            return PairNoise(self.standard_error)
+        return self.floor
 
     @cached_property
     def q(self) -> NDArray[np.float64]:
@@ -82,7 +102,7 @@ class Result:
 
     @property
     def noise_floor(self) -> NDArray[np.float32]:
-        """The ghosts' standard deviation, float32.
+        """The ghosts' standard deviation; of gram, the root mean square of the standard errors: float32.
 
         (targets,) of a pairwise result, () of an aggregate, (train,) of self-influence.
         """

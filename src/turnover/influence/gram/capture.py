@@ -1,0 +1,326 @@
+"""One forward and one backward of a batch, and the gradients of every row that fall out of them.
+
+Hooks keep what every trained layer was given; the backward of the summed objective gives the gradient
+of its output for each row, as long as rows do not mix. What no rule knows, or what a rule gets wrong
+on the first batch, goes the general way (:mod:`turnover.influence.gram.general`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from turnover.batches import Batch, tensors
+from turnover.errors import InputError
+from turnover.influence.engine import finite
+from turnover.influence.gram.factors import Explicit, Factors
+from turnover.influence.gram.general import RowGradients
+from turnover.influence.gram.rules import Call, Rule, rule_of
+from turnover.objectives import Objective, costs, cross_entropy
+from turnover.sites import canonical_name, device_of
+
+GENERAL = "other parameters"
+"""The part that holds parameters without a rule."""
+
+_TOLERANCE = 2e-3
+"""Share of its norm by which a gradient may differ from autograd's: float32 in another order."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the rows of a batch.
+
+    Attributes:
+        parts: gradients by part of the network; a part that the rows did not come by is left out.
+        costs: objective, float32 (rows,).
+        wrong: 1 minus the probability of the label, float32 (rows,), where it is asked for.
+    """
+
+    parts: dict[str, Factors]
+    costs: Tensor
+    wrong: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    module: nn.Module
+    rule: Rule
+    trained: frozenset[str]
+    parameters: tuple[str, ...]  # names in the model
+
+
+@dataclass(frozen=True)
+class _Seen:
+    inputs: Tensor
+    edge: GradientEdge
+
+
+class Capture:
+    """Gradients of rows by the trained parameters of a model.
+
+    Args:
+        model: in any mode; it is run in eval mode, and left as it was.
+        objective: callable (outputs, batch) -> (rows,).
+        wrong: whether to find the probability of every label.
+        within: makes a context that every forward is run in.
+
+    Raises:
+        InputError: no parameter is trained, or batch statistics are used even in eval mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        wrong: bool,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._within = within
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._objective = objective
+        self._wrong = wrong
+        _check(self._model)
+        self._parts, self._general = _divided(self._model)
+        self._checked = False
+
+    @property
+    def general(self) -> tuple[str, ...]:
+        """Names of the parameters that no rule knows."""
+        return tuple(self._general)
+
+    def rows(self, batch: Batch) -> Rows:
+        """Gradients, costs and probabilities of the rows of a batch.
+
+        Raises:
+            InputError: the objective is not finite, has no derivative, does not give one number for
+                each row, or one row's depends on other rows.
+        """
+        batch = batch.to(device_of(self._model))
+        with (
+            evaluating(self._model),
+            self._within(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            if not self._checked:
+                self._check_first(batch)
+                self._checked = True
+            rows = self._captured(batch)
+        finite(rows.costs, "objective")
+        for factors in rows.parts.values():
+            for name, values in factors.tensors().items():
+                if name != "tokens":
+                    finite(values, "gradient of the objective")
+        return rows
+
+    def _captured(self, batch: Batch) -> Rows:
+        seen: dict[str, list[_Seen]] = {}
+        with self._watched(len(batch), seen):
+            outputs = batch.call(self._model)
+        values = costs(self._objective, outputs, batch)
+        if not values.requires_grad:
+            raise InputError(
+                "gram differentiates the objective, and this one cannot be differentiated: use an "
+                "objective without detach or no_grad"
+            )
+        with torch.no_grad():
+            wrong = wrongness(outputs, batch) if self._wrong else None
+        calls = [(name, one) for name, every in seen.items() for one in every]
+        given = dict(enumerate(tensors([outputs]))) if self._general else {}
+        given = {number: one for number, one in given.items() if one.requires_grad}
+        edges = [one.edge for _, one in calls] + [get_gradient_edge(v) for v in given.values()]
+        found = torch.autograd.grad(values.sum(), edges, allow_unused=True) if edges else ()
+        parts: dict[str, Factors] = {}
+        with torch.no_grad():
+            by_part: dict[str, list[Call]] = {}
+            for (name, one), back in zip(calls, found, strict=False):
+                if back is not None:
+                    back = back.detach().float()
+                    by_part.setdefault(name, []).append(Call(_real(one.inputs), back))
+            for name, made in by_part.items():
+                part = self._parts[name]
+                parts[name] = part.rule.factors(part.module, part.trained, made)
+        if self._general:
+            pairs = zip(given, found[len(calls) :], strict=True)
+            pulls = {number: back.detach() for number, back in pairs if back is not None}
+            gradients = RowGradients(self._model, self._general)
+            parts[GENERAL] = Explicit(gradients(batch, pulls))
+        return Rows(parts, values.detach(), wrong)
+
+    @contextmanager
+    def _watched(self, rows: int, seen: dict[str, list[_Seen]]) -> Iterator[None]:
+        """What every part is given and gives is kept in ``seen``."""
+        handles = []
+
+        def watch(name: str) -> Any:
+            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+                if not isinstance(output, Tensor) or not isinstance(inputs, Tensor):
+                    raise _UnknownLayoutError(name)
+                if not output.requires_grad:
+                    return None
+                # What all rows share (position embeddings) gets a gradient for each row.
+                spread = len(output) == 1 < rows
+                if spread:
+                    output = output.expand(rows, *output.shape[1:])
+                    inputs = inputs.expand(rows, *inputs.shape[1:])
+                if len(output) != rows or len(inputs) != rows:
+                    raise _UnknownLayoutError(name)
+                seen.setdefault(name, []).append(_Seen(inputs.detach(), get_gradient_edge(output)))
+                return output if spread else None
+
+            return hook
+
+        try:
+            for name, part in self._parts.items():
+                handle = part.module.register_forward_hook(watch(name), with_kwargs=True)
+                handles.append(handle)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_first(self, batch: Batch) -> None:
+        """Compare the last row of a few with autograd on it alone; what differs goes the general way."""
+        few = batch.rows(0, min(len(batch), 4))
+        last = len(few) - 1
+        while True:
+            try:
+                rows = self._captured(few)
+            except _UnknownLayoutError as error:
+                self._give_up([error.part])
+                continue
+            break
+        alone = few.rows(last, last + 1)
+        cost = costs(self._objective, alone.call(self._model), alone)
+        if not torch.allclose(cost.detach(), rows.costs[last:], rtol=1e-2, atol=1e-3):
+            raise InputError(
+                f"the objective of a row is {rows.costs[last].item():.4g} in a batch and "
+                f"{cost.item():.4g} alone: rows of a batch mix (batch statistics, an objective with a "
+                f"mean), and no row has a gradient of its own"
+            )
+        names = [name for part in self._parts.values() for name in part.parameters]
+        wanted = dict(self._model.named_parameters(remove_duplicate=False))
+        found = torch.autograd.grad(cost.sum(), [wanted[name] for name in names], allow_unused=True)
+        truth = dict(zip(names, found, strict=True))
+        scale = max((float(g.norm()) for g in found if g is not None), default=0.0)
+        bad = []
+        for name, part in self._parts.items():
+            factors = rows.parts.get(name)
+            given = None if factors is None else factors.rows(last, last + 1).explicit()[0]
+            if not _agrees(given, part, truth, scale):
+                bad.append(name)
+        self._give_up(bad)
+        if self._general:
+            listed = ", ".join(self._general[:5]) + (", ..." if len(self._general) > 5 else "")
+            warnings.warn(
+                f"turnover: gram knows no rule for {len(self._general)} parameters ({listed}): their "
+                f"gradients are computed row by row, which is slow and takes memory; freeze them if "
+                f"they do not matter",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _give_up(self, names: Sequence[str]) -> None:
+        for name in names:
+            part = self._parts.pop(name)
+            self._general += [one for one in part.parameters if one not in self._general]
+
+
+class _UnknownLayoutError(Exception):
+    """A part's inputs or outputs are not laid out by rows."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(part)
+        self.part = part
+
+
+def _agrees(
+    given: Tensor | None, part: _Part, truth: Mapping[str, Tensor | None], scale: float
+) -> bool:
+    found = {name.rpartition(".")[2]: truth[name] for name in part.parameters}
+    there = {name: value.float() for name, value in found.items() if value is not None}
+    if given is None:
+        return all(float(value.norm()) <= 1e-6 * scale for value in there.values())
+    if len(there) < len(found):
+        return not there and float(given.norm()) <= 1e-6 * scale
+    wanted = torch.cat(part.rule.flat(there))
+    if wanted.shape != given.shape:
+        return False
+    difference = float((wanted - given).norm())
+    return difference <= _TOLERANCE * float(wanted.norm()) + 1e-5 * scale
+
+
+def _divided(model: nn.Module) -> tuple[dict[str, _Part], list[str]]:
+    """Parts that have a rule, and the names of all other trained parameters."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    parts: dict[str, _Part] = {}
+    known: set[str] = set()
+    for name, module in model.named_modules():
+        own = {
+            key: f"{name}.{key}" if name else key
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+        rule = rule_of(module)
+        # A weight that several layers share has cross terms, which the general way adds up.
+        alone = {k: n for k, n in own.items() if k in ("weight", "bias")}
+        alone = {k: n for k, n in alone.items() if len(owners[getattr(module, k)]) == 1}
+        if rule is None or not alone:
+            continue
+        parts[name] = _Part(module, rule, frozenset(alone), tuple(alone.values()))
+        known.update(alone.values())
+    rest = [names[0] for p, names in owners.items() if p.requires_grad and known.isdisjoint(names)]
+    return parts, rest
+
+
+def _check(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            "no parameter of the model is trained (requires_grad is False for all): switch it on for "
+            "those that were"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{canonical_name(name)!r} normalises by the statistics of its batch even in eval "
+                f"mode, so rows mix: use track_running_stats=True"
+            )
+
+
+def wrongness(outputs: Any, batch: Batch) -> Tensor:
+    """1 minus the probability of the label: float32 (rows,).
+
+    Raises:
+        InputError: no labels that are classes.
+    """
+    return -torch.expm1(-cross_entropy(outputs, batch))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, put back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _real(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() else values

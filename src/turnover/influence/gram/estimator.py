@@ -1,0 +1,407 @@
+"""The gram estimator: fit to a training set, then score it for any targets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+from turnover.influence.calibration import NoiseFloor, StudentNull
+from turnover.influence.engine import to_numpy
+from turnover.influence.extremes import Extremes
+from turnover.influence.gram import ridge as ridges
+from turnover.influence.gram.capture import Capture, Rows
+from turnover.influence.gram.fitted import Fitted
+from turnover.influence.gram.kernel import BLOCK, Block, block_of
+from turnover.influence.gram.masks import MaskCapture
+from turnover.influence.gram.uncertainty import moderated
+from turnover.influence.progress import Progress
+from turnover.influence.result import Result
+from turnover.masks import check_ids
+from turnover.network import Network
+from turnover.objectives import Objective, margin
+
+FEATURES = ("gradients", "masks")
+_TINY = 1e-30
+
+Model = Network | nn.Module
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gram scores.
+
+    Attributes:
+        ridge: lambda: a multiple of the mean diagonal, ``"gcv"`` or ``"evidence"``
+            (:mod:`turnover.influence.gram.ridge`).
+        residual: whether scores are multiplied with 1 minus the probability of the training
+            instance's label; a number is an exponent of it, 0 and 1 as ``False`` and ``True``.
+            ``None``: for plain modules with the margin, where it is the size of the
+            step that training takes on the margin. Under masks every instance is trained in a
+            sub-network of its own, of whose residual the mean network's probability says little.
+        features: ``"gradients"``, or for turn-over networks ``"masks"``: derivatives by the mask
+            entries, a few numbers for each instance, which forget the inputs below the site.
+        resamples: halves of the training set that standard errors of one network are made of: even,
+            4 at least.
+
+    Raises:
+        InputError: a value that is none of these.
+    """
+
+    ridge: float | str = ridges.DEFAULT
+    residual: bool | float | None = None
+    features: str = "gradients"
+    resamples: int = 8
+
+    def __post_init__(self) -> None:
+        ridges.check(self.ridge)
+        if self.features not in FEATURES:
+            raise InputError(
+                f"unknown features {self.features!r}; there are {', '.join(map(repr, FEATURES))}"
+            )
+        if self.residual is not None and not 0 <= self.residual < float("inf"):
+            raise InputError(
+                f"residual must be True, False or an exponent >= 0, got {self.residual}"
+            )
+        if self.resamples < 4 or self.resamples % 2:
+            raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
+
+
+class Gram:
+    """Influence by kernel ridge regression on the gradients of one or several networks.
+
+    Args:
+        models: distinct.
+        objective: cost of a prediction.
+        options: how to score.
+        batches: checks and adapts what a user gives.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: nothing is trained, or mask features of what has no masks.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        objective: Objective,
+        options: Options,
+        *,
+        batches: Callable[[Iterable[Any]], Iterator[Batch]],
+        progress: bool,
+    ) -> None:
+        self._options = options
+        self._batches = batches
+        self._models = models
+        self._objective = objective
+        self._shown = progress
+        self._residual = [_residual(one, objective, options) for one in models]
+        self._captures = [
+            _capture(one, objective, options, wrong > 0)
+            for one, wrong in zip(models, self._residual, strict=True)
+        ]
+        self._fitted: list[Fitted] = []
+        self._ids = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def general(self) -> tuple[str, ...]:
+        """Parameters whose gradients are computed row by row, known after the first batch."""
+        found = [name for capture in self._captures for name in capture.general]
+        return tuple(dict.fromkeys(found))
+
+    def fit(self, train_batches: Iterable[Any]) -> None:
+        """Take in the training set. A second call starts anew.
+
+        Raises:
+            InputError: no batches, ids in some batches and not in others, or twice.
+        """
+        ids: list[Tensor | None] = []
+        sizes: list[int] = []
+        every: list[list[Rows]] = [[] for _ in self._captures]
+        blocks: list[list[Block]] = [[] for _ in self._captures]
+        pending = 0
+        progress = Progress("gram (fit)", len(self._captures), shown=self._shown)
+        with closing(progress):
+            for batch in progress.follow(train_batches, self._batches(train_batches)):
+                ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
+                sizes.append(len(batch))
+                for rows, capture in zip(every, self._captures, strict=True):
+                    rows.append(capture.rows(batch))
+                pending += len(batch)
+                if pending >= BLOCK:
+                    _close(every, blocks)
+                    pending = 0
+                progress.advance(len(batch) * len(self._captures))
+        if not sizes:
+            raise InputError("no training batches given")
+        _close(every, blocks)
+        self._ids = _train_ids(ids, sizes)
+        if len(self._ids) < 4:
+            raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
+        self._fitted = [
+            Fitted.of(
+                made,
+                rows,
+                self._options.ridge,
+                residual=residual,
+                resamples=self._options.resamples,
+            )
+            for made, rows, residual in zip(blocks, every, self._residual, strict=True)
+        ]
+
+    def estimate(
+        self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None, top: int | None
+    ) -> Result:
+        """Influence of the fitted instances, or of some of them, on every target.
+
+        Raises:
+            InputError: not fitted, no targets, ids that were not fitted.
+        """
+        columns, ids = self._columns(train_ids)
+        target_ids: list[Tensor | None] = []
+        scores, errors, floors, places, freedom = [], [], [], [], []
+        for batches, crosses in self._targets(targets):
+            target_ids += [batch.ids for batch in batches]
+            score, error, free = self._scored(crosses)
+            score, error = score[:, columns], error[:, columns]
+            floors.append(error.double().square().mean(dim=1).sqrt().cpu().numpy())
+            freedom += [free] * len(score)
+            if top is not None:
+                extremes = Extremes(len(score), top)
+                extremes.add(score)
+                place, _ = extremes.result()
+                places.append(place)
+                index = torch.from_numpy(place).to(score.device)
+                score, error = score.gather(1, index), error.gather(1, index)
+            scores.append(to_numpy(score))
+            errors.append(to_numpy(error))
+        known = [one for one in target_ids if one is not None]
+        complete = len(known) == len(target_ids)
+        floor = np.concatenate(floors)
+        return Result(
+            scores=np.concatenate(scores),
+            floor=NoiseFloor(np.zeros_like(floor), floor),
+            null=StudentNull(float(np.mean(freedom))),
+            train_ids=ids.numpy() if top is None else ids.numpy()[np.concatenate(places)],
+            target_ids=torch.cat(known).cpu().numpy() if complete else None,
+            standard_error=np.concatenate(errors),
+            **self._describe(len(ids)),
+        )
+
+    def aggregate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None) -> Result:
+        """Influence on the mean objective over all targets.
+
+        Raises:
+            InputError: as in :meth:`estimate`.
+        """
+        columns, ids = self._columns(train_ids)
+        sums: list[Tensor] = []
+        count = 0
+        for _, crosses in self._targets(targets):
+            parts = [cross.double().sum(dim=0) for cross in crosses]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+            count += len(crosses[0])
+        score, error, freedom = self._scored([(one / count).float()[None] for one in sums])
+        return self._vector(score[0, columns], error[0, columns], freedom, ids, each=False)
+
+    def self_influence(self, train_batches: Iterable[Any] | None) -> Result:
+        """Influence of every fitted instance, or of those of some batches, on itself.
+
+        Raises:
+            InputError: not fitted; batches without ids, or with ids that were not fitted.
+        """
+        wanted = None
+        if train_batches is not None:
+            given = [batch.ids for batch in self._batches(train_batches)]
+            if not given or any(one is None for one in given):
+                raise InputError(
+                    "self-influence of gram is that of fitted instances: give batches with their ids, "
+                    "or none for all"
+                )
+            wanted = torch.cat([one.cpu() for one in given if one is not None])
+        columns, ids = self._columns(wanted)
+        fitted = self._fitted
+        if len(fitted) == 1:
+            values, variance, freedom = fitted[0].own(), fitted[0].own_variance(), fitted[0].freedom
+        else:
+            values, variance, freedom = _over([one.own() for one in fitted])
+        squares, free = moderated(variance[None], freedom, self._scale())
+        score, error = values[columns], squares[0, columns].sqrt()
+        return self._vector(score, error, free, ids, each=True)
+
+    def _vector(
+        self, score: Tensor, error: Tensor, freedom: float, ids: Tensor, *, each: bool
+    ) -> Result:
+        errors = to_numpy(error)
+        floor = errors.astype(np.float64)
+        if not each:
+            floor = np.asarray(np.sqrt(np.mean(np.square(floor))))
+        return Result(
+            scores=to_numpy(score),
+            floor=NoiseFloor(np.zeros_like(floor), floor),
+            null=StudentNull(freedom),
+            train_ids=ids.numpy(),
+            target_ids=None,
+            standard_error=errors,
+            **self._describe(len(ids)),
+        )
+
+    def _targets(self, targets: Iterable[Any]) -> Iterator[tuple[list[Batch], list[Tensor]]]:
+        """Blocks of targets, and their inner products with the training set by each network."""
+        self._check_fitted()
+        pairs = len(self._captures) * len(self._ids)
+        progress = Progress("influence (gram)", pairs, shown=self._shown)
+        with closing(progress):
+            pending: list[Batch] = []
+            rows: list[list[Rows]] = [[] for _ in self._captures]
+            seen = False
+            for batch in progress.follow(targets, self._batches(targets)):
+                seen = True
+                pending.append(batch)
+                for every, capture in zip(rows, self._captures, strict=True):
+                    every.append(capture.rows(batch))
+                progress.advance(len(batch) * pairs)
+                if sum(map(len, pending)) >= BLOCK:
+                    yield pending, self._crosses(rows)
+                    pending, rows = [], [[] for _ in self._captures]
+            if not seen:
+                raise InputError("no targets given")
+            if pending:
+                yield pending, self._crosses(rows)
+
+    def _crosses(self, rows: Sequence[Sequence[Rows]]) -> list[Tensor]:
+        return [one.cross(block_of(r)) for one, r in zip(self._fitted, rows, strict=True)]
+
+    def _scored(self, crosses: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Scores and standard errors (targets, train), and the degrees of freedom of these."""
+        fitted = self._fitted
+        if len(fitted) == 1:
+            values, variance = fitted[0].scores(crosses[0]), fitted[0].variance(crosses[0])
+            freedom = fitted[0].freedom
+        else:
+            pairs = zip(fitted, crosses, strict=True)
+            values, variance, freedom = _over([one.scores(cross) for one, cross in pairs])
+        squares, free = moderated(variance, freedom, self._scale())
+        return values, squares.sqrt(), free
+
+    def _scale(self) -> Tensor:
+        """What all scores of a training instance have been multiplied with."""
+        known = [one.factor for one in self._fitted if one.factor is not None]
+        device = self._fitted[0].k.device
+        if not known:
+            return torch.ones(len(self._ids), device=device)
+        return torch.stack([one.to(device) for one in known]).mean(dim=0).clamp_min(_TINY)
+
+    def _describe(self, considered: int) -> dict[str, Any]:
+        return {
+            "method": "gram",
+            "objective": getattr(self._objective, "__name__", type(self._objective).__name__),
+            "sites": (),
+            "network": "+".join(digest(model) for model in self._models),
+            "considered": considered,
+        }
+
+    def _columns(self, train_ids: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """Positions of training ids, and the ids."""
+        self._check_fitted()
+        device = self._fitted[0].k.device
+        if train_ids is None:
+            return torch.arange(len(self._ids), device=device), self._ids
+        ids = check_ids(train_ids).cpu()
+        if not len(ids):
+            raise InputError("no training ids given")
+        if len(torch.unique(ids)) < len(ids):
+            raise InputError("training ids are given twice: score each id once")
+        missing = ids[~torch.isin(ids, self._ids)]
+        if len(missing):
+            raise InputError(
+                f"{len(missing)} training ids were not among the fitted instances: "
+                f"{missing[:5].tolist()}"
+            )
+        order = self._ids.argsort()
+        return order[torch.searchsorted(self._ids[order], ids)].to(device), ids
+
+    def _check_fitted(self) -> None:
+        if not self._fitted:
+            raise InputError(
+                "gram looks at the training data: call fit(train_batches) before it scores"
+            )
+
+
+def digest(model: Model) -> str:
+    """Hash of the weights, and of the masks where there are any."""
+    if isinstance(model, Network):
+        return model.digest()
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
+            flat = value.detach().contiguous().cpu().flatten()
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Mean over networks, variance of the mean, degrees of freedom."""
+    stacked = torch.stack([one.to(scores[0].device) for one in scores])
+    return stacked.mean(dim=0), stacked.var(dim=0) / len(scores), len(scores) - 1
+
+
+def _close(every: Sequence[list[Rows]], blocks: Sequence[list[Block]]) -> None:
+    """Make a block of the rows that have their gradients still, and take these from them."""
+    for rows, made in zip(every, blocks, strict=True):
+        open_rows = [one for one in rows if one.parts]
+        if not open_rows:
+            continue
+        made.append(block_of(open_rows))
+        rows[-len(open_rows) :] = [Rows({}, one.costs, one.wrong) for one in open_rows]
+
+
+def _residual(model: Model, objective: Objective, options: Options) -> float:
+    """Exponent of 1 minus the probability of the label."""
+    if options.residual is not None:
+        return float(options.residual)
+    return float(not isinstance(model, Network) and objective is margin)
+
+
+def _capture(
+    model: Model, objective: Objective, options: Options, wrong: bool
+) -> Capture | MaskCapture:
+    if options.features == "masks":
+        if not isinstance(model, Network):
+            raise InputError(
+                'features="masks" are derivatives by the masks of a turn-over network: give one '
+                'from turnover.attach, or take features="gradients"'
+            )
+        return MaskCapture(model, objective, wrong=wrong)
+    if isinstance(model, Network):
+        return Capture(model.model, objective, wrong=wrong, within=model.mean)
+    return Capture(model, objective, wrong=wrong)
+
+
+def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    known = [one for one in ids if one is not None]
+    if not known:
+        return torch.arange(sum(sizes))
+    if len(known) < len(ids):
+        raise InputError(
+            f"{len(ids) - len(known)} of {len(ids)} training batches have no ids: give ids with all of "
+            f"them, or with none, where row numbers are the ids"
+        )
+    joined = torch.cat(known)
+    values, counts = torch.unique(joined, return_counts=True)
+    if len(values) < len(joined):
+        twice = values[counts > 1][:5].tolist()
+        raise InputError(
+            f"training ids are given twice: {twice}; gram fits every instance once, under an id of its "
+            f"own"
+        )
+    return joined

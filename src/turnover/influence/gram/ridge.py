@@ -1,0 +1,106 @@
+"""How strongly to shrink: rules for lambda that need no retrained networks. Pure functions.
+
+``K`` is float (rows, rows), the Gram matrix of gradients; ``y`` float (rows,), the objective of the
+rows, which kernel ridge regression on ``K`` should predict. Every rule returns lambda, which is added
+to the diagonal of ``K``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from turnover.errors import InputError
+
+DEFAULT: float | str = 1.0
+"""Multiple of the mean diagonal. Between 0.3 and 1 the scores agree best with retraining."""
+
+RULES = ("gcv", "evidence")
+_GRID = 61
+_LOWEST, _HIGHEST = 1e-4, 1e2  # in mean diagonals
+_ROWS = 3000
+_SAMPLE = 2000
+
+
+def check(ridge: float | str) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+        InputError: neither a known name nor a positive number.
+    """
+    if isinstance(ridge, str):
+        if ridge not in RULES:
+            raise InputError(
+                f"unknown ridge {ridge!r}; it is {', '.join(map(repr, RULES))} or a positive multiple "
+                f"of the mean diagonal"
+            )
+    elif not 0 < ridge < float("inf"):
+        raise InputError(f"ridge must be a positive multiple of the mean diagonal, got {ridge}")
+
+
+def scaled(k: Tensor, multiple: float) -> float:
+    """A multiple of the mean diagonal."""
+    return multiple * float(k.diagonal().double().mean())
+
+
+def gcv(k: Tensor, y: Tensor) -> float:
+    """The lambda of least generalised cross-validation error.
+
+    Source: Golub, Heath and Wahba, Technometrics 21 (1979).
+    """
+    values, projected = _spectrum(k, y)
+
+    def error(ridge: float) -> float:
+        left = ridge / (values + ridge)
+        return float((left * projected).square().mean() / left.mean().square())
+
+    return _least(error, k)
+
+
+def evidence(k: Tensor, y: Tensor) -> float:
+    """The lambda of the highest marginal likelihood, the scale of ``y`` apart.
+
+    ``y`` is Gaussian with covariance ``s (K + lambda I)``, and s is set to its own best value.
+    """
+    values, projected = _spectrum(k, y)
+
+    def cost(ridge: float) -> float:
+        spread = values + ridge
+        fit = (projected.square() / spread).mean()
+        return float(len(values) * fit.log() + spread.log().sum())
+
+    return _least(cost, k)
+
+
+def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
+    """Lambda by the rule that is asked for; a large ``K`` is judged by 2,000 random rows.
+
+    Raises:
+        InputError: see :func:`check`; all gradients are 0.
+    """
+    check(ridge)
+    if not float(k.diagonal().max()) > 0:
+        raise InputError(
+            "the objective of no training instance depends on any trained parameter: all gradients "
+            "are 0"
+        )
+    if not isinstance(ridge, str):
+        return scaled(k, ridge)
+    if len(k) > _ROWS:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randperm(len(k), generator=generator)[:_SAMPLE].sort().values.to(k.device)
+        k, y = k[rows][:, rows], y[rows]
+    return gcv(k, y) if ridge == "gcv" else evidence(k, y)
+
+
+def _spectrum(k: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(k.double())
+    return values.clamp_min(0), vectors.T @ y.to(k.device).double()
+
+
+def _least(cost: Callable[[float], float], k: Tensor) -> float:
+    unit = scaled(k, 1.0)
+    grid = torch.logspace(0, 1, _GRID, base=_HIGHEST / _LOWEST, dtype=torch.float64)
+    return min((float(one) * _LOWEST * unit for one in grid), key=cost)

@@ -1,0 +1,39 @@
+"""Solves with ``K + lambda I``: by Cholesky factors while these fit, by conjugate gradients beyond."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Cholesky:
+    """``(K + lambda I)^-1`` of some rows, through a factor of it.
+
+    Args:
+        k: float32 (rows, rows).
+        ridge: lambda.
+        exact: factor in float64. Lambda is of the size of the diagonal, so float32 is good to some
+            1e-5 of the largest score.
+    """
+
+    def __init__(self, k: Tensor, ridge: float, *, exact: bool) -> None:
+        system = k.double() if exact else k.clone()
+        system.diagonal().add_(ridge)
+        self._ridge = ridge
+        self._factor: Tensor = torch.linalg.cholesky(system)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factor."""
+        return self._factor.numel() * self._factor.element_size()
+
+    def rows(self, cross: Tensor) -> Tensor:
+        """``cross (K + lambda I)^-1``: float32, of the shape (targets, rows) of ``cross``."""
+        return torch.cholesky_solve(cross.T.to(self._factor.dtype), self._factor).T.float()
+
+    @cached_property
+    def leverage(self) -> Tensor:
+        """Diagonal of ``K (K + lambda I)^-1``: float32 (rows,)."""
+        return (1 - self._ridge * torch.cholesky_inverse(self._factor).diagonal()).float()
