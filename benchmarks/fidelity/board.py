@@ -68,8 +68,10 @@ def truth_of(
     return Truth(outputs, time.perf_counter() - start)
 
 
-def task_of(problem: Problem, network: str, folder: Path, count: int) -> Attribution:
-    """Train the networks of one kind; the first is timed alone."""
+def task_of(
+    problem: Problem, network: str, folder: Path, count: int, *, first_seed: int = 0
+) -> Attribution:
+    """Train the networks of one kind, with seeds from the first on; the first is timed alone."""
     masked = Masked(problem.sites, _KEEP) if network == "turnover" else None
     build = problem.standard if network == "standard" else problem.wide
     epochs = problem.recipe.epochs
@@ -81,13 +83,14 @@ def task_of(problem: Problem, network: str, folder: Path, count: int) -> Attribu
             build, x, y, problem.recipe, seeds, masked=masked, checkpoints=checkpoints
         )
 
-    first = train(range(1), kept)
-    more = train(range(1, count), []).models() if count > 1 else []
+    seeds = range(first_seed, first_seed + count)
+    first = train(seeds[:1], kept)
+    more = train(seeds[1:], []).models() if count > 1 else []
     return Attribution(
         problem=problem,
         network=network,
         models=first.models() + more,
-        seeds=tuple(range(count)),
+        seeds=tuple(seeds),
         masked=masked is not None,
         keep=_KEEP,
         checkpoints=[states[0] for _, states in sorted(first.checkpoints.items())],

@@ -51,7 +51,7 @@ def representation_similarity(task: Attribution) -> Tensor:
     body = cast(nn.Sequential, task.models[0])[:-1]
     with torch.no_grad():
         test, train = (
-            torch.cat([body(x) for x in split.x.split(_ROWS)])
+            torch.cat([body(x) for x in torch.split(split.x, _ROWS)])
             for split in (task.problem.test, task.problem.train)
         )
     return _signed(task, _cosine(test, train))
@@ -104,7 +104,7 @@ def gradient_product(task: Attribution) -> Scored:
 
     test = rows(task.problem.test.x, task.problem.test.y)
     train, scores, own = task.problem.train, [], []
-    for x, y in zip(train.x.split(_ROWS), train.y.split(_ROWS), strict=True):
+    for x, y in zip(torch.split(train.x, _ROWS), torch.split(train.y, _ROWS), strict=True):
         part = rows(x, y)
         scores.append(test @ part.T)
         own.append(part.square().sum(dim=1))

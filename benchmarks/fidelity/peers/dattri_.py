@@ -19,7 +19,9 @@ from ..problems import Split
 
 _ROWS = 100
 _TARGETS = 25  # at once by conjugate gradients, each with activations of the whole training set
-_REGULARISATION = 1e-2
+# The steadiest of 0.01, 0.03 and 0.1 on the networks of problem A: 20 steps at 0.01 do better on some
+# of them, and far worse on others.
+_REGULARISATION = 3e-2
 _ITERATIONS = 20
 
 

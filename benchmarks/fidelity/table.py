@@ -1,0 +1,151 @@
+"""Puts the board and the grid of mislabels into ``docs/fidelity.md``, between its markers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import board, mislabels
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
+_TRUTHS = ("standard", "turnover")
+_GROUPS = {"ours": 0, "peer": 1, "trivial": 2}
+
+
+def problem_table(name: str, found: dict[str, Any]) -> str:
+    """One problem: every method on every network, raw / class-removed by both truths."""
+    lines = [
+        f"### {name}: {found['title']}",
+        "",
+        _ceilings(found),
+        "",
+        "| method | network | standard truth | turn-over truth | mislabel AUC | trainings "
+        "| seconds: training + method | stored |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    methods = sorted(
+        ((method, entry) for method, entry in found["methods"].items() if entry["kind"] in _GROUPS),
+        key=lambda item: _GROUPS[item[1]["kind"]],
+    )
+    for method, entry in methods:
+        for network in board.NETWORKS:
+            if network in entry:
+                lines.append(_row(method, network, entry[network]))
+    return "\n".join(lines)
+
+
+def _ceilings(found: dict[str, Any]) -> str:
+    said = []
+    for truth in _TRUTHS:
+        ceiling = found["truth"][truth]["ceiling"]
+        said.append(
+            f"{'turn-over' if truth == 'turnover' else truth} truth "
+            f"{ceiling['raw']:.2f} / {ceiling['class_removed']:.2f}"
+        )
+    subsets = found["subsets"]
+    return (
+        f"{found['train']:,} training instances, {found['targets']} targets, {subsets['count']} "
+        f"half-subsets x {found['truth_seeds']} seeds (manifest `{subsets['sha256'][:12]}`). "
+        f"Ceilings: {', '.join(said)}."
+    )
+
+
+def _row(method: str, network: str, row: dict[str, Any]) -> str:
+    cells = [method, "turn-over" if network == "turnover" else network]
+    failed = row.get("note", "").startswith("failed")
+    for truth in _TRUTHS:
+        found = row.get(f"{truth}_truth")
+        cells.append(row["note"] if failed else _figures(found))
+        if failed:
+            cells.append("")
+            break
+    auc = row.get("mislabel_auc")
+    cells += [
+        "" if auc is None else f"{auc:.3f}",
+        str(row["trainings"]),
+        f"{row['train_s']:.1f} + {row['prepare_s'] + row['score_s']:.1f}",
+        _bytes(row["stored_bytes"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _figures(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    raw, removed = found["raw"], found["class_removed"]
+    return f"{raw[0]:.3f} / {removed[0]:.3f} ({removed[1]:.2f} to {removed[2]:.2f})"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count //= 1000
+    return f"{count:.0f} GB"
+
+
+def mislabel_table(found: dict[str, Any]) -> str:
+    """Mean AUC by problem, noise and rate."""
+    columns = [f"{kind} {rate:.0%}" for kind in mislabels.KINDS for rate in mislabels.RATES]
+    lines = []
+    for name in sorted({cell.split("/")[0] for cell in found}):
+        cells = [
+            found.get(f"{name}/{kind}/{rate}", {})
+            for kind in mislabels.KINDS
+            for rate in mislabels.RATES
+        ]
+        rows = sorted({row for cell in cells for row in cell})
+        seeds = max(figure["seeds"] for cell in cells for figure in cell.values())
+        lines += [f"**{name}**, {seeds} seeds", "", f"| method, network | {' | '.join(columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row in rows:
+            figures = [f"{cell[row]['mean']:.3f}" if row in cell else "" for cell in cells]
+            lines.append(f"| {row} | {' | '.join(figures)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def ghost_table(problems: dict[str, Any]) -> str:
+    """Rates of fresh ghosts, and their share of the lists they are mixed into."""
+    lines = [
+        "| problem | ghost pairs | p < 0.05 | p < 0.01 | p < 1e-3 | p < 1e-4 "
+        "| ghosts' share of q <= 0.1 lists (at most 0.05) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in sorted(problems.items()):
+        ghosts = found["ghosts"]
+        below = ghosts["below"]
+        lines.append(
+            f"| {name} | {ghosts['pairs']:,} | {below['0.05']:.4f} | {below['0.01']:.4f} "
+            f"| {below['0.001']:.5f} | {below['0.0001']:.6f} "
+            f"| {ghosts['ghosts_share_of_lists']:.3f} +- {ghosts['ghosts_share_error']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def replaced(text: str, marker: str, content: str) -> str:
+    """The text with what lies between a marker's two comments replaced."""
+    begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{DOCS} has no markers {begin} and {end}")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
+def main() -> None:
+    text = DOCS.read_text()
+    if board.RESULTS.exists():
+        problems = json.loads(board.RESULTS.read_text())["problems"]
+        tables = [problem_table(name, found) for name, found in sorted(problems.items())]
+        text = replaced(text, "board", "\n\n".join(tables))
+        text = replaced(text, "ghosts", ghost_table(problems))
+    if mislabels.RESULTS.exists():
+        found = json.loads(mislabels.RESULTS.read_text())["auc"]
+        text = replaced(text, "mislabels", mislabel_table(found))
+    DOCS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
