@@ -1,0 +1,487 @@
+"""Gram: inner products of gradients against autograd, scores against a plain solve, and their errors."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import tiny
+import turnover
+from turnover import Batch, Influence, InputError, objectives
+from turnover.influence.calibration import StudentNull
+from turnover.influence.gram.capture import Capture
+from turnover.influence.gram.kernel import block_of, cross_of, gram_of
+
+ROWS = 6
+
+
+class Grouped(nn.Module):
+    """Convolutions of every kind, and normalisation with a scale and a shift."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 6, (3, 1), dilation=2, padding="same", padding_mode="circular"),
+            nn.BatchNorm2d(6),
+            nn.Flatten(2),
+            nn.Conv1d(6, 3, 3, bias=False),
+            nn.Flatten(),
+            nn.LazyLinear(tiny.CLASSES),
+        )
+        self.layers(tiny.features(2, 2, 9, 9))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Recurring(nn.Module):
+    """A layer that is called three times, and an embedding whose weight is used again at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 5, padding_idx=0)
+        self.step, self.norm = nn.Linear(5, 5), nn.LayerNorm(5)
+        self.last = nn.Linear(5, 9, bias=False)
+        self.last.weight = self.table.weight
+
+    def forward(self, tokens):
+        hidden = self.table(tokens)
+        for _ in range(3):
+            hidden = torch.tanh(self.norm(self.step(hidden)))
+        return self.last(hidden.mean(dim=1))[:, : tiny.CLASSES]
+
+
+class Attention(nn.Module):
+    """Parameters that no module's forward shows: an attention's, and one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.gain = nn.Parameter(torch.ones(6))
+        self.last = nn.Linear(6, tiny.CLASSES)
+
+    def forward(self, x):
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.last((mixed * self.gain).mean(dim=1))
+
+
+class Sequential(nn.Module):
+    """Tokens first, rows second: a layout that only a comparison with autograd reveals."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, tiny.CLASSES)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.transpose(0, 1))).mean(dim=0))
+
+
+def whole_bert(layers=1):
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=tiny.CLASSES,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def tokens():
+    return torch.randint(0, 9, (ROWS, 4), generator=torch.Generator().manual_seed(0))
+
+
+MODELS = {
+    "mlp": (tiny.mlp, lambda: tiny.features(ROWS)),
+    "mlp with bias": (lambda: tiny.mlp(bias=True), lambda: tiny.features(ROWS)),
+    "conv": (tiny.ConvNet, lambda: tiny.features(ROWS, 1, 8, 8)),
+    "convs of every kind": (Grouped, lambda: tiny.features(ROWS, 2, 9, 9)),
+    "tokens": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 8),
+            nn.LayerNorm(8),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(56, tiny.CLASSES),
+        ),
+        lambda: tiny.features(ROWS, 7, 5),
+    ),
+    "few tokens": (
+        lambda: nn.Sequential(nn.Linear(30, 40), nn.Flatten(), nn.Linear(80, tiny.CLASSES)),
+        lambda: tiny.features(ROWS, 2, 30),
+    ),
+    "frozen base": (tiny.FunctionalHead, lambda: tiny.features(ROWS)),
+    "lora": (tiny.bert, lambda: tiny.texts(ROWS)),
+    "bert": (whole_bert, lambda: tiny.texts(ROWS)),
+    "gpt2": (tiny.gpt2, lambda: tiny.texts(ROWS)),
+}
+GENERAL = {
+    "shared weights": (Recurring, tokens),
+    "attention": (Attention, lambda: tiny.features(ROWS, 5, 6)),
+    "rows second": (Sequential, lambda: tiny.features(ROWS, ROWS, 5)),
+}
+
+
+def build(name):
+    torch.manual_seed(5)
+    make, inputs = (MODELS | GENERAL)[name]
+    return tiny.randomise(make()).eval(), Batch(inputs(), tiny.labels(ROWS))
+
+
+def by_hand(model, batch, objective=objectives.margin):
+    """Gradients of the rows, one backward each: (rows, parameters)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for i in range(len(batch)):
+        row = batch.rows(i, i + 1)
+        cost = objective(row.call(model), row).sum()
+        found = torch.autograd.grad(cost, trained, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([one.flatten() for one in found]))
+    return torch.stack(rows).double().numpy()
+
+
+def kernel(model, batch, blocks=1):
+    capture = Capture(model, objectives.margin, wrong=False)
+    step = -(-len(batch) // blocks)
+    starts = range(0, len(batch), step)
+    made = [block_of([capture.rows(batch.rows(i, i + step))]) for i in starts]
+    out = torch.empty(len(batch), len(batch))
+    gram_of(made, out)
+    np.testing.assert_allclose(cross_of(made[0], made, out), out[: made[0].rows], rtol=1e-5)
+    return out.numpy()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_inner_products_are_those_of_all_gradients(name, blocks):
+    model, batch = build(name)
+    gradients = by_hand(model, batch)
+    expected = gradients @ gradients.T
+    scale = np.abs(expected).max()
+    assert scale > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(
+            kernel(model, batch, blocks) / scale, expected / scale, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_what_has_no_rule_goes_the_general_way_and_says_so(name):
+    model, batch = build(name)
+    gradients = by_hand(model, batch)
+    expected = gradients @ gradients.T
+    with pytest.warns(UserWarning, match="gram knows no rule for .* parameters"):
+        found = kernel(model, batch)
+    np.testing.assert_allclose(found / expected.max(), expected / expected.max(), atol=2e-5)
+
+
+def test_batches_of_different_lengths_are_one_training_set():
+    model, _ = build("bert")
+    batches = [Batch(tiny.texts(3, n, seed=n), tiny.labels(3, n)) for n in (4, 9, 6)]
+    gradients = np.concatenate([by_hand(model, batch) for batch in batches])
+    expected = gradients @ gradients.T
+    capture = Capture(model, objectives.margin, wrong=False)
+    made = [block_of([capture.rows(batch) for batch in batches])]
+    out = torch.empty(9, 9)
+    gram_of(made, out)
+    np.testing.assert_allclose(out / expected.max(), expected / expected.max(), atol=2e-5)
+
+
+def problem(train=40, targets=5, seed=0, *, epochs=40):
+    """A small network that was trained a little, its training set and targets."""
+    torch.manual_seed(seed)
+    model = tiny.mlp(width=12, bias=True)
+    batch = Batch(tiny.features(train), tiny.labels(train), torch.arange(100, 100 + train))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch.inputs), batch.labels).backward()
+        optimizer.step()
+    return model, batch, Batch(tiny.features(targets, seed=9), tiny.labels(targets, seed=9))
+
+
+def cut(batch, size):
+    return [batch.rows(i, i + size) for i in range(0, len(batch), size)]
+
+
+def test_scores_are_those_of_a_plain_solve():
+    model, train, targets = problem()
+    for residual in (False, True, 0.5):
+        influence = Influence(model, method="gram", ridge=0.4, residual=residual)
+        result = influence.fit(cut(train, 7)).estimate(cut(targets, 2))
+        own, others = by_hand(model, train), by_hand(model, targets)
+        k = own @ own.T
+        system = k + 0.4 * np.diag(k).mean() * np.eye(len(k))
+        loss = objectives.cross_entropy(model(train.inputs), train).detach().numpy()
+        wrong = (1 - np.exp(-loss)) ** float(residual)
+        expected = np.linalg.solve(system, own @ others.T).T * wrong
+        np.testing.assert_allclose(result.scores, expected, atol=1e-5 * np.abs(expected).max())
+        mean = influence.aggregate(cut(targets, 2))
+        np.testing.assert_allclose(
+            mean.scores, expected.mean(0), atol=2e-5 * np.abs(expected).max()
+        )
+        itself = influence.self_influence()
+        leverage = np.diag(k @ np.linalg.inv(system)) * wrong
+        np.testing.assert_allclose(itself.scores, leverage, atol=1e-5)
+
+
+def test_an_objective_of_ones_own_has_no_residual():
+    model, train, targets = problem()
+    scores = [
+        Influence(model, objectives.cross_entropy, "gram", residual=residual).fit([train])
+        for residual in (None, False)
+    ]
+    one, other = (each.estimate([targets]).scores for each in scores)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_training_instance_that_is_the_target_is_on_top():
+    model, train, _ = problem()
+    for residual in (True, False):
+        fitted = Influence(model, method="gram", residual=residual).fit([train])
+        result = fitted.estimate([train.rows(3, 6)])
+        if not residual:
+            assert result.train_ids[result.scores.argmax(axis=1)].tolist() == [103, 104, 105]
+        assert (result.scores[np.arange(3), np.arange(3, 6)] > 0).all()
+
+
+def test_positive_is_helpful():
+    """A step of training on the instances of high score lowers the target's cost the most."""
+    model, train, targets = problem()
+    target = targets.rows(0, 1)
+    scores = Influence(model, method="gram").fit([train]).estimate([target]).scores[0]
+    before = objectives.margin(model(target.inputs), target).item()
+    changes = []
+    for i in range(len(train)):
+        row = train.rows(i, i + 1)
+        loss = objectives.cross_entropy(model(row.inputs), row).sum()
+        steps = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, step in zip(model.parameters(), steps, strict=True):
+                parameter -= 0.01 * step
+            changes.append(before - objectives.margin(model(target.inputs), target).item())
+            for parameter, step in zip(model.parameters(), steps, strict=True):
+                parameter += 0.01 * step
+    assert stats.spearmanr(scores, changes).statistic > 0.5
+
+
+def test_ids_are_rows_where_there_are_none():
+    model, train, targets = problem()
+    plain = [(part.inputs, part.labels) for part in cut(train, 9)]
+    influence = Influence(model, method="gram").fit(plain)
+    result = influence.estimate([targets])
+    assert result.train_ids.tolist() == list(range(len(train)))
+    named = Influence(model, method="gram").fit(cut(train, 9)).estimate([targets])
+    np.testing.assert_array_equal(named.scores, result.scores)
+    assert result.train_ids.dtype == np.int64
+    assert result.considered == len(train) and result.method == "gram"
+
+
+def test_some_of_the_ids_are_columns_of_all():
+    model, train, targets = problem()
+    influence = Influence(model, method="gram").fit(cut(train, 9))
+    whole, some = influence.estimate([targets]), influence.estimate([targets], [120, 103, 139])
+    columns = [20, 3, 39]
+    for name in ("scores", "standard_error", "z", "p"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(whole, name)[:, columns])
+    assert some.train_ids.tolist() == [120, 103, 139] and some.considered == 3
+    own = influence.self_influence()
+    some = influence.self_influence([train.rows(5, 8)])
+    np.testing.assert_array_equal(some.scores, own.scores[5:8])
+    assert some.train_ids.tolist() == [105, 106, 107]
+
+
+def test_top_keeps_both_ends():
+    model, train, targets = problem()
+    influence = Influence(model, method="gram").fit([train])
+    whole, top = influence.estimate([targets]), influence.estimate([targets], top=3)
+    order = np.argsort(-whole.scores, axis=1, kind="stable")
+    ends = np.concatenate([order[:, :3], order[:, -3:]], axis=1)
+    np.testing.assert_array_equal(top.train_ids, whole.train_ids[ends])
+    np.testing.assert_array_equal(top.scores, np.take_along_axis(whole.scores, ends, 1))
+    np.testing.assert_array_equal(
+        top.standard_error, np.take_along_axis(whole.standard_error, ends, 1)
+    )
+    assert (top.q >= np.take_along_axis(whole.q, ends, 1) - 1e-12).all()
+
+
+def test_blocks_and_repetition_change_nothing():
+    model, train, targets = problem()
+    results = [
+        Influence(model, method="gram").fit(cut(train, size)).estimate(cut(targets, step))
+        for size, step in ((40, 5), (7, 2), (7, 2))
+    ]
+    np.testing.assert_allclose(results[0].scores, results[1].scores, rtol=1e-4, atol=1e-6)
+    tiny.assert_same(results[1], results[2])
+
+
+def test_every_score_has_an_error():
+    model, train, targets = problem()
+    result = Influence(model, method="gram").fit([train]).estimate([targets])
+    assert result.standard_error.shape == result.scores.shape
+    assert (result.standard_error > 0).all()
+    np.testing.assert_allclose(result.z, result.scores / result.standard_error, rtol=1e-5)
+    expected = 2 * stats.t.sf(np.abs(result.z.astype(float)), result.null.freedom)
+    np.testing.assert_allclose(result.p, expected, rtol=1e-4)
+    rms = np.sqrt(np.mean(result.standard_error.astype(float) ** 2, axis=1))
+    np.testing.assert_allclose(result.noise_floor, rms, rtol=1e-5)
+    assert (result.q >= result.p - 1e-12).all()
+    mean = Influence(model, method="gram").fit([train]).aggregate([targets])
+    assert mean.scores.shape == mean.standard_error.shape == (len(train),)
+    assert mean.noise_floor.shape == ()
+
+
+@pytest.mark.parametrize("freedom", [1, 3, 6.5, 40])
+def test_p_values_are_those_of_students_t(freedom):
+    z = np.array([0.0, 1e-3, 0.5, -1.0, 2.0, 5.0, -30.0])
+    expected = 2 * stats.t.sf(np.abs(z), freedom)
+    np.testing.assert_allclose(StudentNull(freedom).p_values(z), expected, rtol=1e-9)
+
+
+def test_several_networks_are_averaged():
+    pairs = [problem(seed=seed) for seed in range(3)]
+    models, train, targets = [one[0] for one in pairs], pairs[0][1], pairs[0][2]
+    together = Influence(models, method="gram").fit([train]).estimate([targets])
+    alone = [Influence(m, method="gram").fit([train]).estimate([targets]) for m in models]
+    scores = np.stack([one.scores for one in alone])
+    np.testing.assert_allclose(together.scores, scores.mean(axis=0), atol=1e-6)
+    raw = scores.std(axis=0, ddof=1) / np.sqrt(3)
+    assert stats.spearmanr(together.standard_error, raw, axis=None).statistic > 0.7
+    assert together.network == "+".join(one.network for one in alone)
+
+
+def test_a_turn_over_network_is_scored_whole():
+    torch.manual_seed(0)
+    model = tiny.mlp(width=32)
+    network = turnover.attach(model, "mlp")
+    train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
+    tiny.train(network, train.inputs, train.labels, train.ids, epochs=10)
+    targets = Batch(tiny.features(4, seed=2), tiny.labels(4, seed=2))
+    scores = Influence(network, method="gram").fit([train]).estimate([targets]).scores
+    with network.exposed(targets.ids if targets.ids is not None else torch.arange(4)):
+        bound = Influence(network, method="gram").fit([train]).estimate([targets]).scores
+    np.testing.assert_array_equal(scores, bound)
+    network.detach()
+    plain = Influence(model, method="gram", residual=False).fit([train]).estimate([targets]).scores
+    np.testing.assert_allclose(scores, plain, atol=1e-6)
+
+
+def test_mask_features_are_inner_products_of_mask_derivatives():
+    from turnover.influence.linear import mask_gradients
+
+    torch.manual_seed(0)
+    network = turnover.attach(tiny.mlp(width=32).eval(), "mlp")
+    train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
+    targets = Batch(tiny.features(4, seed=2), tiny.labels(4, seed=2))
+    result = Influence(network, method="gram", features="masks").fit([train]).estimate([targets])
+    own, others = (
+        mask_gradients(network, objectives.margin, batch).detach().double().numpy()
+        for batch in (train, targets)
+    )
+    k = own @ own.T
+    system = k + np.diag(k).mean() * np.eye(len(k))
+    expected = np.linalg.solve(system, own @ others.T).T
+    np.testing.assert_allclose(result.scores, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_model_is_left_as_it_was():
+    model, batch = build("conv")
+    model.train()
+    model.classifier.eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        influence = Influence(model, method="gram").fit([batch])
+        influence.estimate([batch])
+        influence.self_influence()
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weights[name], v) for name, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def mean_of_rows(outputs, batch):
+    return objectives.margin(outputs, batch) - objectives.margin(outputs, batch).mean()
+
+
+def detached(outputs, batch):
+    return objectives.margin(outputs, batch).detach()
+
+
+def test_wrong_input_is_refused_by_name():
+    model, train, targets = problem()
+    influence = Influence(model, method="gram")
+    for call in (
+        lambda: influence.estimate([targets]),
+        lambda: influence.aggregate([targets]),
+        influence.self_influence,
+    ):
+        with pytest.raises(InputError, match="call fit"):
+            call()
+    with pytest.raises(InputError, match="no training batches"):
+        influence.fit([])
+    with pytest.raises(InputError, match="1 of 2 training batches have no ids"):
+        influence.fit([train, (train.inputs, train.labels)])
+    with pytest.raises(InputError, match=r"given twice: \[100"):
+        influence.fit([train, train])
+    influence.fit([train])
+    with pytest.raises(InputError, match=r"not among the fitted instances: \[7\]"):
+        influence.estimate([targets], [101, 7])
+    with pytest.raises(InputError, match="given twice"):
+        influence.estimate([targets], [101, 101])
+    with pytest.raises(InputError, match="no targets"):
+        influence.estimate([])
+    with pytest.raises(InputError, match="leave out="):
+        influence.estimate([targets], out="somewhere")
+    with pytest.raises(InputError, match="plan compares"):
+        influence.plan([targets], [101])
+    with pytest.raises(InputError, match="masks of a turn-over network"):
+        Influence(model, method="gram", features="masks")
+    for options in ({"ridge": "best"}, {"ridge": 0}, {"resamples": 5}, {"residual": -1}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            Influence(model, method="gram", **options)
+    with pytest.raises(InputError, match="features"):
+        Influence(model, method="gram", features="all")
+    with pytest.raises(InputError, match="given twice"):
+        Influence([model, model], method="gram")
+
+
+def test_what_has_no_gradients_is_refused():
+    model, train, _ = problem()
+    with pytest.raises(InputError, match="rows of a batch mix"):
+        Influence(model, mean_of_rows, "gram").fit([train])
+    with pytest.raises(InputError, match="without detach"):
+        Influence(model, detached, "gram").fit([train])
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter of the model is trained"):
+        Influence(model, method="gram")
+    mixing = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    with pytest.raises(InputError, match="'1' normalises by the statistics of its batch"):
+        Influence(mixing, method="gram")
+
+
+def test_the_other_methods_have_nothing_to_fit_and_need_masks():
+    model, train, targets = problem()
+    with pytest.raises(InputError, match="needs the masks"):
+        Influence(model, method="linear")
+    network = turnover.attach(model, ["1"])
+    with pytest.raises(InputError, match="nothing to fit"):
+        Influence(network).fit([train])
+    with pytest.raises(InputError, match="needs train_ids"):
+        Influence(network).estimate([targets])
+    with pytest.raises(InputError, match="needs train_batches"):
+        Influence(network).self_influence()
