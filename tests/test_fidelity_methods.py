@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from turnover import InputError
 from turnover.evaluation import Recipe, train
 
