@@ -60,9 +60,9 @@ class Influence:
         seconds: what ``"auto"`` may take.
         ridge: of gram, what is added to the diagonal: a multiple of the mean diagonal, ``"gcv"`` or
             ``"evidence"``.
-        residual: of gram, whether scores are multiplied with 1 minus the probability of the training
-            instance's label; a number is an exponent of it. ``None``: for plain modules with the
-            margin (:class:`turnover.influence.gram.Options`).
+        residual: of gram, exponent of 1 minus the probability of the training instance's label, which
+            scores are multiplied with; ``None``: 0.5 for plain modules, 0.25 for turn-over networks
+            (:class:`turnover.influence.gram.Options`).
         features: of gram, ``"gradients"``, or ``"masks"``: derivatives by the masks alone, a compact
             stand-in for big networks.
         resamples: of gram with one network, halves of the training set behind standard errors.

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from turnover.influence.engine import to_numpy
 from turnover.influence.extremes import Extremes
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture, Rows
+from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
-from turnover.influence.gram.kernel import BLOCK, Block, block_of
+from turnover.influence.gram.kernel import block_of, is_full
 from turnover.influence.gram.masks import MaskCapture
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress
@@ -35,6 +37,10 @@ _TINY = 1e-30
 Model = Network | nn.Module
 
 
+PLAIN_RESIDUAL = 0.5
+MASKED_RESIDUAL = 0.25
+
+
 @dataclass(frozen=True)
 class Options:
     """How gram scores.
@@ -42,11 +48,13 @@ class Options:
     Attributes:
         ridge: lambda: a multiple of the mean diagonal, ``"gcv"`` or ``"evidence"``
             (:mod:`turnover.influence.gram.ridge`).
-        residual: whether scores are multiplied with 1 minus the probability of the training
-            instance's label; a number is an exponent of it, 0 and 1 as ``False`` and ``True``.
-            ``None``: for plain modules with the margin, where it is the size of the
-            step that training takes on the margin. Under masks every instance is trained in a
-            sub-network of its own, of whose residual the mean network's probability says little.
+        residual: exponent of 1 minus the probability of the training instance's label, which scores
+            are multiplied with; 0 or ``False``: nothing. At 1 this is the step that an infinitesimal
+            change of the instance's weight takes; at 0 all instances count alike. To leave an
+            instance out lies in between: the probability is that of a network that was trained on it.
+            ``None``: with the margin 0.5 for plain modules and 0.25 for turn-over networks, whose
+            retraining is masked and fits each instance less (docs/fidelity.md); other objectives have
+            it in their gradients.
         features: ``"gradients"``, or for turn-over networks ``"masks"``: derivatives by the mask
             entries, a few numbers for each instance, which forget the inputs below the site.
         resamples: halves of the training set that standard errors of one network are made of: even,
@@ -103,6 +111,7 @@ class Gram:
         self._models = models
         self._objective = objective
         self._shown = progress
+        self._limits = Limits()
         self._residual = [_residual(one, objective, options) for one in models]
         self._captures = [
             _capture(one, objective, options, wrong > 0)
@@ -126,8 +135,9 @@ class Gram:
         ids: list[Tensor | None] = []
         sizes: list[int] = []
         every: list[list[Rows]] = [[] for _ in self._captures]
-        blocks: list[list[Block]] = [[] for _ in self._captures]
-        pending = 0
+        scratch = Scratch()
+        share = self._limits.memory // len(self._captures)
+        blocks = [Blocks(share, scratch) for _ in self._captures]
         progress = Progress("gram (fit)", len(self._captures), shown=self._shown)
         with closing(progress):
             for batch in progress.follow(train_batches, self._batches(train_batches)):
@@ -135,14 +145,13 @@ class Gram:
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
                     rows.append(capture.rows(batch))
-                pending += len(batch)
-                if pending >= BLOCK:
-                    _close(every, blocks)
-                    pending = 0
+                for rows, made in zip(every, blocks, strict=True):
+                    _close(rows, made, full=True)
                 progress.advance(len(batch) * len(self._captures))
         if not sizes:
             raise InputError("no training batches given")
-        _close(every, blocks)
+        for rows, made in zip(every, blocks, strict=True):
+            _close(rows, made, full=False)
         self._ids = _train_ids(ids, sizes)
         if len(self._ids) < 4:
             raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
@@ -153,6 +162,8 @@ class Gram:
                 self._options.ridge,
                 residual=residual,
                 resamples=self._options.resamples,
+                limits=self._limits,
+                scratch=scratch,
             )
             for made, rows, residual in zip(blocks, every, self._residual, strict=True)
         ]
@@ -269,7 +280,7 @@ class Gram:
                 for every, capture in zip(rows, self._captures, strict=True):
                     every.append(capture.rows(batch))
                 progress.advance(len(batch) * pairs)
-                if sum(map(len, pending)) >= BLOCK:
+                if any(map(is_full, rows)):
                     yield pending, self._crosses(rows)
                     pending, rows = [], [[] for _ in self._captures]
             if not seen:
@@ -295,7 +306,7 @@ class Gram:
     def _scale(self) -> Tensor:
         """What all scores of a training instance have been multiplied with."""
         known = [one.factor for one in self._fitted if one.factor is not None]
-        device = self._fitted[0].k.device
+        device = self._fitted[0].device
         if not known:
             return torch.ones(len(self._ids), device=device)
         return torch.stack([one.to(device) for one in known]).mean(dim=0).clamp_min(_TINY)
@@ -312,7 +323,7 @@ class Gram:
     def _columns(self, train_ids: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
         """Positions of training ids, and the ids."""
         self._check_fitted()
-        device = self._fitted[0].k.device
+        device = self._fitted[0].device
         if train_ids is None:
             return torch.arange(len(self._ids), device=device), self._ids
         ids = check_ids(train_ids).cpu()
@@ -355,21 +366,27 @@ def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     return stacked.mean(dim=0), stacked.var(dim=0) / len(scores), len(scores) - 1
 
 
-def _close(every: Sequence[list[Rows]], blocks: Sequence[list[Block]]) -> None:
-    """Make a block of the rows that have their gradients still, and take these from them."""
-    for rows, made in zip(every, blocks, strict=True):
-        open_rows = [one for one in rows if one.parts]
-        if not open_rows:
-            continue
-        made.append(block_of(open_rows))
-        rows[-len(open_rows) :] = [Rows({}, one.costs, one.wrong) for one in open_rows]
+def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
+    """Make a block of the rows that still have their gradients, and take these from them.
+
+    Args:
+        rows: of the batches so far.
+        blocks: where the block goes.
+        full: not unless it is full.
+    """
+    pending = list(takewhile(lambda one: one.parts, reversed(rows)))[::-1]
+    if pending and (is_full(pending) or not full):
+        blocks.append(block_of(pending))
+        rows[-len(pending) :] = [Rows({}, one.costs, one.wrong) for one in pending]
 
 
 def _residual(model: Model, objective: Objective, options: Options) -> float:
     """Exponent of 1 minus the probability of the label."""
     if options.residual is not None:
         return float(options.residual)
-    return float(not isinstance(model, Network) and objective is margin)
+    if objective is not margin:
+        return 0.0
+    return MASKED_RESIDUAL if isinstance(model, Network) else PLAIN_RESIDUAL
 
 
 def _capture(

@@ -10,14 +10,19 @@ from torch import Tensor
 
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Rows
+from turnover.influence.gram.disk import Blocks, Limits, Scratch
+from turnover.influence.gram.iterative import Iterative
 from turnover.influence.gram.kernel import Block, cross_of, gram_of
 from turnover.influence.gram.solve import Cholesky
 from turnover.influence.gram.uncertainty import halves
 
-_EXACT_ROWS = 4000
-"""Up to here float64 costs little."""
+_CONDITION = 1e5
+"""Condition number up to which float32 is good to some 1e-5 of the largest score."""
 _KEPT = 2**30
 """Bytes of the factors of all halves that are kept between calls."""
+
+
+Solver = Cholesky | Iterative
 
 
 @dataclass
@@ -30,25 +35,31 @@ class Fitted:
         ridge: lambda.
         factor: what scores are multiplied with, float32 (train,); ``None``: nothing.
         resamples: number of halves.
+        limits: up to how many rows to factor.
+        device: of everything but ``k``, which may be on disk.
     """
 
-    blocks: Sequence[Block]
+    blocks: Blocks
     k: Tensor
     ridge: float
     factor: Tensor | None
     resamples: int
-    _whole: Cholesky | None = None
-    _halves: list[tuple[Tensor, Cholesky]] = field(default_factory=list)
+    limits: Limits
+    device: torch.device
+    _whole: Solver | None = None
+    _halves: list[tuple[Tensor, Solver]] = field(default_factory=list)
 
     @classmethod
     def of(
         cls,
-        blocks: Sequence[Block],
+        blocks: Blocks,
         every: Sequence[Rows],
         ridge: float | str,
         *,
         residual: float,
         resamples: int,
+        limits: Limits,
+        scratch: Scratch,
     ) -> Fitted:
         """Build the Gram matrix, and choose lambda.
 
@@ -58,18 +69,24 @@ class Fitted:
             ridge: see :func:`turnover.influence.gram.ridge.choose`.
             residual: exponent of 1 minus the probability of the label, which multiplies the scores.
             resamples: number of halves.
+            limits: when the matrix goes to disk.
+            scratch: where it then is.
         """
         costs = torch.cat([rows.costs for rows in every])
-        k = costs.new_zeros((len(costs), len(costs)), dtype=torch.float32)
+        if len(costs) > limits.rows:
+            k = scratch.matrix(len(costs))
+        else:
+            k = costs.new_zeros((len(costs), len(costs)))
         gram_of(blocks, k)
         factor = None
         if residual:
             factor = torch.cat([r.wrong for r in every if r.wrong is not None]) ** residual
-        return cls(blocks, k, ridges.choose(ridge, k, costs), factor, resamples)
+        chosen = ridges.choose(ridge, k, costs)
+        return cls(blocks, k, chosen, factor, resamples, limits, costs.device)
 
     def cross(self, block: Block) -> Tensor:
         """Inner products with the gradients of a block: float32 (rows, train)."""
-        return cross_of(block, self.blocks, self.k)
+        return cross_of(block, self.blocks, len(self.k))
 
     def scores(self, cross: Tensor) -> Tensor:
         """Scores (targets, train) of inner products (targets, train)."""
@@ -92,7 +109,7 @@ class Fitted:
 
     def own_variance(self) -> Tensor:
         """Variances of :meth:`own` over halves of the training set."""
-        moments = [self.k.new_zeros(len(self.k)) for _ in range(2)]
+        moments = [torch.zeros(len(self.k), device=self.device) for _ in range(2)]
         reference = self._solver().leverage
         for rows, solver in self._resampled():
             values = solver.leverage / (2 - solver.leverage) - reference[rows]
@@ -113,25 +130,30 @@ class Fitted:
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.factor is None else values * self.factor
 
-    def _solver(self) -> Cholesky:
+    def _solver(self) -> Solver:
         if self._whole is None:
-            self._whole = self._factored(self.k, self.ridge)
+            self._whole = self._inverse(None, self.ridge)
         return self._whole
 
-    def _factored(self, k: Tensor, ridge: float) -> Cholesky:
-        exact = len(self.k) <= _EXACT_ROWS and k.device.type != "mps"
-        return Cholesky(k, ridge, exact=exact)
+    def _inverse(self, rows: Tensor | None, ridge: float) -> Solver:
+        if len(self.k) > self.limits.rows:
+            landmarks = self.limits.landmarks
+            return Iterative(self.k, ridge, landmarks=landmarks, device=self.device, rows=rows)
+        k = self.k if rows is None else self.k[rows][:, rows]
+        # No eigenvalue is above the trace.
+        condition = float(k.diagonal().sum()) / ridge
+        return Cholesky(k, ridge, exact=condition > _CONDITION and k.device.type != "mps")
 
-    def _resampled(self) -> Iterator[tuple[Tensor, Cholesky]]:
+    def _resampled(self) -> Iterator[tuple[Tensor, Solver]]:
         if self._halves:
             yield from self._halves
             return
-        kept: list[tuple[Tensor, Cholesky]] = []
+        kept: list[tuple[Tensor, Solver]] = []
         drawn = halves(len(self.k), self.resamples)
-        for rows in drawn:
-            rows = rows.to(self.k.device)
-            solver = self._factored(self.k[rows][:, rows], self.ridge / 2)
-            if solver.nbytes * len(drawn) <= _KEPT:
+        for half in drawn:
+            rows = half.to(self.device)
+            solver = self._inverse(rows, self.ridge / 2)
+            if 0 < solver.nbytes * len(drawn) <= _KEPT:
                 kept.append((rows, solver))
             yield rows, solver
         self._halves = kept

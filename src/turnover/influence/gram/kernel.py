@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.factors import Factors, join
 
-BLOCK = 1024
+_ROWS = 1024
 """Rows of a block: enough for matrix products to run at full speed."""
+_BYTES = 2**28
+"""Bytes of a block: several are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,22 @@ class Block:
     rows: int
 
     @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        found = (piece for pieces in self.parts.values() for _, piece in pieces)
+        first = next(found, None)
+        return torch.device("cpu") if first is None else next(iter(first.tensors().values())).device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(piece.nbytes for pieces in self.parts.values() for _, piece in pieces)
+
+
+def is_full(rows: Sequence[Rows]) -> bool:
+    """Whether the rows of some batches are enough for a block."""
+    size = sum(part.nbytes for one in rows for part in one.parts.values())
+    return sum(map(len, rows)) >= _ROWS or size >= _BYTES
 
 
 def block_of(every: Sequence[Rows]) -> Block:
@@ -67,43 +82,26 @@ def add_gram(one: Block, other: Block, out: Tensor) -> None:
 
 def gram_of(blocks: Sequence[Block], out: Tensor) -> None:
     """Fill ``out`` (rows, rows) with the inner products of all rows; each pair is worked out once."""
-    starts = offsets(blocks)
-    for i, (row, one) in enumerate(zip(starts, blocks, strict=True)):
-        for column, other in zip(starts[: i + 1], blocks, strict=False):
-            tile = out.new_zeros((one.rows, other.rows))
+    row = 0
+    for i in range(len(blocks)):
+        one = blocks[i]
+        column = 0
+        for j in range(i + 1):
+            other = one if j == i else blocks[j]
+            tile = torch.zeros((one.rows, other.rows), device=one.device)
             add_gram(one, other, tile)
             out[row : row + one.rows, column : column + other.rows] = tile
             out[column : column + other.rows, row : row + one.rows] = tile.T
+            column += other.rows
+        row += one.rows
 
 
-def cross_of(block: Block, blocks: Sequence[Block], like: Tensor) -> Tensor:
-    """Inner products of the rows of a block with those of all blocks: float32 (rows, all rows)."""
-    starts = offsets(blocks)
-    total = sum(other.rows for other in blocks)
-    out = like.new_zeros((block.rows, total), dtype=torch.float32)
-    for start, other in zip(starts, blocks, strict=True):
+def cross_of(block: Block, blocks: Sequence[Block], rows: int) -> Tensor:
+    """Inner products of the rows of a block with all ``rows`` of some blocks: float32."""
+    out = torch.zeros((block.rows, rows), device=block.device)
+    start = 0
+    for i in range(len(blocks)):
+        other = blocks[i]
         add_gram(block, other, out[:, start : start + other.rows])
+        start += other.rows
     return out
-
-
-def offsets(blocks: Sequence[Block]) -> list[int]:
-    """First row of every block."""
-    starts, start = [], 0
-    for block in blocks:
-        starts.append(start)
-        start += block.rows
-    return starts
-
-
-def blocks_of(every: Iterator[Rows]) -> Iterator[Block]:
-    """Blocks of some :data:`BLOCK` rows of the rows of small batches."""
-    pending: list[Rows] = []
-    count = 0
-    for rows in every:
-        pending.append(rows)
-        count += len(rows)
-        if count >= BLOCK:
-            yield block_of(pending)
-            pending, count = [], 0
-    if pending:
-        yield block_of(pending)

@@ -1,4 +1,4 @@
-"""Solves with ``K + lambda I``: by Cholesky factors while these fit, by conjugate gradients beyond."""
+"""Solves with ``K + lambda I`` through a Cholesky factor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class Cholesky:
     Args:
         k: float32 (rows, rows).
         ridge: lambda.
-        exact: factor in float64. Lambda is of the size of the diagonal, so float32 is good to some
-            1e-5 of the largest score.
+        exact: factor in float64.
     """
 
     def __init__(self, k: Tensor, ridge: float, *, exact: bool) -> None:
