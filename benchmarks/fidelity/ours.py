@@ -38,7 +38,7 @@ def attached(task: Attribution, count: int) -> Iterator[list[turnover.Network]]:
         yield networks
 
 
-def gram(count: int, features: str = "parameters") -> Callable[[Attribution], Scored]:
+def gram(count: int, features: str = "gradients") -> Callable[[Attribution], Scored]:
     """Gram with default settings on so many networks."""
 
     def run(task: Attribution) -> Scored:

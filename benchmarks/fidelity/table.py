@@ -29,9 +29,8 @@ def problem_table(name: str, found: dict[str, Any]) -> str:
         key=lambda item: _GROUPS[item[1]["kind"]],
     )
     for method, entry in methods:
-        for network in board.NETWORKS:
-            if network in entry:
-                lines.append(_row(method, network, entry[network]))
+        there = [network for network in board.NETWORKS if network in entry]
+        lines += [_row(method, network, entry[network]) for network in there]
     return "\n".join(lines)
 
 

@@ -18,7 +18,8 @@ again moves the gradients, too: to know how far *that* moves a score, give sever
 
 from __future__ import annotations
 
-from turnover.influence.gram.estimator import Gram, Options
+from turnover.influence.gram.estimator import Gram
+from turnover.influence.gram.options import Options
 from turnover.influence.gram.ridge import DEFAULT as DEFAULT_RIDGE
 
 __all__ = ["DEFAULT_RIDGE", "Gram", "Options"]

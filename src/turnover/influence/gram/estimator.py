@@ -2,85 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.calibration import NoiseFloor, StudentNull
 from turnover.influence.engine import to_numpy
 from turnover.influence.extremes import Extremes
-from turnover.influence.gram import ridge as ridges
-from turnover.influence.gram.capture import Capture, Rows
+from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
 from turnover.influence.gram.kernel import block_of, is_full
-from turnover.influence.gram.masks import MaskCapture
+from turnover.influence.gram.options import Model, Options, capture_of, digest, residual_of
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress
 from turnover.influence.result import Result
 from turnover.masks import check_ids
-from turnover.network import Network
-from turnover.objectives import Objective, margin
+from turnover.objectives import Objective
 
-FEATURES = ("gradients", "masks")
 _TINY = 1e-30
-
-Model = Network | nn.Module
-
-
-PLAIN_RESIDUAL = 0.5
-MASKED_RESIDUAL = 0.25
-
-
-@dataclass(frozen=True)
-class Options:
-    """How gram scores.
-
-    Attributes:
-        ridge: lambda: a multiple of the mean diagonal, ``"gcv"`` or ``"evidence"``
-            (:mod:`turnover.influence.gram.ridge`).
-        residual: exponent of 1 minus the probability of the training instance's label, which scores
-            are multiplied with; 0 or ``False``: nothing. At 1 this is the step that an infinitesimal
-            change of the instance's weight takes; at 0 all instances count alike. To leave an
-            instance out lies in between: the probability is that of a network that was trained on it.
-            ``None``: with the margin 0.5 for plain modules and 0.25 for turn-over networks, whose
-            retraining is masked and fits each instance less (docs/fidelity.md); other objectives have
-            it in their gradients.
-        features: ``"gradients"``, or for turn-over networks ``"masks"``: derivatives by the mask
-            entries, a few numbers for each instance, which forget the inputs below the site.
-        resamples: halves of the training set that standard errors of one network are made of: even,
-            4 at least.
-
-    Raises:
-        InputError: a value that is none of these.
-    """
-
-    ridge: float | str = ridges.DEFAULT
-    residual: bool | float | None = None
-    features: str = "gradients"
-    resamples: int = 8
-
-    def __post_init__(self) -> None:
-        ridges.check(self.ridge)
-        if self.features not in FEATURES:
-            raise InputError(
-                f"unknown features {self.features!r}; there are {', '.join(map(repr, FEATURES))}"
-            )
-        if self.residual is not None and not 0 <= self.residual < float("inf"):
-            raise InputError(
-                f"residual must be True, False or an exponent >= 0, got {self.residual}"
-            )
-        if self.resamples < 4 or self.resamples % 2:
-            raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
 
 
 class Gram:
@@ -112,12 +59,13 @@ class Gram:
         self._objective = objective
         self._shown = progress
         self._limits = Limits()
-        self._residual = [_residual(one, objective, options) for one in models]
+        self._residual = [residual_of(one, objective, options) for one in models]
         self._captures = [
-            _capture(one, objective, options, wrong > 0)
+            capture_of(one, objective, options, wrong > 0)
             for one, wrong in zip(models, self._residual, strict=True)
         ]
         self._fitted: list[Fitted] = []
+        self._digests: list[str] = []
         self._ids = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -130,7 +78,8 @@ class Gram:
         """Take in the training set. A second call starts anew.
 
         Raises:
-            InputError: no batches, ids in some batches and not in others, or twice.
+            InputError: no batches, ids in some batches and not in others, or twice; two networks that
+                are the same.
         """
         ids: list[Tensor | None] = []
         sizes: list[int] = []
@@ -155,6 +104,13 @@ class Gram:
         self._ids = _train_ids(ids, sizes)
         if len(self._ids) < 4:
             raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
+        # Now that a forward has told the widths of the sites.
+        self._digests = [digest(model) for model in self._models]
+        if len(set(self._digests)) < len(self._digests):
+            raise InputError(
+                "two networks have the same masks and weights: one is given twice, and would count double "
+                "in the mean over networks"
+            )
         self._fitted = [
             Fitted.of(
                 made,
@@ -316,7 +272,7 @@ class Gram:
             "method": "gram",
             "objective": getattr(self._objective, "__name__", type(self._objective).__name__),
             "sites": (),
-            "network": "+".join(digest(model) for model in self._models),
+            "network": "+".join(self._digests),
             "considered": considered,
         }
 
@@ -347,19 +303,6 @@ class Gram:
             )
 
 
-def digest(model: Model) -> str:
-    """Hash of the weights, and of the masks where there are any."""
-    if isinstance(model, Network):
-        return model.digest()
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-            flat = value.detach().contiguous().cpu().flatten()
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean over networks, variance of the mean, degrees of freedom."""
     stacked = torch.stack([one.to(scores[0].device) for one in scores])
@@ -378,30 +321,6 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
     if pending and (is_full(pending) or not full):
         blocks.append(block_of(pending))
         rows[-len(pending) :] = [Rows({}, one.costs, one.wrong) for one in pending]
-
-
-def _residual(model: Model, objective: Objective, options: Options) -> float:
-    """Exponent of 1 minus the probability of the label."""
-    if options.residual is not None:
-        return float(options.residual)
-    if objective is not margin:
-        return 0.0
-    return MASKED_RESIDUAL if isinstance(model, Network) else PLAIN_RESIDUAL
-
-
-def _capture(
-    model: Model, objective: Objective, options: Options, wrong: bool
-) -> Capture | MaskCapture:
-    if options.features == "masks":
-        if not isinstance(model, Network):
-            raise InputError(
-                'features="masks" are derivatives by the masks of a turn-over network: give one '
-                'from turnover.attach, or take features="gradients"'
-            )
-        return MaskCapture(model, objective, wrong=wrong)
-    if isinstance(model, Network):
-        return Capture(model.model, objective, wrong=wrong, within=model.mean)
-    return Capture(model, objective, wrong=wrong)
 
 
 def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:

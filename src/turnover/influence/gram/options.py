@@ -1,0 +1,114 @@
+"""How gram scores, and what it makes of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from turnover.errors import InputError
+from turnover.influence.gram import ridge as ridges
+from turnover.influence.gram.capture import Capture
+from turnover.influence.gram.masks import MaskCapture
+from turnover.network import Network
+from turnover.objectives import Objective, margin
+
+Model = Network | nn.Module
+
+FEATURES = ("gradients", "masks")
+
+
+PLAIN_RESIDUAL = 0.5
+MASKED_RESIDUAL = 0.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gram scores.
+
+    Attributes:
+        ridge: lambda: a multiple of the mean diagonal, ``"gcv"`` or ``"evidence"``
+            (:mod:`turnover.influence.gram.ridge`).
+        residual: exponent of 1 minus the probability of the training instance's label, which scores
+            are multiplied with; 0 or ``False``: nothing. At 1 this is the step that an infinitesimal
+            change of the instance's weight takes; at 0 all instances count alike. To leave an
+            instance out lies in between: the probability is that of a network that was trained on it.
+            ``None``: with the margin 0.5 for plain modules and 0.25 for turn-over networks, whose
+            retraining is masked and fits each instance less (docs/fidelity.md); other objectives have
+            it in their gradients.
+        features: ``"gradients"``, or for turn-over networks ``"masks"``: derivatives by the mask
+            entries, a few numbers for each instance, which forget the inputs below the site.
+        resamples: halves of the training set that standard errors of one network are made of: even,
+            4 at least.
+
+    Raises:
+        InputError: a value that is none of these.
+    """
+
+    ridge: float | str = ridges.DEFAULT
+    residual: bool | float | None = None
+    features: str = "gradients"
+    resamples: int = 8
+
+    def __post_init__(self) -> None:
+        ridges.check(self.ridge)
+        if self.features not in FEATURES:
+            raise InputError(
+                f"unknown features {self.features!r}; there are {', '.join(map(repr, FEATURES))}"
+            )
+        if self.residual is not None and not 0 <= self.residual < float("inf"):
+            raise InputError(
+                f"residual must be True, False or an exponent >= 0, got {self.residual}"
+            )
+        if self.resamples < 4 or self.resamples % 2:
+            raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
+
+
+def digest(model: Model) -> str:
+    """Hash of the weights, and of the masks where there are any."""
+    if isinstance(model, Network):
+        return model.digest()
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
+            flat = value.detach().contiguous().cpu().flatten()
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def residual_of(model: Model, objective: Objective, options: Options) -> float:
+    """Exponent of 1 minus the probability of the label."""
+    if options.residual is not None:
+        return float(options.residual)
+    if objective is not margin:
+        return 0.0
+    return MASKED_RESIDUAL if isinstance(model, Network) else PLAIN_RESIDUAL
+
+
+def capture_of(
+    model: Model, objective: Objective, options: Options, wrong: bool
+) -> Capture | MaskCapture:
+    """What gives the gradients of a model's rows.
+
+    Args:
+        model: a network or any module.
+        objective: cost of a prediction.
+        options: how to score.
+        wrong: whether to find the probability of every label.
+
+    Raises:
+        InputError: nothing is trained, or mask features of what has no masks.
+    """
+    if options.features == "masks":
+        if not isinstance(model, Network):
+            raise InputError(
+                'features="masks" are derivatives by the masks of a turn-over network: give one '
+                'from turnover.attach, or take features="gradients"'
+            )
+        return MaskCapture(model, objective, wrong=wrong)
+    if isinstance(model, Network):
+        return Capture(model.model, objective, wrong=wrong, within=model.mean)
+    return Capture(model, objective, wrong=wrong)
