@@ -1,5 +1,7 @@
 """Gram: scores against a plain solve, their errors, what it refuses."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -299,6 +301,8 @@ def test_wrong_input_is_refused_by_name():
         Influence(model, method="gram", features="all")
     with pytest.raises(InputError, match="given twice"):
         Influence([model, model], method="gram")
+    with pytest.raises(InputError, match="same masks and weights"):
+        Influence([model, copy.deepcopy(model)], method="gram").fit([train])
 
 
 def test_what_has_no_gradients_is_refused():
