@@ -21,7 +21,7 @@ _ROWS = 250
 def batches(split: Split) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Inputs, labels and, as ids, the numbers of the rows."""
     ids = torch.arange(len(split))
-    parts = (split.x.split(_ROWS), split.y.split(_ROWS), ids.split(_ROWS))
+    parts = (torch.split(split.x, _ROWS), torch.split(split.y, _ROWS), torch.split(ids, _ROWS))
     return list(zip(*parts, strict=True))
 
 
