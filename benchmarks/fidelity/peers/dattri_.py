@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ..methods import Attribution, Scored
 from ..problems import Split
 
-_ROWS = 100
+_NUMBERS = 100_000_000  # of the gradients that are held at once
 _TARGETS = 25  # at once by conjugate gradients, each with activations of the whole training set
 # The steadiest of 0.01, 0.03 and 0.1 on the networks of problem A: 20 steps at 0.01 do better on some
 # of them, and far worse on others.
@@ -34,6 +34,8 @@ def trak(count: int) -> Callable[[Attribution], Scored]:
 
         model = copy.deepcopy(task.models[0])
         width = min(len(task.problem.train) // 5, 512)
+        rows = _rows(model)
+        train = _loader(task.problem.train, rows)
 
         def margin(parameters: Any, row: Any) -> Tensor:
             outputs = _one(model, parameters, row)
@@ -58,17 +60,18 @@ def trak(count: int) -> Callable[[Attribution], Scored]:
         # Its progress bars cannot be turned off.
         with redirect_stderr(io.StringIO()), torch.no_grad():
             method = attributor()
-            method.cache(_loader(task.problem.train))
+            method.cache(train)
             fitted = time.perf_counter()
-            scores = method.attribute(_loader(task.problem.test)).T
+            scores = method.attribute(_loader(task.problem.test, rows)).T
             scored = time.perf_counter()
-            own = attributor().self_attribute(_loader(task.problem.train)).flatten()
+            # A second pass over the training set, which ten networks would not repay.
+            own = attributor().self_attribute(train).flatten() if count == 1 else None
         networks = min(count, len(task.models))
         # Between the two it keeps a solved projection and a residual for each instance.
         stored = 4 * len(task.problem.train) * (networks * width + 1)
         return Scored(
             scores.float().numpy(),
-            own.float().numpy(),
+            None if own is None else own.float().numpy(),
             fitted - start,
             scored - fitted,
             stored,
@@ -107,7 +110,10 @@ def conjugate_gradients(task: Attribution) -> Scored:
                 for part in _loader(test, _TARGETS)
             ]
         )
-        parts = [method.generate_train_rep(0, _batch(part)) @ solved.T for part in _loader(train)]
+        parts = [
+            method.generate_train_rep(0, _batch(part)) @ solved.T
+            for part in _loader(train, _rows(model))
+        ]
     scored = time.perf_counter()
     scores = torch.cat(parts).T.float().contiguous().numpy()
     return Scored(scores, None, fitted - start, scored - fitted, 0)
@@ -118,9 +124,14 @@ def _one(model: nn.Module, parameters: Any, row: Any) -> Tensor:
     return outputs
 
 
+def _rows(model: nn.Module) -> int:
+    """Rows of a batch: the more, the fewer times a projection is drawn."""
+    return max(1, _NUMBERS // sum(parameter.numel() for parameter in model.parameters()))
+
+
 def _batch(part: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(one[None] for one in part)
 
 
-def _loader(split: Split, rows: int = _ROWS) -> DataLoader[tuple[Tensor, ...]]:
+def _loader(split: Split, rows: int) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(split.x, split.y), batch_size=rows, shuffle=False)
