@@ -12,6 +12,7 @@ from .methods import Attribution, Scored
 from .problems import Problem
 
 EVERY = ("standard", "wide", "turnover")
+_LARGE = 1000
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Method:
         networks: those that it is run on.
         package: whose work it is, where it is a peer's.
         texts: whether it needs sentences.
+        slow: minutes for each network of a large problem: there it is run on the standard one alone.
     """
 
     name: str
@@ -33,9 +35,12 @@ class Method:
     networks: tuple[str, ...] = EVERY
     package: str | None = None
     texts: bool = False
+    slow: bool = False
 
     def runs_on(self, problem: Problem, network: str) -> bool:
         """Whether the row exists there."""
+        if self.slow and len(problem.train) > _LARGE and network != "standard":
+            return False
         return network in self.networks and (not self.texts or problem.train.texts is not None)
 
     def described(self) -> dict[str, Any]:
@@ -58,7 +63,7 @@ METHODS = (
     Method("turn-over, 5 networks", "ours", ours.turn_over(5), ("turnover",)),
     Method("turn-over, 20 networks", "ours", ours.turn_over(20), ("turnover",)),
     Method("EK-FAC (kronfluence)", "peer", peers.ekfac, package="kronfluence"),
-    Method("TRAK-10 (dattri)", "peer", peers.trak(10), package="dattri"),
+    Method("TRAK-10 (dattri)", "peer", peers.trak(10), package="dattri", slow=True),
     Method("TRAK-1 (dattri)", "peer", peers.trak(1), package="dattri"),
     Method("IF-CG (dattri)", "peer", peers.conjugate_gradients, package="dattri"),
     Method("TracInCP (captum)", "peer", peers.tracin, package="captum"),
