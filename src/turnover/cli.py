@@ -41,6 +41,9 @@ Method = Annotated[
 ]
 Objective = Annotated[str, typer.Option(help="Cost of a prediction: margin or cross_entropy.")]
 Ghosts = Annotated[int, typer.Option(help="Ghosts that fit the noise floor.")]
+Gram = Annotated[
+    bool, typer.Option(help="Also estimate by gram, which takes a pass over the training data.")
+]
 
 Data = Annotated[
     str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
@@ -185,6 +188,7 @@ def influence(
             help="Print estimated time, memory and noise of each method, and stop.",
         ),
     ] = False,
+    gram: Gram = True,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself."""
     from turnover.run import Run
@@ -192,7 +196,7 @@ def influence(
     from turnover.tasks.score import explain_plan as explained
 
     sites = tuple(site) if site else None
-    config = ScoreConfig(method, objective, ghosts, sites, seconds)
+    config = ScoreConfig(method, objective, ghosts, sites, seconds, gram)
     loaded = Run.load(run)
     if explain_plan:
         plan = explained(loaded, config)
@@ -210,6 +214,9 @@ def explain(
     label: Annotated[
         str | None, typer.Option(help="Class to explain --text for; default: as predicted.")
     ] = None,
+    gram: Annotated[
+        bool, typer.Option(help="Explain --text by gram as well: a pass over the training data.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain misclassified test rows, or one text, by training instances."""
@@ -220,7 +227,8 @@ def explain(
         raise InputError("--show must be >= 0 and --top >= 1")
     loaded = Run.load(run)
     if text is not None:
-        _print_explanations([explain_text(loaded, text, label, top=top)], as_json=as_json)
+        explained = explain_text(loaded, text, label, top=top, gram=gram)
+        _print_explanations([explained], as_json=as_json)
     else:
         _explain_errors(loaded, show=show, top=top, as_json=as_json)
 
@@ -373,8 +381,13 @@ def _print_explanations(explanations: list[Explanation], *, as_json: bool) -> No
     if as_json:
         sys.stdout.write(json.dumps([e.to_dict() for e in explanations], indent=2) + "\n")
         return
+    from turnover.tasks.explain import GRAM_MEANS, TURNOVER_MEANS
+
     for explanation in explanations:
         _print_explanation(explanation)
+    if any(explanation.gram for explanation in explanations):
+        for meaning in (TURNOVER_MEANS, GRAM_MEANS):
+            console.print(meaning, markup=False, highlight=False)
 
 
 def _print_explanation(explanation: Explanation) -> None:
@@ -399,6 +412,16 @@ def _print_explanation(explanation: Explanation) -> None:
             table.add_row(
                 side, one.label, f"{one.score:+.3f}", f"{one.z:+.1f}", q, f"[{one.key}] {one.text}"
             )
+    console.print(table, markup=False)
+    if explanation.gram is None:
+        return
+    table = Table("gram", "label", "nats", "standard error", "training instance")
+    beside = (("helpful", explanation.gram.helpful), ("harmful", explanation.gram.harmful))
+    for side, listed in beside:
+        for item in listed:
+            error = f"{item.standard_error:.3f}"
+            text = f"[{item.key}] {item.text}"
+            table.add_row(side, item.label, f"{item.score:+.3f}", error, text)
     console.print(table, markup=False)
 
 

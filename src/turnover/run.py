@@ -99,6 +99,10 @@ class Run:
         """Whether there is such a result."""
         return self._result(name).exists()
 
+    def remove_result(self, name: str) -> None:
+        """Remove a stored result, where there is one."""
+        shutil.rmtree(self._result(name), ignore_errors=True)
+
     def read_result(self, name: str) -> Result:
         """A stored result of this run's network.
 

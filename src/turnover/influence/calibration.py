@@ -168,7 +168,6 @@ class StudentNull:
 
     def __init__(self, freedom: float) -> None:
         self.freedom = freedom
-        self.values: Floats = np.empty(0)
 
     def p_values(self, z: NDArray[np.floating]) -> Floats:
         """Two-sided p-values in (0, 1], of the shape of ``z``."""

@@ -25,6 +25,7 @@ from turnover.influence.begun import (
     marked,
 )
 from turnover.influence.blocks import Variable
+from turnover.influence.calibration import NullDistribution, StudentNull
 from turnover.influence.place import Place
 from turnover.influence.result import Result
 from turnover.influence.stored import DESCRIBED, StoredResult
@@ -127,7 +128,8 @@ def save(url: str | Path, result: Result) -> None:
         writer.begin()
         for name, (_, array) in values.items():
             writer.write(name, (), array)
-        writer.finish()
+        null = result.null
+        writer.finish(**({"freedom": null.freedom} if isinstance(null, StudentNull) else {}))
         draft.become(place)
 
 
@@ -149,7 +151,10 @@ def _laid_out(
         "recall": (floor, result.recall),
         "ghost_mean": (floor, np.asarray(result.floor.mean)),
         "noise_floor": (floor, np.asarray(result.floor.sd)),
-        "null": (("pool",), result.null.values),
+        "null": (
+            ("pool",),
+            result.null.values if isinstance(result.null, NullDistribution) else None,
+        ),
     }
     coordinates: dict[str, Any] = {} if top else {"train": ("train", result.train_ids)}
     if result.target_ids is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.influence.begun import BEGUN, MARK, ROOT, manifest, marked
 from turnover.influence.blocks import CODECS, DTYPES, Blocks, Variable
-from turnover.influence.calibration import NoiseFloor, NullDistribution
+from turnover.influence.calibration import NoiseFloor, NullDistribution, StudentNull
 from turnover.influence.place import Place
 from turnover.influence.result import Result
 
@@ -73,8 +73,10 @@ class StoredResult:
         return self._blocks.read("train_id" if self.kind == "top" else "train")
 
     @cached_property
-    def null(self) -> NullDistribution:
+    def null(self) -> NullDistribution | StudentNull:
         """The distribution that turns z into p."""
+        if "freedom" in self.attributes:
+            return StudentNull(self.attributes["freedom"])
         return NullDistribution(self._blocks.read("null"))
 
     def load(self, targets: slice | Sequence[int] | None = None) -> Result:

@@ -9,9 +9,12 @@ over the training instances of one target; at most
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from turnover.errors import InputError
-from turnover.tasks.explain import Explanation, Influential
+from turnover.tasks.explain import Explanation, GramExplanation, GramInfluential, Influential
+
+_Item = TypeVar("_Item", Influential, GramInfluential)
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,19 @@ class ReportContent:
     def without_texts(self) -> ReportContent:
         """A copy that holds no text of a target or training instance, only ids and labels."""
 
-        def bare(listed: tuple[Influential, ...]) -> tuple[Influential, ...]:
-            return tuple(replace(item, text=None) for item in listed)
+        def bare(error: Explanation) -> Explanation:
+            gram = error.gram
+            if gram is not None:
+                gram = GramExplanation(_bare(gram.helpful), _bare(gram.harmful))
+            helpful, harmful = _bare(error.helpful), _bare(error.harmful)
+            return replace(error, text=None, helpful=helpful, harmful=harmful, gram=gram)
 
         return replace(
             self,
-            errors=tuple(
-                replace(error, text=None, helpful=bare(error.helpful), harmful=bare(error.harmful))
-                for error in self.errors
-            ),
+            errors=tuple(map(bare, self.errors)),
             harmful_overall=tuple(replace(item, text=None) for item in self.harmful_overall),
         )
+
+
+def _bare(listed: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    return tuple(replace(item, text=None) for item in listed)

@@ -41,6 +41,7 @@ def explain_errors(run: Run, *, top: int = 5) -> list[Explanation]:
         targets["predicted"],
         targets["confidence"],
         top=top,
+        gram=run.read_result("gram") if run.has_result("gram") else None,
     )
 
 
@@ -192,6 +193,16 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
                 "Linear against exact",
                 f"Spearman {found['spearman_exact_linear']:.2f}",
                 f"mean over targets, {found['exact_pairs']:,} pairs estimated both ways",
+            )
+        )
+    if (gram := found.get("gram")) is not None:
+        facts.append(
+            Fact(
+                "Gram",
+                f"{gram['seconds']:.0f} s",
+                f"a pass over the training data and a solve; of its {gram['compared']} strongest "
+                f"instances of each error {gram['same_sign']:.0%} have the same sign by turn-over; median "
+                f"standard error {gram['median_standard_error']:.2g} nats",
             )
         )
     scored = found["scored_sites"]

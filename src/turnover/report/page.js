@@ -33,12 +33,12 @@
     return element("span", "figure-pair", element("span", "name", name), " ", shown);
   }
 
-  function influential(item, floorAt) {
+  function influential(item, tickAt, ...numbers) {
     const [id, label, text] = instances[item.instance];
     const bar = element("span", "bar", element("span", "fill"), element("span", "floor"));
     bar.setAttribute("aria-hidden", "true");
     bar.firstChild.style.width = `${item.bar}%`;
-    bar.lastChild.style.left = `${floorAt}%`;
+    bar.lastChild.style.left = `${tickAt}%`;
     return element(
       "li",
       item.noise ? "influential noise" : "influential",
@@ -50,37 +50,55 @@
         element("code", "", id),
       ),
       bar,
-      element(
-        "div",
-        "numbers",
-        figure("z", item.z),
-        figure("q", item.q),
-        item.noise ? element("span", "verdict", "not distinguishable from noise") : null,
-      ),
+      element("div", "numbers", ...numbers),
       textBlock(text),
     );
   }
 
-  function column(kind, title, remark, items, floorAt) {
-    const list = element("ol", "", ...items.map((item) => influential(item, floorAt)));
+  function byTurnover(error) {
+    return (item) =>
+      influential(
+        item,
+        error.floor_at,
+        figure("z", item.z),
+        figure("q", item.q),
+        item.noise ? element("span", "verdict", "not distinguishable from noise") : null,
+      );
+  }
+
+  function byGram(item) {
+    return influential(item, item.error_at, figure("standard error", item.error, "nats"));
+  }
+
+  function column(kind, title, remark, items, shown) {
+    const list = element("ol", "", ...items.map(shown));
     const heading = element("h3", kind, title, " ", element("small", "", remark));
     const body = items.length ? list : element("p", "empty", "None listed.");
     return element("div", `column ${kind}`, heading, body);
   }
 
-  function fill(card, error) {
-    const columns = element(
+  function columns(error, { helpful, harmful }, shown) {
+    return element(
       "div",
       "columns",
-      column("helpful", "Helpful", `to “${error.true}”`, error.helpful, error.floor_at),
-      column("harmful", "Harmful", `pushed toward “${error.predicted}”`, error.harmful, error.floor_at),
+      column("helpful", "Helpful", `to “${error.true}”`, helpful, shown),
+      column("harmful", "Harmful", `pushed toward “${error.predicted}”`, harmful, shown),
     );
-    const key = element(
-      "p",
-      "key",
-      "Bars show the size of a score; the tick on each bar marks the noise floor.",
-    );
-    card.append(element("div", "body", textBlock(error.text), columns, key));
+  }
+
+  function key(tick) {
+    return element("p", "key", `Bars show the size of a score; the tick on each bar marks ${tick}.`);
+  }
+
+  function fill(card, error) {
+    const body = element("div", "body", textBlock(error.text));
+    if (error.gram) body.append(element("h3", "method", "By turn-over"));
+    body.append(columns(error, error, byTurnover(error)), key("the noise floor"));
+    if (error.gram) {
+      body.append(element("h3", "method", "By gram"));
+      body.append(columns(error, error.gram, byGram), key("its standard error"));
+    }
+    card.append(body);
   }
 
   function card(error) {

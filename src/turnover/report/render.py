@@ -13,7 +13,14 @@ from typing import Any
 
 from turnover.errors import InputError
 from turnover.report.content import Curve, HarmfulOverall, ReportContent
-from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, Influential
+from turnover.tasks.explain import (
+    GRAM_MEANS,
+    SIGNIFICANT_Q,
+    TURNOVER_MEANS,
+    Explanation,
+    GramInfluential,
+    Influential,
+)
 
 _MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"
@@ -41,6 +48,8 @@ def render(content: ReportContent) -> str:
         significant_share=_share(content.noise.significant_pairs, content.noise.pairs),
         texts_left_out=_texts_left_out(content),
         threshold=SIGNIFICANT_Q,
+        turnover_means=TURNOVER_MEANS,
+        gram_means=GRAM_MEANS if any(error.gram for error in content.errors) else None,
         sort_keys=_sort_keys,
         data=_json({**_error_data(content.errors), "curves": curves}),
         css=_asset("style.css"),
@@ -93,10 +102,25 @@ def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
     # A training instance can be listed under hundreds of targets: its text travels once.
     instances: dict[tuple[str, str, str | None], int] = {}
 
+    def number(item: Influential | GramInfluential) -> int:
+        return instances.setdefault((item.key, item.label, item.text), len(instances))
+
+    def by_gram(items: tuple[GramInfluential, ...], scale: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "instance": number(i),
+                "score": _signed(i.score),
+                "error": _nats(i.standard_error),
+                "bar": _bar(i.score, scale),
+                "error_at": _bar(i.standard_error, scale),
+            }
+            for i in items
+        ]
+
     def listed(items: tuple[Influential, ...], scale: float) -> list[dict[str, Any]]:
         return [
             {
-                "instance": instances.setdefault((i.key, i.label, i.text), len(instances)),
+                "instance": number(i),
                 "score": _signed(i.score),
                 "z": _z(i.z),
                 "q": _q(i.q),
@@ -111,6 +135,14 @@ def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
         everyone = error.helpful + error.harmful
         scale = max((abs(i.score) for i in everyone if math.isfinite(i.score)), default=0.0)
         largest_z = max((abs(i.z) for i in everyone if math.isfinite(i.z)), default=0.0)
+        gram = None
+        if error.gram is not None:
+            sides = error.gram.helpful + error.gram.harmful
+            largest = max((abs(i.score) for i in sides if math.isfinite(i.score)), default=0.0)
+            gram = {
+                "helpful": by_gram(error.gram.helpful, largest),
+                "harmful": by_gram(error.gram.harmful, largest),
+            }
         rows.append(
             {
                 "id": error.key,
@@ -130,6 +162,7 @@ def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
                 },
                 "helpful": listed(error.helpful, scale),
                 "harmful": listed(error.harmful, scale),
+                "gram": gram,
             }
         )
     return {"errors": rows, "instances": list(instances)}
@@ -159,6 +192,8 @@ def _texts_left_out(content: ReportContent) -> bool:
     for error in content.errors:
         texts.append(error.text)
         texts.extend(item.text for item in error.helpful + error.harmful)
+        if error.gram is not None:
+            texts.extend(item.text for item in error.gram.helpful + error.gram.harmful)
     return any(text is None for text in texts)
 
 

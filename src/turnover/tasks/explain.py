@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,15 @@ from turnover.influence.result import Result
 
 SIGNIFICANT_Q = 0.05
 NOT_SIGNIFICANT = "not distinguishable from noise"
+TURNOVER_MEANS = (
+    "Turn-over: what the instance itself left in this network, as its exposed sub-network differs from "
+    "its hidden one; q says how surely that is more than chance."
+)
+GRAM_MEANS = (
+    "Gram: what retraining without the instance would change, the others' making up for it included, "
+    "told from gradients; the standard error says how far another training set would move the score, "
+    "and another training as a whole moves it some 1.7 times as far."
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,36 @@ class Influential:
 
 
 @dataclass(frozen=True)
+class GramInfluential:
+    """One training instance and what it did to a target by gram.
+
+    ``score`` and ``standard_error`` are in the objective's units (nats). ``text`` is None where it was
+    left out.
+    """
+
+    key: str
+    label: str
+    text: str | None
+    score: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class GramExplanation:
+    """The most helpful (highest first) and most harmful (lowest first) instances by gram."""
+
+    helpful: tuple[GramInfluential, ...]
+    harmful: tuple[GramInfluential, ...]
+
+
+@dataclass(frozen=True)
 class Explanation:
     """One target with its most helpful (highest first) and most harmful (lowest first) instances.
 
     They are seen from the true class: the harmful ones pushed away from it. ``confidence`` is the
     probability (0 to 1) given to ``predicted_label``, ``noise_floor`` the standard deviation of the
     ghosts' scores on this target in nats. ``n_significant`` counts all training instances with
-    q <= 0.05, shown or not. ``text`` is None where it was left out.
+    q <= 0.05, shown or not. ``text`` is None where it was left out, ``gram`` where it was not estimated.
     """
 
     key: str
@@ -55,6 +88,7 @@ class Explanation:
     n_significant: int
     helpful: tuple[Influential, ...]
     harmful: tuple[Influential, ...]
+    gram: GramExplanation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as JSON values."""
@@ -108,6 +142,7 @@ def explain(
     confidence: list[float],
     *,
     top: int = 5,
+    gram: Result | None = None,
 ) -> list[Explanation]:
     """Explanations of targets from a pairwise result.
 
@@ -117,7 +152,16 @@ def explain(
         predicted: predicted class of each target of the result.
         confidence: its probability.
         top: how many instances on each side.
+        gram: the extremes of the same targets by gram, with row numbers of ``train`` as ids.
+
+    Raises:
+        InputError: results of other targets or training instances.
     """
+    if gram is not None and len(gram.scores) != len(target_rows):
+        raise InputError(
+            f"the result of gram has {len(gram.scores)} targets, the other one {len(target_rows)}: "
+            f"estimate both again"
+        )
     rows = rows_by_id(result, train)
     explanations = []
     for index, row in enumerate(target_rows):
@@ -135,6 +179,32 @@ def explain(
                 int((result.q[index] <= SIGNIFICANT_Q).sum()),
                 influential(result, index, train, rows, np.array(helpful, dtype=int)),
                 influential(result, index, train, rows, np.array(harmful, dtype=int)),
+                None if gram is None else _by_gram(gram, index, train, top),
             )
         )
     return explanations
+
+
+def _by_gram(gram: Result, target: int, train: TextData, top: int) -> GramExplanation:
+    rows, scores, errors = gram.train_ids[target], gram.scores[target], gram.standard_error
+    assert errors is not None
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(train.texts):
+        raise InputError("the result of gram has training rows that the run does not")
+
+    def listed(ranks: Iterable[int]) -> tuple[GramInfluential, ...]:
+        return tuple(
+            GramInfluential(
+                train.keys[rows[rank]],
+                train.classes[train.labels[rows[rank]]],
+                train.texts[rows[rank]],
+                float(scores[rank]),
+                float(errors[target, rank]),
+            )
+            for rank in ranks
+        )
+
+    ranks = range(len(rows))
+    return GramExplanation(
+        listed(rank for rank in ranks[:top] if scores[rank] > 0),
+        listed(rank for rank in ranks[::-1][:top] if scores[rank] < 0),
+    )

@@ -21,6 +21,7 @@ from turnover.influence.cost import Plan
 from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
+from turnover.objectives import Objective
 from turnover.run import Run, read_json, write_json
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
 from turnover.tasks.training import Encoded, evaluate
@@ -31,6 +32,8 @@ _P_CHECKED = 0.01
 _EXACT_TARGETS, _EXACT_IDS, _EXACT_GHOSTS = 8, 256, 64
 _SITE_ROWS = 256
 _OWN_GHOSTS = 1000
+_GRAM_TOP, _GRAM_COMPARED = 50, 5
+PAIR_METHODS = tuple(method for method in METHODS if method != "gram")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class ScoreConfig:
         ghosts: ghosts that fit the noise floor; as many fresh ones check it.
         sites: names or patterns of the sites that are scored, ``("*",)`` for all; ``None`` takes those
             that carry more signal than noise, told from the training instances' self-influence.
+        gram: whether the errors' extremes are also estimated by gram, which takes a pass over the
+            training data.
     """
 
     method: str = "linear"
@@ -51,6 +56,7 @@ class ScoreConfig:
     ghosts: int = 4000
     sites: tuple[str, ...] | None = None
     seconds: float = 60.0
+    gram: bool = True
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -62,9 +68,10 @@ class ScoreConfig:
 def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     """Estimate, store the results in the run, and add what was found to its metrics.
 
-    Stores ``results/errors`` (misclassified test rows x training ids), ``results/aggregate`` (mean
-    over all test rows), ``results/self`` (training ids) and ``results/targets.json``. Where it is cut
-    off, the same call goes on with the errors.
+    Stores ``results/errors`` (misclassified test rows x training ids), ``results/gram`` (their extremes
+    by gram, with row numbers of the training data as ids), ``results/aggregate`` (mean over all test
+    rows), ``results/self`` (training ids) and ``results/targets.json``. Where it is cut off, the same
+    call goes on with the errors.
 
     Returns:
         the run's metrics, complete.
@@ -85,11 +92,15 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
             influence = scoring.influence(plan.chosen)
             found["plan"] = plan.to_dict()
         found["method"] = influence.method
-        settings = json.dumps([asdict(config), influence.method, scoring.sites, network.digest()])
+        kept = {key: value for key, value in asdict(config).items() if key != "gram"}
+        settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
         with run.draft("errors", settings) as draft:
             errors = influence.estimate(_batches(test, wrong), ids, out=draft).load()
         found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
         found |= _agreement(run, influence, test, wrong, ids, errors)
+    run.remove_result("gram")
+    if wrong and config.gram:
+        found["gram"] = _score_by_gram(run, scoring, errors)
     mean_method = config.method if config.method in ("exact", "linear") else "linear"
     mean = scoring.influence(mean_method)
     run.write_result("aggregate", mean.aggregate(_batches(test, range(len(test))), ids))
@@ -126,9 +137,17 @@ class _Scoring:
 
     def __init__(self, run: Run, config: ScoreConfig) -> None:
         self._run, self._config = run, config
+        self.objective = OBJECTIVES[config.objective]
         network = run.network
+        if config.method == "gram":
+            raise InputError(
+                "gram's pairs stand beside those of turn-over dropout, and are estimated without being "
+                f"asked for: leave --method out, or choose one of {', '.join(PAIR_METHODS)}"
+            )
         if config.method not in METHODS:
-            raise InputError(f"unknown method {config.method!r}; built are: {', '.join(METHODS)}")
+            raise InputError(
+                f"unknown method {config.method!r}; built are: {', '.join(PAIR_METHODS)}"
+            )
         self.test, self.training = run.encode(run.test), run.encode(run.train)
         everything = range(len(self.test))
         predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
@@ -151,7 +170,7 @@ class _Scoring:
         config = self._config
         return Influence(
             self._run.network,
-            OBJECTIVES[config.objective],
+            self.objective,
             method,
             ghosts=ghosts or config.ghosts,
             sites=self.sites,
@@ -181,11 +200,14 @@ def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
     return [site for site in by_site if site in chosen]
 
 
-def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explanation:
+def explain_text(
+    run: Run, text: str, label: str | None, *, top: int, gram: bool = True
+) -> Explanation:
     """Explain the prediction for a new text, linearly and on the margin.
 
     Args:
         label: the class whose margin is explained; ``None`` takes the predicted one.
+        gram: whether also by gram, which takes a pass over the training data.
 
     Raises:
         InputError: an empty text, or a label that is not a class of the run.
@@ -207,7 +229,41 @@ def explain_text(run: Run, text: str, label: str | None, *, top: int) -> Explana
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
     result = influence.estimate([encoded.batch([0])], torch.unique(run.train.ids))
     confidence = [float(prediction.confidence[0])]
-    return explain(result, run.train, data, [0], [predicted], confidence, top=top)[0]
+    beside = None
+    if gram:
+        fitted = _fitted_gram(run, run.encode(run.train), objectives.margin)
+        beside = fitted.estimate([encoded.batch([0])], top=top)
+    return explain(result, run.train, data, [0], [predicted], confidence, top=top, gram=beside)[0]
+
+
+def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence:
+    """Gram of the run's network and training rows, each under its number: groups share ids."""
+    batches = [
+        replace(training.batch(chunk), ids=torch.tensor(chunk))
+        for chunk in training.by_length(range(len(training)), _BATCH)
+    ]
+    return Influence(run.network, objective, "gram", progress=True).fit(batches)
+
+
+def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any]:
+    """The errors' extremes by gram, stored, and how far their signs agree with turn-over's."""
+    start = time.perf_counter()
+    fitted = _fitted_gram(run, scoring.training, scoring.objective)
+    result = fitted.estimate(_batches(scoring.test, scoring.wrong), top=_GRAM_TOP)
+    run.write_result("gram", result)
+    each = min(_GRAM_COMPARED, result.scores.shape[1] // 2)
+    ends = np.r_[0:each, result.scores.shape[1] - each : result.scores.shape[1]]
+    ids = run.train.ids.numpy()[result.train_ids[:, ends]]
+    order = np.argsort(errors.train_ids)
+    columns = order[np.searchsorted(errors.train_ids, ids, sorter=order)]
+    other = np.take_along_axis(errors.scores, columns, axis=1)
+    assert result.standard_error is not None
+    return {
+        "seconds": time.perf_counter() - start,
+        "same_sign": float((np.sign(other) == np.sign(result.scores[:, ends])).mean()),
+        "compared": 2 * each,
+        "median_standard_error": float(np.median(result.standard_error)),
+    }
 
 
 def _batches(data: Encoded, rows: Sequence[int]) -> list[Batch]:
