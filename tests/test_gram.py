@@ -33,10 +33,10 @@ def cut(batch, size):
     return [batch.rows(i, i + size) for i in range(0, len(batch), size)]
 
 
-def test_scores_are_those_of_a_plain_solve():
+def test_scores_without_directions_are_those_of_a_plain_solve():
     model, train, targets = problem()
     for residual in (False, True, 0.5):
-        influence = Influence(model, method="gram", ridge=0.4, residual=residual)
+        influence = Influence(model, method="gram", ridge=0.4, residual=residual, directions=0)
         result = influence.fit(cut(train, 7)).estimate(cut(targets, 2))
         own, others = by_hand(model, train), by_hand(model, targets)
         k = own @ own.T
@@ -54,10 +54,14 @@ def test_scores_are_those_of_a_plain_solve():
         np.testing.assert_allclose(itself.scores, leverage, atol=1e-5)
 
 
+def squared(outputs, batch):
+    return (outputs[:, 0] - batch.labels.float()).square()
+
+
 def test_an_objective_of_ones_own_has_no_residual():
     model, train, targets = problem()
     scores = [
-        Influence(model, objectives.cross_entropy, "gram", residual=residual).fit([train])
+        Influence(model, squared, "gram", residual=residual).fit([train])
         for residual in (None, False)
     ]
     one, other = (each.estimate([targets]).scores for each in scores)
@@ -203,7 +207,7 @@ def test_mask_features_are_inner_products_of_mask_derivatives():
     network = turnover.attach(tiny.mlp(width=32).eval(), "mlp")
     train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
     targets = Batch(tiny.features(4, seed=2), tiny.labels(4, seed=2))
-    influence = Influence(network, method="gram", features="masks", residual=0)
+    influence = Influence(network, method="gram", features="masks", residual=0, directions=0)
     result = influence.fit([train]).estimate([targets])
     own, others = (
         mask_gradients(network, objectives.margin, batch).detach().double().numpy()
@@ -294,9 +298,19 @@ def test_wrong_input_is_refused_by_name():
         influence.plan([targets], [101])
     with pytest.raises(InputError, match="masks of a turn-over network"):
         Influence(model, method="gram", features="masks")
-    for options in ({"ridge": "best"}, {"ridge": 0}, {"resamples": 5}, {"residual": -1}):
+    for options in (
+        {"ridge": "best"},
+        {"ridge": 0},
+        {"resamples": 5},
+        {"residual": -1},
+        {"directions": -1},
+    ):
         with pytest.raises(InputError, match=next(iter(options))):
             Influence(model, method="gram", **options)
+    with pytest.raises(InputError, match="give a number, or directions=0"):
+        Influence(model, method="gram", ridge="gcv", directions=1)
+    with pytest.raises(InputError, match="those of class outputs"):
+        Influence(model, lambda outputs, batch: outputs[:, 0], "gram", directions=1)
     with pytest.raises(InputError, match="features"):
         Influence(model, method="gram", features="all")
     with pytest.raises(InputError, match="given twice"):

@@ -149,7 +149,10 @@ def _digits(*_: Path | None, name: str, rows: int, hidden: tuple[int, ...]) -> P
     train, test = _split(x / 16, y, rows, 10, noise=_NOISE if noisy else 0.0)
     halves, seeds = (60, 3) if noisy else (100, 5)
     title = f"digits, N = {rows:,}, {'10% label noise, ' if noisy else ''}MLP {_named((64, *hidden, 10))}"
-    recipe = Recipe(epochs=30, learning_rate=0.1, batch_size=50, weight_decay=1e-3)
+    # At 0.1 masked training on wrong labels is so unsteady that seeds differ more than subsets do: the
+    # ceilings of the turn-over truth were 0.54 / 0.12, against 0.86 / 0.69 at 0.05.
+    rate = 0.05 if noisy else 0.1
+    recipe = Recipe(epochs=30, learning_rate=rate, batch_size=50, weight_decay=1e-3)
     return _mlp_problem(name, title, train, test, 10, (64, *hidden, 10), recipe, halves, seeds)
 
 

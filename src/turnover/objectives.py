@@ -40,7 +40,12 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
-def _logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Float32 logits (rows, classes) and int64 labels (rows,).
+
+    Raises:
+        InputError: logits or labels that are not those of a classifier.
+    """
     logits = logits_of(outputs).float()
     labels = batch.labels
     if labels is None:
@@ -83,7 +88,7 @@ def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
 
 def cross_entropy(outputs: Any, batch: Batch) -> Tensor:
     """Cross entropy of the labelled class, in nats: float32 (rows,)."""
-    logits, labels = _logits_and_labels(outputs, batch)
+    logits, labels = logits_and_labels(outputs, batch)
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
@@ -93,7 +98,7 @@ def margin(outputs: Any, batch: Batch) -> Tensor:
     ``logsumexp(other logits) - logit of the label``. Its noise is closer to Gaussian than that of the
     loss, and it does not saturate on instances that the network is sure of.
     """
-    logits, labels = _logits_and_labels(outputs, batch)
+    logits, labels = logits_and_labels(outputs, batch)
     labelled = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(dim=1) - labelled

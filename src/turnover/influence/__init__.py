@@ -63,6 +63,8 @@ class Influence:
         residual: of gram, exponent of 1 minus the probability of the training instance's label, which
             scores are multiplied with; ``None``: 0.5 for plain modules, 0.25 for turn-over networks
             (:class:`turnover.influence.gram.Options`).
+        directions: of gram, how many directions in the class outputs each training instance holds the
+            network along; ``None``: 2 with the built-in objectives. With 0 less is computed.
         features: of gram, ``"gradients"``, or ``"masks"``: derivatives by the masks alone, a compact
             stand-in for big networks.
         resamples: of gram with one network, halves of the training set behind standard errors.
@@ -88,6 +90,7 @@ class Influence:
         seconds: float = 60.0,
         ridge: float | str = DEFAULT_RIDGE,
         residual: bool | float | None = None,
+        directions: int | None = None,
         features: str = "gradients",
         resamples: int = 8,
         adapter: Adapter = as_batch,
@@ -120,7 +123,7 @@ class Influence:
             self._gram = Gram(
                 models,
                 objective,
-                Options(ridge, residual, features, resamples),
+                Options(ridge, residual, directions, features, resamples),
                 batches=self._batches,
                 progress=progress,
             )

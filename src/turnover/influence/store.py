@@ -129,7 +129,10 @@ def save(url: str | Path, result: Result) -> None:
         for name, (_, array) in values.items():
             writer.write(name, (), array)
         null = result.null
-        writer.finish(**({"freedom": null.freedom} if isinstance(null, StudentNull) else {}))
+        if isinstance(null, StudentNull):
+            writer.finish(freedom=null.freedom)
+        else:
+            writer.finish()
         draft.become(place)
 
 

@@ -20,10 +20,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from turnover.batches import Batch, tensors
 from turnover.errors import InputError
 from turnover.influence.engine import finite
+from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.rules import Call, Rule, rule_of
-from turnover.objectives import Objective, costs, cross_entropy
+from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 from turnover.sites import canonical_name, device_of
 
 GENERAL = "other parameters"
@@ -38,17 +39,23 @@ class Rows:
     """What is known of the rows of a batch.
 
     Attributes:
-        parts: gradients by part of the network; a part that the rows did not come by is left out.
+        parts: gradients by part of the network; a part that the rows did not come by is left out. Each
+            row has one for each of its directions, one below another.
         costs: objective, float32 (rows,).
         wrong: 1 minus the probability of the label, float32 (rows,), where it is asked for.
+        weights: float32 (rows, directions), that make the gradient of the margin of those along the
+            directions; ``None``: the gradient is that of the objective.
     """
 
     parts: dict[str, Factors]
     costs: Tensor
     wrong: Tensor | None = None
+    weights: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.costs)
+    @property
+    def gradients(self) -> int:
+        """How many there are."""
+        return len(self.costs) if self.weights is None else self.weights.numel()
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Capture:
         model: in any mode; it is run in eval mode, and left as it was.
         objective: callable (outputs, batch) -> (rows,).
         wrong: whether to find the probability of every label.
+        directions: of a training instance; 0: its gradient is that of the objective.
         within: makes a context that every forward is run in.
 
     Raises:
@@ -84,12 +92,14 @@ class Capture:
         objective: Objective,
         *,
         wrong: bool,
+        directions: int = 0,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._within = within
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._objective = objective
         self._wrong = wrong
+        self._directions = directions
         _check(self._model)
         self._parts, self._general = _divided(self._model)
         self._checked = False
@@ -99,8 +109,12 @@ class Capture:
         """Names of the parameters that no rule knows."""
         return tuple(self._general)
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch, *, training: bool = False) -> Rows:
         """Gradients, costs and probabilities of the rows of a batch.
+
+        Args:
+            batch: rows.
+            training: whether they are training instances, which have directions.
 
         Raises:
             InputError: the objective is not finite, has no derivative, does not give one number for
@@ -116,7 +130,7 @@ class Capture:
             if not self._checked:
                 self._check_first(batch)
                 self._checked = True
-            rows = self._captured(batch)
+            rows = self._captured(batch, self._directions if training else 0)
         finite(rows.costs, "objective")
         for factors in rows.parts.values():
             for name, values in factors.tensors().items():
@@ -124,7 +138,7 @@ class Capture:
                     finite(values, "gradient of the objective")
         return rows
 
-    def _captured(self, batch: Batch) -> Rows:
+    def _captured(self, batch: Batch, count: int = 0) -> Rows:
         seen: dict[str, list[_Seen]] = {}
         with self._watched(len(batch), seen):
             outputs = batch.call(self._model)
@@ -140,23 +154,35 @@ class Capture:
         given = dict(enumerate(tensors([outputs]))) if self._general else {}
         given = {number: one for number, one in given.items() if one.requires_grad}
         edges = [one.edge for _, one in calls] + [get_gradient_edge(v) for v in given.values()]
-        found = torch.autograd.grad(values.sum(), edges, allow_unused=True) if edges else ()
+        weights, pulled = None, [values.sum()]
+        if count:
+            along = directions_of(outputs, batch, count)
+            weights = along.weights
+            logits = logits_of(outputs).float()
+            pulled = [(logits * one).sum() for one in along.values.unbind(dim=2)]
+        found = _pulled_back(pulled, edges)
         parts: dict[str, Factors] = {}
         with torch.no_grad():
             by_part: dict[str, list[Call]] = {}
-            for (name, one), back in zip(calls, found, strict=False):
-                if back is not None:
-                    back = back.detach().float()
-                    by_part.setdefault(name, []).append(Call(_real(one.inputs), back))
+            for (name, one), back in zip(calls, zip(*found, strict=True), strict=False):
+                together = _interleaved(back)
+                if together is not None:
+                    inputs = _real(one.inputs).repeat_interleave(len(pulled), dim=0)
+                    by_part.setdefault(name, []).append(Call(inputs, together))
             for name, made in by_part.items():
                 part = self._parts[name]
                 parts[name] = part.rule.factors(part.module, part.trained, made)
         if self._general:
-            pairs = zip(given, found[len(calls) :], strict=True)
-            pulls = {number: back.detach() for number, back in pairs if back is not None}
             gradients = RowGradients(self._model, self._general)
-            parts[GENERAL] = Explicit(gradients(batch, pulls))
-        return Rows(parts, values.detach(), wrong)
+            general: list[Tensor | None] = []
+            for one_found in found:
+                pairs = zip(given, one_found[len(calls) :], strict=True)
+                pulls = {number: back.detach() for number, back in pairs if back is not None}
+                general.append(gradients(batch, pulls))
+            together = _interleaved(general)
+            assert together is not None
+            parts[GENERAL] = Explicit(together)
+        return Rows(parts, values.detach(), wrong, weights)
 
     @contextmanager
     def _watched(self, rows: int, seen: dict[str, list[_Seen]]) -> Iterator[None]:
@@ -299,6 +325,38 @@ def _check(model: nn.Module) -> None:
                 f"{canonical_name(name)!r} normalises by the statistics of its batch even in eval "
                 f"mode, so rows mix: use track_running_stats=True"
             )
+
+
+def _pulled_back(
+    pulled: Sequence[Tensor], edges: Sequence[GradientEdge]
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of several numbers by the same edges."""
+    if not edges:
+        return [() for _ in pulled]
+    last = len(pulled) - 1
+    return [
+        torch.autograd.grad(one, edges, allow_unused=True, retain_graph=number < last)
+        for number, one in enumerate(pulled)
+    ]
+
+
+def _interleaved(values: Sequence[Tensor | None]) -> Tensor | None:
+    """The first row of each, then the second row of each; what is not there is 0."""
+    there = next((one for one in values if one is not None), None)
+    if there is None:
+        return None
+    full = [torch.zeros_like(there) if one is None else one for one in values]
+    return torch.stack([one.detach().float() for one in full], dim=1).flatten(0, 1)
+
+
+def directions_of(outputs: Any, batch: Batch, count: int) -> Directions:
+    """Directions of the rows of a batch.
+
+    Raises:
+        InputError: no logits, or no labels that are classes.
+    """
+    logits, labels = logits_and_labels(outputs, batch)
+    return directions(logits, labels, count)
 
 
 def wrongness(outputs: Any, batch: Batch) -> Tensor:

@@ -27,8 +27,8 @@ class Limits:
 
     Attributes:
         memory: bytes of the gradients of the training set, over all networks.
-        rows: training instances up to which the Gram matrix is in memory and factored; beyond, it is
-            on disk and solved with by conjugate gradients.
+        rows: of the Gram matrix, one for each direction of each training instance, up to which it is
+            in memory and factored; beyond, it is on disk and solved with by conjugate gradients.
         landmarks: rows that the preconditioner of these is made of.
     """
 

@@ -20,12 +20,19 @@ from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
 from turnover.influence.gram.kernel import block_of, is_full
-from turnover.influence.gram.options import Model, Options, capture_of, digest, residual_of
+from turnover.influence.gram.options import (
+    Model,
+    Options,
+    capture_of,
+    digest,
+    directions_of,
+    residual_of,
+)
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress
 from turnover.influence.result import Result
 from turnover.masks import check_ids
-from turnover.objectives import Objective
+from turnover.objectives import Objective, cross_entropy
 
 _TINY = 1e-30
 
@@ -60,9 +67,11 @@ class Gram:
         self._shown = progress
         self._limits = Limits()
         self._residual = [residual_of(one, objective, options) for one in models]
+        # Where an instance's gradient is not the loss's own, its part on itself is still to come.
+        self._own_wrong = objective is cross_entropy and directions_of(objective, options) > 0
         self._captures = [
-            capture_of(one, objective, options, wrong > 0)
-            for one, wrong in zip(models, self._residual, strict=True)
+            capture_of(one, objective, options, wrong=residual > 0 or self._own_wrong)
+            for one, residual in zip(models, self._residual, strict=True)
         ]
         self._fitted: list[Fitted] = []
         self._digests: list[str] = []
@@ -93,7 +102,7 @@ class Gram:
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
-                    rows.append(capture.rows(batch))
+                    rows.append(capture.rows(batch, training=True))
                 for rows, made in zip(every, blocks, strict=True):
                     _close(rows, made, full=True)
                 progress.advance(len(batch) * len(self._captures))
@@ -117,6 +126,7 @@ class Gram:
                 rows,
                 self._options.ridge,
                 residual=residual,
+                own_wrong=self._own_wrong,
                 resamples=self._options.resamples,
                 limits=self._limits,
                 scratch=scratch,
@@ -320,7 +330,7 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
     pending = list(takewhile(lambda one: one.parts, reversed(rows)))[::-1]
     if pending and (is_full(pending) or not full):
         blocks.append(block_of(pending))
-        rows[-len(pending) :] = [Rows({}, one.costs, one.wrong) for one in pending]
+        rows[-len(pending) :] = [Rows({}, one.costs, one.wrong, one.weights) for one in pending]
 
 
 def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:

@@ -31,9 +31,11 @@ class Fitted:
 
     Attributes:
         blocks: of the gradients.
-        k: float32 (train, train).
+        k: float32 (train * directions, train * directions).
         ridge: lambda.
+        weights: of the directions of every instance, float32 (train, directions).
         factor: what scores are multiplied with, float32 (train,); ``None``: nothing.
+        own_factor: what scores of an instance on itself are also multiplied with, likewise.
         resamples: number of halves.
         limits: up to how many rows to factor.
         device: of everything but ``k``, which may be on disk.
@@ -42,7 +44,9 @@ class Fitted:
     blocks: Blocks
     k: Tensor
     ridge: float
+    weights: Tensor
     factor: Tensor | None
+    own_factor: Tensor | None
     resamples: int
     limits: Limits
     device: torch.device
@@ -57,6 +61,7 @@ class Fitted:
         ridge: float | str,
         *,
         residual: float,
+        own_wrong: bool,
         resamples: int,
         limits: Limits,
         scratch: Scratch,
@@ -68,54 +73,58 @@ class Fitted:
             every: costs of the rows, batch by batch.
             ridge: see :func:`turnover.influence.gram.ridge.choose`.
             residual: exponent of 1 minus the probability of the label, which multiplies the scores.
+            own_wrong: whether that of an instance multiplies its score on itself, too, since its
+                objective is the loss.
             resamples: number of halves.
             limits: when the matrix goes to disk.
             scratch: where it then is.
         """
         costs = torch.cat([rows.costs for rows in every])
-        if len(costs) > limits.rows:
-            k = scratch.matrix(len(costs))
-        else:
-            k = costs.new_zeros((len(costs), len(costs)))
+        directed = [rows.weights for rows in every if rows.weights is not None]
+        weights = torch.cat(directed) if directed else costs.new_ones((len(costs), 1))
+        size = weights.numel()
+        k = scratch.matrix(size) if size > limits.rows else costs.new_zeros((size, size))
         gram_of(blocks, k)
-        factor = None
-        if residual:
-            factor = torch.cat([r.wrong for r in every if r.wrong is not None]) ** residual
+        known = [rows.wrong for rows in every if rows.wrong is not None]
+        factor = torch.cat(known) ** residual if residual else None
+        own = torch.cat(known) if own_wrong else None
         chosen = ridges.choose(ridge, k, costs)
-        return cls(blocks, k, chosen, factor, resamples, limits, costs.device)
+        return cls(blocks, k, chosen, weights, factor, own, resamples, limits, costs.device)
 
     def cross(self, block: Block) -> Tensor:
-        """Inner products with the gradients of a block: float32 (rows, train)."""
+        """Inner products with the gradients of a block: float32 (rows, train * directions)."""
         return cross_of(block, self.blocks, len(self.k))
 
     def scores(self, cross: Tensor) -> Tensor:
-        """Scores (targets, train) of inner products (targets, train)."""
-        return self._scaled(self._solver().rows(cross))
+        """Scores (targets, train) of inner products (targets, train * directions)."""
+        return self._scaled(_contracted(self._solver().rows(cross), self.weights))
 
     def own(self) -> Tensor:
         """Scores of every training instance on itself: float32 (train,)."""
-        return self._scaled(self._solver().leverage)
+        return self._own_scaled(_form(self._solver().leverage, self.weights, self.weights))
 
     def variance(self, cross: Tensor) -> Tensor:
         """Variances of :meth:`scores` over halves of the training set."""
-        moments = [cross.new_zeros(cross.shape) for _ in range(2)]
-        reference = self._solver().rows(cross)
+        moments = [cross.new_zeros((len(cross), len(self.weights))) for _ in range(2)]
+        reference = _contracted(self._solver().rows(cross), self.weights)
         for rows, solver in self._resampled():
             # Deviations from the score of the whole, so that squares do not cancel.
-            values = solver.rows(cross[:, rows]) / (2 - solver.leverage) - reference[:, rows]
+            found = solver.rows(cross[:, self._places(rows)])
+            values = _contracted(found, self._for_half(rows, solver)) - reference[:, rows]
             moments[0][:, rows] += values
             moments[1][:, rows] += values.square()
-        return self._spread(*moments)
+        return self._scaled(self._scaled(self._spread(*moments)))
 
     def own_variance(self) -> Tensor:
         """Variances of :meth:`own` over halves of the training set."""
-        moments = [torch.zeros(len(self.k), device=self.device) for _ in range(2)]
-        reference = self._solver().leverage
+        moments = [torch.zeros(len(self.weights), device=self.device) for _ in range(2)]
+        reference = _form(self._solver().leverage, self.weights, self.weights)
         for rows, solver in self._resampled():
-            values = solver.leverage / (2 - solver.leverage) - reference[rows]
+            found = _form(solver.leverage, self.weights[rows], self._for_half(rows, solver))
+            values = found - reference[rows]
             moments[0][rows] += values
             moments[1][rows] += values.square()
-        return self._spread(*moments)
+        return self._own_scaled(self._own_scaled(self._spread(*moments)))
 
     @property
     def freedom(self) -> int:
@@ -124,11 +133,30 @@ class Fitted:
 
     def _spread(self, sums: Tensor, squares: Tensor) -> Tensor:
         count = self.resamples // 2
-        variance = ((squares - sums.square() / count) / (count - 1)).clamp_min(0)
-        return self._scaled(self._scaled(variance))
+        return ((squares - sums.square() / count) / (count - 1)).clamp_min(0)
+
+    def _for_half(self, rows: Tensor, solver: Solver) -> Tensor:
+        """Weights that put scores from a half on the scale of the whole."""
+        twice = 2 * torch.eye(self._block, device=self.device)
+        weights = self.weights[rows][:, :, None]
+        solved: Tensor = torch.linalg.solve(twice - solver.leverage, weights)
+        return solved[:, :, 0]
+
+    @property
+    def _block(self) -> int:
+        return self.weights.shape[1]
+
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where the directions of instances are."""
+        inside = torch.arange(self._block, device=rows.device)
+        return (rows[:, None] * self._block + inside).flatten()
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.factor is None else values * self.factor
+
+    def _own_scaled(self, values: Tensor) -> Tensor:
+        values = self._scaled(values)
+        return values if self.own_factor is None else values * self.own_factor
 
     def _solver(self) -> Solver:
         if self._whole is None:
@@ -138,22 +166,35 @@ class Fitted:
     def _inverse(self, rows: Tensor | None, ridge: float) -> Solver:
         if len(self.k) > self.limits.rows:
             landmarks = self.limits.landmarks
-            return Iterative(self.k, ridge, landmarks=landmarks, device=self.device, rows=rows)
+            return Iterative(
+                self.k, ridge, landmarks=landmarks, device=self.device, block=self._block, rows=rows
+            )
         k = self.k if rows is None else self.k[rows][:, rows]
         # No eigenvalue is above the trace.
         condition = float(k.diagonal().sum()) / ridge
-        return Cholesky(k, ridge, exact=condition > _CONDITION and k.device.type != "mps")
+        exact = condition > _CONDITION and k.device.type != "mps"
+        return Cholesky(k, ridge, exact=exact, block=self._block)
 
     def _resampled(self) -> Iterator[tuple[Tensor, Solver]]:
         if self._halves:
             yield from self._halves
             return
         kept: list[tuple[Tensor, Solver]] = []
-        drawn = halves(len(self.k), self.resamples)
+        drawn = halves(len(self.weights), self.resamples)
         for half in drawn:
             rows = half.to(self.device)
-            solver = self._inverse(rows, self.ridge / 2)
+            solver = self._inverse(self._places(rows), self.ridge / 2)
             if 0 < solver.nbytes * len(drawn) <= _KEPT:
                 kept.append((rows, solver))
             yield rows, solver
         self._halves = kept
+
+
+def _contracted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Scores (targets, instances) of solves (targets, instances * directions)."""
+    return torch.einsum("tnd,nd->tn", rows.view(len(rows), *weights.shape), weights)
+
+
+def _form(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``left' block right`` of every instance: (instances,)."""
+    return torch.einsum("nd,nde,ne->n", left, blocks, right)

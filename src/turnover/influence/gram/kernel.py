@@ -45,7 +45,7 @@ class Block:
 def is_full(rows: Sequence[Rows]) -> bool:
     """Whether the rows of some batches are enough for a block."""
     size = sum(part.nbytes for one in rows for part in one.parts.values())
-    return sum(map(len, rows)) >= _ROWS or size >= _BYTES
+    return sum(one.gradients for one in rows) >= _ROWS or size >= _BYTES
 
 
 def block_of(every: Sequence[Rows]) -> Block:
@@ -55,7 +55,7 @@ def block_of(every: Sequence[Rows]) -> Block:
     for rows in every:
         for name, factors in rows.parts.items():
             parts.setdefault(name, []).append((start, factors))
-        start += len(rows)
+        start += rows.gradients
     joined = {name: _joined(pieces) for name, pieces in parts.items()}
     return Block(joined, start)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.influence.engine import finite
-from turnover.influence.gram.capture import Rows, evaluating, wrongness
+from turnover.influence.gram.capture import Rows, directions_of, evaluating, wrongness
 from turnover.influence.gram.factors import Explicit
 from turnover.influence.linear import mask_gradients
 from turnover.network import Network
-from turnover.objectives import Objective, costs
+from turnover.objectives import Objective, costs, logits_of
 from turnover.sites import device_of
 
 
@@ -19,12 +20,15 @@ class MaskCapture:
 
     general: tuple[str, ...] = ()
 
-    def __init__(self, network: Network, objective: Objective, *, wrong: bool) -> None:
+    def __init__(
+        self, network: Network, objective: Objective, *, wrong: bool, directions: int = 0
+    ) -> None:
         self._network = network
         self._objective = objective
         self._wrong = wrong
+        self._directions = directions
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch, *, training: bool = False) -> Rows:
         """Derivatives, costs and probabilities of the rows of a batch.
 
         Raises:
@@ -33,10 +37,26 @@ class MaskCapture:
         model = self._network.model
         batch = batch.to(device_of(model))
         with evaluating(model), torch.inference_mode(False):
-            gradients = mask_gradients(self._network, self._objective, batch).float()
             with torch.no_grad(), self._network.mean():
                 outputs = batch.call(model)
                 values = costs(self._objective, outputs, batch)
                 wrong = wrongness(outputs, batch) if self._wrong else None
+            objectives, weights = [self._objective], None
+            if training and self._directions:
+                along = directions_of(outputs, batch, self._directions)
+                objectives, weights = _along(along.values), along.weights
+            found = [mask_gradients(self._network, one, batch).float() for one in objectives]
+            gradients = torch.stack(found, dim=1).flatten(0, 1)
         finite(values, "objective")
-        return Rows({"masks": Explicit(finite(gradients, "mask derivative"))}, values, wrong)
+        return Rows(
+            {"masks": Explicit(finite(gradients, "mask derivative"))}, values, wrong, weights
+        )
+
+
+def _along(values: Tensor) -> list[Objective]:
+    """For each direction, an objective whose gradient by the logits it is."""
+
+    def objective(direction: Tensor) -> Objective:
+        return lambda outputs, _: (logits_of(outputs).float() * direction).sum(dim=1)
+
+    return [objective(one) for one in values.unbind(dim=2)]

@@ -13,15 +13,17 @@ from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
 from turnover.network import Network
-from turnover.objectives import Objective, margin
+from turnover.objectives import Objective, cross_entropy, margin
 
 Model = Network | nn.Module
 
 FEATURES = ("gradients", "masks")
 
 
-PLAIN_RESIDUAL = 0.5
-MASKED_RESIDUAL = 0.25
+_BUILT_IN = (margin, cross_entropy)
+_RESIDUAL = 0.5
+_MASKED_RESIDUAL = 0.25
+_DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class Options:
             (:mod:`turnover.influence.gram.ridge`).
         residual: exponent of 1 minus the probability of the training instance's label, which scores
             are multiplied with; 0 or ``False``: nothing. At 1 this is the step that an infinitesimal
-            change of the instance's weight takes; at 0 all instances count alike. To leave an
-            instance out lies in between: the probability is that of a network that was trained on it.
-            ``None``: with the margin 0.5 for plain modules and 0.25 for turn-over networks, whose
-            retraining is masked and fits each instance less (docs/fidelity.md); other objectives have
-            it in their gradients.
+            change of the instance's weight takes, at 0 that which a change of its label takes. To
+            leave an instance out lies in between, as the probability is that of a network that was
+            trained on it. ``None``: with the built-in objectives 0.5 for plain modules and 0.25 for
+            turn-over networks, whose retraining is masked and fits each instance less
+            (docs/fidelity.md); nothing with another objective.
+        directions: how many directions in the class outputs each training instance holds the network
+            along (:mod:`turnover.influence.gram.directions`). 0: the gradient of the objective alone
+            stands for an instance, and all hold alike. ``None``: 2 (of two classes 1) with the built-in
+            objectives and a number for the ridge, otherwise 0.
         features: ``"gradients"``, or for turn-over networks ``"masks"``: derivatives by the mask
             entries, a few numbers for each instance, which forget the inputs below the site.
         resamples: halves of the training set that standard errors of one network are made of: even,
@@ -49,6 +55,7 @@ class Options:
 
     ridge: float | str = ridges.DEFAULT
     residual: bool | float | None = None
+    directions: int | None = None
     features: str = "gradients"
     resamples: int = 8
 
@@ -61,6 +68,13 @@ class Options:
         if self.residual is not None and not 0 <= self.residual < float("inf"):
             raise InputError(
                 f"residual must be True, False or an exponent >= 0, got {self.residual}"
+            )
+        if self.directions is not None and self.directions < 0:
+            raise InputError(f"directions must be >= 0, got {self.directions}")
+        if self.directions and isinstance(self.ridge, str):
+            raise InputError(
+                f"ridge={self.ridge!r} fits the objective of the training instances, which directions "
+                f"do not have: give a number, or directions=0"
             )
         if self.resamples < 4 or self.resamples % 2:
             raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
@@ -79,17 +93,36 @@ def digest(model: Model) -> str:
     return found.hexdigest()
 
 
+def directions_of(objective: Objective, options: Options) -> int:
+    """Directions of a training instance.
+
+    Raises:
+        InputError: directions of an objective that may not be a classifier's.
+    """
+    known = objective in _BUILT_IN
+    if options.directions is not None:
+        if options.directions and not known:
+            raise InputError(
+                "directions are those of class outputs: take turnover.objectives.margin or "
+                "cross_entropy, or directions=0"
+            )
+        return options.directions
+    return _DIRECTIONS if known and not isinstance(options.ridge, str) else 0
+
+
 def residual_of(model: Model, objective: Objective, options: Options) -> float:
     """Exponent of 1 minus the probability of the label."""
     if options.residual is not None:
         return float(options.residual)
-    if objective is not margin:
+    # Without directions an instance's gradient is the objective's, and that of the loss has it.
+    loss = objective is cross_entropy and not directions_of(objective, options)
+    if loss or objective not in _BUILT_IN:
         return 0.0
-    return MASKED_RESIDUAL if isinstance(model, Network) else PLAIN_RESIDUAL
+    return _MASKED_RESIDUAL if isinstance(model, Network) else _RESIDUAL
 
 
 def capture_of(
-    model: Model, objective: Objective, options: Options, wrong: bool
+    model: Model, objective: Objective, options: Options, *, wrong: bool
 ) -> Capture | MaskCapture:
     """What gives the gradients of a model's rows.
 
@@ -102,13 +135,15 @@ def capture_of(
     Raises:
         InputError: nothing is trained, or mask features of what has no masks.
     """
+    count = directions_of(objective, options)
     if options.features == "masks":
         if not isinstance(model, Network):
             raise InputError(
                 'features="masks" are derivatives by the masks of a turn-over network: give one '
                 'from turnover.attach, or take features="gradients"'
             )
-        return MaskCapture(model, objective, wrong=wrong)
+        return MaskCapture(model, objective, wrong=wrong, directions=count)
     if isinstance(model, Network):
-        return Capture(model.model, objective, wrong=wrong, within=model.mean)
-    return Capture(model, objective, wrong=wrong)
+        within = model.mean
+        return Capture(model.model, objective, wrong=wrong, directions=count, within=within)
+    return Capture(model, objective, wrong=wrong, directions=count)

@@ -77,6 +77,8 @@ def evidence(k: Tensor, y: Tensor) -> float:
 def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
     """Lambda by the rule that is asked for; a large ``K`` is judged by 2,000 random rows.
 
+    A multiple is one of an instance's mean diagonals, summed over its directions.
+
     Raises:
         InputError: see :func:`check`; all gradients are 0.
     """
@@ -87,7 +89,7 @@ def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
             "are 0"
         )
     if not isinstance(ridge, str):
-        return scaled(k, ridge)
+        return scaled(k, ridge * len(k) / len(y))
     if len(k) > _ROWS:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(len(k), generator=generator)[:_SAMPLE].sort().values.to(k.device)

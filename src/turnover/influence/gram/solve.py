@@ -15,12 +15,14 @@ class Cholesky:
         k: float32 (rows, rows).
         ridge: lambda.
         exact: factor in float64.
+        block: rows of an instance.
     """
 
-    def __init__(self, k: Tensor, ridge: float, *, exact: bool) -> None:
+    def __init__(self, k: Tensor, ridge: float, *, exact: bool, block: int = 1) -> None:
         system = k.double() if exact else k.clone()
         system.diagonal().add_(ridge)
         self._ridge = ridge
+        self._block = block
         self._factor: Tensor = torch.linalg.cholesky(system)
 
     @property
@@ -34,5 +36,9 @@ class Cholesky:
 
     @cached_property
     def leverage(self) -> Tensor:
-        """Diagonal of ``K (K + lambda I)^-1``: float32 (rows,)."""
-        return (1 - self._ridge * torch.cholesky_inverse(self._factor).diagonal()).float()
+        """Blocks on the diagonal of ``K (K + lambda I)^-1``: float32 (instances, block, block)."""
+        inverse = torch.cholesky_inverse(self._factor)
+        count = len(inverse) // self._block
+        blocks = inverse.view(count, self._block, count, self._block).diagonal(dim1=0, dim2=2)
+        whole = torch.eye(self._block, dtype=inverse.dtype, device=inverse.device)
+        return (whole - self._ridge * blocks.permute(2, 0, 1)).float()
