@@ -274,7 +274,7 @@ def _apart(names: list[str], arguments: argparse.Namespace) -> Iterator[tuple[st
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # Those that take the longest begin first.
-        ordered = sorted(names, key="CDEBA".find)
+        ordered = sorted(names, key="CEDBA".find)
         for done in as_completed([pool.submit(run, name) for name in ordered]):
             name, found = done.result()
             if found is not None:

@@ -26,7 +26,7 @@ class Method:
         networks: those that it is run on.
         package: whose work it is, where it is a peer's.
         texts: whether it needs sentences.
-        slow: minutes for each network of a large problem: there it is run on the standard one alone.
+        large: networks of large problems that it is run on, where it takes minutes for each.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Method:
     networks: tuple[str, ...] = EVERY
     package: str | None = None
     texts: bool = False
-    slow: bool = False
+    large: tuple[str, ...] = EVERY
 
     def runs_on(self, problem: Problem, network: str) -> bool:
         """Whether the row exists there."""
-        if self.slow and len(problem.train) > _LARGE and network != "standard":
+        if len(problem.train) > _LARGE and network not in self.large:
             return False
         return network in self.networks and (not self.texts or problem.train.texts is not None)
 
@@ -63,9 +63,15 @@ METHODS = (
     Method("turn-over, 5 networks", "ours", ours.turn_over(5), ("turnover",)),
     Method("turn-over, 20 networks", "ours", ours.turn_over(20), ("turnover",)),
     Method("EK-FAC (kronfluence)", "peer", peers.ekfac, package="kronfluence"),
-    Method("TRAK-10 (dattri)", "peer", peers.trak(10), package="dattri", slow=True),
+    Method("TRAK-10 (dattri)", "peer", peers.trak(10), package="dattri", large=_ONCE),
     Method("TRAK-1 (dattri)", "peer", peers.trak(1), package="dattri"),
-    Method("IF-CG (dattri)", "peer", peers.conjugate_gradients, package="dattri"),
+    Method(
+        "IF-CG (dattri)",
+        "peer",
+        peers.conjugate_gradients,
+        package="dattri",
+        large=("standard", "turnover"),
+    ),
     Method("TracInCP (captum)", "peer", peers.tracin, package="captum"),
     Method("Nystroem (pyDVL)", "peer", peers.pydvl("nystroem"), package="pydvl"),
     Method("EK-FAC (pyDVL)", "peer", peers.pydvl("ekfac"), package="pydvl"),
