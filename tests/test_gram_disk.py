@@ -33,10 +33,10 @@ def test_gradients_on_disk_are_those_in_memory(name, monkeypatch, tmp_path):
     tiny.assert_same(memory.estimate([batch]), disk.estimate([batch]))
     del disk
     gc.collect()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("turnover-gram-*"))
 
 
-@pytest.mark.parametrize("landmarks", [5, 40, 500])
+@pytest.mark.parametrize("landmarks", [10, 80, 1000])  # of 240 rows, two for each instance
 def test_conjugate_gradients_on_disk_are_the_factored_solve(landmarks, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(iterative, "_PANEL", 4 * 120 * 16)
@@ -51,5 +51,5 @@ def test_conjugate_gradients_on_disk_are_the_factored_solve(landmarks, monkeypat
         np.testing.assert_allclose(found.standard_error, wanted.standard_error, rtol=0.25)
     wanted, found = exact.self_influence(), other.self_influence()
     assert stats.pearsonr(wanted.scores, found.scores).statistic > 0.9
-    if landmarks > 120:
+    if landmarks > 240:
         np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-3)

@@ -17,7 +17,7 @@ _PANEL = 2**27
 """Bytes of K that are read at once."""
 _STEPS = 300
 _TOLERANCE = 1e-5
-_PROBES = 128
+_PROBES = 256
 
 
 class Iterative:
