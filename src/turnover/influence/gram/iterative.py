@@ -16,7 +16,7 @@ from turnover.errors import InputError
 _PANEL = 2**27
 """Bytes of K that are read at once."""
 _STEPS = 300
-_TOLERANCE = 1e-5
+_TOLERANCE = 3e-6
 _PROBES = 256
 
 
