@@ -148,11 +148,46 @@ def test_fit_influence_explain_and_report_work_end_to_end(run: Path, tmp_path: P
     explained = json.loads(turnover("explain", run, "--json", "--show", 100).stdout)
     assert len(explained) == metrics["errors_explained"] > 0
     assert {"key", "label", "score", "z", "q", "text"} <= set(explained[0]["helpful"][0])
+    gram = explained[0]["gram"]
+    assert gram["helpful"] and gram["harmful"]
+    assert all(one["score"] > 0 and one["standard_error"] > 0 for one in gram["helpful"])
+    assert all(one["score"] < 0 and one["standard_error"] > 0 for one in gram["harmful"])
+    shown = turnover("explain", run, "--show", 1).stdout
+    assert "Turn-over:" in shown and "Gram:" in shown
     turnover("report", run, "--out", tmp_path / "with.html")
     turnover("report", run, "--out", tmp_path / "without.html", "--no-text")
-    instance = explained[0]["helpful"][0]["text"]
-    assert instance in (tmp_path / "with.html").read_text()
-    assert instance not in (tmp_path / "without.html").read_text()
+    for instance in (explained[0]["helpful"][0]["text"], gram["helpful"][0]["text"]):
+        assert instance in (tmp_path / "with.html").read_text()
+        assert instance not in (tmp_path / "without.html").read_text()
+
+
+def test_the_pairs_of_gram_in_a_run_are_those_of_the_estimator(run: Path) -> None:
+    from turnover import Influence
+    from turnover.run import Run
+
+    loaded = Run.load(run)
+    train, test = loaded.encode(loaded.train), loaded.encode(loaded.test)
+    explained = json.loads(turnover("explain", run, "--json", "--show", 100).stdout)
+    order = [loaded.test.keys.index(one["key"]) for one in explained]
+    fitted = Influence(loaded.network, method="gram").fit([train.batch(range(48))])
+    result = fitted.estimate([test.batch(order)])
+    for scores, errors, one in zip(result.scores, result.standard_error, explained, strict=True):
+        for side, best in (("helpful", scores.argsort()[::-1]), ("harmful", scores.argsort())):
+            listed = one["gram"][side]
+            first = int(best[0])
+            assert listed[0]["key"] == loaded.train.keys[first]
+            assert listed[0]["score"] == pytest.approx(scores[first], rel=1e-3)
+            # Halves are of row numbers, and the run has its rows in another order.
+            assert listed[0]["standard_error"] == pytest.approx(errors[first], rel=1.0)
+
+
+def test_gram_can_be_left_out(copy_of_run: Path) -> None:
+    turnover("influence", copy_of_run, "--no-gram", "--ghosts", 100)
+    assert not (copy_of_run / "results" / "gram.zarr").exists()
+    (explained,) = json.loads(turnover("explain", copy_of_run, "--json", "--show", 1).stdout)
+    assert explained["gram"] is None
+    assert "Gram:" not in turnover("explain", copy_of_run, "--show", 1).stdout
+    turnover("report", copy_of_run)
 
 
 def test_a_run_holds_only_data_and_no_leftovers(run: Path) -> None:
@@ -167,6 +202,9 @@ def test_a_new_text_can_be_explained(run: Path) -> None:
     (explanation,) = json.loads(turnover(*arguments).stdout)
     assert explanation["true_label"] == "neg"
     assert explanation["noise_floor"] > 0
+    assert explanation["gram"]["helpful"][0]["standard_error"] > 0
+    (bare,) = json.loads(turnover(*arguments, "--no-gram").stdout)
+    assert bare == explanation | {"gram": None}
 
 
 def test_a_loaded_run_predicts_what_was_trained(run: Path) -> None:
@@ -223,6 +261,8 @@ def test_groups_share_a_mask(encoder: Path, tmp_path: Path) -> None:
     turnover("influence", out, "--ghosts", 100)
     explained = json.loads(turnover("explain", out, "--json", "--top", 50, "--show", 1).stdout)
     assert len(explained[0]["helpful"]) + len(explained[0]["harmful"]) <= 5
+    rows = [one["text"] for side in explained[0]["gram"].values() for one in side]
+    assert len(rows) > 5, "gram tells the rows of a group apart"
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "tsv"])
@@ -412,6 +452,7 @@ def test_a_damaged_run_is_refused_by_name(name: str, damage: str, copy_of_run: P
     ("arguments", "message"),
     [
         (("--method", "magic"), "linear, exact"),
+        (("--method", "gram"), "estimated without being asked for"),
         (("--objective", "accuracy"), "margin, cross_entropy"),
         (("--ghosts", "3"), "ghosts must be >= 10"),
     ],

@@ -14,6 +14,7 @@ from test_gram_gradients import build, by_hand
 from turnover import Batch, Influence, InputError, objectives
 from turnover.influence.calibration import StudentNull
 from turnover.influence.gram import ridge
+from turnover.influence.store import save
 
 
 def problem(train=40, targets=5, seed=0, *, epochs=40):
@@ -136,6 +137,40 @@ def test_top_keeps_both_ends():
         top.standard_error, np.take_along_axis(whole.standard_error, ends, 1)
     )
     assert (top.q >= np.take_along_axis(whole.q, ends, 1) - 1e-12).all()
+
+
+def test_a_stored_result_keeps_its_errors_and_their_distribution(tmp_path):
+    model, train, targets = problem()
+    influence = Influence(model, method="gram").fit([train])
+    for number, result in enumerate(
+        (
+            influence.estimate([targets]),
+            influence.estimate([targets], top=3),
+            influence.aggregate([targets]),
+            influence.self_influence(),
+        )
+    ):
+        save(tmp_path / f"{number}.zarr", result)
+        tiny.assert_same(turnover.open_result(tmp_path / f"{number}.zarr").load(), result)
+
+
+def test_planted_duplicates_and_wrong_copies_are_found():
+    """Copies of a target are the most helpful, copies with another label the most harmful instances."""
+    model, train, targets = problem(80, 6)
+    train.inputs[:6] = targets.inputs
+    train.labels[:6] = targets.labels
+    train.inputs[6:12] = targets.inputs
+    train.labels[6:12] = (targets.labels + 1) % tiny.CLASSES
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(train.inputs), train.labels).backward()
+        optimizer.step()
+    scores = Influence(model, method="gram").fit([train]).estimate([targets]).scores
+    rows = np.arange(6)
+    helpful = (scores > scores[rows, rows][:, None]).sum(axis=1)
+    harmful = (scores < scores[rows, rows + 6][:, None]).sum(axis=1)
+    assert helpful.max() <= 2 and harmful.max() <= 2, "among the three of 80 at either end"
 
 
 def test_blocks_and_repetition_change_nothing():

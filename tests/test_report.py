@@ -20,6 +20,8 @@ from turnover.report import (
     Curve,
     Explanation,
     Fact,
+    GramExplanation,
+    GramInfluential,
     HarmfulOverall,
     Influential,
     NoiseFloor,
@@ -56,6 +58,16 @@ def explained(target: int) -> Explanation:
         helpful=tuple(influential(+1, rank, target) for rank in range(5)),
         harmful=tuple(influential(-1, rank, target) for rank in range(5)),
     )
+
+
+def with_gram(target: int) -> Explanation:
+    def listed(sign: int) -> tuple[GramInfluential, ...]:
+        return tuple(
+            GramInfluential(f"gram-{sign}-{i}", "negative", f"by gram {sign} {i}", sign * s, 0.25)
+            for i, s in enumerate((0.5, 0.1))
+        )
+
+    return replace(explained(target), gram=GramExplanation(listed(+1), listed(-1)))
 
 
 def overall(rank: int) -> HarmfulOverall:
@@ -204,6 +216,23 @@ def test_without_texts_leaves_no_text_in_the_page(tmp_path: Path) -> None:
     assert content.errors[0].text is not None, "the content itself keeps its texts"
 
 
+def test_gram_stands_beside_with_its_errors_and_what_it_means(tmp_path: Path) -> None:
+    content = replace(make_content(2), errors=(with_gram(0), explained(1)))
+    page = Page(render(content))
+    first, second = page.data["errors"]
+    signs = [one["score"].replace("\N{MINUS SIGN}", "-") for one in first["gram"]["harmful"]]
+    assert signs == ["-0.500", "-0.100"]
+    assert first["gram"]["helpful"][0]["error"] == "0.250"
+    assert (
+        first["gram"]["helpful"][0]["bar"] == 100 and first["gram"]["helpful"][0]["error_at"] == 50
+    )
+    assert second["gram"] is None
+    assert "Gram:" in page.visible and "Turn-over:" in page.visible
+    assert "Gram:" not in Page(render(make_content(2))).visible
+    write(content, tmp_path / "bare.html", texts=False)
+    assert "by gram 1 0" not in (tmp_path / "bare.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("q", "noise"), [(0.0, False), (0.05, False), (0.0501, True), (1.0, True), (math.nan, True)]
 )
@@ -330,7 +359,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.browser
 def test_the_page_works_in_a_browser(browser: Any, tmp_path: Path) -> None:
     content = make_content()
-    first = replace(content.errors[7], text=HOSTILE)
+    first = replace(with_gram(7), text=HOSTILE)
     path = tmp_path / "report.html"
     write(replace(content, errors=(first, *content.errors[:7], *content.errors[8:])), path)
     page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -369,8 +398,10 @@ def test_the_page_works_in_a_browser(browser: Any, tmp_path: Path) -> None:
     cards.first.locator("summary").focus()
     page.keyboard.press("Enter")
     cards.first.locator(".influential").first.wait_for()
-    assert cards.first.locator(".helpful .influential").count() == 5
-    assert cards.first.locator(".harmful .influential").count() == 5
+    assert cards.first.locator(".helpful .influential").count() == 5 + 2
+    assert cards.first.locator(".harmful .influential").count() == 5 + 2
+    assert cards.first.locator("h3.method").all_inner_texts() == ["By turn-over", "By gram"]
+    assert "standard error 0.250 nats" in cards.first.inner_text().replace("\n", " ")
     noise = cards.first.locator(".influential.noise")
     assert noise.count() == 6
     assert all("not distinguishable from noise" in text for text in noise.all_inner_texts())

@@ -9,7 +9,13 @@ from turnover.report.content import (
     ReportContent,
 )
 from turnover.report.render import render, write
-from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, Influential
+from turnover.tasks.explain import (
+    SIGNIFICANT_Q,
+    Explanation,
+    GramExplanation,
+    GramInfluential,
+    Influential,
+)
 
 __all__ = [
     "SIGNIFICANT_Q",
@@ -17,6 +23,8 @@ __all__ = [
     "Curve",
     "Explanation",
     "Fact",
+    "GramExplanation",
+    "GramInfluential",
     "HarmfulOverall",
     "Influential",
     "NoiseFloor",
