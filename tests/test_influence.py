@@ -621,3 +621,20 @@ def test_what_is_trained_stays_trainable_even_after_a_failure(method):
             [(tiny.features(2) * torch.nan, tiny.labels(2))], [1, 2]
         )
     assert [p.requires_grad for p in network.model.parameters()] == before
+
+
+def test_planted_copies_rise_above_the_noise():
+    """Copies of a target are significantly helpful, copies with another label significantly harmful."""
+    torch.manual_seed(0)
+    model = tiny.mlp(width=4096)
+    network = turnover.attach(model, "mlp")
+    inputs, labels, ids = tiny.features(80), tiny.labels(80), torch.arange(80)
+    targets = Batch(tiny.features(6, seed=9), tiny.labels(6, seed=9))
+    inputs[:6], labels[:6] = targets.inputs, targets.labels
+    inputs[6:12], labels[6:12] = targets.inputs, (targets.labels + 1) % tiny.CLASSES
+    tiny.train(network, inputs, labels, ids)
+    result = Influence(network, method="linear").estimate([targets], ids)
+    rows = np.arange(6)
+    assert (result.scores[rows, rows] > 0).all() and (result.q[rows, rows] <= 0.05).all()
+    harmful = result.q[rows, rows + 6] <= 0.05
+    assert harmful.sum() >= 5 and (result.scores[rows, rows + 6][harmful] < 0).all()

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,12 +33,13 @@ from .registry import METHODS
 RESULTS = Path(__file__).parent.parent / "results" / "mislabels.json"
 KINDS = ("uniform", "class-dependent")
 RATES = (0.05, 0.1, 0.2, 0.4)
+_INSTANCES = 1000  # of each problem, drawn anew for every seed
 _TARGETS = 10  # pairs are not looked at here
 _SHOWN = 100
 
 # What a user would run on one network; on the others the same methods read alike.
 ROWS = {
-    "turnover": ("turn-over", "gram"),
+    "turnover": ("turn-over", "gram", "loss", "early loss"),
     "standard": (
         "gram",
         "EK-FAC (kronfluence)",
@@ -50,7 +56,7 @@ ROWS = {
 
 
 def noisy(problem: Problem, kind: str, rate: float, seed: int) -> Problem:
-    """The problem with other labels.
+    """At most 1,000 instances of the problem with other labels.
 
     Args:
         problem: rows whose label is known to be wrong are left out.
@@ -61,8 +67,9 @@ def noisy(problem: Problem, kind: str, rate: float, seed: int) -> Problem:
         seed: of the draw.
     """
     generator = np.random.default_rng(seed)
-    right = ~problem.train.wrong
-    x, y = problem.train.x[right], problem.train.y[right]
+    right = np.flatnonzero(~problem.train.wrong.numpy())
+    drawn = torch.from_numpy(generator.permutation(right)[:_INSTANCES])
+    x, y = problem.train.x[drawn], problem.train.y[drawn]
     able = np.arange(len(y))
     if kind == "class-dependent" and problem.classes == 2:
         able = np.flatnonzero(y.numpy() == 1)
@@ -132,29 +139,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", default="B,C,D", help="comma-separated")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once, each by one thread")
     parser.add_argument("--folder", type=Path, default=Path("runs/fidelity"))
     parser.add_argument("--write", type=Path, default=RESULTS)
+    parser.add_argument("--cell", help="problem/noise/rate/seed: this one alone, to the folder")
     arguments = parser.parse_args()
-    names = arguments.problems.split(",")
-    kept = arguments.folder / "mislabels"
-    kept.mkdir(parents=True, exist_ok=True)
-    problems = {name: load(name, cache=arguments.folder) for name in names}
-    runs: dict[str, Any] = {}
-    for name, kind, rate, seed in cells(names, arguments.seeds):
-        path = kept / f"{name}-{kind}-{rate}-{seed}.json"
+    if arguments.cell:
+        torch.set_num_threads(1)
+        one_cell(arguments.cell, arguments.folder)
+        return
+    kept = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
+    runs: dict[str, Any] = kept.get("runs", {})
+    keys = [
+        "/".join(map(str, one)) for one in cells(arguments.problems.split(","), arguments.seeds)
+    ]
+
+    def run(key: str) -> tuple[str, Any]:
+        path = cell_file(key, arguments.folder)
         if not path.exists():
-            problem = noisy(problems[name], kind, rate, seed)
-            found = found_in(problem, kept / "files", seed)
-            begun = path.with_suffix(".begun")
-            begun.write_text(json.dumps(found))
-            begun.replace(path)
-        runs[f"{name}/{kind}/{rate}/{seed}"] = json.loads(path.read_text())
-        best = sorted(runs[f"{name}/{kind}/{rate}/{seed}"].items(), key=lambda i: -i[1]["auc"])
-        line = "  ".join(f"{row} {figures['auc']:.3f}" for row, figures in best[:4])
-        print(f"{name} {kind} {rate} seed {seed}: {line}", flush=True)
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        made = {"machine": machine(), "auc": table(runs), "runs": runs}
-        arguments.write.write_text(json.dumps(made, indent=1) + "\n")
+            command = [sys.executable, "-m", "benchmarks.fidelity.mislabels", "--cell", key]
+            command += ["--folder", str(arguments.folder)]
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return key, json.loads(path.read_text())
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        missing = [key for key in keys if key not in runs]
+        for done in as_completed([pool.submit(run, key) for key in missing]):
+            key, found = done.result()
+            runs[key] = found
+            best = sorted(found.items(), key=lambda item: -item[1]["auc"])
+            said = "  ".join(f"{row} {figures['auc']:.3f}" for row, figures in best[:4])
+            print(f"{len(runs)} of {len(keys)} {key}: {said}", flush=True)
+            arguments.write.parent.mkdir(parents=True, exist_ok=True)
+            made = {"machine": machine(), "auc": table(runs), "runs": runs}
+            arguments.write.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def cell_file(key: str, folder: Path) -> Path:
+    """Where the figures of a cell are kept."""
+    return folder / "mislabels" / f"{key.replace('/', '-')}.json"
+
+
+def one_cell(key: str, folder: Path) -> None:
+    """Find the figures of a cell, and keep them."""
+    name, kind, rate, seed = key.split("/")
+    problem = noisy(load(name, cache=folder), kind, float(rate), int(seed))
+    path = cell_file(key, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = found_in(problem, path.with_suffix(".files"), int(seed))
+    shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
+    begun = path.with_suffix(".begun")
+    begun.write_text(json.dumps(found))
+    begun.replace(path)
 
 
 if __name__ == "__main__":
