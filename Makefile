@@ -36,9 +36,11 @@ bench-speed: $(VENV)/.dev
 bench-fidelity: $(VENV)/.bench $(PYDVL)/.done
 	$(BIN)/python -m benchmarks.fidelity.board $(if $(QUICK),--problems A --quick --write runs/fidelity/quick.json) \
 		$(if $(DATA),--data $(DATA))
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.fidelity.plots && $(BIN)/python -m benchmarks.fidelity.table)
 
 bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
 	$(BIN)/python -m benchmarks.fidelity.mislabels
+	$(BIN)/python -m benchmarks.fidelity.table
 
 clean:
 	rm -rf $(VENV) $(PYDVL) runs

@@ -35,6 +35,7 @@ from .registry import METHODS, Method
 
 RESULTS = Path(__file__).parent.parent / "results" / "fidelity.json"
 NETWORKS = ("standard", "wide", "turnover")
+TRUTHS = ("standard", "turnover")
 _MODELS = {"standard": 10, "wide": 10, "turnover": 20}
 _TRUTH_SEED = 1000  # networks that are attributed have the seeds from 0 on
 _KEEP = 0.5

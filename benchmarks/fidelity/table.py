@@ -9,7 +9,7 @@ from typing import Any
 from . import board, mislabels
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
-_TRUTHS = ("standard", "turnover")
+
 _GROUPS = {"ours": 0, "peer": 1, "trivial": 2}
 
 
@@ -36,7 +36,7 @@ def problem_table(name: str, found: dict[str, Any]) -> str:
 
 def _ceilings(found: dict[str, Any]) -> str:
     said = []
-    for truth in _TRUTHS:
+    for truth in board.TRUTHS:
         ceiling = found["truth"][truth]["ceiling"]
         said.append(
             f"{'turn-over' if truth == 'turnover' else truth} truth "
@@ -53,7 +53,7 @@ def _ceilings(found: dict[str, Any]) -> str:
 def _row(method: str, network: str, row: dict[str, Any]) -> str:
     cells = [method, "turn-over" if network == "turnover" else network]
     failed = row.get("note", "").startswith("failed")
-    for truth in _TRUTHS:
+    for truth in board.TRUTHS:
         found = row.get(f"{truth}_truth")
         cells.append(row["note"] if failed else _figures(found))
         if failed:
