@@ -18,7 +18,7 @@ from torch import nn
 from .problems import Problem
 
 Floats = NDArray[np.float32]
-_SECONDS = 900.0
+_SECONDS = 450.0
 
 
 @dataclass(frozen=True)
