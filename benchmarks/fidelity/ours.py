@@ -16,6 +16,7 @@ from .methods import Attribution, Scored
 from .problems import Split
 
 _ROWS = 250
+_DIRECTIONS = 2  # gram's default
 
 
 def batches(split: Split) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -54,7 +55,8 @@ def gram(count: int, features: str = "gradients") -> Callable[[Attribution], Sco
             scored = time.perf_counter()
             own = influence.self_influence()
         # What is kept between fit and estimate: inner products of all pairs, and their factor.
-        stored = 2 * 4 * len(task.problem.train) ** 2 * count
+        rows = len(task.problem.train) * min(_DIRECTIONS, task.problem.classes - 1)
+        stored = 2 * 4 * rows**2 * count
         return Scored(result.scores, own.scores, fitted - start, scored - fitted, stored, count)
 
     return run
