@@ -75,6 +75,7 @@ METHODS = (
     Method("TracInCP (captum)", "peer", peers.tracin, package="captum"),
     Method("Nystroem (pyDVL)", "peer", peers.pydvl("nystroem"), package="pydvl"),
     Method("EK-FAC (pyDVL)", "peer", peers.pydvl("ekfac"), package="pydvl"),
+    Method("bergson", "peer", peers.bergson, _ONCE, package="bergson"),
     Method("gradient product", "trivial", trivial.gradient_product),
     Method(
         "representation similarity", "trivial", trivial.timed(trivial.representation_similarity)
