@@ -519,15 +519,18 @@ def started(method, top, out, pause):
 )
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(method, top, pause, tmp_path):
     chance = random.Random(f"{method}{top}")
-    whole = started(method, top, tmp_path / "whole", 0)
+    whole = started(method, top, tmp_path / "whole", pause)
+    assert whole.stdout.readline() == "begun\n"
+    since = time.monotonic()
     assert whole.wait() == 0, whole.stdout.read()
+    span = time.monotonic() - since
     kills = 0
     for attempt in range(12):
         process = started(method, top, tmp_path / "cut", pause if attempt < 6 else 0)
         assert process.stdout.readline() == "begun\n"
         if attempt < 6:
             try:
-                process.wait(chance.uniform(0.05, 1.5))
+                process.wait(chance.uniform(0.03, 0.35) * span)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
