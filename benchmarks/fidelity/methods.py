@@ -48,6 +48,11 @@ class Attribution:
     train_seconds: float
     workdir: Path
 
+    @property
+    def suspicions(self) -> bool:
+        """Whether self scores are asked for: without wrong labels there is nothing to judge them by."""
+        return bool(self.problem.train.wrong.any())
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -55,7 +60,8 @@ class Scored:
 
     Attributes:
         scores: float32 (targets, train), positive = helpful; ``None``: it has no pairs, or failed.
-        self_scores: float32 (train,), higher = more suspicious; ``None``: it has none.
+        self_scores: float32 (train,), higher = more suspicious; ``None``: it has none, or none
+            were asked for.
         prepare_seconds: what is done before a target is known, trainings apart.
         score_seconds: what is done for the targets.
         stored_bytes: what is kept between the two.

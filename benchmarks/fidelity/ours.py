@@ -53,11 +53,11 @@ def gram(count: int, features: str = "gradients") -> Callable[[Attribution], Sco
             fitted = time.perf_counter()
             result = influence.estimate(batches(task.problem.test))
             scored = time.perf_counter()
-            own = influence.self_influence()
+            own = influence.self_influence().scores if task.suspicions else None
         # What is kept between fit and estimate: inner products of all pairs, and their factor.
         rows = len(task.problem.train) * min(_DIRECTIONS, task.problem.classes - 1)
         stored = 2 * 4 * rows**2 * count
-        return Scored(result.scores, own.scores, fitted - start, scored - fitted, stored, count)
+        return Scored(result.scores, own, fitted - start, scored - fitted, stored, count)
 
     return run
 
@@ -73,10 +73,12 @@ def turn_over(count: int, method: str = "linear") -> Callable[[Attribution], Sco
             influence = turnover.Influence(networks, method=method)
             scores = influence.estimate(batches(task.problem.test), ids).scores
             seconds = time.perf_counter() - start
-            suspicion = turnover.Influence(
-                networks, objective=objectives.cross_entropy, method="exact"
-            )
-            own = suspicion.self_influence(train).scores
+            own = None
+            if task.suspicions:
+                suspicion = turnover.Influence(
+                    networks, objective=objectives.cross_entropy, method="exact"
+                )
+                own = suspicion.self_influence(train).scores
         return Scored(scores, own, 0.0, seconds, 8 * count, count)
 
     return run

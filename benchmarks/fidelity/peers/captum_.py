@@ -35,6 +35,6 @@ def tracin(task: Attribution) -> Scored:
     )
     scores = method.influence((test.x, test.y)).detach().numpy()
     seconds = time.perf_counter() - start
-    own = method.self_influence().detach().numpy()
+    own = method.self_influence().detach().numpy() if task.suspicions else None
     stored = sum(v.numel() * 4 for state in task.checkpoints for v in state.values())
     return Scored(scores.astype(np.float32), own, 0.0, seconds, stored)

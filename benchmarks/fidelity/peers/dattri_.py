@@ -65,7 +65,8 @@ def trak(count: int) -> Callable[[Attribution], Scored]:
             scores = method.attribute(_loader(task.problem.test, rows)).T
             scored = time.perf_counter()
             # A second pass over the training set, which ten networks would not repay.
-            own = attributor().self_attribute(train).flatten() if count == 1 else None
+            asked = count == 1 and task.suspicions
+            own = attributor().self_attribute(train).flatten() if asked else None
         networks = min(count, len(task.models))
         # Between the two it keeps a solved projection and a residual for each instance.
         stored = 4 * len(task.problem.train) * (networks * width + 1)

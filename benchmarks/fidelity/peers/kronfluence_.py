@@ -68,18 +68,18 @@ def ekfac(task: Attribution) -> Scored:
         overwrite_output_dir=True,
     )
     scored = time.perf_counter()
-    analyzer.compute_self_scores(
-        "self",
-        "ekfac",
-        train,
-        per_device_train_batch_size=_ROWS,
-        score_args=arguments,
-        overwrite_output_dir=True,
-    )
+    own = None
+    if task.suspicions:
+        analyzer.compute_self_scores(
+            "self",
+            "ekfac",
+            train,
+            per_device_train_batch_size=_ROWS,
+            score_args=arguments,
+            overwrite_output_dir=True,
+        )
+        own = analyzer.load_self_scores("self")["all_modules"].float().numpy()
     factors = folder / "fidelity" / "factors_ekfac"
     stored = sum(file.stat().st_size for file in factors.rglob("*") if file.is_file())
     pairs = analyzer.load_pairwise_scores("pairs")["all_modules"]
-    own = analyzer.load_self_scores("self")["all_modules"]
-    return Scored(
-        pairs.float().numpy(), own.float().numpy(), fitted - start, scored - fitted, stored
-    )
+    return Scored(pairs.float().numpy(), own, fitted - start, scored - fitted, stored)

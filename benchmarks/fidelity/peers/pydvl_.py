@@ -42,7 +42,8 @@ def pydvl(method: str) -> Callable[[Attribution], Scored]:
         made.unlink(missing_ok=True)
         save_file({k: v.contiguous() for k, v in (data | weights).items()}, given)
         layers = json.dumps([_layer(one) for one in cast(nn.Sequential, task.models[0])])
-        command = [str(python()), str(_CHILD), method, layers, str(given), str(made)]
+        asked = "pairs and self" if task.suspicions else "pairs"
+        command = [str(python()), str(_CHILD), method, layers, asked, str(given), str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not made.exists():
             said = done.stderr.strip().splitlines() or ["nothing was said"]
