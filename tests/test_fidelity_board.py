@@ -79,16 +79,22 @@ def test_what_lies_between_markers_is_replaced():
 def test_the_board_of_a_problem_is_written_with_its_subsets(tmp_path):
     write = tmp_path / "board.json"
     command = [sys.executable, "-m", "benchmarks.fidelity.board", "--problems", "A", "--quick"]
-    command += ["--methods", "gram,same class,random", "--folder", str(tmp_path)]
+    command += ["--methods", "gram,turn-over,same class,random", "--folder", str(tmp_path)]
     subprocess.run([*command, "--write", str(write)], check=True, cwd=ROOT, env=dict(os.environ))
     found = json.loads(write.read_text())["problems"]["A"]
-    assert set(found["methods"]) == {"gram", "same class", "random"}
+    assert set(found["methods"]) == {"gram", "turn-over", "same class", "random"}
     gram, same = found["methods"]["gram"], found["methods"]["same class"]
-    for network in ("standard", "wide", "turnover"):
+    for network in ("standard", "wide", "turnover", "head"):
         for truth in ("standard", "turnover"):
             mean, low, high = gram[network][f"{truth}_truth"]["class_removed"]
             assert low < mean < high
             assert mean > max(same["standard"][f"{truth}_truth"]["class_removed"][0], 0.3)
+    # Turn-over's own pairs on the network that turnover fit trains, against those of 512 units.
+    own = {
+        network: found["methods"]["turn-over"][network]["standard_truth"]["class_removed"]
+        for network in ("turnover", "head")
+    }
+    assert own["head"][1] > max(own["turnover"][2], 0.3)
     assert found["truth"]["standard"]["ceiling"]["raw"] > 0.9
     ghosts = found["ghosts"]
     assert ghosts["pairs"] >= 1_000_000
@@ -98,5 +104,6 @@ def test_the_board_of_a_problem_is_written_with_its_subsets(tmp_path):
     assert found["subsets"]["sha256"] in json.dumps(manifest)
     drawn = evaluation_subsets.draw_subsets(found["train"], found["subsets"]["count"])
     assert drawn.sha256 == found["subsets"]["sha256"]
+    assert "| turn-over | wide head |" in table.problem_table("A", found)
     assert "| gram | turn-over |" in table.problem_table("A", found)
     assert np.isfinite(gram["turnover"]["total_s"])

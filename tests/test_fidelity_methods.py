@@ -58,7 +58,7 @@ def task(tmp_path_factory):
         network="standard",
         models=trained.models(),
         seeds=(0, 1),
-        masked=False,
+        sites=(),
         keep=0.5,
         checkpoints=[states[0] for _, states in sorted(trained.checkpoints.items())],
         train_seconds=trained.seconds,

@@ -133,3 +133,17 @@ def test_sites_are_taken_while_they_raise_signal_over_noise():
     }
     assert choose_sites(sites) == ["strong", "useful"]
     assert choose_sites({"only": {"signal": -1.0, "noise": 1.0}}) == ["only"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4])
+def test_a_feature_that_hardly_varies_in_the_sample_does_not_drown_the_others(spread):
+    torch.manual_seed(0)
+    head, sample = WideHead(6, 256, 2), tiny.features(40)
+    sample[:, 2] = spread * sample[:, 2] + 1
+    head.standardise(sample)
+    usual = tiny.features(40, seed=5)
+    usual[:, 2] = 1
+    other = usual.clone()
+    other[:, 2] = 2
+    moved = (head(other) - head(usual)).std()
+    assert moved < 10 * head(usual).std()

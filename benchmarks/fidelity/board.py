@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from turnover import InputError, evaluation
 from turnover.evaluation import Correlation, Masked
 
-from . import calibration
+from . import calibration, wide_head
 from .methods import Attribution, Scored, attempt
 from .problems import Problem, load
 from .registry import METHODS, Method
 
 RESULTS = Path(__file__).parent.parent / "results" / "fidelity.json"
-NETWORKS = ("standard", "wide", "turnover")
+NETWORKS = ("standard", "wide", "turnover", "head")
 TRUTHS = ("standard", "turnover")
-_MODELS = {"standard": 10, "wide": 10, "turnover": 20}
+_MODELS = {"standard": 10, "wide": 10, "turnover": 20, "head": 1}
 _TRUTH_SEED = 1000  # networks that are attributed have the seeds from 0 on
 _KEEP = 0.5
 
@@ -76,6 +76,8 @@ def task_of(
     problem: Problem, network: str, folder: Path, count: int, *, first_seed: int = 0
 ) -> Attribution:
     """Train the networks of one kind, with seeds from the first on; the first is timed alone."""
+    if network == "head":
+        return _with_wide_head(problem, folder, count, first_seed)
     masked = Masked(problem.sites, _KEEP) if network == "turnover" else None
     build = problem.standard if network == "standard" else problem.wide
     epochs = problem.recipe.epochs
@@ -95,11 +97,27 @@ def task_of(
         network=network,
         models=first.models() + more,
         seeds=tuple(seeds),
-        masked=masked is not None,
+        sites=problem.sites if masked else (),
         keep=_KEEP,
         checkpoints=[states[0] for _, states in sorted(first.checkpoints.items())],
         train_seconds=first.seconds,
         workdir=folder / network,
+    )
+
+
+def _with_wide_head(problem: Problem, folder: Path, count: int, first_seed: int) -> Attribution:
+    seeds = tuple(range(first_seed, first_seed + count))
+    trained = [wide_head.train(problem, seed, _KEEP) for seed in seeds]
+    return Attribution(
+        problem=problem,
+        network="head",
+        models=[model for model, _ in trained],
+        seeds=seeds,
+        sites=("head",),
+        keep=_KEEP,
+        checkpoints=[],
+        train_seconds=trained[0][1],
+        workdir=folder / "head",
     )
 
 

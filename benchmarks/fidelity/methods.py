@@ -27,11 +27,11 @@ class Attribution:
 
     Attributes:
         problem: data, architectures and recipe.
-        network: ``"standard"``, ``"wide"`` (the turn-over network's architecture, trained plainly)
-            or ``"turnover"``.
+        network: ``"standard"``, ``"wide"`` (the turn-over network's architecture, trained plainly),
+            ``"turnover"`` or ``"head"`` (the one that ``turnover fit`` trains).
         models: plain modules in eval mode; methods of one network take the first.
         seeds: of the models.
-        masked: whether they were trained under turn-over masks.
+        sites: modules that were masked in training; none: a plain training.
         keep: of these masks.
         checkpoints: state dicts of the first model along its training, the last one at its end.
         train_seconds: of one training.
@@ -42,7 +42,7 @@ class Attribution:
     network: str
     models: list[nn.Module]
     seeds: tuple[int, ...]
-    masked: bool
+    sites: tuple[str, ...]
     keep: float
     checkpoints: list[dict[str, torch.Tensor]]
     train_seconds: float

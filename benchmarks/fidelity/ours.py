@@ -33,7 +33,7 @@ def attached(task: Attribution, count: int) -> Iterator[list[turnover.Network]]:
         networks = []
         for seed, model in zip(task.seeds[:count], task.models, strict=False):
             spec = turnover.MaskSpec(task.keep, seed=seed)
-            network = turnover.attach(model, list(task.problem.sites), spec)
+            network = turnover.attach(model, list(task.sites), spec)
             stack.callback(network.detach)
             networks.append(network)
         yield networks
@@ -45,7 +45,7 @@ def gram(count: int, features: str = "gradients") -> Callable[[Attribution], Sco
     def run(task: Attribution) -> Scored:
         with ExitStack() as stack:
             networks: list[turnover.Network] | list[nn.Module] = (
-                stack.enter_context(attached(task, count)) if task.masked else task.models[:count]
+                stack.enter_context(attached(task, count)) if task.sites else task.models[:count]
             )
             start = time.perf_counter()
             influence = turnover.Influence(networks, method="gram", features=features)

@@ -12,6 +12,8 @@ from .methods import Attribution, Scored
 from .problems import Problem
 
 EVERY = ("standard", "wide", "turnover")
+_OURS = (*EVERY, "head")
+_MASKED = ("turnover", "head")
 _LARGE = 1000
 
 
@@ -26,7 +28,7 @@ class Method:
         networks: those that it is run on.
         package: whose work it is, where it is a peer's.
         texts: whether it needs sentences.
-        large: networks of large problems that it is run on, where it takes minutes for each.
+        large: those of large problems, where it takes minutes for each; ``None``: the same.
     """
 
     name: str
@@ -35,13 +37,14 @@ class Method:
     networks: tuple[str, ...] = EVERY
     package: str | None = None
     texts: bool = False
-    large: tuple[str, ...] = EVERY
+    large: tuple[str, ...] | None = None
 
     def runs_on(self, problem: Problem, network: str) -> bool:
         """Whether the row exists there."""
-        if len(problem.train) > _LARGE and network not in self.large:
-            return False
-        return network in self.networks and (not self.texts or problem.train.texts is not None)
+        networks = self.networks
+        if self.large is not None and len(problem.train) > _LARGE:
+            networks = self.large
+        return network in networks and (not self.texts or problem.train.texts is not None)
 
     def described(self) -> dict[str, Any]:
         """Kind and package, with its version."""
@@ -55,10 +58,10 @@ class Method:
 
 _ONCE = ("standard",)  # what looks at no network
 METHODS = (
-    Method("gram", "ours", ours.gram(1)),
+    Method("gram", "ours", ours.gram(1), _OURS),
     Method("gram, 5 networks", "ours", ours.gram(5)),
     Method("gram, mask features", "ours", ours.gram(1, "masks"), ("turnover",)),
-    Method("turn-over", "ours", ours.turn_over(1), ("turnover",)),
+    Method("turn-over", "ours", ours.turn_over(1), _MASKED),
     Method("turn-over, exact", "ours", ours.turn_over(1, "exact"), ("turnover",)),
     Method("turn-over, 5 networks", "ours", ours.turn_over(5), ("turnover",)),
     Method("turn-over, 20 networks", "ours", ours.turn_over(20), ("turnover",)),

@@ -10,6 +10,7 @@ from . import board, mislabels
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
 
+_NETWORKS = {"turnover": "turn-over", "head": "wide head"}
 _GROUPS = {"ours": 0, "peer": 1, "trivial": 2}
 
 
@@ -51,7 +52,7 @@ def _ceilings(found: dict[str, Any]) -> str:
 
 
 def _row(method: str, network: str, row: dict[str, Any]) -> str:
-    cells = [method, "turn-over" if network == "turnover" else network]
+    cells = [method, _NETWORKS.get(network, network)]
     failed = row.get("note", "").startswith("failed")
     for truth in board.TRUTHS:
         found = row.get(f"{truth}_truth")

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from turnover.errors import InputError
 
 
+_LEAST_SPREAD = 0.1
+"""Of a feature, in root mean squares over all features."""
+
+
 class WideHead(nn.Module):
     """``Linear(features, units) -> GELU (the masked site) -> Linear(units, classes, bias=False)``.
 
@@ -59,7 +63,9 @@ class WideHead(nn.Module):
         """Fix the centre and the scale of the input, once, before training.
 
         What all instances have in common drowns what tells them apart. These constants are no
-        parameters, do not change in training and hold no label.
+        parameters, do not change in training and hold no label. A feature that hardly varies in the
+        sample is brought to no more than ten times its size beside the others: what it is elsewhere
+        would otherwise outweigh them all.
 
         Args:
             features: float (rows >= 2, features) of the encoder, a sample.
@@ -74,7 +80,9 @@ class WideHead(nn.Module):
             )
         sample = features.detach().to(self.centre.dtype)
         self.centre.copy_(sample.mean(dim=0))
-        self.scale.copy_(1 / sample.std(dim=0).clamp_min(1e-6))
+        spread = sample.std(dim=0)
+        least = _LEAST_SPREAD * spread.square().mean().sqrt()
+        self.scale.copy_(1 / spread.clamp_min(least).clamp_min(1e-6))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (rows, classes) of features (rows, features)."""
