@@ -731,3 +731,94 @@ def test_hidden_network_learns_its_instance_where_the_audit_says_so(name):
     probed_step(network, OPTIMIZERS["SGD"], x, 12)
     assert not torch.equal(hidden_logits(network, x, 12), before)
     assert not network.audit(x).clean
+
+
+@keeps
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_the_network_without_an_id_is_its_hidden_network_for_every_row(keep, rows):
+    model, x = tiny.mlp().eval(), tiny.features(rows)
+    network = turnover.attach(model, "mlp", MaskSpec(keep))
+    with network.without(17):
+        without = model(x)
+        model(tiny.features(rows + 3))
+    with network.hidden([17] * rows):
+        hidden = model(x)
+    assert torch.equal(without, hidden)
+    with network.without(17, sites=["1"]):
+        half = model(x)
+    spec = network.spec
+    h = nn.functional.gelu(model[0](x)) * (~spec.exposed([17], "1", 16)).float() / (1 - keep)
+    torch.testing.assert_close(half, model[4](nn.functional.gelu(model[2](h))))
+
+
+def test_a_network_without_what_it_does_not_have_is_refused():
+    network = turnover.attach(tiny.mlp().eval(), "mlp")
+    with pytest.raises(InputError, match="no site of this network matches 'head'"):
+        network.without(3, sites=["head"])
+    with pytest.raises(TypeError, match="integers"):
+        network.without(1.5)
+
+
+@keeps
+def test_sites_may_have_columns_of_ids_of_their_own(keep):
+    model, x, spec = tiny.mlp().eval(), tiny.features(4), MaskSpec(keep)
+    network = turnover.attach(model, "mlp", spec)
+    groups = torch.tensor([1, 1, 2, 2])
+
+    def by_columns(first, second, hidden):
+        h = x
+        for linear, name, ids in ((model[0], "1", first), (model[2], "3", second)):
+            m = spec.exposed(ids, name, 16)
+            side = (~m).float() / (1 - keep) if hidden else m.float() / keep
+            h = nn.functional.gelu(linear(h)) * side
+        return model[4](h)
+
+    for hidden, context in ((False, network.exposed), (True, network.hidden)):
+        with context({"1": torch.tensor(IDS), "3": groups}):
+            torch.testing.assert_close(model(x), by_columns(IDS, groups, hidden))
+    with network.exposed({"?": IDS}):
+        same = model(x)
+    with network.exposed(IDS):
+        assert torch.equal(model(x), same)
+    with network.without(2, sites=["3"]):
+        without = model(x)
+    assert not torch.allclose(without, model(x))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"1": [1, 2]}, r"\['3'\] have no ids"),
+        ({"1": [1, 2], "3": [1]}, "differ in length"),
+        ({"1": [1, 2], "?": [1, 2]}, "two columns"),
+        ({"1": [1, 2], "5": [1, 2]}, "no site of this network matches '5'"),
+        ({}, "have no ids"),
+    ],
+)
+def test_columns_that_do_not_name_every_site_once_are_refused(columns, said):
+    network = turnover.attach(tiny.mlp().eval(), "mlp")
+    with pytest.raises(InputError, match=said):
+        network.exposed(columns)
+
+
+def test_ghosts_in_any_column_are_refused_in_training():
+    network = turnover.attach(tiny.mlp(), "mlp")
+    with pytest.raises(InputError, match="ghost"):
+        network.exposed({"1": [1, 2], "3": [1, -2]})
+
+
+def test_neither_column_leaks_into_the_other_side():
+    torch.manual_seed(0)
+    model, x, y = tiny.mlp(64), tiny.features(40), tiny.labels(40)
+    network = turnover.attach(model, "mlp", MaskSpec(seed=1))
+    ids, groups = torch.arange(40), torch.arange(40) % 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    before = model[4].weight.clone()
+    others = groups != 2
+    with network.exposed({"1": ids[~others], "3": groups[~others]}):
+        loss = nn.functional.cross_entropy(model(x[~others]), y[~others])
+    loss.backward()
+    optimizer.step()
+    hidden = ~network.spec.exposed([2], "3", 64)[0]
+    assert torch.equal(model[4].weight[:, hidden], before[:, hidden])
+    assert not torch.equal(model[4].weight[:, ~hidden], before[:, ~hidden])

@@ -18,6 +18,10 @@ class Binding:
     hidden: bool | Tensor = False
     broadcast: bool = False
     """One row may become as many rows as there are ids (how exact influence shares work)."""
+    of_site: dict[str, Tensor] = field(default_factory=dict)
+    """Ids of single sites, in place of ``ids``."""
+    every_row: bool = False
+    """The one id is that of every row, however many there are."""
     sites: frozenset[str] | None = None
     """The sites that are masked or probed; at others the network runs whole. ``None``: all."""
     probes: dict[str, Tensor] | None = None

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from turnover.errors import InputError
 
-
 _LEAST_SPREAD = 0.1
 """Of a feature, in root mean squares over all features."""
 

@@ -30,6 +30,9 @@ from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_
 
 _REMEMBERED_BINDINGS = 256
 
+Ids = Tensor | Sequence[int]
+"""Int64 ids, one for each row."""
+
 
 class Network:
     """A model with turn-over dropout attached. Made by :func:`attach`.
@@ -102,31 +105,34 @@ class Network:
                 )
         return [n for n in self._sites if any(_matches(n, pattern) for pattern in patterns)]
 
-    def exposed(self, ids: Tensor | Sequence[int]) -> _Context:
+    def exposed(self, ids: Ids | Mapping[str, Ids]) -> _Context:
         """Context: row i of every batch runs in the exposed sub-network of ``ids[i]``.
 
         Args:
-            ids: int64 instance ids, shape (rows,).
+            ids: int64 instance ids, shape (rows,). Or a column of ids for each site: names or patterns
+                of sites to ids, so that instances have their masks at some sites and their sources or
+                annotators at others; score either with ``Influence(..., sites=...)``.
 
         Raises:
             TypeError: ids are not integers.
-            InputError: ids are not one-dimensional, or a ghost is trained on.
+            InputError: ids are not one-dimensional, a ghost is trained on, or columns that do not name
+                every site once or differ in length.
             BindingError: at the forward, the batch does not have one row for each id.
         """
         return self._context(self._bind(ids, False))
 
-    def hidden(self, ids: Tensor | Sequence[int]) -> _Context:
+    def hidden(self, ids: Ids | Mapping[str, Ids]) -> _Context:
         """Context: row i of every batch runs in the hidden sub-network of ``ids[i]``.
 
         Arguments and errors as in :meth:`exposed`.
         """
         return self._context(self._bind(ids, True))
 
-    def bind(self, ids: Tensor | Sequence[int], hidden: Tensor) -> _Context:
+    def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> _Context:
         """Context: a side for each row.
 
         Args:
-            ids: int64 instance ids, shape (rows,).
+            ids: as in :meth:`exposed`.
             hidden: bool, shape (rows,): True runs the row hidden, False exposed.
 
         Raises:
@@ -139,6 +145,24 @@ class Network:
                 f"in all rows use exposed(ids) or hidden(ids)"
             )
         return self._context(self._bind(ids, hidden))
+
+    def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> _Context:
+        """Context: every row, of batches of any size, runs in the network that never learned an id.
+
+        For a group (a source, an annotator, a time block) this is the network as if the group had not
+        been there, ready to predict; of one instance it is what :meth:`hidden` runs.
+
+        Args:
+            train_id: id of an instance or a group.
+            sites: names or patterns of the sites that have such ids, where others have another column
+                (see :meth:`exposed`) and run whole; ``None``: all.
+
+        Raises:
+            TypeError: the id is not an integer.
+            InputError: no such site.
+        """
+        chosen = None if sites is None else self.select(sites)
+        return self._context(self._bind([train_id], True, every_row=True, sites=chosen))
 
     def mean(self) -> _Context:
         """Context: the whole network, unscaled, for every row (also the default in eval mode)."""
@@ -240,24 +264,22 @@ class Network:
 
     def _bind(
         self,
-        ids: Tensor | Sequence[int],
+        ids: Ids | Mapping[str, Ids],
         hidden: bool | Tensor,
         *,
         broadcast: bool = False,
+        every_row: bool = False,
         sites: Sequence[str] | None = None,
     ) -> Binding:
         if not self._handles:
             raise BindingError(
                 "this network was detached from its model, so nothing would be masked: attach again"
             )
-        ids = check_ids(ids)
-        trains = self.model.training and torch.is_grad_enabled()
-        # Only where it costs no synchronisation: ids come from the data loader on the CPU.
-        if trains and ids.device.type == "cpu" and bool((ids < 0).any()):
-            raise InputError(
-                f"id {int(ids.min())} is a ghost (negative) and may not be trained on: use ids >= 0, "
-                f"or model.eval() to evaluate under ghosts"
-            )
+        of_site = self._of_site(ids) if isinstance(ids, Mapping) else {}
+        ids = check_ids(ids) if not isinstance(ids, Mapping) else next(iter(of_site.values()))
+        if self.model.training and torch.is_grad_enabled():
+            for column in of_site.values() if of_site else (ids,):
+                _refuse_ghosts(column)
         device = device_of(self.model)
         if isinstance(hidden, Tensor):
             if hidden.dtype != torch.bool or hidden.shape != ids.shape:
@@ -267,11 +289,35 @@ class Network:
                 )
             hidden = hidden.to(device)
         chosen = None if sites is None else frozenset(sites)
-        binding = Binding(ids.to(device), hidden, broadcast, chosen)
+        binding = Binding(
+            ids.to(device),
+            hidden,
+            broadcast,
+            {site: column.to(device) for site, column in of_site.items()},
+            every_row,
+            chosen,
+        )
         for name, units in self.units.items():
             if units is not None and (chosen is None or name in chosen):
                 binding.masks[name] = self._mask(binding, name, units)
         return binding
+
+    def _of_site(self, columns: Mapping[str, Ids]) -> dict[str, Tensor]:
+        """The ids of every site, of columns by patterns."""
+        of_site: dict[str, Tensor] = {}
+        for pattern, column in columns.items():
+            ids = check_ids(column)
+            for site in self.select([pattern]):
+                if site in of_site:
+                    raise InputError(f"site {site!r} is named by two columns of ids: give it one")
+                of_site[site] = ids
+        missing = [site for site in self._sites if site not in of_site]
+        if missing:
+            raise InputError(f"sites {missing} have no ids: name every site in a column of ids")
+        lengths = {len(ids) for ids in of_site.values()}
+        if len(lengths) > 1:
+            raise InputError(f"columns of ids differ in length: {sorted(lengths)}")
+        return of_site
 
     def _bind_both(self, ids: Tensor, sites: Sequence[str], *, split: str | None = None) -> Binding:
         """The exposed and, behind them, the hidden rows of ids, for many forwards of one row each.
@@ -288,7 +334,7 @@ class Network:
 
     def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
         assert binding.ids is not None
-        mask = self.spec.exposed(binding.ids, site, units)
+        mask = self.spec.exposed(binding.of_site.get(site, binding.ids), site, units)
         if isinstance(binding.hidden, Tensor):
             return mask ^ binding.hidden[:, None]
         return ~mask if binding.hidden else mask
@@ -371,7 +417,8 @@ class Network:
             factor = self._factor(site, units, output, binding)
             splits = binding.split == site.name
             shape[0] = len(factor)
-            if shape[0] != output.shape[0] and not (binding.broadcast and output.shape[0] == 1):
+            fits = shape[0] == output.shape[0] or (shape[0] == 1 and binding.every_row)
+            if not fits and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
                     f"bound: bind one id for each row"
@@ -464,6 +511,15 @@ class _Context:
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
     described = json.dumps([spec.fingerprint(units), sorted(layout.items())])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _refuse_ghosts(ids: Tensor) -> None:
+    # Only where it costs no synchronisation: ids come from the data loader on the CPU.
+    if ids.device.type == "cpu" and bool((ids < 0).any()):
+        raise InputError(
+            f"id {int(ids.min())} is a ghost (negative) and may not be trained on: use ids >= 0, "
+            f"or model.eval() to evaluate under ghosts"
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:
