@@ -8,6 +8,7 @@ from turnover import objectives
 from turnover.batches import Batch
 from turnover.errors import BindingError, InputError
 from turnover.heads import WideHead
+from turnover.hidden import HiddenPredictions, hidden_predictions
 from turnover.influence import Influence
 from turnover.influence.result import Result
 from turnover.influence.stored import open_result
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "BindingError",
+    "HiddenPredictions",
     "Influence",
     "InputError",
     "MaskSpec",
@@ -30,6 +32,7 @@ __all__ = [
     "attach",
     "content_ids",
     "ghost_ids",
+    "hidden_predictions",
     "objectives",
     "open_result",
     "string_ids",
