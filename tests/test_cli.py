@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -530,3 +532,101 @@ def test_a_cut_off_fit_is_not_resumed_under_other_masks(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
     assert weights[0] == weights[1]
     assert not list((tmp_path / "cut").glob("*.draft"))
+
+
+def test_training_rows_are_predicted_by_the_networks_that_never_learned_them(
+    copy_of_run: Path, tmp_path: Path
+) -> None:
+    from turnover.run import Run
+
+    said = turnover("predict", copy_of_run, "--hidden", "--no-calibrate").stdout
+    with (copy_of_run / "results" / "hidden_predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    loaded = Run.load(copy_of_run)
+    assert [row["key"] for row in rows] == loaded.train.keys
+    assert "share of the exposed network 0.00" in said
+    encoded = loaded.encode(loaded.train)
+    for row in (0, 17, 47):
+        with loaded.network.without(int(loaded.train.ids[row])), torch.no_grad():
+            (alone,) = encoded.batch([row]).call(loaded.model).softmax(dim=1)
+        given = [float(rows[row][f"p({name})"]) for name in loaded.train.classes]
+        assert given == pytest.approx(alone.tolist(), abs=1e-2)  # bfloat16 where the machine has it
+        label = loaded.train.labels[row]
+        assert rows[row]["label"] == loaded.train.classes[label]
+        assert float(rows[row]["probability_of_label"]) == given[label]
+    out = tmp_path / "calibrated.csv"
+    turnover("predict", copy_of_run, "--hidden", "--out", out)
+    assert len(out.read_text().splitlines()) == 49
+
+
+def test_test_rows_are_predicted_with_and_without_an_instance(copy_of_run: Path) -> None:
+    path = copy_of_run / "results" / "predictions.csv"
+    turnover("predict", copy_of_run)
+    whole = path.read_text()
+    turnover("predict", copy_of_run, "--without", 5)
+    assert len(path.read_text().splitlines()) == 25
+    assert path.read_text() != whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--hidden", "--without", "5"), "one of the two"),
+        (("--without", "no such key"), "no training row has the key 'no such key'"),
+        (("--out", "no/such/folder/p.csv"), "does not exist"),
+    ],
+)
+def test_predictions_of_what_is_not_there_are_refused(
+    copy_of_run: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in turnover("predict", copy_of_run, *arguments, expect=2).stderr
+    assert not list(copy_of_run.rglob("*predictions.csv*"))
+
+
+def test_a_run_without_groups_says_so(run: Path) -> None:
+    assert "--group-column" in turnover("groups", run, expect=2).stderr
+
+
+@pytest.mark.slow
+def test_a_corrupted_source_is_found_and_predicted_without(encoder: Path, tmp_path: Path) -> None:
+    from turnover.run import Run
+
+    flipped = {"pos": "neg", "neg": "pos"}
+    train = [
+        (f"source {i % 8}", text, flipped[label] if i % 8 == 3 else label)
+        for i, text, label in sentences(240)
+    ]
+    data = write_csv(tmp_path / "train.csv", train, "source,text,label")
+    test = write_csv(tmp_path / "test.csv", sentences(60, 500))
+    run = tmp_path / "run"
+    turnover(
+        *fit_arguments(data, encoder, run, "--test", test, "--group-column", "source"),
+        *("--no-compare", "--head-units", 2048, "--head-learning-rate", 0.001),
+    )
+    found = json.loads(turnover("groups", run, "--json").stdout)
+    listed = found["groups"]
+    assert len(listed) == 8 and sum(one["rows"] for one in listed) == 240
+    assert [one["score"] for one in listed] == sorted(one["score"] for one in listed)
+    worst = listed[0]
+    assert worst["key"] == "source 3" and worst["score"] < 0 and worst["q"] <= 0.05
+    assert all(one["score"] > worst["score"] / 2 for one in listed[1:])
+    shown = turnover("groups", run, "--show", 2).stdout
+    assert "source 3" in shown and json.loads((run / "results" / "groups.json").read_text())
+    # What the table says of the network without it is what the network without it predicts.
+    turnover("predict", run, "--without", "source 3")
+    with (run / "results" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
+    assert right == pytest.approx(worst["accuracy_without"])
+    loaded = Run.load(run)
+    with loaded.network.without(int(loaded.train.ids[3])), torch.no_grad():
+        encoded = loaded.encode(loaded.test)
+        (alone,) = encoded.batch([7]).call(loaded.model).softmax(dim=1)
+    given = [float(rows[7][f"p({name})"]) for name in loaded.train.classes]
+    assert given == pytest.approx(alone.tolist(), abs=1e-2)
+    for wrong, said in (
+        (("--method", "rerank"), "linear or exact"),
+        (("--objective", "accuracy"), "unknown objective"),
+        (("--show", "-1"), ">= 0"),
+    ):
+        assert said in turnover("groups", run, *wrong, expect=2).stderr

@@ -14,6 +14,7 @@ from turnover.errors import InputError
 if TYPE_CHECKING:
     from turnover.run import Run
     from turnover.tasks.explain import Explanation
+    from turnover.tasks.groups import Groups
     from turnover.tasks.score import ScoreConfig
 
 try:
@@ -234,6 +235,88 @@ def explain(
 
 
 @app.command()
+def groups(
+    run: RunFolder,
+    method: Annotated[str, typer.Option(help="Estimator: linear or exact.")] = "linear",
+    objective: Objective = "margin",
+    show: Annotated[
+        int, typer.Option(help="Groups at either end to print, and to predict without.")
+    ] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What each group (source, annotator) of a run with a group column did to the test rows."""
+    from turnover.run import Run, write_json
+    from turnover.tasks.groups import groups
+    from turnover.tasks.score import OBJECTIVES
+
+    if show < 0:
+        raise InputError("--show must be >= 0")
+    if method not in ("linear", "exact"):
+        raise InputError(f"unknown method {method!r} for groups: choose linear or exact")
+    if objective not in OBJECTIVES:
+        raise InputError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    found = groups(Run.load(run), OBJECTIVES[objective], method=method, predict=show)
+    path = run / "results" / "groups.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, found.to_dict())
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+        return
+    _print_groups(found)
+    console.print(f"all groups: {path}")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    hidden: Annotated[
+        bool,
+        typer.Option(
+            "--hidden",
+            help="Predict the training rows, each by the network that never learned it, in place of "
+            "the test rows.",
+        ),
+    ] = False,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict the test rows without this training instance or group (its key)."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Calibrate --hidden on the test rows and their labels.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="CSV; default: in the run's results.")] = None,
+) -> None:
+    """Write predictions as CSV: of the test rows, or out of sample of the training rows."""
+    from turnover.run import Run
+    from turnover.tasks.predict import predict_test, predict_training, write_predictions
+
+    if hidden and without is not None:
+        raise InputError(
+            "--hidden predicts training rows, --without test rows: give one of the two"
+        )
+    name = "hidden_predictions.csv" if hidden else "predictions.csv"
+    path = out or run / "results" / name
+    if not path.parent.is_dir() and out is not None:
+        raise InputError(f"{path.parent} does not exist: make the folder first")
+    loaded = Run.load(run)
+    if hidden:
+        found = predict_training(loaded, calibrate=calibrate)
+        data, probabilities = loaded.train, found.probabilities
+        console.print(
+            f"share of the exposed network {found.exposed_share:.2f}, temperature "
+            f"{found.temperature:.2f}"
+        )
+    else:
+        data, probabilities = loaded.test, predict_test(loaded, without=without)
+    path.parent.mkdir(exist_ok=True)
+    write_predictions(data, probabilities, path)
+    right = probabilities.argmax(axis=1) == data.labels
+    console.print(f"accuracy {right.mean():.3f}; {len(data)} rows: {path}")
+
+
+@app.command()
 def report(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
@@ -374,6 +457,23 @@ def _print_influence(metrics: dict[str, Any]) -> None:
         f"{metrics['significant_pairs']} pairs with q <= 0.05, on "
         f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
         f"{metrics['ghost_false_positive_rate']:.4f}; {metrics['seconds']['influence']:.0f} s"
+    )
+
+
+def _print_groups(found: Groups) -> None:
+    table = Table("group", "rows", "nats", "z", "q", "accuracy with", "without")
+    for one in found.groups:
+        if one.accuracy_with is None or one.accuracy_without is None:
+            continue
+        style = "bold" if one.significant else None
+        cells = [one.key, str(one.rows), f"{one.score:+.4f}", f"{one.z:+.1f}", f"{one.q:.2g}"]
+        cells += [f"{one.accuracy_with:.3f}", f"{one.accuracy_without:.3f}"]
+        table.add_row(*cells, style=style)
+    console.print(table, markup=False)
+    console.print(
+        f"{sum(one.significant for one in found.groups)} of {len(found.groups)} groups have q <= 0.05 "
+        f"(bold); whole network {found.accuracy:.3f}; by chance (without - with) differs by "
+        f"{found.accuracy_spread:.3f}"
     )
 
 

@@ -66,7 +66,12 @@ class Columns:
 
 
 def read(
-    source: str, columns: Columns, *, classes: Sequence[str] | None = None, split: str = "train"
+    source: str,
+    columns: Columns,
+    *,
+    classes: Sequence[str] | None = None,
+    split: str = "train",
+    ids_needed: bool = True,
 ) -> TextData:
     """Read labelled texts.
 
@@ -76,6 +81,8 @@ def read(
         classes: the classes of the training data, for data that must not have others; ``None`` takes
             them from the labels.
         split: split of a Hugging Face data set.
+        ids_needed: whether the id or group column must be there; test data, which are not trained on,
+            are numbered without it.
 
     Raises:
         InputError: no such file, another format, no rows, a missing column (with those there are), a
@@ -84,6 +91,8 @@ def read(
     """
     table = _load(source, split)
     names = list(table.column_names)
+    if not ids_needed and {columns.id, columns.group}.isdisjoint(names):
+        columns = Columns(columns.text, columns.label)
     for column in (columns.text, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
             close = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
@@ -220,7 +229,8 @@ def read_both(
     train_data = read(data, columns, split=split)
     if test is None:
         return hold_out(train_data)
-    return train_data, read(test, columns, classes=train_data.classes, split=test_split)
+    test_data = read(test, columns, classes=train_data.classes, split=test_split, ids_needed=False)
+    return train_data, test_data
 
 
 def hold_out(data: TextData, share: float = 0.2) -> tuple[TextData, TextData]:

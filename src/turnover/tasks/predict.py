@@ -1,19 +1,29 @@
-"""The hidden predictions of a run, and their file."""
+"""Predictions of a run: training rows by their hidden networks, test rows by the whole one or without a
+group, and their file.
+"""
 
 from __future__ import annotations
 
 import csv
+import difflib
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from turnover.data import TextData
+from turnover.errors import InputError
 from turnover.hidden import HiddenPredictions, hidden_predictions
 from turnover.run import Run
+from turnover.tasks.training import logits_of_rows
 
 
-def predict_run(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
+def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
     """The hidden predictions of a run's training rows, in their order, calibrated on its test rows."""
     training, test = run.encode(run.train), run.encode(run.test)
     chunks = training.by_length(range(len(training)))
@@ -30,17 +40,53 @@ def predict_run(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
     )
 
 
-def write_predictions(run: Run, found: HiddenPredictions, out: Path) -> None:
-    """Write a CSV, atomically: key, label, predicted, the label's probability, then every class's."""
+def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]:
+    """Probabilities (rows, classes) of a run's test rows.
+
+    Args:
+        without: key of a training instance or group, which the network that predicts never learned;
+            ``None``: the whole network.
+
+    Raises:
+        InputError: no training row has that key.
+    """
+    train_id = None if without is None else id_of(run.train, without)
+
+    def bind(_: Sequence[int]) -> AbstractContextManager[Any]:
+        return run.network.mean() if train_id is None else run.network.without(train_id)
+
+    encoded = run.encode(run.test)
+    logits = logits_of_rows(run.model, encoded, range(len(encoded)), bind)
+    return np.asarray(logits.softmax(dim=1).numpy())
+
+
+def id_of(train: TextData, key: str) -> int:
+    """The id under which the rows with a key were trained.
+
+    Raises:
+        InputError: no training row has that key.
+    """
+    if key not in train.keys:
+        close = difflib.get_close_matches(key, dict.fromkeys(train.keys), n=3, cutoff=0.4)
+        hint = f"; closest: {', '.join(close)}" if close else ""
+        raise InputError(f"no training row has the key {key!r}{hint}")
+    return int(train.ids[train.keys.index(key)])
+
+
+def write_predictions(data: TextData, probabilities: NDArray[np.float32], out: Path) -> None:
+    """Write a CSV, atomically: key, label, predicted, the label's probability, then every class's.
+
+    Args:
+        probabilities: (rows of ``data``, classes).
+    """
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    classes = run.train.classes
     with draft.open("w", newline="") as file:
         writer = csv.writer(file)
-        columns = [f"p({name})" for name in classes]
+        columns = [f"p({name})" for name in data.classes]
         writer.writerow(["key", "label", "predicted", "probability_of_label", *columns])
-        for row, probabilities in enumerate(found.probabilities):
-            label = run.train.labels[row]
-            numbers = [f"{p:.6f}" for p in (probabilities[label], *probabilities)]
-            predicted = classes[int(probabilities.argmax())]
-            writer.writerow([run.train.keys[row], classes[label], predicted, *numbers])
+        for row, given in enumerate(probabilities):
+            label = data.labels[row]
+            numbers = [f"{p:.6f}" for p in (given[label], *given)]
+            predicted = data.classes[int(given.argmax())]
+            writer.writerow([data.keys[row], data.classes[label], predicted, *numbers])
     draft.replace(out)

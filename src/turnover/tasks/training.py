@@ -143,24 +143,32 @@ def evaluate(
     bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
 ) -> Evaluation:
     """Loss and predictions of rows, each batch under ``bind(rows of the batch)``."""
+    logits = logits_of_rows(model, data, rows, bind)
+    labels = torch.tensor([data.labels[row] for row in rows])
+    loss = functional.cross_entropy(logits, labels, reduction="none")
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    return Evaluation(loss, predicted == labels, predicted, confidence)
+
+
+def logits_of_rows(
+    model: TextClassifier,
+    data: Encoded,
+    rows: Sequence[int],
+    bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
+) -> Tensor:
+    """Logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``."""
     device = device_of(model)
-    position = {row: index for index, row in enumerate(rows)}
-    loss = torch.empty(len(rows))
-    predicted = torch.empty(len(rows), dtype=torch.int64)
-    confidence = torch.empty(len(rows))
+    chunks = data.by_length(rows)
+    found = []
     model.eval()
     with torch.no_grad():
-        for chunk in data.by_length(rows):
-            batch = data.batch(chunk).to(device)
+        for chunk in chunks:
             with bind(chunk), autocast(device):
-                logits = batch.call(model).float()
-            where = torch.tensor([position[row] for row in chunk])
-            assert batch.labels is not None
-            loss[where] = functional.cross_entropy(logits, batch.labels, reduction="none").cpu()
-            top, choice = logits.softmax(dim=1).max(dim=1)
-            predicted[where], confidence[where] = choice.cpu(), top.cpu()
-    labels = torch.tensor([data.labels[row] for row in rows])
-    return Evaluation(loss, predicted == labels, predicted, confidence)
+                found.append(data.batch(chunk).to(device).call(model).float())
+    logits = torch.cat(found).cpu()
+    position = {row: index for index, row in enumerate(rows)}
+    order = torch.tensor([position[row] for chunk in chunks for row in chunk])
+    return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
 def standardise_head(model: TextClassifier, data: Encoded) -> None:
