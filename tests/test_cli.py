@@ -630,3 +630,85 @@ def test_a_corrupted_source_is_found_and_predicted_without(encoder: Path, tmp_pa
         (("--show", "-1"), ">= 0"),
     ):
         assert said in turnover("groups", run, *wrong, expect=2).stderr
+
+
+@pytest.fixture(scope="session")
+def noisy_run(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    """A run whose training rows 7, 20, 33 and 46 have the other label."""
+    folder = tmp_path_factory.mktemp("noisy")
+    rows = [
+        (i, text, ("neg" if label == "pos" else "pos") if i % 13 == 7 and i < 50 else label)
+        for i, text, label in sentences(160)
+    ]
+    data = write_csv(folder / "train.csv", rows)
+    test = write_csv(folder / "test.csv", sentences(60, 500))
+    out = folder / "run"
+    turnover(
+        *fit_arguments(data, encoder, out, "--test", test, "--id-column", "id"),
+        *("--no-compare", "--head-units", 2048, "--head-learning-rate", 0.001, "--epochs", 4),
+    )
+    return out
+
+
+def test_wrong_labels_are_listed_decided_on_and_written(noisy_run: Path, tmp_path: Path) -> None:
+    from turnover.data import Columns, read
+
+    listed = tmp_path / "review.csv"
+    turnover("review", noisy_run, "--out", listed, "--budget", 10)
+    with listed.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert 4 <= len(rows) <= 10
+    doubts = [float(row["probability_of_label"]) for row in rows]
+    assert doubts == sorted(doubts)
+    assert {row["key"] for row in rows[:4]} == {"7", "20", "33", "46"}
+    for row in rows:
+        assert row["suggested"] != row["label"] and row["decision"] == ""
+        assert float(row["probability_of_suggested"]) > float(row["probability_of_label"])
+        votes = dict(vote.split(" ")[::-1] for vote in row["influencers"].split(", "))
+        assert sum(map(int, votes.values())) == 10
+    for row, decision in zip(rows, (rows[0]["suggested"], "remove", "keep", ""), strict=False):
+        row["decision"] = decision
+    with listed.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for ending in ("csv", "tsv", "jsonl", "parquet"):
+        out = tmp_path / f"cleaned.{ending}"
+        said = turnover("review", noisy_run, "--decisions", listed, "--out", out).stdout
+        assert "158 kept, 1 removed, 1 relabelled" in said
+        cleaned = read(str(out), Columns(id="key"))
+        labels = dict(zip(cleaned.keys, cleaned.labels, strict=True))
+        assert len(labels) == 159 and rows[1]["key"] not in labels
+        assert cleaned.classes[labels[rows[0]["key"]]] == rows[0]["suggested"]
+        assert cleaned.classes[labels[rows[2]["key"]]] == rows[2]["label"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("key,decision\n7,maybe", "line 2: unknown decision 'maybe'"),
+        ("key,decision\n7,keep\nnone,keep", "line 3: no training row has the key 'none'"),
+        ("key,decision\n7,keep\n7,remove", "line 3: a second decision"),
+        ("key\n7", "lacks a column"),
+    ],
+)
+def test_decisions_that_cannot_be_meant_are_refused(
+    noisy_run: Path, tmp_path: Path, lines: str, said: str
+) -> None:
+    path, out = tmp_path / "d.csv", tmp_path / "out.csv"
+    path.write_text(lines + "\n")
+    refused = turnover("review", noisy_run, "--decisions", path, "--out", out, expect=2)
+    assert said in refused.stderr and not out.exists()
+
+
+def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("--out", tmp_path / "review.xlsx"), "cannot write that format"),
+        (("--out", tmp_path / "review.jsonl"), "is a CSV file"),
+        (("--out", tmp_path / "no" / "review.csv"), "does not exist"),
+        (("--budget", 0), "at least 1"),
+        (("--decisions", tmp_path / "none.csv", "--out", tmp_path / "o.csv"), "cannot be read"),
+    ):
+        assert said in turnover("review", noisy_run, *arguments, expect=2).stderr
+    assert not list(tmp_path.iterdir())

@@ -317,6 +317,49 @@ def predict(
 
 
 @app.command()
+def review(
+    run: RunFolder,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The list to review (CSV); with --decisions the data set after them. Default: in the "
+            "run's results."
+        ),
+    ] = None,
+    budget: Annotated[int, typer.Option(help="At most so many rows to review.")] = 100,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(help="The list with its column decision filled in: keep, remove or a class."),
+    ] = None,
+) -> None:
+    """List training rows with doubtful labels, or write the data set after the decisions on them."""
+    from turnover.data import check_writable
+    from turnover.run import Run
+    from turnover.tasks.review import apply_decisions, review, write_review
+
+    name = "review.csv" if decisions is None else "decided.csv"
+    path = out or run / "results" / name
+    if out is not None:
+        check_writable(out)
+    if decisions is not None:
+        counts = apply_decisions(Run.load(run), decisions, path)
+        said = ", ".join(f"{count} {name}" for name, count in counts.items())
+        console.print(f"{said}: {path}")
+        return
+    if path.suffix != ".csv":
+        raise InputError(f"{path}: the list to review is a CSV file")
+    flagged = review(Run.load(run), budget=budget)
+    path.parent.mkdir(exist_ok=True)
+    write_review(flagged, path)
+    console.print(
+        f"{len(flagged)} training rows whose label the network that never learned them does not share: "
+        f"{path}\nfill in the column decision (keep, remove or a class), then: turnover review "
+        f"{run} --decisions {path} --out cleaned.csv",
+        highlight=False,
+    )
+
+
+@app.command()
 def report(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("from_json", {}),
     ".jsonl": ("from_json", {}),
     ".parquet": ("from_parquet", {}),
+}
+_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("to_csv", {"index": False}),
+    ".tsv": ("to_csv", {"index": False, "sep": "\t"}),
+    ".jsonl": ("to_json", {"force_ascii": False}),
+    ".parquet": ("to_parquet", {}),
 }
 _MISSING = (None, "")
 
@@ -122,12 +129,41 @@ def read(
     return TextData(texts, [index[name] for name in names_of_labels], ids, keys, known)
 
 
+def write(data: TextData, out: Path) -> None:
+    """Write key, text and label of every row as a CSV, TSV, JSON lines or Parquet file, atomically.
+
+    Raises:
+        InputError: another ending, or a folder that does not exist.
+    """
+    check_writable(out)
+    datasets = _datasets()
+    table = datasets.Dataset.from_dict(
+        {
+            "key": data.keys,
+            "text": data.texts,
+            "label": [data.classes[label] for label in data.labels],
+        }
+    )
+    method, options = _WRITERS[out.suffix]
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    getattr(table, method)(str(draft), **options)
+    draft.replace(out)
+
+
+def check_writable(out: Path) -> None:
+    """Whether :func:`write` can write there.
+
+    Raises:
+        InputError: another ending, or a folder that does not exist.
+    """
+    if out.suffix not in _WRITERS:
+        raise InputError(f"{out}: cannot write that format; use {', '.join(_WRITERS)}")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} does not exist: make the folder first")
+
+
 def _load(source: str, split: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("reading data needs: pip install 'turnover[text]'") from error
-    datasets.disable_progress_bars()
+    datasets = _datasets()
     path = Path(source)
     if path.is_file():
         if path.stat().st_size == 0:
@@ -154,6 +190,15 @@ def _load(source: str, split: str) -> Any:
         raise InputError(
             f"{source}: neither a file here nor a Hugging Face data set that can be loaded ({error})"
         ) from error
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("files of data need: pip install 'turnover[text]'") from error
+    datasets.disable_progress_bars()
+    return datasets
 
 
 def _label_names(table: Any, column: str, source: str) -> list[str]:

@@ -1,0 +1,225 @@
+"""Review of labels: what to look at, what its label may be, and the data set after the decisions."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from turnover import objectives
+from turnover.data import TextData, write
+from turnover.errors import InputError
+from turnover.influence import Influence
+from turnover.run import Run, read_json
+from turnover.tasks.explain import rows_by_id
+from turnover.tasks.predict import predict_training
+
+KEEP, REMOVE = "keep", "remove"
+_INFLUENCERS = 10
+_BATCH = 32
+_COLUMNS = (
+    *("key", "label", "suggested", "probability_of_label", "probability_of_suggested"),
+    *("self_influence_z", "self_influence_q", "influencers", "decision", "text"),
+)
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """A training row whose label the network that never learned it does not share.
+
+    Attributes:
+        key: of the row.
+        text: of the row.
+        label: as it is.
+        suggested: what the hidden network predicts.
+        probability_of_label: by the hidden network, calibrated.
+        probability_of_suggested: likewise.
+        self_influence_z: how much of the row was learned by heart, in units of the noise floor;
+            ``None`` where the run has no self-influence.
+        self_influence_q: adjusted p-value of that, over all training rows.
+        influencers: labels of the ten other training rows with the strongest influence on this one,
+            in either direction, and how many have them.
+    """
+
+    key: str
+    text: str
+    label: str
+    suggested: str
+    probability_of_label: float
+    probability_of_suggested: float
+    self_influence_z: float | None
+    self_influence_q: float | None
+    influencers: dict[str, int]
+
+
+def review(run: Run, *, budget: int = 100) -> list[Flagged]:
+    """The training rows whose labels are worth a look, the most doubtful first.
+
+    Args:
+        budget: at most so many.
+
+    Raises:
+        InputError: rows share ids (groups), or a budget below 1.
+    """
+    if budget < 1:
+        raise InputError(f"the budget must be at least 1 row, got {budget}")
+    _check_rows(run)
+    predictions = predict_training(run)
+    probabilities, labels = predictions.probabilities, np.array(run.train.labels)
+    rows = np.arange(len(labels))
+    of_label, predicted = probabilities[rows, labels], probabilities.argmax(axis=1)
+    doubtful = np.flatnonzero(predicted != labels)
+    chosen = doubtful[np.argsort(of_label[doubtful], kind="stable")][:budget].tolist()
+    if not chosen:
+        return []
+    own = _self_influence(run)
+    votes = _influencers(run, chosen)
+    classes = run.train.classes
+    flagged = []
+    for index, row in enumerate(chosen):
+        z, q = own.get(int(run.train.ids[row]), (None, None))
+        flagged.append(
+            Flagged(
+                run.train.keys[row],
+                run.train.texts[row],
+                classes[labels[row]],
+                classes[predicted[row]],
+                float(of_label[row]),
+                float(probabilities[row, predicted[row]]),
+                z,
+                q,
+                votes[index],
+            )
+        )
+    return flagged
+
+
+def write_review(flagged: list[Flagged], out: Path) -> None:
+    """Write the list as CSV, atomically, with an empty column ``decision``."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    with draft.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for one in flagged:
+            said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
+            z, q = one.self_influence_z, one.self_influence_q
+            numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
+            numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
+            writer.writerow([one.key, one.label, one.suggested, *numbers, said, "", one.text])
+    draft.replace(out)
+
+
+def read_decisions(run: Run, path: Path) -> dict[int, str]:
+    """Decisions by training row: ``keep``, ``remove``, or the name of the right class.
+
+    Rows without a decision are not in it.
+
+    Raises:
+        InputError: no such file, a missing column, an unknown or repeated key, or another decision.
+    """
+    _check_rows(run)
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a list of decisions: {error}") from error
+    row_of = {key: row for row, key in enumerate(run.train.keys)}
+    decisions: dict[int, str] = {}
+    for number, line in enumerate(lines, start=2):
+        key, decision = line.get("key"), line.get("decision")
+        if key is None or decision is None:
+            raise InputError(f"{path}: line {number} lacks a column: key and decision are needed")
+        if key not in row_of:
+            raise InputError(f"{path}: line {number}: no training row has the key {key!r}")
+        if row_of[key] in decisions:
+            raise InputError(f"{path}: line {number}: a second decision on {key!r}")
+        decision = decision.strip()
+        if not decision:
+            continue
+        if decision not in (KEEP, REMOVE, *run.train.classes):
+            raise InputError(
+                f"{path}: line {number}: unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class: "
+                f"{', '.join(run.train.classes)}"
+            )
+        decisions[row_of[key]] = decision
+    return decisions
+
+
+def decided(train: TextData, decisions: dict[int, str]) -> TextData:
+    """The training data after decisions by row."""
+    kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
+    labels = []
+    for row in kept:
+        decision = decisions.get(row, KEEP)
+        labels.append(train.labels[row] if decision == KEEP else train.classes.index(decision))
+    return TextData(
+        [train.texts[row] for row in kept],
+        labels,
+        train.ids[kept],
+        [train.keys[row] for row in kept],
+        train.classes,
+    )
+
+
+def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
+    """Write the training data after the decisions of a file; the ending tells the format.
+
+    Returns:
+        How many rows were kept, removed and relabelled.
+
+    Raises:
+        InputError: as :func:`read_decisions`, or a format that cannot be written.
+    """
+    made = read_decisions(run, decisions)
+    write(decided(run.train, made), out)
+    own = [run.train.classes[label] for label in run.train.labels]
+    counts = Counter({"kept": len(run.train) - len(made), "removed": 0, "relabelled": 0})
+    for row, decision in made.items():
+        if decision == REMOVE:
+            counts["removed"] += 1
+        else:
+            counts["kept" if decision in (KEEP, own[row]) else "relabelled"] += 1
+    return counts
+
+
+def _check_rows(run: Run) -> None:
+    if len(torch.unique(run.train.ids)) < len(run.train) or len(set(run.train.keys)) < len(
+        run.train
+    ):
+        raise InputError(
+            f"{run.folder} has groups, and labels are reviewed row by row: train with an id column in "
+            f"place of the group column"
+        )
+
+
+def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
+    if not run.has_result("self"):
+        return {}
+    result = run.read_result("self")
+    return {
+        int(one): (float(z), float(q))
+        for one, z, q in zip(result.train_ids, result.z, result.q, strict=True)
+    }
+
+
+def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
+    """Labels of the strongest influencers of each row, the row itself left out."""
+    encoded = run.encode(run.train)
+    found = read_json(run.folder / "metrics.json").get("influence", {})
+    sites = found.get("scored_sites", run.network.sites)
+    influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)
+    batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
+    result = influence.estimate(batches, run.train.ids)
+    first = rows_by_id(result, run.train)
+    votes = []
+    for scores, row in zip(result.scores, rows, strict=True):
+        order = np.argsort(-np.abs(scores), kind="stable")
+        others = [first[column] for column in order[: _INFLUENCERS + 1] if first[column] != row]
+        labels = (run.train.classes[run.train.labels[one]] for one in others[:_INFLUENCERS])
+        votes.append(dict(Counter(labels).most_common()))
+    return votes
