@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -485,7 +486,7 @@ def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
     encoder: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def arguments(name: str) -> list[object]:
-        more = ("--test", data[1], "--id-column", "id", "--epochs", 12)
+        more = ("--test", data[1], "--id-column", "id", "--epochs", 12, "--memorization")
         return fit_arguments(data[0], encoder, tmp_path / name, *more)
 
     turnover(*arguments("whole"))
@@ -504,7 +505,8 @@ def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
     assert checkpoint.exists()
     assert not (tmp_path / "killed").exists()
     turnover(*arguments("killed"))
-    for name in ("model.safetensors", "without_turnover/model.safetensors"):
+    files = ("model.safetensors", "without_turnover/model.safetensors", "memorization.safetensors")
+    for name in files:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     curves = [
         json.loads((tmp_path / n / "metrics.json").read_text())["curves"]
@@ -646,6 +648,7 @@ def noisy_run(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     turnover(
         *fit_arguments(data, encoder, out, "--test", test, "--id-column", "id"),
         *("--no-compare", "--head-units", 2048, "--head-learning-rate", 0.001, "--epochs", 4),
+        "--memorization",
     )
     return out
 
@@ -712,3 +715,45 @@ def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: P
     ):
         assert said in turnover("review", noisy_run, *arguments, expect=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> None:
+    from turnover.run import Run
+    from turnover.tasks.memorize import memorization
+
+    shown = turnover("memorize", noisy_run, "--show", 4).stdout
+    with (noisy_run / "results" / "memorization.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 160
+    by_heart = [float(row["by_heart"]) for row in rows]
+    assert by_heart == sorted(by_heart, reverse=True)
+    assert {"7", "20", "33", "46"} <= {row["key"] for row in rows[:8]}
+    assert rows[0]["text"] in shown and "epoch 4" in shown
+    for row in rows:
+        left = float(row["hidden_4"]) - float(row["exposed_4"])
+        assert left == pytest.approx(float(row["by_heart"]), abs=2e-4)
+    found = memorization(Run.load(noisy_run))
+    loss = json.loads((noisy_run / "metrics.json").read_text())["loss"]
+    assert found.exposed.shape == (4, 160)
+    assert found.exposed[-1].mean() == pytest.approx(loss["train_exposed"], rel=1e-4)
+    assert found.hidden[-1].mean() == pytest.approx(loss["train_hidden"], rel=1e-4)
+    curves = found.curves()
+    assert np.allclose(curves["all"][0], found.exposed.mean(axis=1))
+    gap = {name: (hidden - exposed)[-1] for name, (exposed, hidden) in curves.items()}
+    assert gap["by heart"] > gap["all"] > 0
+    assert curves["easy"][1][-1] < curves["all"][1][-1] < curves["by heart"][1][-1]
+
+
+def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(
+    run: Path, noisy_run: Path, tmp_path: Path
+) -> None:
+    assert "--memorization" in turnover("memorize", run, expect=2).stderr
+    copy = Path(shutil.copytree(noisy_run, tmp_path / "copy"))
+    path = copy / "memorization.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in turnover("memorize", copy, expect=2).stderr
+    path.write_bytes(whole)
+    lines = (copy / "train.jsonl").read_text().splitlines()
+    (copy / "train.jsonl").write_text("\n".join(lines[:100]) + "\n")
+    assert "other training data" in turnover("memorize", copy, expect=2).stderr

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from turnover.run import Run
     from turnover.tasks.explain import Explanation
     from turnover.tasks.groups import Groups
+    from turnover.tasks.memorize import Memorization
     from turnover.tasks.score import ScoreConfig
 
 try:
@@ -94,6 +95,12 @@ def fit(
     compare: Annotated[
         bool, typer.Option(help="Also train the same model with ordinary dropout.")
     ] = True,
+    memorization: Annotated[
+        bool,
+        typer.Option(
+            "--memorization", help="Follow the losses of every training row, for turnover memorize."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing run.")] = False,
 ) -> None:
     """Fine-tune a text classifier with turn-over dropout; writes a run folder."""
@@ -109,6 +116,7 @@ def fit(
         MaskSpec(keep, seed),
         tuple(site) if site else SITES,
         compare,
+        memorization=memorization,
     )
     columns = Columns(text_column, label_column, id_column, group_column)
     train_data, test_data = read_both(data, test, columns, split, test_split)
@@ -232,6 +240,26 @@ def explain(
         _print_explanations([explained], as_json=as_json)
     else:
         _explain_errors(loaded, show=show, top=top, as_json=as_json)
+
+
+@app.command()
+def memorize(
+    run: RunFolder,
+    show: Annotated[int, typer.Option(help="Rows to print; all are written.")] = 5,
+) -> None:
+    """What was learned by heart, and when, in a run trained with --memorization."""
+    from turnover.run import Run
+    from turnover.tasks.memorize import memorization, write_memorization
+
+    if show < 0:
+        raise InputError("--show must be >= 0")
+    loaded = Run.load(run)
+    found = memorization(loaded)
+    path = run / "results" / "memorization.csv"
+    path.parent.mkdir(exist_ok=True)
+    write_memorization(loaded, found, path)
+    _print_memorization(loaded, found, show)
+    console.print(f"all rows: {path}")
 
 
 @app.command()
@@ -501,6 +529,22 @@ def _print_influence(metrics: dict[str, Any]) -> None:
         f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
         f"{metrics['ghost_false_positive_rate']:.4f}; {metrics['seconds']['influence']:.0f} s"
     )
+
+
+def _print_memorization(run: Run, found: Memorization, show: int) -> None:
+    epochs = len(found.exposed)
+    table = Table("mean loss, nats", "network", *(f"epoch {epoch + 1}" for epoch in range(epochs)))
+    for name, sides in found.curves().items():
+        for side, losses in zip(("exposed", "hidden"), sides, strict=True):
+            table.add_row(name, side, *(f"{loss:.3f}" for loss in losses))
+    console.print(table)
+    listed = Table("hidden - exposed", "label", "training row most learned by heart")
+    for row in (-found.by_heart).argsort(kind="stable")[:show]:
+        label = run.train.classes[run.train.labels[row]]
+        text = f"[{run.train.keys[row]}] {run.train.texts[row]}"
+        listed.add_row(f"{found.by_heart[row]:+.3f}", label, text)
+    if show:
+        console.print(listed, markup=False)
 
 
 def _print_groups(found: Groups) -> None:

@@ -20,6 +20,7 @@ from turnover.integrations.transformers import SITES, ClassifierConfig, TextClas
 from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
 from turnover.run import encode, write_data, write_json, writing_run
+from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.training import (
     Curves,
     Encoded,
@@ -47,6 +48,7 @@ class FitConfig:
         sites: what is masked, as :func:`turnover.attach` takes it.
         compare: also train the same model with ordinary dropout.
         curve_rows: fixed rows of the training and of the test data on which losses are followed.
+        memorization: also follow both losses of every training row, epoch by epoch.
     """
 
     classifier: ClassifierConfig
@@ -55,6 +57,7 @@ class FitConfig:
     sites: tuple[str, ...] = SITES
     compare: bool = True
     curve_rows: int = 300
+    memorization: bool = False
 
 
 def fit(
@@ -132,6 +135,7 @@ def _fit(
         checkpoint=draft / "turnover.checkpoint",
         identity=repr(config),
         measure=measure,
+        follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
     seconds["train"] = time.perf_counter() - start
     start = time.perf_counter()

@@ -193,6 +193,7 @@ def train(
     identity: str,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
     points: int = 9,
+    follow: Callable[[int], None] | None = None,
 ) -> Curves:
     """Train in place, each step under ``bind(ids)``; resumes from the checkpoint where there is one.
 
@@ -203,6 +204,7 @@ def train(
         identity: says all that decides this training beside the data and ``config``; a checkpoint of
             another one is not resumed.
         measure: losses on fixed rows, called at ``points`` steps.
+        follow: called after every epoch with the number of epochs done.
 
     Returns:
         the curves (empty without ``measure``).
@@ -250,6 +252,8 @@ def train(
                     bar.set_postfix(loss=f"{value:.3f}")
                 if measure and step in wanted:
                     curves.add(step, measure())
+            if follow:  # before the checkpoint, so that no epoch is missing after it
+                follow(epoch + 1)
             _store(checkpoint, model, optimizer, curves, digest, epoch + 1)
     model.eval()
     return curves

@@ -1,0 +1,126 @@
+"""Memorisation over training: the exposed and the hidden loss of every training row, epoch by epoch.
+
+The exposed network of a row is trained on it, the hidden one is not. Where both losses fall, the others
+teach what the row says; where the exposed one alone falls, the row is learned by heart.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from turnover.errors import InputError
+from turnover.network import Network
+from turnover.run import Run
+from turnover.tasks.training import Encoded, evaluate, under_masks
+
+FILE = "memorization.safetensors"
+SHARE = 0.1
+"""Rows at either end whose curves are shown."""
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """Losses over training, in nats: float32 (epochs, rows), rows as in the run's training data."""
+
+    exposed: NDArray[np.float32]
+    hidden: NDArray[np.float32]
+
+    @property
+    def by_heart(self) -> NDArray[np.float32]:
+        """Hidden minus exposed loss at the end of training (rows,): what only the row itself taught."""
+        difference: NDArray[np.float32] = self.hidden[-1] - self.exposed[-1]
+        return difference
+
+    def curves(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Mean exposed and hidden loss by epoch, of all rows and of three tenths of them.
+
+        ``by heart``: the largest differences at the end; ``hard``: of the others the largest exposed
+        losses at the end, which were not even learned by heart; ``easy``: the smallest hidden losses
+        at the end.
+        """
+        count = max(1, round(SHARE * len(self.by_heart)))
+        by_heart = np.argsort(-self.by_heart, kind="stable")[:count]
+        others = np.setdiff1d(np.arange(len(self.by_heart)), by_heart)
+        hard = others[np.argsort(-self.exposed[-1][others], kind="stable")[:count]]
+        easy = np.argsort(self.hidden[-1], kind="stable")[:count]
+        everything = np.arange(len(self.by_heart))
+        chosen = {"all": everything, "by heart": by_heart, "hard": hard, "easy": easy}
+        return {
+            name: (self.exposed[:, rows].mean(axis=1), self.hidden[:, rows].mean(axis=1))
+            for name, rows in chosen.items()
+        }
+
+
+class Follower:
+    """Measures the losses of all training rows after every epoch, and keeps them in a file."""
+
+    def __init__(self, network: Network, training: Encoded, path: Path) -> None:
+        self._network, self._training, self._path = network, training, path
+
+    def __call__(self, epoch: int) -> None:
+        """Add the losses after ``epoch`` epochs, counted from 1; later ones of an earlier try go."""
+        from safetensors.torch import save_file
+
+        rows = range(len(self._training))
+        kept = _tensors(self._path) if epoch > 1 else {}
+        tensors = {}
+        for name, hidden in (("exposed", False), ("hidden", True)):
+            bind = under_masks(self._network, self._training, None, hidden=hidden)
+            found = evaluate(self._network.model, self._training, rows, bind)  # type: ignore[arg-type]
+            before = [kept[name][: epoch - 1]] if kept else []
+            tensors[name] = torch.cat([*before, found.loss[None]])
+        draft = self._path.with_suffix(".draft")
+        save_file(tensors, draft)
+        draft.replace(self._path)
+
+
+def memorization(run: Run) -> Memorization:
+    """What was measured while the run was trained.
+
+    Raises:
+        InputError: nothing was, or the file is damaged or of other training data.
+    """
+    path = run.folder / FILE
+    if not path.exists():
+        raise InputError(
+            f"{run.folder} has no losses over training: train with `turnover fit --memorization`"
+        )
+    tensors = _tensors(path)
+    shape = tensors["exposed"].shape
+    if len(shape) != 2 or shape != tensors["hidden"].shape or shape[1] != len(run.train):
+        raise InputError(f"{path}: damaged, or of other training data than the run's")
+    return Memorization(tensors["exposed"].numpy(), tensors["hidden"].numpy())
+
+
+def write_memorization(run: Run, found: Memorization, out: Path) -> None:
+    """Write a CSV, atomically, the rows most learned by heart first: key, label, losses, every epoch's."""
+    epochs = range(1, len(found.exposed) + 1)
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    with draft.open("w", newline="") as file:
+        writer = csv.writer(file)
+        columns = [f"{side}_{epoch}" for side in ("exposed", "hidden") for epoch in epochs]
+        writer.writerow(["key", "label", "by_heart", *columns, "text"])
+        for row in np.argsort(-found.by_heart, kind="stable"):
+            losses = [*found.exposed[:, row], *found.hidden[:, row]]
+            label = run.train.classes[run.train.labels[row]]
+            numbers = [f"{value:.4f}" for value in (found.by_heart[row], *losses)]
+            writer.writerow([run.train.keys[row], label, *numbers, run.train.texts[row]])
+    draft.replace(out)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        return {name: tensors[name] for name in ("exposed", "hidden")}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: missing or damaged: {error!r}") from error
