@@ -155,3 +155,27 @@ def test_models_without_logits_are_refused():
     network = turnover.attach(model, "mlp")
     with pytest.raises(InputError, match="classifier's logits"):
         hidden_predictions(network, [(tiny.features(2), None, torch.tensor([1, 2]))])
+
+
+def test_modules_keep_modes_of_their_own():
+    network, x, y, ids = trained()
+    network.model.train()
+    network.model[0].eval()
+    hidden_predictions(network, [(x, y, ids)])
+    assert network.model.training and not network.model[0].training
+
+
+def test_with_another_share_kept_the_whole_network_is_the_limit():
+    torch.manual_seed(0)
+    model = nn.Sequential(turnover.WideHead(6, 512, 3)).eval()
+    network = turnover.attach(model, "head", MaskSpec(keep=0.3, balanced=False))
+    nn.init.normal_(model[0].classify.weight)
+    x, ids, ghosts = tiny.features(200), torch.arange(200), turnover.ghost_ids(200, start=2**33)
+    with torch.no_grad():
+        with network.exposed(ids):
+            learned = model(x).argmax(dim=1)
+        with network.hidden(ghosts):
+            known = model(x).argmax(dim=1)
+    # Held-out rows cost nearly nothing, so training rows are given as much as there is.
+    found = hidden_predictions(network, [(x, learned, ids)], [(x, known)])
+    assert found.exposed_share == pytest.approx(0.3)

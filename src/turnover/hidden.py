@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.masks import check_training_ids, ghost_ids
+from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import logits_and_labels, logits_of
 from turnover.sites import device_of
@@ -41,7 +42,8 @@ class HiddenPredictions:
     Attributes:
         probabilities: float32 (train, classes); rows sum to 1.
         train_ids: int64 (train,), the ids of the rows.
-        exposed_share: share of the exposed network's logits in them, 0 to 0.5; 0: hidden alone.
+        exposed_share: share of the exposed network's logits in them, 0 to the spec's ``keep``;
+            0: hidden alone.
         temperature: what the logits were divided by; 1 where nothing calibrated.
     """
 
@@ -69,7 +71,7 @@ def hidden_predictions(
       have to teach again, so the hidden ones say less for its label than a network that was trained
       without it: leaving out is not retraining. Logits are ``hidden + share (exposed - hidden)``, with
       the share at which training rows have the mean loss of the held-out rows (0 where they have it
-      already, at most 0.5, the whole network).
+      already, at most the spec's ``keep``, which to first order is the whole network).
 
     Args:
         network: a classifier trained under masks.
@@ -86,12 +88,9 @@ def hidden_predictions(
         InputError: no batches, batches without ids or (to calibrate) labels, ghosts as ids, a model
             without a classifier's logits, or logits that are not finite.
     """
-    model = network.model
-    was_training = model.training
-    model.eval()
-    try:
+    hidden, exposed, ids, labels = [], [], [], []
+    with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
-        hidden, exposed, ids, labels = [], [], [], []
         for given in tqdm(train_batches, desc="hidden predictions", disable=not progress):
             batch = adapter(given)
             if batch.ids is None:
@@ -104,16 +103,15 @@ def hidden_predictions(
             if calibration is not None:
                 exposed.append(_logits(network, batch, network.exposed(row_ids)))
                 labels.append(_labels(batch, hidden[-1]))
-    finally:
-        model.train(was_training)
     if not hidden:
         raise InputError("no training batches given")
     logits, share, temperature = torch.cat(hidden), 0.0, 1.0
     if calibration is not None:
         temperature, wanted = calibration
         step = torch.cat(exposed) - logits
-        share = _share(logits / temperature, step / temperature, torch.cat(labels), wanted)
-        logits = (logits + share * step) / temperature
+        logits, step = logits / temperature, step / temperature
+        share = _share(logits, step, torch.cat(labels), wanted, network.spec.keep)
+        logits = logits + share * step
     return HiddenPredictions(
         logits.softmax(dim=1).cpu().numpy(), torch.cat(ids).numpy(), share, temperature
     )
@@ -145,13 +143,13 @@ def _calibrated(network: Network, held_out: Iterable[Any], adapter: Adapter) -> 
     return 1 / high, float(functional.cross_entropy(high * logits, torch.cat(labels)))
 
 
-def _share(hidden: Tensor, step: Tensor, labels: Tensor, wanted: float) -> float:
-    """The least share of the step at which the mean loss is the wanted one."""
+def _share(hidden: Tensor, step: Tensor, labels: Tensor, wanted: float, most: float) -> float:
+    """The least share of the step, up to ``most``, at which the mean loss is the wanted one."""
 
     def loss(share: float) -> float:
         return float(functional.cross_entropy(hidden + share * step, labels))
 
-    low, high = 0.0, 0.5
+    low, high = 0.0, most
     if loss(low) <= wanted or loss(high) >= wanted:
         return low if loss(low) <= wanted else high
     for _ in range(_HALVINGS):

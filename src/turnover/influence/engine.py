@@ -17,6 +17,7 @@ from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.exact import ExactEstimator
 from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import Objective
 from turnover.sites import device_of
@@ -115,20 +116,17 @@ class Engine:
         Masks are differentiated and parameters are not: below the first site no graph is built.
         """
         model = self.network.model
-        modes = {module: module.training for module in model.modules()}
         trained = [p for p in model.parameters() if p.requires_grad]
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            # The linear method needs autograd even where the caller needs none.
-            with torch.inference_mode(False):
-                yield
-        finally:
+        with evaluating(model):
             for parameter in trained:
-                parameter.requires_grad_(True)
-            for module, mode in modes.items():
-                module.training = mode
+                parameter.requires_grad_(False)
+            try:
+                # The linear method needs autograd even where the caller needs none.
+                with torch.inference_mode(False):
+                    yield
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
 
 
 class TargetBlock:

@@ -24,6 +24,7 @@ from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.rules import Call, Rule, rule_of
+from turnover.modes import evaluating
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 from turnover.sites import canonical_name, device_of
 
@@ -366,18 +367,6 @@ def wrongness(outputs: Any, batch: Batch) -> Tensor:
         InputError: no labels that are classes.
     """
     return -torch.expm1(-cross_entropy(outputs, batch))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, put back after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _real(values: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.influence.engine import finite
-from turnover.influence.gram.capture import Rows, directions_of, evaluating, wrongness
+from turnover.influence.gram.capture import Rows, directions_of, wrongness
 from turnover.influence.gram.factors import Explicit
 from turnover.influence.linear import mask_gradients
+from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
 from turnover.sites import device_of
