@@ -230,11 +230,16 @@ def _line(problem: Problem, network: str, method: Method, row: Json) -> str:
 
 def machine() -> Json:
     """Where and on what the figures were made."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    def git(*arguments: str) -> str:
+        said = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return said.stdout.strip()
+
+    # Results that were written meanwhile change nothing of what is run.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!*/results/*.json")
     return {
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": git("describe", "--always") + ("-dirty" if changed else ""),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
