@@ -759,3 +759,13 @@ def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(
     lines = (copy / "train.jsonl").read_text().splitlines()
     (copy / "train.jsonl").write_text("\n".join(lines[:100]) + "\n")
     assert "other training data" in turnover("memorize", copy, expect=2).stderr
+
+
+def test_decisions_are_written_into_a_run_that_has_no_results_yet(
+    noisy_run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(noisy_run, tmp_path / "copy"))
+    shutil.rmtree(copy / "results", ignore_errors=True)
+    (tmp_path / "d.csv").write_text("key,decision\n7,remove\n")
+    turnover("review", copy, "--decisions", tmp_path / "d.csv")
+    assert len((copy / "results" / "decided.csv").read_text().splitlines()) == 160

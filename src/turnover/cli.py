@@ -255,8 +255,7 @@ def memorize(
         raise InputError("--show must be >= 0")
     loaded = Run.load(run)
     found = memorization(loaded)
-    path = run / "results" / "memorization.csv"
-    path.parent.mkdir(exist_ok=True)
+    path = _in_results(run, "memorization.csv")
     write_memorization(loaded, found, path)
     _print_memorization(loaded, found, show)
     console.print(f"all rows: {path}")
@@ -284,8 +283,7 @@ def groups(
     if objective not in OBJECTIVES:
         raise InputError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     found = groups(Run.load(run), OBJECTIVES[objective], method=method, predict=show)
-    path = run / "results" / "groups.json"
-    path.parent.mkdir(exist_ok=True)
+    path = _in_results(run, "groups.json")
     write_json(path, found.to_dict())
     if as_json:
         sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
@@ -325,9 +323,8 @@ def predict(
             "--hidden predicts training rows, --without test rows: give one of the two"
         )
     name = "hidden_predictions.csv" if hidden else "predictions.csv"
-    path = out or run / "results" / name
-    if not path.parent.is_dir() and out is not None:
-        raise InputError(f"{path.parent} does not exist: make the folder first")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"{out.parent} does not exist: make the folder first")
     loaded = Run.load(run)
     if hidden:
         found = predict_training(loaded, calibrate=calibrate)
@@ -338,7 +335,7 @@ def predict(
         )
     else:
         data, probabilities = loaded.test, predict_test(loaded, without=without)
-    path.parent.mkdir(exist_ok=True)
+    path = out or _in_results(run, name)
     write_predictions(data, probabilities, path)
     right = probabilities.argmax(axis=1) == data.labels
     console.print(f"accuracy {right.mean():.3f}; {len(data)} rows: {path}")
@@ -366,18 +363,19 @@ def review(
     from turnover.tasks.review import apply_decisions, review, write_review
 
     name = "review.csv" if decisions is None else "decided.csv"
-    path = out or run / "results" / name
     if out is not None:
         check_writable(out)
+        if decisions is None and out.suffix != ".csv":
+            raise InputError(f"{out}: the list to review is a CSV file")
+    loaded = Run.load(run)
     if decisions is not None:
-        counts = apply_decisions(Run.load(run), decisions, path)
+        path = out or _in_results(run, name)
+        counts = apply_decisions(loaded, decisions, path)
         said = ", ".join(f"{count} {name}" for name, count in counts.items())
         console.print(f"{said}: {path}")
         return
-    if path.suffix != ".csv":
-        raise InputError(f"{path}: the list to review is a CSV file")
-    flagged = review(Run.load(run), budget=budget)
-    path.parent.mkdir(exist_ok=True)
+    flagged = review(loaded, budget=budget)
+    path = out or _in_results(run, name)
     write_review(flagged, path)
     console.print(
         f"{len(flagged)} training rows whose label the network that never learned them does not share: "
@@ -529,6 +527,13 @@ def _print_influence(metrics: dict[str, Any]) -> None:
         f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
         f"{metrics['ghost_false_positive_rate']:.4f}; {metrics['seconds']['influence']:.0f} s"
     )
+
+
+def _in_results(run: Path, name: str) -> Path:
+    """A file in the results of a run, whose folder may not be there before influence is estimated."""
+    folder = run / "results"
+    folder.mkdir(exist_ok=True)
+    return folder / name
 
 
 def _print_memorization(run: Run, found: Memorization, show: int) -> None:

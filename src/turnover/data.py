@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from turnover.errors import InputError
+from turnover.files import replacing
 from turnover.masks import MaskSpec, content_ids, string_ids
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,6 +56,16 @@ class TextData:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> TextData:
+        """The rows, in that order."""
+        return TextData(
+            [self.texts[row] for row in rows],
+            [self.labels[row] for row in rows],
+            self.ids[list(rows)],
+            [self.keys[row] for row in rows],
+            self.classes,
+        )
 
 
 @dataclass(frozen=True)
@@ -145,9 +155,8 @@ def write(data: TextData, out: Path) -> None:
         }
     )
     method, options = _WRITERS[out.suffix]
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    getattr(table, method)(str(draft), **options)
-    draft.replace(out)
+    with replacing(out) as draft:
+        getattr(table, method)(str(draft), **options)
 
 
 def check_writable(out: Path) -> None:
@@ -292,15 +301,7 @@ def hold_out(data: TextData, share: float = 0.2) -> tuple[TextData, TextData]:
     parts = []
     for wanted in (False, True):
         rows = [row for row, test in enumerate(chosen) if test == wanted]
-        parts.append(
-            TextData(
-                [data.texts[row] for row in rows],
-                [data.labels[row] for row in rows],
-                data.ids[rows],
-                [data.keys[row] for row in rows],
-                data.classes,
-            )
-        )
+        parts.append(data.take(rows))
     if len(set(parts[0].labels)) < len(data.classes) or not len(parts[1]):
         raise InputError(
             f"{len(data)} rows are too few to hold a fifth out for testing; pass test data (--test)"

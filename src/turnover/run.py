@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 
 from turnover.data import TextData
 from turnover.errors import InputError
+from turnover.files import replacing
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import open_result
@@ -153,9 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON object, atomically."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(values, indent=2) + "\n")
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_data(path: Path, data: TextData) -> None:

@@ -6,8 +6,6 @@ teach what the row says; where the exposed one alone falls, the row is learned b
 
 from __future__ import annotations
 
-import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.files import write_csv
 from turnover.network import Network
 from turnover.run import Run
 from turnover.tasks.training import Encoded, evaluate, under_masks
@@ -102,17 +101,14 @@ def memorization(run: Run) -> Memorization:
 def write_memorization(run: Run, found: Memorization, out: Path) -> None:
     """Write a CSV, atomically, the rows most learned by heart first: key, label, losses, every epoch's."""
     epochs = range(1, len(found.exposed) + 1)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    with draft.open("w", newline="") as file:
-        writer = csv.writer(file)
-        columns = [f"{side}_{epoch}" for side in ("exposed", "hidden") for epoch in epochs]
-        writer.writerow(["key", "label", "by_heart", *columns, "text"])
-        for row in np.argsort(-found.by_heart, kind="stable"):
-            losses = [*found.exposed[:, row], *found.hidden[:, row]]
-            label = run.train.classes[run.train.labels[row]]
-            numbers = [f"{value:.4f}" for value in (found.by_heart[row], *losses)]
-            writer.writerow([run.train.keys[row], label, *numbers, run.train.texts[row]])
-    draft.replace(out)
+    columns = [f"{side}_{epoch}" for side in ("exposed", "hidden") for epoch in epochs]
+    lines = []
+    for row in np.argsort(-found.by_heart, kind="stable"):
+        losses = [*found.exposed[:, row], *found.hidden[:, row]]
+        label = run.train.classes[run.train.labels[row]]
+        numbers = [f"{value:.4f}" for value in (found.by_heart[row], *losses)]
+        lines.append([run.train.keys[row], label, *numbers, run.train.texts[row]])
+    write_csv(out, ["key", "label", "by_heart", *columns, "text"], lines)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

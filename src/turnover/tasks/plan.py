@@ -469,20 +469,15 @@ def _part(data: TextData, wanted: int) -> TextData:
     last = data.ids[order[min(wanted, len(order)) - 1]]
     chosen = set(order[:wanted]) | set(torch.nonzero(data.ids == last).flatten().tolist())
     rows = sorted(chosen)
-    labels = [data.labels[row] for row in rows]
-    missing = [name for index, name in enumerate(data.classes) if index not in set(labels)]
+    chosen_data = data.take(rows)
+    there = set(chosen_data.labels)
+    missing = [name for index, name in enumerate(data.classes) if index not in there]
     if missing:
         raise InputError(
             f"the pilot's {len(rows)} rows hold none of class {missing[0]!r}; give it more "
             f"(--pilot-rows)"
         )
-    return TextData(
-        [data.texts[row] for row in rows],
-        labels,
-        data.ids[rows],
-        [data.keys[row] for row in rows],
-        data.classes,
-    )
+    return chosen_data
 
 
 def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:

@@ -4,9 +4,7 @@ group, and their file.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from turnover.data import TextData
 from turnover.errors import InputError
+from turnover.files import write_csv
 from turnover.hidden import HiddenPredictions, hidden_predictions
 from turnover.run import Run
 from turnover.tasks.training import logits_of_rows
@@ -79,14 +78,11 @@ def write_predictions(data: TextData, probabilities: NDArray[np.float32], out: P
     Args:
         probabilities: (rows of ``data``, classes).
     """
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    with draft.open("w", newline="") as file:
-        writer = csv.writer(file)
-        columns = [f"p({name})" for name in data.classes]
-        writer.writerow(["key", "label", "predicted", "probability_of_label", *columns])
-        for row, given in enumerate(probabilities):
-            label = data.labels[row]
-            numbers = [f"{p:.6f}" for p in (given[label], *given)]
-            predicted = data.classes[int(given.argmax())]
-            writer.writerow([data.keys[row], data.classes[label], predicted, *numbers])
-    draft.replace(out)
+    columns = [f"p({name})" for name in data.classes]
+    lines = []
+    for row, given in enumerate(probabilities):
+        label = data.labels[row]
+        numbers = [f"{p:.6f}" for p in (given[label], *given)]
+        predicted = data.classes[int(given.argmax())]
+        lines.append([data.keys[row], data.classes[label], predicted, *numbers])
+    write_csv(out, ["key", "label", "predicted", "probability_of_label", *columns], lines)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from turnover import objectives
 from turnover.data import TextData, write
 from turnover.errors import InputError
+from turnover.files import write_csv
 from turnover.influence import Influence
 from turnover.run import Run, read_json
 from turnover.tasks.explain import rows_by_id
@@ -101,17 +101,14 @@ def review(run: Run, *, budget: int = 100) -> list[Flagged]:
 
 def write_review(flagged: list[Flagged], out: Path) -> None:
     """Write the list as CSV, atomically, with an empty column ``decision``."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    with draft.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for one in flagged:
-            said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
-            z, q = one.self_influence_z, one.self_influence_q
-            numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
-            numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
-            writer.writerow([one.key, one.label, one.suggested, *numbers, said, "", one.text])
-    draft.replace(out)
+    lines = []
+    for one in flagged:
+        said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
+        z, q = one.self_influence_z, one.self_influence_q
+        numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
+        numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
+        lines.append([one.key, one.label, one.suggested, *numbers, said, "", one.text])
+    write_csv(out, _COLUMNS, lines)
 
 
 def read_decisions(run: Run, path: Path) -> dict[int, str]:
@@ -157,13 +154,7 @@ def decided(train: TextData, decisions: dict[int, str]) -> TextData:
     for row in kept:
         decision = decisions.get(row, KEEP)
         labels.append(train.labels[row] if decision == KEEP else train.classes.index(decision))
-    return TextData(
-        [train.texts[row] for row in kept],
-        labels,
-        train.ids[kept],
-        [train.keys[row] for row in kept],
-        train.classes,
-    )
+    return replace(train.take(kept), labels=labels)
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
