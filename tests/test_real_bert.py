@@ -12,16 +12,10 @@ import torch
 from turnover import Influence, InputError, MaskSpec, Network, attach, ghost_ids
 from turnover.data import Columns, TextData, read
 from turnover.demo import model_folder, write_sentences
-from turnover.integrations.transformers import ClassifierConfig, TextClassifier, build
-from turnover.run import encode
-from turnover.tasks.training import (
-    Encoded,
-    TrainingConfig,
-    evaluate,
-    standardise_head,
-    train,
-    under_masks,
-)
+from turnover.encoded import Encoded
+from turnover.integrations.transformers import ClassifierConfig
+from turnover.pipelines import build
+from turnover.tasks.training import TrainingConfig, evaluate, train, under_masks
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +25,7 @@ TRAIN, TEST = 320, 400
 @dataclass(frozen=True)
 class Fitted:
     network: Network
-    model: TextClassifier
+    model: torch.nn.Module
     training: Encoded
     test: Encoded
 
@@ -61,9 +55,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextData, TextD
 
 
 def first_rows(data: TextData, count: int) -> TextData:
-    return TextData(
-        data.texts[:count], data.labels[:count], data.ids[:count], data.keys[:count], data.classes
-    )
+    return data.take(range(count))
 
 
 def fitted(
@@ -71,9 +63,9 @@ def fitted(
 ) -> Fitted:
     torch.manual_seed(0)
     config = ClassifierConfig(str(model_folder()), head_units=4096, lora_rank=8, max_tokens=32)
-    model, tokenizer = build(config, 2)
-    training, test = (encode(tokenizer, data, config.max_tokens) for data in sentences)
-    standardise_head(model, training)
+    pipeline, model = build(config, sentences[0])
+    training, test = (pipeline.encode(data) for data in sentences)
+    pipeline.prepare(model, training)
     network = attach(model, sites, MaskSpec(seed=1))
     report = network.audit(training.batch(range(8)))
     assert report.clean is not leaky

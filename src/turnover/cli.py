@@ -47,7 +47,14 @@ Gram = Annotated[
     bool, typer.Option(help="Also estimate by gram, which takes a pass over the training data.")
 ]
 
-Data = Annotated[
+DataSource = Annotated[
+    str,
+    typer.Argument(
+        help="Texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with a folder for each class, or "
+        "an .npz or Parquet file. Or a Hugging Face data set."
+    ),
+]
+TextFile = Annotated[
     str, typer.Argument(help="CSV, TSV, JSON(L) or Parquet file, or Hugging Face data set.")
 ]
 Encoder = Annotated[str, typer.Option(help="Hugging Face name or folder of the encoder.")]
@@ -69,27 +76,42 @@ Seed = Annotated[int, typer.Option(help="Of masks, weights and order.")]
 
 @app.command()
 def fit(
-    data: Data,
-    model: Encoder,
+    data: DataSource,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hugging Face name or folder of a text encoder, or vgg11, vgg13, vgg16, vgg19 for images."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run to write.")],
     test: TestData = None,
     text_column: str = "text",
+    image_column: Annotated[str, typer.Option(help="Column or array of the images.")] = "image",
     label_column: str = "label",
     id_column: IdColumn = None,
     group_column: GroupColumn = None,
     split: Split = "train",
     test_split: TestSplit = "test",
-    epochs: int = 3,
+    epochs: Annotated[int | None, typer.Option(help="Default: 3 for texts, 30 for images.")] = None,
     batch_size: int = 32,
     learning_rate: LearningRate = 1e-3,
     head_learning_rate: HeadLearningRate = 1e-4,
     head_units: HeadUnits = 8192,
     lora_rank: int = 16,
     max_tokens: int = 128,
+    image_size: Annotated[
+        int, typer.Option(help="Height and width the images are brought to, a multiple of 32.")
+    ] = 32,
+    width: Annotated[int, typer.Option(help="Channels of the first convolution (images).")] = 64,
+    hidden: Annotated[int, typer.Option(help="Units of the hidden layers (images).")] = 4096,
+    augment: Annotated[bool, typer.Option(help="Shift and mirror the images in training.")] = True,
     keep: Keep = 0.5,
     site: Annotated[
         list[str] | None,
-        typer.Option(help="Masked module, pattern or preset (repeatable); default: lora and head."),
+        typer.Option(
+            help="Masked module, pattern or preset (repeatable); default: lora and head for texts, "
+            "channels and mlp for images."
+        ),
     ] = None,
     seed: Seed = 0,
     compare: Annotated[
@@ -103,23 +125,41 @@ def fit(
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing run.")] = False,
 ) -> None:
-    """Fine-tune a text classifier with turn-over dropout; writes a run folder."""
-    from turnover.data import Columns, read_both
-    from turnover.integrations.transformers import SITES, ClassifierConfig
+    """Train a text or image classifier with turn-over dropout; writes a run folder."""
+    from turnover.data import Columns, Data, read_both
+    from turnover.images import read_both_images
+    from turnover.integrations import transformers, vgg
     from turnover.masks import MaskSpec
+    from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
 
+    of_images = model in IMAGE_MODELS
+    if of_images:
+        shape: Config = ImageClassifierConfig(model, image_size, width, hidden, augment)
+        sites, epochs = vgg.SITES, 30 if epochs is None else epochs
+    else:
+        if Path(data).is_dir() or data.endswith(".npz"):
+            raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
+        shape = transformers.ClassifierConfig(model, head_units, lora_rank, max_tokens)
+        sites, epochs = transformers.SITES, 3 if epochs is None else epochs
     config = FitConfig(
-        ClassifierConfig(model, head_units, lora_rank, max_tokens),
+        shape,
         TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
         MaskSpec(keep, seed),
-        tuple(site) if site else SITES,
+        tuple(site) if site else sites,
         compare,
         memorization=memorization,
     )
-    columns = Columns(text_column, label_column, id_column, group_column)
-    train_data, test_data = read_both(data, test, columns, split, test_split)
+    columns = Columns(
+        image_column if of_images else text_column, label_column, id_column, group_column
+    )
+    train_data: Data
+    test_data: Data
+    if of_images:
+        train_data, test_data = read_both_images(data, test, image_size, columns, split, test_split)
+    else:
+        train_data, test_data = read_both(data, test, columns, split, test_split)
     metrics = fit(config, train_data, test_data, out, overwrite=overwrite)
     _print_fit(metrics)
     console.print(f"run: {out}; next: turnover influence {out}")
@@ -127,7 +167,7 @@ def fit(
 
 @app.command()
 def plan(
-    data: Data,
+    data: TextFile,
     model: Encoder,
     test: TestData = None,
     text_column: str = "text",
@@ -219,27 +259,60 @@ def explain(
     run: RunFolder,
     show: Annotated[int, typer.Option(help="Errors to print; all are written.")] = 3,
     top: Annotated[int, typer.Option(help="Training instances on each side.")] = 5,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            help="List training instances of this class alone: predicted or true. Default: of all."
+        ),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Explain this text instead.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Explain this image file instead.")] = None,
     label: Annotated[
-        str | None, typer.Option(help="Class to explain --text for; default: as predicted.")
+        str | None, typer.Option(help="Class to explain it for; default: as predicted.")
     ] = None,
     gram: Annotated[
-        bool, typer.Option(help="Explain --text by gram as well: a pass over the training data.")
+        bool, typer.Option(help="Explain it by gram as well: a pass over the training data.")
     ] = True,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write a contact sheet of what is shown (PNG; images).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Explain misclassified test rows, or one text, by training instances."""
+    """Explain misclassified test rows, or one text or image, by training instances."""
+    from turnover.images import ImageData
     from turnover.run import Run
-    from turnover.tasks.score import explain_text
+    from turnover.tasks.explain import AMONG
+    from turnover.tasks.score import explain_input
 
     if show < 0 or top < 1:
         raise InputError("--show must be >= 0 and --top >= 1")
+    if among is not None and among not in AMONG:
+        raise InputError(f"unknown --among {among!r}; choose {' or '.join(AMONG)}")
+    if text is not None and image is not None:
+        raise InputError("give --text or --image, not both")
     loaded = Run.load(run)
-    if text is not None:
-        explained = explain_text(loaded, text, label, top=top, gram=gram)
-        _print_explanations([explained], as_json=as_json)
+    if sheet is not None:
+        from turnover.report.pictures import check_sheet
+
+        if not isinstance(loaded.train, ImageData):
+            raise InputError("--sheet is for images; texts are in the report (turnover report)")
+        check_sheet(sheet)
+    given = text if text is not None else image
+    if given is None:
+        shown = _explain_errors(loaded, show=show, top=top, among=among, as_json=as_json)
+        targets = loaded.test
     else:
-        _explain_errors(loaded, show=show, top=top, as_json=as_json)
+        explained, targets = explain_input(loaded, given, label, top=top, among=among, gram=gram)
+        shown = [explained]
+        _print_explanations(shown, as_json=as_json)
+    if sheet is not None:
+        from turnover.report.pictures import write_sheet
+
+        assert isinstance(loaded.train, ImageData)
+        assert isinstance(targets, ImageData)
+        write_sheet(shown, loaded.train, targets, sheet)
+        if not as_json:
+            console.print(f"contact sheet: {sheet}")
 
 
 @app.command()
@@ -364,7 +437,7 @@ def review(
 
     name = "review.csv" if decisions is None else "decided.csv"
     if out is not None:
-        check_writable(out)
+        check_writable(out, ".npz")
         if decisions is None and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
     loaded = Run.load(run)
@@ -389,7 +462,9 @@ def review(
 def report(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
-    text: Annotated[bool, typer.Option(help="Show texts; --no-text leaves them out.")] = True,
+    text: Annotated[
+        bool, typer.Option(help="Show texts and images; --no-text leaves them out.")
+    ] = True,
 ) -> None:
     """Write the run's report: one HTML file that needs nothing else."""
     from turnover.run import Run
@@ -422,7 +497,7 @@ def demo(
     )
     run = Run.load(out)
     _score(run, ScoreConfig())
-    _explain_errors(run, show=3, top=5, as_json=False)
+    _explain_errors(run, show=3, top=5, among=None, as_json=False)
     _write_report(run, out / "report.html", texts=True)
 
 
@@ -433,17 +508,20 @@ def _score(run: Run, config: ScoreConfig) -> None:
     console.print(f"next: turnover explain {run.folder}, turnover report {run.folder}")
 
 
-def _explain_errors(run: Run, *, show: int, top: int, as_json: bool) -> None:
+def _explain_errors(
+    run: Run, *, show: int, top: int, among: str | None, as_json: bool
+) -> list[Explanation]:
     from turnover.report.from_run import explain_errors
     from turnover.run import write_json
 
-    explanations = explain_errors(run, top=top)
+    explanations = explain_errors(run, top=top, among=among)
     path = run.folder / "results" / "explanations.json"
     write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
     explanations.sort(key=lambda explanation: -explanation.n_significant)
     _print_explanations(explanations[:show], as_json=as_json)
     if not as_json:
         console.print(f"all errors: {path}")
+    return explanations[:show]
 
 
 def _write_report(run: Run, out: Path, *, texts: bool) -> None:
@@ -546,7 +624,7 @@ def _print_memorization(run: Run, found: Memorization, show: int) -> None:
     listed = Table("hidden - exposed", "label", "training row most learned by heart")
     for row in (-found.by_heart).argsort(kind="stable")[:show]:
         label = run.train.classes[run.train.labels[row]]
-        text = f"[{run.train.keys[row]}] {run.train.texts[row]}"
+        text = f"[{run.train.keys[row]}] {run.train.shown(row)}"
         listed.add_row(f"{found.by_heart[row]:+.3f}", label, text)
     if show:
         console.print(listed, markup=False)

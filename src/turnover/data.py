@@ -1,4 +1,4 @@
-"""Text classification data in: files or Hugging Face names to texts, labels and instance ids.
+"""Labelled data: what training and tasks need of it, and texts from files or Hugging Face data sets.
 
 Reading and checking only; nothing is repaired or dropped in silence.
 """
@@ -9,9 +9,9 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,43 @@ _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("to_parquet", {}),
 }
 _MISSING = (None, "")
+
+
+class Data(Protocol):
+    """Labelled instances, texts or images."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Class index of each, into ``classes``."""
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 (instances,); equal ids form a group."""
+
+    @property
+    def keys(self) -> list[str]:
+        """What the user calls each instance."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """The rows, in that order."""
+
+    def relabelled(self, labels: list[int]) -> Self:
+        """The same instances, and ids, with other labels."""
+
+    def shown(self, row: int) -> str:
+        """What a list shows for a row."""
+
+    def table(self) -> dict[str, list[Any]]:
+        """Columns for a file: key, label, and what the instances are."""
+
+
+_Data = TypeVar("_Data", bound=Data)
 
 
 @dataclass(frozen=True)
@@ -67,12 +104,25 @@ class TextData:
             self.classes,
         )
 
+    def relabelled(self, labels: list[int]) -> TextData:
+        """The same texts with other labels."""
+        return replace(self, labels=labels)
+
+    def shown(self, row: int) -> str:
+        """What a list shows for a row: its text."""
+        return self.texts[row]
+
+    def table(self) -> dict[str, list[Any]]:
+        """Key, text and label."""
+        labels = [self.classes[label] for label in self.labels]
+        return {"key": self.keys, "text": self.texts, "label": labels}
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the text, the label, and (optionally) ids or groups."""
+    """Names of the columns that hold the text or image, the label, and (optionally) ids or groups."""
 
-    text: str = "text"
+    input: str = "text"
     label: str = "label"
     id: str | None = None
     group: str | None = None
@@ -106,25 +156,56 @@ def read(
             missing value, duplicate ids, an unknown label, fewer than two classes, or a label column
             that is a regression or multi-label target.
     """
-    table = _load(source, split)
-    names = list(table.column_names)
+    table = load_table(source, split)
+    columns = present(table.column_names, columns, source, ids_needed=ids_needed)
+    if not len(table):
+        raise InputError(f"{source}: the file has no rows")
+    texts = list(table[columns.input])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{source}: row {row + 1} has no text in column {columns.input!r}")
+    names = label_names(table, columns.label, source)
+    labels, known = indexed(names, classes, source, f"column {columns.label!r}")
+    keys, ids = keys_and_ids(table, columns, source) or (
+        [str(row + 1) for row in range(len(texts))],
+        content_ids(f"{text}\0{name}" for text, name in zip(texts, names, strict=True)),
+    )
+    return TextData(texts, labels, ids, keys, known)
+
+
+def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
+    """The columns that are read: an id or group column that is absent and not needed is not.
+
+    Raises:
+        InputError: a missing column (with those there are).
+    """
     if not ids_needed and {columns.id, columns.group}.isdisjoint(names):
-        columns = Columns(columns.text, columns.label)
-    for column in (columns.text, columns.label, columns.id, columns.group):
+        columns = Columns(columns.input, columns.label)
+    for column in (columns.input, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
             close = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"{source}: no column {column!r}; it has {', '.join(names)}{hint}")
-    if not len(table):
-        raise InputError(f"{source}: the file has no rows")
-    texts = list(table[columns.text])
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{source}: row {row + 1} has no text in column {columns.text!r}")
-    names_of_labels = _label_names(table, columns.label, source)
-    known = list(classes) if classes is not None else _sorted_classes(names_of_labels)
+    return columns
+
+
+def indexed(
+    names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
+) -> tuple[list[int], list[str]]:
+    """Class index of each label, and the classes.
+
+    Args:
+        names: the labels.
+        classes: those there may be; ``None`` takes them from the labels.
+        source: what the labels are of, for messages.
+        where: where in it they stand, likewise.
+
+    Raises:
+        InputError: an unknown label, or fewer than two classes.
+    """
+    known = list(classes) if classes is not None else _sorted_classes(names)
     index = {name: position for position, name in enumerate(known)}
-    for row, name in enumerate(names_of_labels):
+    for row, name in enumerate(names):
         if name not in index:
             raise InputError(
                 f"{source}: unknown label {name!r} in row {row + 1}; the classes are "
@@ -132,46 +213,44 @@ def read(
             )
     if len(known) < 2:
         raise InputError(
-            f"{source}: column {columns.label!r} holds the one class {known[0]!r}; a classifier needs "
-            f"two or more"
+            f"{source}: {where} holds the one class {known[0]!r}; a classifier needs two or more"
         )
-    keys, ids = _ids(table, columns, texts, names_of_labels, source)
-    return TextData(texts, [index[name] for name in names_of_labels], ids, keys, known)
+    return [index[name] for name in names], known
 
 
-def write(data: TextData, out: Path) -> None:
-    """Write key, text and label of every row as a CSV, TSV, JSON lines or Parquet file, atomically.
+def write(data: Data, out: Path) -> None:
+    """Write key, text (or image file) and label of every row as CSV, TSV, JSON lines or Parquet, atomically.
 
     Raises:
         InputError: another ending, or a folder that does not exist.
     """
     check_writable(out)
     datasets = _datasets()
-    table = datasets.Dataset.from_dict(
-        {
-            "key": data.keys,
-            "text": data.texts,
-            "label": [data.classes[label] for label in data.labels],
-        }
-    )
+    table = datasets.Dataset.from_dict(data.table())
     method, options = _WRITERS[out.suffix]
     with replacing(out) as draft:
         getattr(table, method)(str(draft), **options)
 
 
-def check_writable(out: Path) -> None:
-    """Whether :func:`write` can write there.
+def check_writable(out: Path, *others: str) -> None:
+    """Whether :func:`write` can write there, or what writes ``others``, endings of other formats.
 
     Raises:
         InputError: another ending, or a folder that does not exist.
     """
-    if out.suffix not in _WRITERS:
-        raise InputError(f"{out}: cannot write that format; use {', '.join(_WRITERS)}")
+    endings = (*_WRITERS, *others)
+    if out.suffix not in endings:
+        raise InputError(f"{out}: cannot write that format; use {', '.join(endings)}")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist: make the folder first")
 
 
-def _load(source: str, split: str) -> Any:
+def load_table(source: str, split: str) -> Any:
+    """A file or Hugging Face data set as a ``datasets.Dataset``.
+
+    Raises:
+        InputError: neither, or one that cannot be read.
+    """
     datasets = _datasets()
     path = Path(source)
     if path.is_file():
@@ -201,6 +280,11 @@ def _load(source: str, split: str) -> Any:
         ) from error
 
 
+def table_of(columns: dict[str, list[Any]]) -> Any:
+    """Columns in memory as a ``datasets.Dataset``."""
+    return _datasets().Dataset.from_dict(columns)
+
+
 def _datasets() -> Any:
     try:
         import datasets
@@ -210,7 +294,12 @@ def _datasets() -> Any:
     return datasets
 
 
-def _label_names(table: Any, column: str, source: str) -> list[str]:
+def label_names(table: Any, column: str, source: str) -> list[str]:
+    """The labels of a table as class names.
+
+    Raises:
+        InputError: missing ones, or a regression or multi-label target.
+    """
     feature = table.features[column]
     values = list(table[column])
     if hasattr(feature, "int2str"):
@@ -233,20 +322,22 @@ def _label_names(table: Any, column: str, source: str) -> list[str]:
     return names
 
 
-def _sorted_classes(names: list[str]) -> list[str]:
+def _sorted_classes(names: Sequence[str]) -> list[str]:
     distinct = set(names)
     if all(name.lstrip("-").isdigit() for name in distinct):
         return sorted(distinct, key=int)
     return sorted(distinct)
 
 
-def _ids(
-    table: Any, columns: Columns, texts: list[str], labels: list[str], source: str
-) -> tuple[list[str], Tensor]:
+def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
+    """What the id or group column calls each row, and int64 ids (rows,); ``None`` without one.
+
+    Raises:
+        InputError: missing, repeated, negative or mixed ids.
+    """
     column = columns.id or columns.group
     if column is None:
-        keys = [str(row + 1) for row in range(len(texts))]
-        return keys, content_ids(f"{t}\0{n}" for t, n in zip(texts, labels, strict=True))
+        return None
     values = list(table[column])
     for row, value in enumerate(values):
         if value in _MISSING:
@@ -287,7 +378,7 @@ def read_both(
     return train_data, test_data
 
 
-def hold_out(data: TextData, share: float = 0.2) -> tuple[TextData, TextData]:
+def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
     """Training and test part of data that came without test data; which is which follows the ids.
 
     Rows of one group stay together, and re-sorting the data changes nothing.

@@ -1,7 +1,8 @@
 """A run: one folder with everything a trained classifier and its influence results are made of.
 
 ``config.json``, ``masks.json``, ``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and
-tokenizer), ``train.jsonl``, ``test.jsonl``, ``metrics.json``, ``results/``. Data, never code.
+tokenizer, of text models), ``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of
+images), ``metrics.json``, ``results/``. Data, never code.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from turnover.data import TextData
+from turnover.data import Data
+from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.files import replacing
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import open_result
-from turnover.integrations.transformers import ClassifierConfig, TextClassifier, load, tokenize
 from turnover.network import Network
-from turnover.tasks.training import Encoded
+from turnover.pipelines import Pipeline, load
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,11 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    model: TextClassifier
+    model: nn.Module
     network: Network
-    tokenizer: Any
-    classifier: ClassifierConfig
-    train: TextData
-    test: TextData
+    pipeline: Pipeline
+    train: Data
+    test: Data
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -54,7 +54,7 @@ class Run:
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
             )
         config = read_json(folder / "config.json")
-        model, tokenizer, classifier = load(folder)
+        pipeline, model = load(folder)
         network = Network.from_dict(model, read_json(folder / "masks.json"))
         classes = list(config["classes"])
         return cls(
@@ -62,15 +62,14 @@ class Run:
             config,
             model,
             network,
-            tokenizer,
-            classifier,
-            _read_data(folder / "train.jsonl", classes),
-            _read_data(folder / "test.jsonl", classes),
+            pipeline,
+            pipeline.read(folder, "train", classes),
+            pipeline.read(folder, "test", classes),
         )
 
-    def encode(self, data: TextData) -> Encoded:
-        """Data as this run's model takes it."""
-        return encode(self.tokenizer, data, self.classifier.max_tokens)
+    def encode(self, data: Data) -> Encoded:
+        """Data as this run's model takes them."""
+        return self.pipeline.encode(data)
 
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
@@ -125,17 +124,6 @@ class Run:
         return self.folder / "results" / f"{name}.zarr"
 
 
-def encode(tokenizer: Any, data: TextData, max_tokens: int) -> Encoded:
-    """Tokenised data."""
-    padding = tokenizer.pad_token_id
-    return Encoded(
-        tokenize(tokenizer, data.texts, max_tokens),
-        data.labels,
-        data.ids,
-        0 if padding is None else int(padding),
-    )
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -155,33 +143,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON object, atomically."""
     with replacing(path) as draft:
         draft.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def write_data(path: Path, data: TextData) -> None:
-    """Write data as JSON lines with key, id, label and text."""
-    with path.open("w") as file:
-        for row, text in enumerate(data.texts):
-            line = {
-                "key": data.keys[row],
-                "id": int(data.ids[row]),
-                "label": data.classes[data.labels[row]],
-                "text": text,
-            }
-            file.write(json.dumps(line) + "\n")
-
-
-def _read_data(path: Path, classes: list[str]) -> TextData:
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return TextData(
-            [row["text"] for row in rows],
-            [classes.index(row["label"]) for row in rows],
-            torch.tensor([row["id"] for row in rows], dtype=torch.int64),
-            [row["key"] for row in rows],
-            classes,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged ({error!r})") from error
 
 
 def _is_run(folder: Path) -> bool:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError
@@ -131,17 +130,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
     """Token ids of each text, not padded."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)
     return list(encoded["input_ids"])
-
-
-def pad(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """Model inputs of one batch: int64 ``input_ids`` and ``attention_mask`` (rows, tokens)."""
-    width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), padding)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : len(row)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClassifier:

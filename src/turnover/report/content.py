@@ -8,7 +8,8 @@ over the training instances of one target; at most
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from turnover.errors import InputError
@@ -97,7 +98,8 @@ class ReportContent:
     """Everything a report shows.
 
     `objective` names what the scores are differences of, `deploy` is a sentence on which model to
-    deploy, `commands` are the shell commands that make this report again.
+    deploy, `commands` are the shell commands that make this report again. `train_images` and
+    `test_images` are `data:` links by the keys of instances and targets, where these are images.
     """
 
     title: str
@@ -111,9 +113,11 @@ class ReportContent:
     noise: NoiseFloor
     facts: tuple[Fact, ...]
     commands: tuple[str, ...]
+    train_images: Mapping[str, str] = field(default_factory=dict)
+    test_images: Mapping[str, str] = field(default_factory=dict)
 
     def without_texts(self) -> ReportContent:
-        """A copy that holds no text of a target or training instance, only ids and labels."""
+        """A copy that holds no text or image of a target or training instance, only ids and labels."""
 
         def bare(error: Explanation) -> Explanation:
             gram = error.gram
@@ -126,6 +130,8 @@ class ReportContent:
             self,
             errors=tuple(map(bare, self.errors)),
             harmful_overall=tuple(replace(item, text=None) for item in self.harmful_overall),
+            train_images={},
+            test_images={},
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from turnover.images import ImageData
 from turnover.report.content import (
     AccuracyRow,
     Curve,
@@ -14,6 +15,7 @@ from turnover.report.content import (
     NoiseFloor,
     ReportContent,
 )
+from turnover.report.pictures import Shelf
 from turnover.run import Run, read_json
 from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
 
@@ -24,8 +26,10 @@ _OBJECTIVES = {
 }
 
 
-def explain_errors(run: Run, *, top: int = 5) -> list[Explanation]:
+def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
     """Explanations of every misclassified test row of a scored run.
+
+    ``top`` and ``among`` are those of :func:`~turnover.tasks.explain.explain`.
 
     Raises:
         InputError: the run has not been scored, or its results belong to another model.
@@ -41,6 +45,7 @@ def explain_errors(run: Run, *, top: int = 5) -> list[Explanation]:
         targets["predicted"],
         targets["confidence"],
         top=top,
+        among=among,
         gram=run.read_result("gram") if run.has_result("gram") else None,
     )
 
@@ -54,6 +59,8 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
     metrics = read_json(run.folder / "metrics.json")
     errors = tuple(explain_errors(run))  # before what follows: it names a run that was not scored
     found = metrics["influence"]
+    overall = _harmful_overall(run)
+    train_images, test_images = _images(run, errors, overall)
     return ReportContent(
         title=title,
         objective=_OBJECTIVES.get(found["objective"], found["objective"]),
@@ -62,11 +69,27 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         accuracy=_accuracy(metrics),
         deploy=_deploy(metrics),
         errors=errors,
-        harmful_overall=_harmful_overall(run),
+        harmful_overall=overall,
         noise=_noise(metrics, found),
         facts=_facts(metrics, found),
         commands=commands,
+        train_images=train_images,
+        test_images=test_images,
     )
+
+
+def _images(
+    run: Run, errors: tuple[Explanation, ...], overall: tuple[HarmfulOverall, ...]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Links to the images that are shown, of the training and of the test data."""
+    if not isinstance(run.train, ImageData) or not isinstance(run.test, ImageData):
+        return {}, {}
+    keys = [item.key for item in overall]
+    for error in errors:
+        keys += [item.key for item in (*error.helpful, *error.harmful)]
+        if error.gram is not None:
+            keys += [item.key for item in (*error.gram.helpful, *error.gram.harmful)]
+    return Shelf(run.train).links(keys), Shelf(run.test).links([error.key for error in errors])
 
 
 def _curves(curves: dict[str, Any]) -> tuple[Curve, ...]:

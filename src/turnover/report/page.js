@@ -3,6 +3,8 @@
 (() => {
   const PAGE = 25;
   const LONG_TEXT = 480;
+  const FREQUENT = 0.1;
+  const FEW = 20;
   const { errors, instances } = JSON.parse(document.getElementById("data").textContent);
 
   // Everything goes through textContent, never innerHTML: training texts may hold markup.
@@ -13,17 +15,43 @@
     return node;
   }
 
-  function textBlock(text) {
+  const words = (text) => text.toLowerCase().match(/\p{L}[\p{L}\p{M}\p{N}'’-]*/gu) || [];
+
+  // What stands in nearly every text says nothing about why these two go together.
+  const frequent = new Set();
+  const counts = new Map();
+  for (const [, , text] of instances) {
+    for (const word of new Set(words(text || ""))) counts.set(word, (counts.get(word) || 0) + 1);
+  }
+  counts.forEach((count, word) => {
+    if (count > FREQUENT * instances.length && instances.length >= FEW) frequent.add(word);
+  });
+
+  function marked(text, shared) {
+    if (!shared) return [text];
+    return text
+      .split(/(\p{L}[\p{L}\p{M}\p{N}'’-]*)/u)
+      .map((part) => (shared.has(part.toLowerCase()) ? element("mark", "", part) : part));
+  }
+
+  function picture(image, name, className) {
+    const node = element("img", className);
+    node.src = image;
+    node.alt = name || "";
+    return node;
+  }
+
+  function textBlock(text, shared) {
     if (text === null) return element("p", "text left-out", "text left out of this report");
-    const block = element("p", "text", text);
+    const block = element("p", "text", ...marked(text, shared));
     block.dir = "auto";
     if (text.length <= LONG_TEXT) return block;
     const more = element("button", "link", "show all");
     more.type = "button";
     more.setAttribute("aria-expanded", "false");
     const start = text.slice(0, LONG_TEXT).replace(/\s+\S{0,30}$/, "");
-    block.replaceChildren(`${start} … `, more);
-    more.addEventListener("click", () => block.replaceChildren(text));
+    block.replaceChildren(...marked(start, shared), " … ", more);
+    more.addEventListener("click", () => block.replaceChildren(...marked(text, shared)));
     return block;
   }
 
@@ -33,8 +61,8 @@
     return element("span", "figure-pair", element("span", "name", name), " ", shown);
   }
 
-  function influential(item, tickAt, ...numbers) {
-    const [id, label, text] = instances[item.instance];
+  function influential(error, item, tickAt, ...numbers) {
+    const [id, label, text, image] = instances[item.instance];
     const bar = element("span", "bar", element("span", "fill"), element("span", "floor"));
     bar.setAttribute("aria-hidden", "true");
     bar.firstChild.style.width = `${item.bar}%`;
@@ -51,13 +79,19 @@
       ),
       bar,
       element("div", "numbers", ...numbers),
-      textBlock(text),
+      image ? picture(image, text, "picture") : textBlock(text, shared(error)),
     );
+  }
+
+  function shared(error) {
+    error.words ??= new Set(words(error.text || "").filter((word) => !frequent.has(word)));
+    return error.words;
   }
 
   function byTurnover(error) {
     return (item) =>
       influential(
+        error,
         item,
         error.floor_at,
         figure("z", item.z),
@@ -66,8 +100,9 @@
       );
   }
 
-  function byGram(item) {
-    return influential(item, item.error_at, figure("standard error", item.error, "nats"));
+  function byGram(error) {
+    return (item) =>
+      influential(error, item, item.error_at, figure("standard error", item.error, "nats"));
   }
 
   function column(kind, title, remark, items, shown) {
@@ -91,21 +126,29 @@
   }
 
   function fill(card, error) {
-    const body = element("div", "body", textBlock(error.text));
+    const body = element(
+      "div",
+      "body",
+      error.image ? picture(error.image, error.text, "picture") : textBlock(error.text),
+    );
     if (error.gram) body.append(element("h3", "method", "By turn-over"));
     body.append(columns(error, error, byTurnover(error)), key("the noise floor"));
     if (error.gram) {
       body.append(element("h3", "method", "By gram"));
-      body.append(columns(error, error.gram, byGram), key("its standard error"));
+      body.append(columns(error, error.gram, byGram(error)), key("its standard error"));
     }
     card.append(body);
   }
 
   function card(error) {
-    const excerpt =
-      error.text === null
-        ? element("span", "excerpt left-out", "text left out of this report")
-        : element("span", "excerpt", error.text.slice(0, 400));
+    let excerpt;
+    if (error.image) {
+      excerpt = element("span", "excerpt", picture(error.image, error.text, "small"));
+    } else if (error.text === null) {
+      excerpt = element("span", "excerpt left-out", "text left out of this report");
+    } else {
+      excerpt = element("span", "excerpt", error.text.slice(0, 400));
+    }
     excerpt.dir = "auto";
     const labels = element(
       "span",

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from turnover.errors import InputError
+from turnover.files import replacing
 from turnover.report.content import Curve, HarmfulOverall, ReportContent
 from turnover.tasks.explain import (
     GRAM_MEANS,
     SIGNIFICANT_Q,
     TURNOVER_MEANS,
-    Explanation,
     GramInfluential,
     Influential,
 )
@@ -51,7 +50,7 @@ def render(content: ReportContent) -> str:
         turnover_means=TURNOVER_MEANS,
         gram_means=GRAM_MEANS if any(error.gram for error in content.errors) else None,
         sort_keys=_sort_keys,
-        data=_json({**_error_data(content.errors), "curves": curves}),
+        data=_json({**_error_data(content), "curves": curves}),
         css=_asset("style.css"),
         page_js=_asset("page.js"),
         curves_js=_asset("curves.js"),
@@ -60,23 +59,18 @@ def render(content: ReportContent) -> str:
     return str(page)
 
 
-def write(content: ReportContent, path: str | os.PathLike[str], *, texts: bool = True) -> None:
+def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> None:
     """Write the page to `path`, which either gets the whole page or stays as it was.
 
-    With `texts=False` no text of a target or training instance goes into the file.
+    With `texts=False` no text or image of a target or training instance goes into the file.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"cannot write the report: there is no folder {path.parent}")
     # A lone surrogate in some text must not cost the user the whole report.
     page = render(content if texts else content.without_texts()).encode("utf-8", "replace")
-    # Not tempfile: its files are private to the user, and the report is meant to be passed on.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as draft:
         draft.write_bytes(page)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _need(module: str) -> ModuleType:
@@ -98,12 +92,13 @@ def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
-    # A training instance can be listed under hundreds of targets: its text travels once.
-    instances: dict[tuple[str, str, str | None], int] = {}
+def _error_data(content: ReportContent) -> dict[str, Any]:
+    # A training instance can be listed under hundreds of targets: its text or image travels once.
+    instances: dict[tuple[str, str, str | None, str | None], int] = {}
 
     def number(item: Influential | GramInfluential) -> int:
-        return instances.setdefault((item.key, item.label, item.text), len(instances))
+        shown = (item.key, item.label, item.text, content.train_images.get(item.key))
+        return instances.setdefault(shown, len(instances))
 
     def by_gram(items: tuple[GramInfluential, ...], scale: float) -> list[dict[str, Any]]:
         return [
@@ -131,7 +126,7 @@ def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
         ]
 
     rows = []
-    for error in errors:
+    for error in content.errors:
         everyone = error.helpful + error.harmful
         scale = max((abs(i.score) for i in everyone if math.isfinite(i.score)), default=0.0)
         largest_z = max((abs(i.z) for i in everyone if math.isfinite(i.z)), default=0.0)
@@ -149,6 +144,7 @@ def _error_data(errors: tuple[Explanation, ...]) -> dict[str, Any]:
                 "true": error.true_label,
                 "predicted": error.predicted_label,
                 "text": error.text,
+                "image": content.test_images.get(error.key),
                 "confidence": _percent(error.confidence),
                 "largest_z": f"{largest_z:.1f}",
                 "significant": _count(error.n_significant),

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from turnover.data import TextData
+from turnover.data import Data
 from turnover.errors import InputError
 from turnover.influence.result import Result
 
 SIGNIFICANT_Q = 0.05
+AMONG = ("predicted", "true")
 NOT_SIGNIFICANT = "not distinguishable from noise"
 TURNOVER_MEANS = (
     "Turn-over: what the instance itself left in this network, as its exposed sub-network differs from "
@@ -96,7 +97,7 @@ class Explanation:
         return asdict(self)
 
 
-def rows_by_id(result: Result, train: TextData) -> list[int]:
+def rows_by_id(result: Result, train: Data) -> list[int]:
     """For every id of a result, the first training row that has it.
 
     Raises:
@@ -114,7 +115,7 @@ def rows_by_id(result: Result, train: TextData) -> list[int]:
 def influential(
     result: Result,
     target: int | None,
-    train: TextData,
+    train: Data,
     rows: list[int],
     columns: np.ndarray[Any, Any],
 ) -> tuple[Influential, ...]:
@@ -125,7 +126,7 @@ def influential(
         Influential(
             train.keys[rows[column]],
             train.classes[train.labels[rows[column]]],
-            train.texts[rows[column]],
+            train.shown(rows[column]),
             float(scores[column]),
             float(z[column]),
             float(q[column]),
@@ -136,13 +137,14 @@ def influential(
 
 def explain(
     result: Result,
-    train: TextData,
-    targets: TextData,
+    train: Data,
+    targets: Data,
     target_rows: list[int],
     predicted: list[int],
     confidence: list[float],
     *,
     top: int = 5,
+    among: str | None = None,
     gram: Result | None = None,
 ) -> list[Explanation]:
     """Explanations of targets from a pairwise result.
@@ -153,26 +155,34 @@ def explain(
         predicted: predicted class of each target of the result.
         confidence: its probability.
         top: how many instances on each side.
+        among: list only training instances of the ``"predicted"`` class, as Kobayashi et al. do, or
+            of the ``"true"`` one; q-values stay those over all instances.
         gram: the extremes of the same targets by gram, with row numbers of ``train`` as ids.
 
     Raises:
-        InputError: results of other targets or training instances.
+        InputError: results of other targets or training instances, or another ``among``.
     """
+    if among is not None and among not in AMONG:
+        raise InputError(f"unknown class {among!r} to list; choose {' or '.join(AMONG)}")
     if gram is not None and len(gram.scores) != len(target_rows):
         raise InputError(
             f"the result of gram has {len(gram.scores)} targets, the other one {len(target_rows)}: "
             f"estimate both again"
         )
     rows = rows_by_id(result, train)
+    labels = np.array([train.labels[row] for row in rows])
     explanations = []
     for index, row in enumerate(target_rows):
         order = np.argsort(result.scores[index], kind="stable")
+        wanted = {"predicted": predicted[index], "true": targets.labels[row], None: None}[among]
+        if wanted is not None:
+            order = order[labels[order] == wanted]
         helpful = [c for c in order[::-1][:top] if result.scores[index, c] > 0]
         harmful = [c for c in order[:top] if result.scores[index, c] < 0]
         explanations.append(
             Explanation(
                 targets.keys[row],
-                targets.texts[row],
+                targets.shown(row),
                 targets.classes[targets.labels[row]],
                 targets.classes[predicted[index]],
                 confidence[index],
@@ -180,16 +190,18 @@ def explain(
                 int((result.q[index] <= SIGNIFICANT_Q).sum()),
                 influential(result, index, train, rows, np.array(helpful, dtype=int)),
                 influential(result, index, train, rows, np.array(harmful, dtype=int)),
-                None if gram is None else _by_gram(gram, index, train, top),
+                None if gram is None else _by_gram(gram, index, train, top, wanted),
             )
         )
     return explanations
 
 
-def _by_gram(gram: Result, target: int, train: TextData, top: int) -> GramExplanation:
+def _by_gram(
+    gram: Result, target: int, train: Data, top: int, wanted: int | None
+) -> GramExplanation:
     rows, scores, errors = gram.train_ids[target], gram.scores[target], gram.standard_error
     assert errors is not None
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(train.texts):
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(train):
         raise InputError("the result of gram has training rows that the run does not")
 
     def listed(ranks: Iterable[int]) -> tuple[GramInfluential, ...]:
@@ -197,14 +209,15 @@ def _by_gram(gram: Result, target: int, train: TextData, top: int) -> GramExplan
             GramInfluential(
                 train.keys[rows[rank]],
                 train.classes[train.labels[rows[rank]]],
-                train.texts[rows[rank]],
+                train.shown(rows[rank]),
                 float(scores[rank]),
                 float(errors[target, rank]),
             )
             for rank in ranks
         )
 
-    ranks = range(len(rows))
+    # Of a class, what is among the extremes that were kept.
+    ranks = [r for r in range(len(rows)) if wanted is None or train.labels[rows[r]] == wanted]
     return GramExplanation(
         listed(rank for rank in ranks[:top] if scores[rank] > 0),
         listed(rank for rank in ranks[::-1][:top] if scores[rank] < 0),

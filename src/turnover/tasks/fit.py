@@ -1,4 +1,4 @@
-"""Fit a text classifier with turn-over dropout, and the same model with ordinary dropout beside it."""
+"""Fit a classifier with turn-over dropout, and the same model with ordinary dropout beside it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnover.audit import AuditReport
-from turnover.data import TextData
-from turnover.integrations.transformers import SITES, ClassifierConfig, TextClassifier, build, save
+from turnover.data import Data
+from turnover.encoded import Encoded
+from turnover.integrations.transformers import SITES
 from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
-from turnover.run import encode, write_data, write_json, writing_run
+from turnover.pipelines import Config, Pipeline, build
+from turnover.run import write_json, writing_run
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.training import (
     Curves,
-    Encoded,
     Evaluation,
     TrainingConfig,
     evaluate,
     ordinary_dropout,
-    standardise_head,
     train,
     under_masks,
 )
@@ -51,7 +51,7 @@ class FitConfig:
         memorization: also follow both losses of every training row, epoch by epoch.
     """
 
-    classifier: ClassifierConfig
+    classifier: Config
     training: TrainingConfig = field(default_factory=TrainingConfig)
     masks: MaskSpec = field(default_factory=MaskSpec)
     sites: tuple[str, ...] = SITES
@@ -62,8 +62,8 @@ class FitConfig:
 
 def fit(
     config: FitConfig,
-    train_data: TextData,
-    test_data: TextData,
+    train_data: Data,
+    test_data: Data,
     out: Path,
     *,
     overwrite: bool = False,
@@ -84,16 +84,16 @@ def fit(
         # The weights' and the dropout's randomness, without moving the caller's generator.
         with torch.random.fork_rng():
             torch.manual_seed(config.training.seed)
-            model, tokenizer = build(config.classifier, len(train_data.classes))
-            metrics, network, plain = _fit(config, model, tokenizer, train_data, test_data, draft)
-        save(draft, model, tokenizer, config.classifier, len(train_data.classes))
+            pipeline, model = build(config.classifier, train_data)
+            metrics, network, plain = _fit(config, pipeline, model, train_data, test_data, draft)
+        pipeline.save(draft, model, len(train_data.classes))
         if plain is not None:
             folder = draft / "without_turnover"
             folder.mkdir(exist_ok=True)
-            save(folder, plain, tokenizer, config.classifier, len(train_data.classes))
+            pipeline.save(folder, plain, len(train_data.classes))
         write_json(draft / "masks.json", network.to_dict())
-        write_data(draft / "train.jsonl", train_data)
-        write_data(draft / "test.jsonl", test_data)
+        pipeline.write(draft, "train", train_data)
+        pipeline.write(draft, "test", test_data)
         write_json(draft / "metrics.json", metrics)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         write_json(draft / "config.json", {"classes": train_data.classes, **settings})
@@ -104,16 +104,14 @@ def fit(
 
 def _fit(
     config: FitConfig,
-    model: TextClassifier,
-    tokenizer: Any,
-    train_data: TextData,
-    test_data: TextData,
+    pipeline: Pipeline,
+    model: nn.Module,
+    train_data: Data,
+    test_data: Data,
     draft: Path,
-) -> tuple[dict[str, Any], Network, TextClassifier | None]:
-    max_tokens = config.classifier.max_tokens
-    training = encode(tokenizer, train_data, max_tokens)
-    test = encode(tokenizer, test_data, max_tokens)
-    standardise_head(model, training)
+) -> tuple[dict[str, Any], Network, nn.Module | None]:
+    training, test = pipeline.encode(train_data), pipeline.encode(test_data)
+    pipeline.prepare(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
     curve_train = _fixed_rows(len(training), config.curve_rows)
@@ -186,7 +184,7 @@ def _sides(
     ]
     return {
         f"{name}_{'hidden' if hidden else 'exposed'}": evaluate(
-            network.model,  # type: ignore[arg-type]
+            network.model,
             data,
             rows,
             under_masks(network, data, ids, hidden=hidden),
@@ -203,8 +201,8 @@ def _metrics(
     sides: dict[str, Evaluation],
     with_mean: Evaluation,
     without: Evaluation | None,
-    train_data: TextData,
-    test_data: TextData,
+    train_data: Data,
+    test_data: Data,
 ) -> dict[str, Any]:
     loss = {name: side.mean() for name, side in sides.items()}
     loss["test_mean"] = with_mean.mean()

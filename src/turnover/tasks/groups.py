@@ -13,13 +13,14 @@ import torch
 from tqdm.auto import tqdm
 
 from turnover import objectives
+from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.influence import Influence
 from turnover.masks import ghost_ids
 from turnover.objectives import Objective
 from turnover.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
-from turnover.tasks.training import Encoded, evaluate
+from turnover.tasks.training import evaluate
 
 _BATCH = 32
 _GHOSTS = 1000
@@ -98,7 +99,7 @@ def groups(
         )
     keys = dict(zip(run.train.ids.tolist(), run.train.keys, strict=True))
     test = run.encode(run.test)
-    batches = [test.batch(chunk) for chunk in test.by_length(range(len(test)), _BATCH)]
+    batches = [test.batch(chunk) for chunk in test.chunks(range(len(test)), _BATCH)]
     influence = Influence(run.network, objective, method, ghosts=_GHOSTS, progress=True)
     result = influence.aggregate(batches, torch.tensor(sorted(sizes)))
     order = np.argsort(result.scores, kind="stable")

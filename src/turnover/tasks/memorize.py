@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.network import Network
 from turnover.run import Run
-from turnover.tasks.training import Encoded, evaluate, under_masks
+from turnover.tasks.training import evaluate, under_masks
 
 FILE = "memorization.safetensors"
 SHARE = 0.1
@@ -72,7 +73,7 @@ class Follower:
         tensors = {}
         for name, hidden in (("exposed", False), ("hidden", True)):
             bind = under_masks(self._network, self._training, None, hidden=hidden)
-            found = evaluate(self._network.model, self._training, rows, bind)  # type: ignore[arg-type]
+            found = evaluate(self._network.model, self._training, rows, bind)
             before = [kept[name][: epoch - 1]] if kept else []
             tensors[name] = torch.cat([*before, found.loss[None]])
         draft = self._path.with_suffix(".draft")
@@ -107,7 +108,7 @@ def write_memorization(run: Run, found: Memorization, out: Path) -> None:
         losses = [*found.exposed[:, row], *found.hidden[:, row]]
         label = run.train.classes[run.train.labels[row]]
         numbers = [f"{value:.4f}" for value in (found.by_heart[row], *losses)]
-        lines.append([run.train.keys[row], label, *numbers, run.train.texts[row]])
+        lines.append([run.train.keys[row], label, *numbers, run.train.shown(row)])
     write_csv(out, ["key", "label", "by_heart", *columns, "text"], lines)
 
 

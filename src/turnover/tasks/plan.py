@@ -20,17 +20,18 @@ import torch
 from numpy.typing import NDArray
 
 from turnover.data import TextData
+from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.influence import Influence
-from turnover.integrations.transformers import build
+from turnover.integrations.transformers import ClassifierConfig
 from turnover.masks import MaskSpec
 from turnover.network import Network, attach
 from turnover.objectives import margin
-from turnover.run import encode
+from turnover.pipelines import build
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.fit import FitConfig
 from turnover.tasks.score import choose_sites
-from turnover.tasks.training import Encoded, TrainingConfig, standardise_head, train
+from turnover.tasks.training import TrainingConfig, train
 
 Floats = NDArray[np.float64]
 
@@ -278,7 +279,7 @@ def plan(
         InputError: a count below 1, ``top`` above the training instances, or what :func:`run_pilot`
             refuses.
     """
-    asked = Setting(len(torch.unique(train_data.ids)), config.classifier.head_units, seeds)
+    asked = Setting(len(torch.unique(train_data.ids)), _units(config), seeds)
     needed_z = z_asked(top, asked.instances)
     pilot = None if pilot_rows is None else run_pilot(config, train_data, test_data, pilot_rows)
     settings = [
@@ -341,10 +342,9 @@ def run_pilot(
     # The weights' randomness, without moving the caller's generator.
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.training.seed)
-        model, tokenizer = build(config.classifier, len(train_data.classes))
-        training = encode(tokenizer, part, config.classifier.max_tokens)
-        test = encode(tokenizer, test_data, config.classifier.max_tokens)
-        standardise_head(model, training)
+        pipeline, model = build(config.classifier, train_data)
+        training, test = pipeline.encode(part), pipeline.encode(test_data)
+        pipeline.prepare(model, training)
         network = attach(model, config.sites, config.masks)
         train(
             model,
@@ -359,10 +359,8 @@ def run_pilot(
     targets = _sample(len(test), _TARGETS)
     influence = Influence(network, margin, "linear", ghosts=_GHOSTS, sites=sites, progress=True)
     ids = torch.unique(part.ids)
-    result = influence.estimate(
-        [test.batch(chunk) for chunk in test.by_length(targets, _BATCH)], ids
-    )
-    setting = Setting(len(ids), config.classifier.head_units)
+    result = influence.estimate([test.batch(chunk) for chunk in test.chunks(targets, _BATCH)], ids)
+    setting = Setting(len(ids), _units(config))
     elapsed = time.perf_counter() - start
     floor = result.noise_floor.astype(np.float64)
     return measure(result.z, floor, setting, rows=len(part), sites=sites, seconds=elapsed)
@@ -453,6 +451,12 @@ def _survival(z: Floats) -> Floats:
     return np.asarray(torch.special.ndtr(torch.from_numpy(-z)).numpy())
 
 
+def _units(config: FitConfig) -> int:
+    # The law is of a wide head; a convolutional network has no one width.
+    assert isinstance(config.classifier, ClassifierConfig)
+    return config.classifier.head_units
+
+
 def _sample(count: int, wanted: int) -> list[int]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
@@ -486,7 +490,7 @@ def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:
         return tuple(network.sites)
     first_rows = {int(key): row for row, key in enumerate(training.ids.tolist())}
     rows = [list(first_rows.values())[i] for i in _sample(len(first_rows), _SITE_ROWS)]
-    batches = [training.batch(chunk) for chunk in training.by_length(rows, _BATCH)]
+    batches = [training.batch(chunk) for chunk in training.chunks(rows, _BATCH)]
     by_site = {}
     for site in network.sites:
         influence = Influence(network, margin, "linear", ghosts=_SITE_GHOSTS, sites=[site])

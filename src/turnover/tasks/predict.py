@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.data import TextData
+from turnover.data import Data
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.hidden import HiddenPredictions, hidden_predictions
@@ -25,8 +25,8 @@ from turnover.tasks.training import logits_of_rows
 def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
     """The hidden predictions of a run's training rows, in their order, calibrated on its test rows."""
     training, test = run.encode(run.train), run.encode(run.test)
-    chunks = training.by_length(range(len(training)))
-    held_out = [test.batch(chunk) for chunk in test.by_length(range(len(test)))]
+    chunks = training.chunks(range(len(training)))
+    held_out = [test.batch(chunk) for chunk in test.chunks(range(len(test)))]
     found = hidden_predictions(
         run.network,
         [training.batch(chunk) for chunk in chunks],
@@ -59,7 +59,7 @@ def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]
     return np.asarray(logits.softmax(dim=1).numpy())
 
 
-def id_of(train: TextData, key: str) -> int:
+def id_of(train: Data, key: str) -> int:
     """The id under which the rows with a key were trained.
 
     Raises:
@@ -72,7 +72,7 @@ def id_of(train: TextData, key: str) -> int:
     return int(train.ids[train.keys.index(key)])
 
 
-def write_predictions(data: TextData, probabilities: NDArray[np.float32], out: Path) -> None:
+def write_predictions(data: Data, probabilities: NDArray[np.float32], out: Path) -> None:
     """Write a CSV, atomically: key, label, predicted, the label's probability, then every class's.
 
     Args:

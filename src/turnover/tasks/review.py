@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from turnover import objectives
-from turnover.data import TextData, write
+from turnover.data import Data
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
@@ -86,7 +86,7 @@ def review(run: Run, *, budget: int = 100) -> list[Flagged]:
         flagged.append(
             Flagged(
                 run.train.keys[row],
-                run.train.texts[row],
+                run.train.shown(row),
                 classes[labels[row]],
                 classes[predicted[row]],
                 float(of_label[row]),
@@ -147,14 +147,14 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
     return decisions
 
 
-def decided(train: TextData, decisions: dict[int, str]) -> TextData:
+def decided(train: Data, decisions: dict[int, str]) -> Data:
     """The training data after decisions by row."""
     kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
     labels = []
     for row in kept:
         decision = decisions.get(row, KEEP)
         labels.append(train.labels[row] if decision == KEEP else train.classes.index(decision))
-    return replace(train.take(kept), labels=labels)
+    return train.take(kept).relabelled(labels)
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
@@ -167,7 +167,7 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
     made = read_decisions(run, decisions)
-    write(decided(run.train, made), out)
+    run.pipeline.export(decided(run.train, made), out)
     own = [run.train.classes[label] for label in run.train.labels]
     counts = Counter({"kept": len(run.train) - len(made), "removed": 0, "relabelled": 0})
     for row, decision in made.items():

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from turnover import objectives
 from turnover.batches import Batch
-from turnover.data import TextData
+from turnover.data import Data
+from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.influence import METHODS, Influence
 from turnover.influence.calibration import noise_floor
@@ -24,7 +26,7 @@ from turnover.masks import ghost_ids
 from turnover.objectives import Objective
 from turnover.run import Run, read_json, write_json
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
-from turnover.tasks.training import Encoded, evaluate
+from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
 _BATCH = 32
@@ -153,7 +155,7 @@ class _Scoring:
         predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
         # Results keep the order of their batches, so the errors are listed as they will be batched.
         misclassified = [row for row in everything if not predictions.correct[row]]
-        chunks = self.test.by_length(misclassified, _BATCH)
+        chunks = self.test.chunks(misclassified, _BATCH)
         self.wrong = [row for chunk in chunks for row in chunk]
         self.targets = {
             "rows": self.wrong,
@@ -200,30 +202,41 @@ def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
     return [site for site in by_site if site in chosen]
 
 
-def explain_text(
-    run: Run, text: str, label: str | None, *, top: int, gram: bool = True
-) -> Explanation:
-    """Explain the prediction for a new text, linearly and on the margin.
+def explain_input(
+    run: Run,
+    given: str | Path,
+    label: str | None,
+    *,
+    top: int,
+    among: str | None = None,
+    gram: bool = True,
+) -> tuple[Explanation, Data]:
+    """Explain the prediction for a new text or image, linearly and on the margin.
 
     Args:
+        given: a text, or the file of an image.
         label: the class whose margin is explained; ``None`` takes the predicted one.
+        top: how many training instances on each side.
+        among: as :func:`~turnover.tasks.explain.explain`.
         gram: whether also by gram, which takes a pass over the training data.
 
+    Returns:
+        The explanation, and what was explained as data of one row.
+
     Raises:
-        InputError: an empty text, or a label that is not a class of the run.
+        InputError: an empty text, an image that cannot be read, what the run's model does not take, or
+            a label that is not a class of the run.
     """
     classes = run.train.classes
-    if not text.strip():
-        raise InputError("the text to explain is empty")
     if label is not None and label not in classes:
         raise InputError(f"unknown label {label!r}; the classes are {', '.join(classes)}")
-    wanted = 0 if label is None else classes.index(label)
-    data = TextData([text], [wanted], torch.zeros(1, dtype=torch.int64), ["text"], classes)
+    data = run.pipeline.one(given, 0 if label is None else classes.index(label), classes)
     encoded = run.encode(data)
     prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
     predicted = int(prediction.predicted[0])
     if label is None:
-        data, encoded = replace(data, labels=[predicted]), replace(encoded, labels=[predicted])
+        data = run.pipeline.one(given, predicted, classes)
+        encoded = run.encode(data)
     found = read_json(run.folder / "metrics.json").get("influence", {})
     sites = found.get("scored_sites", run.network.sites)
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
@@ -233,14 +246,17 @@ def explain_text(
     if gram:
         fitted = _fitted_gram(run, run.encode(run.train), objectives.margin)
         beside = fitted.estimate([encoded.batch([0])], top=top)
-    return explain(result, run.train, data, [0], [predicted], confidence, top=top, gram=beside)[0]
+    explained = explain(
+        result, run.train, data, [0], [predicted], confidence, top=top, among=among, gram=beside
+    )
+    return explained[0], data
 
 
 def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence:
     """Gram of the run's network and training rows, each under its number: groups share ids."""
     batches = [
         replace(training.batch(chunk), ids=torch.tensor(chunk))
-        for chunk in training.by_length(range(len(training)), _BATCH)
+        for chunk in training.chunks(range(len(training)), _BATCH)
     ]
     return Influence(run.network, objective, "gram", progress=True).fit(batches)
 
@@ -268,7 +284,7 @@ def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any
 
 def _batches(data: Encoded, rows: Sequence[int]) -> list[Batch]:
     """Batches of rows of similar length, shortest first."""
-    return [data.batch(chunk) for chunk in data.by_length(rows, _BATCH)]
+    return [data.batch(chunk) for chunk in data.chunks(rows, _BATCH)]
 
 
 def _fresh(

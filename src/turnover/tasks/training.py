@@ -1,4 +1,4 @@
-"""Training and evaluating a text classifier, with masks or with ordinary dropout in their place."""
+"""Training and evaluating a classifier, with masks or with ordinary dropout in their place."""
 
 from __future__ import annotations
 
@@ -16,51 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from turnover.batches import Batch
+from turnover.encoded import Encoded
 from turnover.errors import InputError
-from turnover.integrations.transformers import TextClassifier, pad
+from turnover.heads import WideHead
 from turnover.network import Network
 from turnover.sites import device_of, resolve
 
-_SORTED_BATCHES = 16
-_EVALUATION_ROWS = 64
-_STANDARDISED_ROWS = 1000
 _CHECK_EVERY = 10
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised instances: token ids, class indices, int64 instance ids (rows,) and the padding."""
-
-    tokens: list[list[int]]
-    labels: list[int]
-    ids: Tensor
-    padding: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows as one padded batch."""
-        return Batch(
-            pad([self.tokens[row] for row in rows], self.padding),
-            torch.tensor([self.labels[row] for row in rows]),
-            self.ids[list(rows)],
-        )
-
-    def by_length(self, rows: Sequence[int], size: int = _EVALUATION_ROWS) -> list[list[int]]:
-        """The rows in groups of similar length, so that little of a batch is padding."""
-        ordered = sorted(rows, key=lambda row: len(self.tokens[row]))
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-    def shuffled(self, size: int, seed: int) -> list[list[int]]:
-        """Batches of one epoch: random rows, of similar length within a batch, in random order."""
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
-        batches: list[list[int]] = []
-        for start in range(0, len(order), size * _SORTED_BATCHES):
-            batches += self.by_length(order[start : start + size * _SORTED_BATCHES], size)
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 @dataclass(frozen=True)
@@ -70,8 +32,8 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the training data.
         batch_size: rows in a step.
-        learning_rate: of the LoRA components, decaying linearly to 0.
-        head_learning_rate: of the wide head, decaying linearly to 0.
+        learning_rate: of all that is trained but wide heads, decaying linearly to 0.
+        head_learning_rate: of wide heads, decaying linearly to 0.
         seed: of initial weights, order and ordinary dropout.
     """
 
@@ -137,7 +99,7 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def evaluate(
-    model: TextClassifier,
+    model: nn.Module,
     data: Encoded,
     rows: Sequence[int],
     bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
@@ -151,14 +113,14 @@ def evaluate(
 
 
 def logits_of_rows(
-    model: TextClassifier,
+    model: nn.Module,
     data: Encoded,
     rows: Sequence[int],
     bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
 ) -> Tensor:
     """Logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``."""
     device = device_of(model)
-    chunks = data.by_length(rows)
+    chunks = data.chunks(rows)
     found = []
     model.eval()
     with torch.no_grad():
@@ -171,19 +133,8 @@ def logits_of_rows(
     return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
-def standardise_head(model: TextClassifier, data: Encoded) -> None:
-    """Standardise the head's input on the pretrained encoder's features of some instances."""
-    device = device_of(model)
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    chunks = data.by_length(rows[:_STANDARDISED_ROWS].tolist())
-    model.eval()
-    with torch.no_grad():
-        features = [model.features(**data.batch(chunk).to(device).inputs) for chunk in chunks]
-    model.head.standardise(torch.cat(features))
-
-
 def train(
-    model: TextClassifier,
+    model: nn.Module,
     data: Encoded,
     config: TrainingConfig,
     bind: Callable[[Tensor], AbstractContextManager[Any]],
@@ -226,12 +177,14 @@ def train(
     with tqdm(total=total, initial=step, desc=f"training {name}", unit="step") as bar:
         for epoch in range(first_epoch, config.epochs):
             # Seeded by epoch, so that a resumed run draws the dropout of an uninterrupted one.
-            torch.manual_seed(config.seed * 1_000_003 + epoch)
-            for rows in data.shuffled(config.batch_size, config.seed * 1_000_003 + epoch):
+            seed = config.seed * 1_000_003 + epoch
+            torch.manual_seed(seed)
+            order, drawn = (torch.Generator().manual_seed(seed) for _ in range(2))
+            for rows in data.shuffled(config.batch_size, order):
                 model.train()
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * (1 - step / total)
-                batch = data.batch(rows)
+                batch = data.training_batch(rows, drawn)
                 assert batch.ids is not None and batch.labels is not None
                 with bind(batch.ids), autocast(device):
                     logits = batch.to(device).call(model).float()
@@ -287,26 +240,28 @@ def under_masks(
     return bind
 
 
-def _optimizer(model: TextClassifier, config: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    heads = [module for module in model.modules() if isinstance(module, WideHead)]
+    of_heads = {parameter for head in heads for parameter in head.parameters()}
     groups = []
-    for module, rate in (
-        (model.encoder, config.learning_rate),
-        (model.head, config.head_learning_rate),
-    ):
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
+    for in_head, rate in ((False, config.learning_rate), (True, config.head_learning_rate)):
+        parameters = [
+            p for p in model.parameters() if p.requires_grad and (p in of_heads) == in_head
+        ]
+        if parameters:
+            groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
     # Weight decay would shrink hidden units too, and clipping by norm would leak; neither is used.
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def _digest(identity: str, config: TrainingConfig, data: Encoded) -> str:
-    text = json.dumps([identity, repr(config), data.tokens, data.labels, data.ids.tolist()])
+    text = json.dumps([identity, repr(config), data.described()])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _store(
     path: Path,
-    model: TextClassifier,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     curves: Curves,
     digest: str,
@@ -332,7 +287,7 @@ def _store(
 
 def _restore(
     path: Path,
-    model: TextClassifier,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     curves: Curves,
     digest: str,

@@ -1,0 +1,326 @@
+"""Labelled images in: folders, arrays or Hugging Face data sets to pixels, labels and instance ids.
+
+Reading and checking only; every image is brought to one square size, and nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from turnover.data import (
+    Columns,
+    check_writable,
+    hold_out,
+    indexed,
+    keys_and_ids,
+    label_names,
+    load_table,
+    present,
+    table_of,
+    write,
+)
+from turnover.errors import InputError
+from turnover.files import replacing
+from turnover.masks import content_ids
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+COLUMNS = Columns("image", "label")
+_MANY = 1000
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images of one size.
+
+    Attributes:
+        pixels: uint8 (images, size, size, 3), in memory or on disk.
+        rows: which of the images each row is, so that a part of the rows copies no pixels.
+        names: what the images are called: a file's path in its folder.
+        labels: class index of each row, into ``classes``.
+        ids: int64 (rows,); equal ids form a group.
+        keys: what the user calls each row: its id or group, or its name.
+        classes: class names, sorted.
+    """
+
+    pixels: NDArray[np.uint8]
+    rows: list[int]
+    names: list[str]
+    labels: list[int]
+    ids: Tensor
+    keys: list[str]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> ImageData:
+        """The rows, in that order."""
+        return replace(
+            self,
+            rows=[self.rows[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            labels=[self.labels[row] for row in rows],
+            ids=self.ids[list(rows)],
+            keys=[self.keys[row] for row in rows],
+        )
+
+    def relabelled(self, labels: list[int]) -> ImageData:
+        """The same images with other labels."""
+        return replace(self, labels=labels)
+
+    def shown(self, row: int) -> str:
+        """What a list shows for a row: its name."""
+        return self.names[row]
+
+    def table(self) -> dict[str, list[Any]]:
+        """Key, image file and label."""
+        labels = [self.classes[label] for label in self.labels]
+        return {"key": self.keys, "image": self.names, "label": labels}
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """uint8 (size, size, 3)."""
+        image: NDArray[np.uint8] = self.pixels[self.rows[row]]
+        return image
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Images not read yet: their names, labels, keys and ids, and bytes and image of each row."""
+
+    names: list[str]
+    labels: list[str]
+    where: str
+    given: tuple[list[str], Tensor] | None
+    read: Callable[[int], tuple[bytes, Any]]
+
+
+def read_images(
+    source: str,
+    size: int,
+    columns: Columns = COLUMNS,
+    *,
+    classes: Sequence[str] | None = None,
+    split: str = "train",
+    ids_needed: bool = True,
+) -> ImageData:
+    """Read labelled images.
+
+    The shorter side of an image is brought to ``size``, and its middle is taken.
+
+    Args:
+        source: a folder with one folder of images for each class; an ``.npz`` file with arrays
+            ``image`` (uint8 (images, height, width) or (images, height, width, 3)) and ``label``; or a
+            Parquet file or Hugging Face data set with a column of images.
+        size: height and width of the images given to the network.
+        columns: which arrays or columns to read; a folder has none.
+        classes: the classes of the training data, for data that must not have others; ``None`` takes
+            them from the labels.
+        split: split of a Hugging Face data set.
+        ids_needed: whether the id or group column must be there.
+
+    Raises:
+        InputError: no such file or folder, no images, an image that cannot be read (it is named), a
+            missing array or column, arrays that do not fit, duplicate ids, an unknown label, or fewer
+            than two classes.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _in_folder(path, columns, ids_needed)
+    elif path.suffix == ".npz":
+        found = _in_arrays(path, columns, ids_needed)
+    else:
+        found = _in_table(source, columns, split, ids_needed)
+    labels, known = indexed(found.labels, classes, source, found.where)
+    count = len(labels)
+    # On disk: what is read may not fit into memory. The file goes with the array.
+    with tempfile.TemporaryFile() as file:
+        pixels = np.memmap(file, np.uint8, "w+", shape=(count, size, size, 3))
+    contents = []
+    for row in tqdm(range(count), "reading images", unit="image", disable=count < _MANY):
+        raw, image = found.read(row)
+        pixels[row] = _square(image, size)
+        contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
+    keys, ids = found.given or (found.names, content_ids(contents))
+    return ImageData(pixels, list(range(count)), found.names, labels, ids, keys, known)
+
+
+def read_both_images(
+    data: str, test: str | None, size: int, columns: Columns, split: str, test_split: str
+) -> tuple[ImageData, ImageData]:
+    """Training and test images; without ``test`` a part of the data is held out.
+
+    Raises:
+        InputError: as :func:`read_images` and :func:`~turnover.data.hold_out`.
+    """
+    train_data = read_images(data, size, columns, split=split)
+    if test is None:
+        return hold_out(train_data)
+    classes = train_data.classes
+    return train_data, read_images(
+        test, size, columns, classes=classes, split=test_split, ids_needed=False
+    )
+
+
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """One image file as uint8 (size, size, 3).
+
+    Raises:
+        InputError: no such file, or not an image.
+    """
+    return _square(_opened(_bytes(path), str(path)), size)
+
+
+def write_images(data: ImageData, out: Path) -> None:
+    """Write images and labels as ``.npz``, or their names and labels as a table, atomically.
+
+    Raises:
+        InputError: another ending, or a folder that does not exist.
+    """
+    if out.suffix != ".npz":
+        write(data, out)
+        return
+    check_writable(out, ".npz")
+    columns = {name: np.array(values) for name, values in data.table().items()}
+    with replacing(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, values in (columns | {"image": data.pixels[data.rows]}).items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
+
+
+def _in_folder(folder: Path, columns: Columns, ids_needed: bool) -> _Found:
+    if ids_needed and (columns.id is not None or columns.group is not None):
+        raise InputError(
+            f"{folder}: a folder of images has no column of ids or groups; give an .npz file or a "
+            f"Hugging Face data set"
+        )
+    paths = sorted(
+        path
+        for path in folder.glob("*/**/*")
+        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
+    )
+    if not paths:
+        raise InputError(
+            f"{folder}: no images; it must hold one folder of images for each class "
+            f"({', '.join(ENDINGS)})"
+        )
+
+    def read(row: int) -> tuple[bytes, Any]:
+        raw = _bytes(paths[row])
+        return raw, _opened(raw, str(paths[row]))
+
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    labels = [name.partition("/")[0] for name in names]
+    return _Found(names, labels, "the folder", None, read)
+
+
+def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = present(file.files, columns, str(path), ids_needed=ids_needed)
+            wanted = (columns.input, columns.label, columns.id, columns.group)
+            arrays = {name: file[name] for name in wanted if name is not None}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as arrays: {error}") from error
+    images = arrays.pop(columns.input)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
+        raise InputError(
+            f"{path}: {columns.input!r} must be uint8 (images, height, width) or (images, height, "
+            f"width, 3), got {images.dtype} {images.shape}"
+        )
+    for name, values in arrays.items():
+        if values.shape != (len(images),):
+            raise InputError(
+                f"{path}: {name!r} must be ({len(images)},), one for each image, got {values.shape}"
+            )
+    if not len(images):
+        raise InputError(f"{path}: no images")
+    table = table_of({name: values.tolist() for name, values in arrays.items()})
+
+    def read(row: int) -> tuple[bytes, Any]:
+        return images[row].tobytes(), _pillow().fromarray(images[row]).convert("RGB")
+
+    return _Found(
+        [str(row + 1) for row in range(len(images))],
+        label_names(table, columns.label, str(path)),
+        repr(columns.label),
+        keys_and_ids(table, columns, str(path)),
+        read,
+    )
+
+
+def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _Found:
+    table = load_table(source, split)
+    columns = present(table.column_names, columns, source, ids_needed=ids_needed)
+    if not len(table):
+        raise InputError(f"{source}: the file has no rows")
+    # Undecoded: this is how the bytes are had that ids are made of, and without torch's decoder.
+    if hasattr(table.features[columns.input], "decode_example"):
+        import datasets
+
+        table = table.cast_column(columns.input, datasets.Image(decode=False))
+
+    def read(row: int) -> tuple[bytes, Any]:
+        cell = table[row][columns.input]
+        where = f"{source}: row {row + 1}"
+        if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
+            raise InputError(f"{where} has no image in column {columns.input!r}")
+        raw = cell.get("bytes") or _bytes(Path(cell["path"]))
+        return raw, _opened(raw, where)
+
+    return _Found(
+        [str(row + 1) for row in range(len(table))],
+        label_names(table, columns.label, source),
+        f"column {columns.label!r}",
+        keys_and_ids(table, columns, source),
+        read,
+    )
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _opened(raw: bytes, where: str) -> Any:
+    try:
+        return _pillow().open(io.BytesIO(raw)).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        raise InputError(f"{where}: not an image that can be read: {error}") from error
+
+
+def _square(image: Any, size: int) -> NDArray[np.uint8]:
+    """The image with its shorter side at ``size``, and its middle."""
+    width, height = image.size
+    shorter = min(width, height)
+    if shorter != size:
+        shape = (
+            max(size, round(width * size / shorter)),
+            max(size, round(height * size / shorter)),
+        )
+        image = image.resize(shape, _pillow().Resampling.BILINEAR, reducing_gap=2.0)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("images need: pip install 'turnover[images]'") from error
+    return Image

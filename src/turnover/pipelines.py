@@ -1,0 +1,303 @@
+"""What differs between texts and images: how a model is built, fed and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from turnover.data import Data, TextData, write
+from turnover.encoded import Encoded, Pixels, Tokens
+from turnover.errors import InputError
+from turnover.images import ImageData, read_image, write_images
+from turnover.integrations import transformers
+from turnover.integrations.transformers import ClassifierConfig, TextClassifier
+from turnover.integrations.vgg import VGG
+from turnover.sites import device_of
+
+_STANDARDISED_ROWS = 1000
+_WRITTEN_ROWS = 1000
+IMAGE_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19")
+
+
+@dataclass(frozen=True)
+class ImageClassifierConfig:
+    """Shape of an image classifier.
+
+    Attributes:
+        model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.integrations.vgg.VGG`),
+            trained from scratch.
+        size: height and width of the images, a multiple of 32.
+        width: channels of the first convolution.
+        hidden: units of the two fully connected hidden layers.
+        augment: shift and mirror the images in training; a shifted image keeps its instance's mask.
+    """
+
+    model: str = "vgg11"
+    size: int = 32
+    width: int = 64
+    hidden: int = 4096
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        if self.model not in IMAGE_MODELS:
+            raise InputError(
+                f"unknown image model {self.model!r}; there are {', '.join(IMAGE_MODELS)}"
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Raise what :meth:`build` would, without building."""
+        with torch.device("meta"):
+            self.build(2)
+
+    def build(self, classes: int) -> VGG:
+        """A new network; its weights are drawn from torch's default generator."""
+        depth = int(self.model.removeprefix("vgg"))
+        return VGG(depth, classes, size=self.size, width=self.width, hidden=self.hidden)
+
+
+Config = ClassifierConfig | ImageClassifierConfig
+
+
+class Pipeline(Protocol):
+    """From data to a model's batches, and both to files."""
+
+    def encode(self, data: Any) -> Encoded:
+        """Data as the model takes them."""
+
+    def prepare(self, model: nn.Module, training: Encoded) -> None:
+        """What is done once before training."""
+
+    def save(self, folder: Path, model: nn.Module, classes: int) -> None:
+        """Write the model, and all that this pipeline is, into a folder."""
+
+    def one(self, given: str | Path, label: int, classes: list[str]) -> Data:
+        """A text, or the file of an image, as data of one row.
+
+        Raises:
+            InputError: an empty text, an unreadable image, or the other of the two.
+        """
+
+    def export(self, data: Any, out: Path) -> None:
+        """Write data for the user, in a format that can be read again, atomically.
+
+        Raises:
+            InputError: another format, or a folder that does not exist.
+        """
+
+    def write(self, folder: Path, name: str, data: Any) -> None:
+        """Write data into a run's folder."""
+
+    def read(self, folder: Path, name: str, classes: list[str]) -> Data:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            InputError: a missing or damaged file.
+        """
+
+
+@dataclass(frozen=True)
+class TextPipeline:
+    """Texts through a tokenizer."""
+
+    config: ClassifierConfig
+    tokenizer: Any
+
+    def encode(self, data: TextData) -> Tokens:
+        """Tokenised texts."""
+        padding = self.tokenizer.pad_token_id
+        tokens = transformers.tokenize(self.tokenizer, data.texts, self.config.max_tokens)
+        return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
+
+    def prepare(self, model: nn.Module, training: Encoded) -> None:
+        """Standardise the head's input on the pretrained encoder's features of some instances."""
+        assert isinstance(model, TextClassifier)
+        device = device_of(model)
+        rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+        chunks = training.chunks(rows[:_STANDARDISED_ROWS].tolist())
+        model.eval()
+        with torch.no_grad():
+            features = [
+                model.features(**training.batch(chunk).to(device).inputs) for chunk in chunks
+            ]
+        model.head.standardise(torch.cat(features))
+
+    def save(self, folder: Path, model: nn.Module, classes: int) -> None:
+        """Weights (safetensors), shapes (JSON) and tokenizer."""
+        assert isinstance(model, TextClassifier)
+        transformers.save(folder, model, self.tokenizer, self.config, classes)
+
+    def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
+        """A text as data of one row."""
+        if isinstance(given, Path):
+            raise InputError(f"{given}: this run's model takes texts: use --text")
+        if not given.strip():
+            raise InputError("the text to explain is empty")
+        return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
+
+    def export(self, data: TextData, out: Path) -> None:
+        """Key, text and label as a table."""
+        write(data, out)
+
+    def write(self, folder: Path, name: str, data: TextData) -> None:
+        """JSON lines with key, id, label and text."""
+        _write_lines(folder / f"{name}.jsonl", data, "text")
+
+    def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
+        """Texts of a run."""
+        labels, ids, keys, texts = _read_lines(folder / f"{name}.jsonl", classes, "text")
+        return TextData(texts, labels, ids, keys, classes)
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """Images standardised by the mean and standard deviation of the training images' colours."""
+
+    config: ImageClassifierConfig
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def encode(self, data: ImageData) -> Pixels:
+        """Pixels, standardised batch by batch."""
+        return Pixels(
+            data.pixels,
+            data.rows,
+            data.labels,
+            data.ids,
+            self.mean,
+            self.deviation,
+            self.config.augment,
+        )
+
+    def prepare(self, model: nn.Module, training: Encoded) -> None:
+        """Nothing."""
+
+    def save(self, folder: Path, model: nn.Module, classes: int) -> None:
+        """Weights (safetensors) and shapes (JSON)."""
+        from safetensors.torch import save_file
+
+        shape = {
+            "kind": "image",
+            "classifier": asdict(self.config),
+            "classes": classes,
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
+        (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    def one(self, given: str | Path, label: int, classes: list[str]) -> ImageData:
+        """An image as data of one row."""
+        if isinstance(given, str):
+            raise InputError("this run's model takes images: use --image")
+        pixels = read_image(given, self.config.size)[None]
+        ids = torch.zeros(1, dtype=torch.int64)
+        return ImageData(pixels, [0], [given.name], [label], ids, [given.name], classes)
+
+    def export(self, data: ImageData, out: Path) -> None:
+        """Images with keys and labels as ``.npz``, or keys, names and labels as a table."""
+        write_images(data, out)
+
+    def write(self, folder: Path, name: str, data: ImageData) -> None:
+        """JSON lines with key, id, label and name, and the pixels beside them."""
+        _write_lines(folder / f"{name}.jsonl", data, "image")
+        shape = (len(data), *data.pixels.shape[1:])
+        pixels = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
+        for start in range(0, len(data), _WRITTEN_ROWS):
+            pixels[start : start + _WRITTEN_ROWS] = data.pixels[
+                data.rows[start : start + _WRITTEN_ROWS]
+            ]
+        pixels.flush()
+
+    def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
+        """Images of a run; their pixels stay on disk."""
+        labels, ids, keys, names = _read_lines(folder / f"{name}.jsonl", classes, "image")
+        path, size = folder / f"{name}.npy", self.config.size
+        try:
+            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+        if pixels.shape != (len(names), size, size, 3) or pixels.dtype != np.uint8:
+            raise InputError(f"{path}: damaged, not {len(names)} images of {size} x {size}")
+        return ImageData(pixels, list(range(len(names))), names, labels, ids, keys, classes)
+
+
+def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
+    """A new model for some training data.
+
+    New weights are drawn from torch's default generator: seed it, or fork it, outside.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    classes = len(train_data.classes)
+    if isinstance(config, ClassifierConfig):
+        model, tokenizer = transformers.build(config, classes)
+        return TextPipeline(config, tokenizer), model
+    assert isinstance(train_data, ImageData)
+    rows = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))
+    chosen = [train_data.rows[row] for row in rows[:_STANDARDISED_ROWS].tolist()]
+    values = train_data.pixels[chosen].reshape(-1, 3) / 255.0
+    mean, deviation = values.mean(axis=0), np.maximum(values.std(axis=0), 1 / 255)
+    pipeline = ImagePipeline(config, tuple(mean.tolist()), tuple(deviation.tolist()))
+    return pipeline, config.build(classes)
+
+
+def load(folder: Path) -> tuple[Pipeline, nn.Module]:
+    """A saved model in eval mode, and its pipeline.
+
+    Raises:
+        InputError: a missing or damaged file, or weights that do not fit the shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        shape = json.loads((folder / "classifier.json").read_text())
+        is_image = shape.get("kind") == "image"
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
+    if not is_image:
+        text_model, tokenizer, text_config = transformers.load(folder)
+        return TextPipeline(text_config, tokenizer), text_model
+    try:
+        config = ImageClassifierConfig(**shape["classifier"])
+        mean, deviation = (tuple(map(float, shape[name])) for name in ("mean", "deviation"))
+        model = config.build(int(shape["classes"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
+    return ImagePipeline(config, mean, deviation), model.eval()
+
+
+def _write_lines(path: Path, data: Data, what: str) -> None:
+    with path.open("w") as file:
+        for row, key in enumerate(data.keys):
+            label = data.classes[data.labels[row]]
+            line = {"key": key, "id": int(data.ids[row]), "label": label, what: data.shown(row)}
+            file.write(json.dumps(line) + "\n")
+
+
+def _read_lines(
+    path: Path, classes: Sequence[str], what: str
+) -> tuple[list[int], torch.Tensor, list[str], list[str]]:
+    """Labels, ids, keys, and texts or names."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        index = {name: position for position, name in enumerate(classes)}
+        return (
+            [index[row["label"]] for row in rows],
+            torch.tensor([row["id"] for row in rows], dtype=torch.int64),
+            [row["key"] for row in rows],
+            [row[what] for row in rows],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: missing or damaged ({error!r})") from error

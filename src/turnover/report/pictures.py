@@ -1,0 +1,129 @@
+"""Images of a run: small ones for the report, and contact sheets of errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnover.errors import InputError
+from turnover.files import replacing
+from turnover.images import ImageData
+from turnover.tasks.explain import Explanation, Influential
+
+_THUMBNAIL = 96
+_CELL, _GAP, _LINE, _FONT = 112, 12, 16, 12
+_HELPFUL, _HARMFUL, _QUIET, _INK = "#0b7075", "#a1430c", "#69707d", "#1c2330"
+
+
+class Shelf:
+    """Images by the keys of their rows; of several rows with one key the first."""
+
+    def __init__(self, data: ImageData) -> None:
+        self._data = data
+        self._row = {key: row for row, key in reversed(list(enumerate(data.keys)))}
+
+    def image(self, key: str) -> NDArray[np.uint8]:
+        """uint8 (size, size, 3)."""
+        return self._data.image(self._row[key])
+
+    def links(self, keys: Sequence[str]) -> dict[str, str]:
+        """Images as ``data:`` links, at most 96 pixels wide."""
+        found = {}
+        for key in dict.fromkeys(keys):
+            image = _pillow().fromarray(self.image(key))
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            written = io.BytesIO()
+            image.save(written, "PNG", optimize=True)
+            code = base64.b64encode(written.getvalue()).decode()
+            found[key] = f"data:image/png;base64,{code}"
+        return found
+
+
+def write_sheet(
+    explanations: Sequence[Explanation], train: ImageData, targets: ImageData, out: Path
+) -> None:
+    """Write a contact sheet (PNG), atomically: a line for each explanation, its target first.
+
+    Behind the target come the most helpful and the most harmful training images with their labels,
+    scores in nats, and z; scores that are not significant are grey.
+
+    Raises:
+        InputError: not a ``.png`` name, a folder that does not exist, or nothing to show.
+    """
+    check_sheet(out)
+    if not explanations:
+        raise InputError("there is nothing to put on a contact sheet")
+    from PIL import ImageDraw, ImageFont
+
+    each = max(max(len(e.helpful), len(e.harmful)) for e in explanations)
+    columns = 1 + 2 * each
+    width = _GAP + columns * (_CELL + _GAP) + 2 * _GAP
+    height = 2 * _GAP + _LINE + len(explanations) * (_CELL + 3 * _LINE + _GAP)
+    sheet = _pillow().new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_FONT)
+    shelves = Shelf(train), Shelf(targets)
+
+    def left(column: int) -> int:
+        # A wider gap stands between target, helpful and harmful.
+        return _GAP + column * (_CELL + _GAP) + _GAP * ((column > 0) + (column > each))
+
+    def cell(column: int, top: int, image: NDArray[np.uint8], lines: list[tuple[str, str]]) -> None:
+        shown = _pillow().fromarray(image).resize((_CELL, _CELL), _pillow().Resampling.NEAREST)
+        sheet.paste(shown, (left(column), top))
+        for number, (text, colour) in enumerate(lines):
+            at = (left(column), top + _CELL + 2 + number * _LINE)
+            draw.text(at, _fitting(text, draw, font), colour, font)
+
+    for column, title in ((0, "target"), (1, "helpful"), (1 + each, "harmful")):
+        draw.text((left(column), _GAP // 2), title, _INK, font)
+    for number, one in enumerate(explanations):
+        top = _GAP + _LINE + number * (_CELL + 3 * _LINE + _GAP)
+        said = [
+            (one.true_label, _INK),
+            (f"as {one.predicted_label} {one.confidence:.0%}", _HARMFUL),
+        ]
+        cell(0, top, shelves[1].image(one.key), said)
+        for first, side, colour in ((1, one.helpful, _HELPFUL), (1 + each, one.harmful, _HARMFUL)):
+            for place, item in enumerate(side):
+                tint = colour if item.significant else _QUIET
+                lines = [(item.label, _INK), (_score(item), tint)]
+                cell(first + place, top, shelves[0].image(item.key), lines)
+    with replacing(out) as draft:
+        sheet.save(draft, "PNG")
+
+
+def check_sheet(out: Path) -> None:
+    """Whether :func:`write_sheet` can write there.
+
+    Raises:
+        InputError: not a ``.png`` name, or a folder that does not exist.
+    """
+    if out.suffix != ".png":
+        raise InputError(f"{out}: a contact sheet is a .png file")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} does not exist: make the folder first")
+
+
+def _score(item: Influential) -> str:
+    return f"{item.score:+.2f}  z {item.z:+.1f}"
+
+
+def _fitting(text: str, draw: Any, font: Any) -> str:
+    if draw.textlength(text, font) <= _CELL:
+        return text
+    while text and draw.textlength(f"{text}…", font) > _CELL:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _pillow() -> Any:
+    from PIL import Image
+
+    return Image
