@@ -18,12 +18,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from test_cli import turnover
 from turnover import InputError
 from turnover.data import Columns
 from turnover.encoded import Pixels
 from turnover.images import ImageData, read_images, write_images
+from turnover.integrations.vgg import VGG
 from turnover.report.pictures import Shelf
 from turnover.run import Run
 from turnover.tasks.training import TrainingConfig, train
@@ -357,4 +359,51 @@ def test_images_without_an_image_model_and_bad_shapes_are_refused(folders, tmp_p
     ):
         command = ("fit", folders[0], "--model", model, *options, "--out", tmp_path / "run")
         assert said in turnover(*command, expect=2).stderr
+    assert not list(tmp_path.glob("*run*"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = VGG(11, 5, size=32, width=4, hidden=8)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def test_pretrained_convolutions_stay_frozen_below_a_wide_head(
+    folders: tuple[Path, Path], weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    turnover(
+        *("fit", folders[0], "--test", folders[1], "--model", "vgg11", "--width", 4),
+        *("--weights", weights, "--head-units", 512, "--epochs", 3, "--no-compare", "--out", out),
+    )
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["audit"]["clean"] and metrics["mask_units"] == 512
+    given = load_file(weights)
+    weights.unlink()  # the run is whole without it
+    loaded = Run.load(out)
+    kept = dict(loaded.model.named_parameters())
+    assert torch.equal(kept["encoder.0.weight"], given["features.0.weight"])
+    trained = {name for name, parameter in kept.items() if parameter.requires_grad}
+    assert trained and all(name.startswith("head.") for name in trained)
+    turnover("influence", out, "--ghosts", 1000)
+    assert json.loads((out / "metrics.json").read_text())["errors_explained"] > 0
+
+
+def test_weights_that_do_not_fit_are_refused(folders, weights: Path, tmp_path: Path) -> None:
+    with_norms = tmp_path / "bn.safetensors"
+    save_file(VGG(11, 5, size=32, width=4, hidden=8, batch_norm=True).state_dict(), with_norms)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"none")
+    for file, model, width, said in (
+        (tmp_path / "absent", "vgg11", 4, "cannot be read as safetensors"),
+        (damaged, "vgg11", 4, "cannot be read as safetensors"),
+        (weights, "vgg11", 8, "--width"),
+        (weights, "vgg16", 4, "--model"),
+        (with_norms, "vgg11", 4, "--model"),
+    ):
+        command = ("fit", folders[0], "--model", model, "--width", width, "--weights", file)
+        assert said in turnover(*command, "--out", tmp_path / "run", expect=2).stderr
     assert not list(tmp_path.glob("*run*"))

@@ -103,3 +103,35 @@ def test_what_cannot_be_is_refused(arguments, said):
     positional, named = arguments
     with pytest.raises(InputError, match=said):
         VGG(*positional, **named)
+
+
+def test_resnet_and_vit_attach_with_the_presets_and_batch_statistics_are_named():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vit = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+            num_labels=3,
+        )
+    )
+    resnet = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+    )
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    for model, preset, sites in ((vit, "mlp", 2), (resnet, "channels", 5)):
+        network = turnover.attach(model, preset)
+        assert len(network.sites) == sites
+        report = network.audit({"pixel_values": images, "labels": labels})
+        assert not report.clean and bool(report.buffers) is (model is resnet)
+        model.eval()
+        influence = turnover.Influence(network, method="exact", ghosts=100)
+        batch = {"pixel_values": images[:2], "labels": labels[:2]}
+        scores = influence.estimate([batch], torch.arange(6)).scores
+        assert scores.shape == (2, 6) and scores.std() > 0

@@ -23,7 +23,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError:  # the core installs without them
-    sys.exit("the command line needs: pip install 'turnover[text]'")
+    sys.exit("the command line needs: pip install 'turnover[text]', or 'turnover[images]'")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,7 +92,7 @@ def fit(
     group_column: GroupColumn = None,
     split: Split = "train",
     test_split: TestSplit = "test",
-    epochs: Annotated[int | None, typer.Option(help="Default: 3 for texts, 30 for images.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default: 3 for texts, 10 for images.")] = None,
     batch_size: int = 32,
     learning_rate: LearningRate = 1e-3,
     head_learning_rate: HeadLearningRate = 1e-4,
@@ -105,12 +105,18 @@ def fit(
     width: Annotated[int, typer.Option(help="Channels of the first convolution (images).")] = 64,
     hidden: Annotated[int, typer.Option(help="Units of the hidden layers (images).")] = 4096,
     augment: Annotated[bool, typer.Option(help="Shift and mirror the images in training.")] = True,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pretrained weights of the VGG (safetensors, torchvision's names): its convolutions "
+            "stay frozen below a wide head."
+        ),
+    ] = None,
     keep: Keep = 0.5,
     site: Annotated[
         list[str] | None,
         typer.Option(
-            help="Masked module, pattern or preset (repeatable); default: lora and head for texts, "
-            "channels and mlp for images."
+            help="Masked module, pattern or preset (repeatable); default: all that is trained."
         ),
     ] = None,
     seed: Seed = 0,
@@ -128,7 +134,7 @@ def fit(
     """Train a text or image classifier with turn-over dropout; writes a run folder."""
     from turnover.data import Columns, Data, read_both
     from turnover.images import read_both_images
-    from turnover.integrations import transformers, vgg
+    from turnover.integrations import transformers
     from turnover.masks import MaskSpec
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
     from turnover.tasks.fit import FitConfig, fit
@@ -136,8 +142,12 @@ def fit(
 
     of_images = model in IMAGE_MODELS
     if of_images:
-        shape: Config = ImageClassifierConfig(model, image_size, width, hidden, augment)
-        sites, epochs = vgg.SITES, 30 if epochs is None else epochs
+        file = None if weights is None else str(weights)
+        of_image = ImageClassifierConfig(
+            model, image_size, width, hidden, augment, file, head_units
+        )
+        shape: Config = of_image
+        sites, epochs = of_image.sites, 10 if epochs is None else epochs
     else:
         if Path(data).is_dir() or data.endswith(".npz"):
             raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
@@ -554,6 +564,14 @@ def _print_fit(metrics: dict[str, Any]) -> None:
         + f", majority class {accuracy['majority']:.3f}; "
         f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
     )
+    if metrics["accuracy_interval"]["turnover"][0] <= accuracy["majority"]:
+        console.print(
+            "the whole network is not better than the majority class. Masks never change, and a network "
+            "can learn them by heart in place of its inputs: begin from pretrained weights, or give it "
+            "more rows, fewer epochs or lower learning rates",
+            style="yellow",
+            highlight=False,
+        )
     if not metrics["audit"]["clean"]:
         console.print(metrics["audit"]["report"], style="yellow", markup=False, highlight=False)
 

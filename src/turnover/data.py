@@ -289,7 +289,9 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("files of data need: pip install 'turnover[text]'") from error
+        raise InputError(
+            "files of data need: pip install 'turnover[text]', or 'turnover[images]'"
+        ) from error
     datasets.disable_progress_bars()
     return datasets
 

@@ -123,7 +123,9 @@ class Pixels:
         """The rows standardised: float32 (rows, 3, size, size)."""
         values = np.stack([self.pixels[self.rows[row]] for row in rows])
         images = torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255
-        mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.mean, self.deviation))
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.deviation)
+        )
         labels = torch.tensor([self.labels[row] for row in rows])
         return Batch((images - mean) / deviation, labels, self.ids[list(rows)])
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from turnover.data import Data, TextData, write
 from turnover.encoded import Encoded, Pixels, Tokens
 from turnover.errors import InputError
+from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
-from turnover.integrations import transformers
+from turnover.integrations import transformers, vgg
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG
 from turnover.sites import device_of
@@ -31,12 +32,14 @@ class ImageClassifierConfig:
     """Shape of an image classifier.
 
     Attributes:
-        model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.integrations.vgg.VGG`),
-            trained from scratch.
+        model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.integrations.vgg.VGG`).
         size: height and width of the images, a multiple of 32.
         width: channels of the first convolution.
-        hidden: units of the two fully connected hidden layers.
+        hidden: units of the two fully connected hidden layers of a network trained from scratch.
         augment: shift and mirror the images in training; a shifted image keeps its instance's mask.
+        weights: safetensors file with the pretrained weights of such a VGG, of which the convolutions
+            are taken and kept frozen below a wide head; ``None``: trained from scratch.
+        head_units: mask units of the wide head.
     """
 
     model: str = "vgg11"
@@ -44,23 +47,86 @@ class ImageClassifierConfig:
     width: int = 64
     hidden: int = 4096
     augment: bool = True
+    weights: str | None = None
+    head_units: int = 8192
 
     def __post_init__(self) -> None:
         if self.model not in IMAGE_MODELS:
             raise InputError(
                 f"unknown image model {self.model!r}; there are {', '.join(IMAGE_MODELS)}"
             )
-        self.check()
-
-    def check(self) -> None:
-        """Raise what :meth:`build` would, without building."""
+        if self.head_units < 1:
+            raise InputError(f"head_units must be >= 1, got {self.head_units}")
         with torch.device("meta"):
-            self.build(2)
+            self.network(2)  # raises what cannot be
 
-    def build(self, classes: int) -> VGG:
-        """A new network; its weights are drawn from torch's default generator."""
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is masked by default: everything that is trained."""
+        return vgg.SITES if self.weights is None else ("head",)
+
+    def network(self, classes: int) -> nn.Module:
+        """A new network, nothing loaded; its weights are drawn from torch's default generator."""
         depth = int(self.model.removeprefix("vgg"))
-        return VGG(depth, classes, size=self.size, width=self.width, hidden=self.hidden)
+        whole = VGG(depth, classes, size=self.size, width=self.width, hidden=self.hidden)
+        return whole if self.weights is None else ImageClassifier(whole, self.head_units, classes)
+
+
+class ImageClassifier(nn.Module):
+    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
+
+    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
+    """
+
+    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = whole.features.requires_grad_(False)
+        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
+        self.head = WideHead(channels, head_units, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Means of the last channels, float (rows, channels)."""
+        means: Tensor = self.encoder(images).mean(dim=(2, 3))
+        return means
+
+    def load_convolutions(self, path: str) -> None:
+        """Take the convolutions of a VGG's weights under torchvision's names.
+
+        Raises:
+            InputError: no such file, not safetensors, or weights of another shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+        of_layers = {
+            name.removeprefix("features."): value
+            for name, value in tensors.items()
+            if name.startswith("features.")
+        }
+        own = self.encoder.state_dict()
+        for name, value in own.items():
+            found = of_layers.get(name)
+            if found is None or found.shape != value.shape:
+                has = "is missing" if found is None else f"is {tuple(found.shape)}"
+                raise InputError(
+                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
+                    f"--model and --width that the weights are of"
+                )
+        if len(of_layers) > len(own):
+            raise InputError(
+                f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
+                f"give the --model that the weights are of, without batch normalisation"
+            )
+        self.encoder.load_state_dict(of_layers)
 
 
 Config = ClassifierConfig | ImageClassifierConfig
@@ -119,15 +185,7 @@ class TextPipeline:
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """Standardise the head's input on the pretrained encoder's features of some instances."""
         assert isinstance(model, TextClassifier)
-        device = device_of(model)
-        rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
-        chunks = training.chunks(rows[:_STANDARDISED_ROWS].tolist())
-        model.eval()
-        with torch.no_grad():
-            features = [
-                model.features(**training.batch(chunk).to(device).inputs) for chunk in chunks
-            ]
-        model.head.standardise(torch.cat(features))
+        _standardise(model, training, lambda inputs: model.features(**inputs))
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Weights (safetensors), shapes (JSON) and tokenizer."""
@@ -177,7 +235,9 @@ class ImagePipeline:
         )
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
-        """Nothing."""
+        """Standardise the input of a wide head, where there is one."""
+        if isinstance(model, ImageClassifier):
+            _standardise(model, training, model.features)
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Weights (safetensors) and shapes (JSON)."""
@@ -240,15 +300,19 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
     """
     classes = len(train_data.classes)
     if isinstance(config, ClassifierConfig):
-        model, tokenizer = transformers.build(config, classes)
-        return TextPipeline(config, tokenizer), model
+        text_model, tokenizer = transformers.build(config, classes)
+        return TextPipeline(config, tokenizer), text_model
     assert isinstance(train_data, ImageData)
     rows = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))
     chosen = [train_data.rows[row] for row in rows[:_STANDARDISED_ROWS].tolist()]
     values = train_data.pixels[chosen].reshape(-1, 3) / 255.0
     mean, deviation = values.mean(axis=0), np.maximum(values.std(axis=0), 1 / 255)
     pipeline = ImagePipeline(config, tuple(mean.tolist()), tuple(deviation.tolist()))
-    return pipeline, config.build(classes)
+    model = config.network(classes)
+    if config.weights is not None:
+        assert isinstance(model, ImageClassifier)
+        model.load_convolutions(config.weights)
+    return pipeline, model
 
 
 def load(folder: Path) -> tuple[Pipeline, nn.Module]:
@@ -271,11 +335,23 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     try:
         config = ImageClassifierConfig(**shape["classifier"])
         mean, deviation = (tuple(map(float, shape[name])) for name in ("mean", "deviation"))
-        model = config.build(int(shape["classes"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        image_model = config.network(int(shape["classes"]))
+        image_model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    return ImagePipeline(config, mean, deviation), model.eval()
+    return ImagePipeline(config, mean, deviation), image_model.eval()
+
+
+def _standardise(
+    model: TextClassifier | ImageClassifier, training: Encoded, features: Callable[[Any], Tensor]
+) -> None:
+    device = device_of(model)
+    rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    chunks = training.chunks(rows[:_STANDARDISED_ROWS].tolist())
+    model.eval()
+    with torch.no_grad():
+        found = [features(training.batch(chunk).to(device).inputs) for chunk in chunks]
+    model.head.standardise(torch.cat(found))
 
 
 def _write_lines(path: Path, data: Data, what: str) -> None:
