@@ -425,3 +425,43 @@ def test_the_page_works_in_a_browser(browser: Any, tmp_path: Path) -> None:
     assert said == []
     assert requests == [path.as_uri()]
     page.close()
+
+
+@pytest.mark.browser
+def test_shared_words_are_marked_and_images_stand_in_place_of_texts(
+    browser: Any, tmp_path: Path
+) -> None:
+    texts = replace(explained(1), text="A number of Fine words")
+    said = replace(influential(+1, 0, 1), text="what fine NUMBER, finer <b>of</b> all")
+    others = tuple(replace(explained(i), text="all the same") for i in range(2, 8))
+    content = replace(
+        make_content(0), errors=(replace(texts, helpful=(said, *texts.helpful[1:])), *others)
+    )
+    path = tmp_path / "words.html"
+    write(content, path)
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.fill("#search", "test-001")
+    page.locator("details.error summary").first.click()
+    first = page.locator(".helpful .influential").first
+    first.wait_for()
+    assert first.locator("mark").all_inner_texts() == ["fine", "NUMBER", "of"]
+    assert first.locator("b").count() == 0, "markup in a text stays text"
+
+    link = (
+        "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwAD"
+        "hgGAWjR9awAAAABJRU5ErkJggg=="
+    )
+    path = tmp_path / "images.html"
+    images = replace(content, train_images={said.key: link}, test_images={texts.key: link})
+    write(images, path)
+    page.goto(path.as_uri())
+    page.fill("#search", "test-001")
+    card = page.locator("details.error").first
+    assert card.locator("summary img").get_attribute("src") == link
+    card.locator("summary").click()
+    card.locator(".influential").first.wait_for()
+    assert card.locator(".helpful .influential").first.locator("img").count() == 1
+    assert card.locator(".helpful .influential").nth(1).locator("img").count() == 0
+    assert link not in render(images.without_texts())
+    page.close()
