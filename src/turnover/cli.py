@@ -641,11 +641,12 @@ def _print_cleansing(found: Cleansing) -> None:
         )
         for one in points:
             figures = (f"{mean(v):.3f} ± {pstdev(v):.3f}" for v in (one.accuracy, one.loss))
-            table.add_row(one.removal, f"{one.fraction:.0%}", str(one.removed), *figures)
+            table.add_row(one.removal, f"{100 * one.fraction:g}%", str(one.removed), *figures)
         console.print(table)
     console.print(
         f"heads on the pretrained encoder's features, mean ± standard deviation over "
-        f"{len(found.curve[0].loss)} seeds; each share on the test rows is the best on the validation rows"
+        f"{len(found.curve[0].loss)} seeds; on the test rows at the share with the ranking's lowest "
+        f"loss on the validation rows"
     )
 
 

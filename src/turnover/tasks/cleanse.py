@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
+_NOTHING = np.empty(0, dtype=np.int64)
 _RANKING_HEADS = 5
 _RANKING_SEED = 2**20
 """Heads that rank are not those that are trained without what they ranked."""
@@ -97,9 +98,9 @@ class Cleansing:
     Attributes:
         ranking: what rows were taken out by.
         curve: on the validation rows, every removal and fraction.
-        test: on the run's test rows, no removal, and every removal at the fraction that the
-            validation rows chose for it.
-        fraction: the chosen one of the ranking; 0 where no removal was better on the validation rows.
+        test: on the run's test rows, without removal and with each at the chosen fraction.
+        fraction: that at which the ranking had the lowest mean loss on the validation rows; 0: without
+            removal it was as low.
         removed: int64, training rows taken out, the first first.
     """
 
@@ -149,53 +150,30 @@ def cleanse(
             fraction that leaves nothing of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
-    chosen = sorted(set(fractions))
-    classes = len(run.train.classes)
+    known = _known(run, ranking, scores)
     train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
     heads = [
-        train_head(train, classes, range(len(train)), _RANKING_SEED + seed)
+        train_head(train, range(len(train)), _RANKING_SEED + seed)
         for seed in tqdm(range(_RANKING_HEADS), desc="heads for ranking", unit="head")
     ]
-    ranked = (
-        _ranking(run, validation, ranking, heads, train, held)
-        if scores is None
-        else Ranking(_GIVEN, np.asarray(scores))
-    )
+    ranked = known or _influence(run, validation, ranking, heads, train, held)
     orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: _by_loss(heads, train)}
-    removals = [(NONE, 0.0), *((n, f) for n in (ranked.name, RANDOM, LOSS) for f in chosen)]
     gone = {
-        (name, fraction, seed): _gone(orders.get(name), fraction, len(train), seed)
-        for name, fraction in removals
-        for seed in range(seeds)
+        (name, fraction): [
+            _gone(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
+        ]
+        for name in (ranked.name, RANDOM, LOSS)
+        for fraction in sorted(set(fractions))
     }
     _check_classes(run.train, gone)
-    curve, tested = [], {}
-    with tqdm(desc="cleansing", total=len(gone), unit="head") as bar:
-        for name, fraction in removals:
-            figures = []
-            for seed in range(seeds):
-                rows = np.delete(np.arange(len(train)), gone[name, fraction, seed])
-                head = train_head(train, classes, torch.from_numpy(rows), seed)
-                figures.append([_figures(head, data) for data in (held, test)])
-                bar.update()
-            removed = len(gone[name, fraction, 0])
-            on_held, on_test = (
-                Point(name, fraction, removed, *zip(*side, strict=True))
-                for side in zip(*figures, strict=True)
-            )
-            curve.append(on_held)
-            tested[name, fraction] = on_test
-    best = {name: _best(curve, name) for name in (NONE, ranked.name, RANDOM, LOSS)}
-    fraction = best[ranked.name]
+    curve, tested = _retrained({(NONE, 0.0): [_NOTHING] * seeds, **gone}, train, held, test)
+    fraction = _best(curve, ranked.name)
     return Cleansing(
         ranked,
         tuple(curve),
-        tuple(
-            replace(tested[name if share else NONE, share], removal=name)
-            for name, share in best.items()
-        ),
+        tuple(one for one in tested if one.fraction in (0, fraction)),
         fraction,
-        _gone(orders[ranked.name], fraction, len(train), 0),
+        gone[ranked.name, fraction][0] if fraction else _NOTHING,
     )
 
 
@@ -288,7 +266,19 @@ def _check(
             )
 
 
-def _ranking(
+def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking | None:
+    """A ranking that is there already."""
+    if scores is not None:
+        return Ranking(_GIVEN, np.asarray(scores))
+    if name != "self":
+        return None
+    stored = run.read_result("self")
+    order = np.argsort(stored.train_ids)
+    place = order[np.searchsorted(stored.train_ids, run.train.ids.numpy(), sorter=order)]
+    return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
+
+
+def _influence(
     run: Run,
     validation: TextData,
     name: str,
@@ -296,11 +286,11 @@ def _ranking(
     train: Frozen,
     held: Frozen,
 ) -> Ranking:
-    if name == "self":
-        stored = run.read_result("self")
-        order = np.argsort(stored.train_ids)
-        place = order[np.searchsorted(stored.train_ids, run.train.ids.numpy(), sorter=order)]
-        return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
+    """Influence on the calibrated loss of the validation rows.
+
+    The plain loss of another domain is largely that of a threshold and a confidence that do not fit
+    there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
+    """
     if name == "turn-over":
         encoded = run.encode(validation)
         rows = range(len(encoded))
@@ -341,20 +331,44 @@ def _gone(
     """Rows taken out: the first of an order, or a draw of the seed's own."""
     if order is None:
         order = np.random.default_rng(seed).permutation(rows)
-    return order[: max(1, round(fraction * rows)) if fraction else 0]
+    return order[: max(1, round(fraction * rows))]
 
 
 def _check_classes(
-    train: TextData, gone: Mapping[tuple[str, float, int], NDArray[np.int64]]
+    train: TextData, gone: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]]
 ) -> None:
     labels = np.array(train.labels)
-    for (name, fraction, _), rows in gone.items():
-        left = np.bincount(np.delete(labels, rows), minlength=len(train.classes))
-        if not left.all():
-            raise InputError(
-                f"without {fraction:.0%} of the training rows by {name} nothing is left of the class "
-                f"{train.classes[int(left.argmin())]!r}: take smaller fractions"
-            )
+    for (name, fraction), draws in gone.items():
+        for rows in draws:
+            left = np.bincount(np.delete(labels, rows), minlength=len(train.classes))
+            if not left.all():
+                raise InputError(
+                    f"without {100 * fraction:g}% of the training rows by {name} nothing is left of the "
+                    f"class {train.classes[int(left.argmin())]!r}: take smaller fractions"
+                )
+
+
+def _retrained(
+    gone: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]],
+    train: Frozen,
+    held: Frozen,
+    test: Frozen,
+) -> tuple[list[Point], list[Point]]:
+    """Heads trained without rows, one seed after the other: on the validation and on the test rows."""
+    curve: list[Point] = []
+    tested: list[Point] = []
+    total = sum(map(len, gone.values()))
+    with tqdm(desc="cleansing", total=total, unit="head") as bar:
+        for (name, fraction), draws in gone.items():
+            figures = []
+            for seed, rows in enumerate(draws):
+                kept = np.delete(np.arange(len(train)), rows)
+                head = train_head(train, torch.from_numpy(kept), seed)
+                figures.append([_figures(head, data) for data in (held, test)])
+                bar.update()
+            for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
+                points.append(Point(name, fraction, len(draws[0]), *zip(*side, strict=True)))
+    return curve, tested
 
 
 def _figures(head: WideHead, data: Frozen) -> tuple[float, float]:

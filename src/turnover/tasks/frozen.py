@@ -34,10 +34,17 @@ _PENALTY = 1e-3
 
 @dataclass(frozen=True)
 class Frozen:
-    """Data as heads take them: float32 features (rows, width) and int64 labels (rows,)."""
+    """Data as heads take them.
+
+    Attributes:
+        features: float32 (rows, width).
+        labels: int64 (rows,).
+        classes: number of classes.
+    """
 
     features: Tensor
     labels: Tensor
+    classes: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,17 +59,15 @@ def frozen(run: Run, data: TextData) -> Frozen:
     with torch.no_grad(), run.network.mean(), without_lora(run.model):
         found = [run.model.features(**encoded.batch(chunk).to(device).inputs) for chunk in chunks]
     features = torch.cat(found).float().cpu()
-    return Frozen(
-        torch.empty_like(features).index_copy_(0, order, features), torch.tensor(data.labels)
-    )
+    sorted_back = torch.empty_like(features).index_copy_(0, order, features)
+    return Frozen(sorted_back, torch.tensor(data.labels), len(data.classes))
 
 
-def train_head(data: Frozen, classes: int, rows: Sequence[int] | Tensor, seed: int) -> WideHead:
+def train_head(data: Frozen, rows: Sequence[int] | Tensor, seed: int) -> WideHead:
     """A head trained on some of the rows, plainly.
 
     Args:
         data: all rows; their features, without labels, are what the input is standardised by.
-        classes: number of classes.
         rows: those that are trained on.
         seed: of weights and order.
 
@@ -74,7 +79,7 @@ def train_head(data: Frozen, classes: int, rows: Sequence[int] | Tensor, seed: i
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = WideHead(data.features.shape[1], _UNITS, classes, gain=1.0)
+        head = WideHead(data.features.shape[1], _UNITS, data.classes, gain=1.0)
     head.standardise(data.features)
     inputs, labels = data.features[rows], data.labels[rows]
     optimiser = torch.optim.SGD(
