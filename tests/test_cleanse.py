@@ -208,6 +208,21 @@ def test_features_are_those_of_the_pretrained_encoder(run: Path, encoder: Path) 
     assert all(p.requires_grad for name, p in loaded.model.named_parameters() if "lora" in name)
 
 
+def test_calibration_undoes_a_scale_and_a_shift_and_bears_perfect_logits() -> None:
+    from turnover.tasks.frozen import Calibrated
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    shift = torch.tensor([1.0, -2.0, 1.0])
+    module = Calibrated(torch.nn.Identity(), 4 * logits + shift, labels)
+    torch.testing.assert_close(
+        module(4 * logits + shift).softmax(dim=1), logits.softmax(dim=1), atol=0.03, rtol=0
+    )
+    sure = 100 * torch.nn.functional.one_hot(labels).float()
+    assert Calibrated(torch.nn.Identity(), sure, labels)(sure).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -301,7 +301,10 @@ def _influence(
             return objectives.cross_entropy(calibrated(objectives.logits_of(outputs)), batch)
 
         batches = [encoded.batch(chunk) for chunk in encoded.by_length(rows, _BATCH)]
-        sites = read_json(run.folder / "metrics.json").get("influence", {}).get("scored_sites")
+        # LoRA ranks, too few to tell rows apart, would bury the head's scores in noise.
+        metrics = read_json(run.folder / "metrics.json").get("influence", {})
+        head = [site for site in run.network.sites if site.startswith("head.")]
+        sites = metrics.get("scored_sites") or head or None
         influence = Influence(run.network, cost, "linear", sites=sites, progress=True)
         result = influence.aggregate(batches, run.train.ids)
     else:
