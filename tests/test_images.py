@@ -392,6 +392,27 @@ def test_pretrained_convolutions_stay_frozen_below_a_wide_head(
     assert json.loads((out / "metrics.json").read_text())["errors_explained"] > 0
 
 
+def test_a_set_of_images_is_cleansed_for_a_validation_set(
+    run: Path, folders: tuple[Path, Path], weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    turnover(
+        *("fit", folders[0], "--test", folders[1], "--model", "vgg11", "--width", 4),
+        *("--weights", weights, "--head-units", 256, "--epochs", 1, "--no-compare", "--out", out),
+    )
+    validation = folder_of(tmp_path / "validation", 4, start=700)
+    cleaned = tmp_path / "cleaned.npz"
+    command = ("cleanse", out, "--validation", validation, "--out", cleaned, "--seeds", 1)
+    turnover(*command, "--fraction", 0.1)
+    found = json.loads((out / "results" / "cleanse.json").read_text())
+    assert len(read_images(str(cleaned), 32)) == 36 - found["removed"]
+    same = ("--validation", folders[1], "--out", cleaned)
+    assert "among the run's test rows" in turnover("cleanse", out, *same, expect=2).stderr
+    # What was trained from scratch has no features that know none of the rows.
+    scratch = ("cleanse", run, "--validation", validation, "--out", cleaned)
+    assert "--weights" in turnover(*scratch, expect=2).stderr
+
+
 def test_weights_that_do_not_fit_are_refused(folders, weights: Path, tmp_path: Path) -> None:
     with_norms = tmp_path / "bn.safetensors"
     save_file(VGG(11, 5, size=32, width=4, hidden=8, batch_norm=True).state_dict(), with_norms)

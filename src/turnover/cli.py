@@ -7,12 +7,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
     from turnover.run import Run
+    from turnover.tasks.cleanse import Cleansing
     from turnover.tasks.explain import Explanation
     from turnover.tasks.groups import Groups
     from turnover.tasks.memorize import Memorization
@@ -469,6 +471,72 @@ def review(
 
 
 @app.command()
+def cleanse(
+    run: RunFolder,
+    validation: Annotated[
+        str, typer.Option(help="Rows to predict better: a file or Hugging Face data set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Data set without the rows that were taken out.")],
+    ranking: Annotated[
+        str | None,
+        typer.Option(
+            help="Influence on the validation rows by gram (the default) or turn-over, or self: what "
+            "was learned by heart."
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Your own ranking: CSV with key and score, positive = helpful."),
+    ] = None,
+    fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="Share to take out (repeatable); default: 0.01 0.02 0.05 0.1 0.2."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Heads trained without each share.")] = 3,
+    text_column: str = "text",
+    image_column: str = "image",
+    label_column: str = "label",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "validation",
+) -> None:
+    """Take training rows out for a validation set's sake, and measure what that is worth.
+
+    New heads on the pretrained encoder's features are trained without them; the run stays as it is.
+    """
+    from turnover.data import Columns, Data, check_writable, read
+    from turnover.images import read_images
+    from turnover.pipelines import ImagePipeline
+    from turnover.run import Run, write_json
+    from turnover.tasks.cleanse import FRACTIONS, cleanse, read_scores, write_cleansed
+
+    if ranking is not None and scores is not None:
+        raise InputError("--ranking and --scores are two rankings: give one of them")
+    check_writable(out, ".npz")
+    loaded = Run.load(run)
+    given = None if scores is None else read_scores(loaded, scores)
+    classes = loaded.train.classes
+    held: Data
+    if isinstance(loaded.pipeline, ImagePipeline):
+        columns, size = Columns(image_column, label_column), loaded.pipeline.config.size
+        held = read_images(validation, size, columns, classes=classes, split=split)
+    else:
+        columns = Columns(text_column, label_column)
+        held = read(validation, columns, classes=classes, split=split)
+    found = cleanse(
+        loaded,
+        held,
+        ranking=ranking or "gram",
+        scores=given,
+        fractions=fraction or FRACTIONS,
+        seeds=seeds,
+    )
+    removed = _in_results(run, "removed.csv")
+    write_cleansed(loaded, found, out, removed)
+    write_json(_in_results(run, "cleanse.json"), found.to_dict())
+    _print_cleansing(found)
+    console.print(f"{len(found.removed)} rows taken out: {removed}; the others: {out}")
+
+
+@app.command()
 def report(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
@@ -662,6 +730,28 @@ def _print_groups(found: Groups) -> None:
         f"{sum(one.significant for one in found.groups)} of {len(found.groups)} groups have q <= 0.05 "
         f"(bold); whole network {found.accuracy:.3f}; by chance (without - with) differs by "
         f"{found.accuracy_spread:.3f}"
+    )
+
+
+def _print_cleansing(found: Cleansing) -> None:
+    for title, points in (("validation", found.curve), ("test", found.test)):
+        table = Table(
+            "taken out by",
+            "share",
+            "rows",
+            "accuracy",
+            "loss, nats",
+            title=title,
+            title_justify="left",
+        )
+        for one in points:
+            figures = (f"{mean(v):.3f} ± {pstdev(v):.3f}" for v in (one.accuracy, one.loss))
+            table.add_row(one.removal, f"{100 * one.fraction:g}%", str(one.removed), *figures)
+        console.print(table)
+    console.print(
+        f"heads on the pretrained encoder's features, mean ± standard deviation over "
+        f"{len(found.curve[0].loss)} seeds; on the test rows at the share with the ranking's lowest "
+        f"loss on the validation rows"
     )
 
 

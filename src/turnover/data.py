@@ -69,6 +69,9 @@ class Data(Protocol):
     def table(self) -> dict[str, list[Any]]:
         """Columns for a file: key, label, and what the instances are."""
 
+    def contents(self) -> list[str]:
+        """What each instance is, labels apart: equal where two are the same."""
+
 
 _Data = TypeVar("_Data", bound=Data)
 
@@ -111,6 +114,10 @@ class TextData:
     def shown(self, row: int) -> str:
         """What a list shows for a row: its text."""
         return self.texts[row]
+
+    def contents(self) -> list[str]:
+        """The texts."""
+        return self.texts
 
     def table(self) -> dict[str, list[Any]]:
         """Key, text and label."""

@@ -84,6 +84,10 @@ class ImageData:
         """What a list shows for a row: its name."""
         return self.names[row]
 
+    def contents(self) -> list[str]:
+        """Digests of the pixels."""
+        return [hashlib.sha256(self.pixels[row]).hexdigest() for row in self.rows]
+
     def table(self) -> dict[str, list[Any]]:
         """Key, image file and label."""
         labels = [self.classes[label] for label in self.labels]

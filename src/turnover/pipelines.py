@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,6 +142,13 @@ class Pipeline(Protocol):
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """What is done once before training."""
 
+    def pretrained(self, model: nn.Module) -> AbstractContextManager[Callable[[Any], Tensor]]:
+        """From a batch's inputs to the features (rows, width) of the encoder as it was pretrained.
+
+        Raises:
+            InputError: there is none, as the network was trained from scratch.
+        """
+
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write the model, and all that this pipeline is, into a folder."""
 
@@ -186,6 +194,13 @@ class TextPipeline:
         """Standardise the head's input on the pretrained encoder's features of some instances."""
         assert isinstance(model, TextClassifier)
         _standardise(model, training, lambda inputs: model.features(**inputs))
+
+    @contextmanager
+    def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
+        """Mean-pooled features without the LoRA components."""
+        assert isinstance(model, TextClassifier)
+        with transformers.without_lora(model):
+            yield lambda inputs: model.features(**inputs)
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Weights (safetensors), shapes (JSON) and tokenizer."""
@@ -238,6 +253,16 @@ class ImagePipeline:
         """Standardise the input of a wide head, where there is one."""
         if isinstance(model, ImageClassifier):
             _standardise(model, training, model.features)
+
+    @contextmanager
+    def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
+        """Means of the frozen convolutions' last channels."""
+        if not isinstance(model, ImageClassifier):
+            raise InputError(
+                "this takes features that were trained on other images, and the run's network was "
+                "trained from scratch: fit with --weights"
+            )
+        yield model.features
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Weights (safetensors) and shapes (JSON)."""

@@ -7,7 +7,8 @@ head's units), so nothing that learns an instance is shared with its hidden sub-
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,21 @@ class TextClassifier(nn.Module):
         weights = attention_mask[..., None].to(hidden.dtype)
         pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
         return pooled
+
+
+@contextmanager
+def without_lora(model: TextClassifier) -> Iterator[None]:
+    """The encoder as it was pretrained, while the body runs."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.encoder.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def review(run: Run, *, budget: int = 100) -> list[Flagged]:
     """
     if budget < 1:
         raise InputError(f"the budget must be at least 1 row, got {budget}")
-    _check_rows(run)
+    check_rows(run)
     predictions = predict_training(run)
     probabilities, labels = predictions.probabilities, np.array(run.train.labels)
     rows = np.arange(len(labels))
@@ -119,22 +120,8 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
     Raises:
         InputError: no such file, a missing column, an unknown or repeated key, or another decision.
     """
-    _check_rows(run)
-    try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a list of decisions: {error}") from error
-    row_of = {key: row for row, key in enumerate(run.train.keys)}
     decisions: dict[int, str] = {}
-    for number, line in enumerate(lines, start=2):
-        key, decision = line.get("key"), line.get("decision")
-        if key is None or decision is None:
-            raise InputError(f"{path}: line {number} lacks a column: key and decision are needed")
-        if key not in row_of:
-            raise InputError(f"{path}: line {number}: no training row has the key {key!r}")
-        if row_of[key] in decisions:
-            raise InputError(f"{path}: line {number}: a second decision on {key!r}")
+    for number, row, decision in read_column(run, path, "decision"):
         decision = decision.strip()
         if not decision:
             continue
@@ -143,8 +130,34 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
                 f"{path}: line {number}: unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class: "
                 f"{', '.join(run.train.classes)}"
             )
-        decisions[row_of[key]] = decision
+        decisions[row] = decision
     return decisions
+
+
+def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, str]]:
+    """Line number, training row and value, of a CSV file with the columns key and this one.
+
+    Raises:
+        InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
+    """
+    check_rows(run)
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
+    row_of = {key: row for row, key in enumerate(run.train.keys)}
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=2):
+        key, value = line.get("key"), line.get(column)
+        if key is None or value is None:
+            raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
+        if key not in row_of:
+            raise InputError(f"{path}: line {number}: no training row has the key {key!r}")
+        if key in seen:
+            raise InputError(f"{path}: line {number}: a second {column} of {key!r}")
+        seen.add(key)
+        yield number, row_of[key], value
 
 
 def decided(train: Data, decisions: dict[int, str]) -> Data:
@@ -178,12 +191,17 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
     return counts
 
 
-def _check_rows(run: Run) -> None:
+def check_rows(run: Run) -> None:
+    """Whether training rows have ids and keys of their own.
+
+    Raises:
+        InputError: they share them (groups).
+    """
     if len(torch.unique(run.train.ids)) < len(run.train) or len(set(run.train.keys)) < len(
         run.train
     ):
         raise InputError(
-            f"{run.folder} has groups, and labels are reviewed row by row: train with an id column in "
+            f"{run.folder} has groups, and rows are judged one by one: train with an id column in "
             f"place of the group column"
         )
 

@@ -1,0 +1,155 @@
+"""Small heads on what the pretrained encoder makes of texts or images: cheap enough to train many times.
+
+The encoder is taken as it was pretrained. The LoRA components of a run were trained on every row, so
+that they still know the rows that are taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from turnover.data import Data
+from turnover.errors import InputError
+from turnover.heads import WideHead
+from turnover.run import Run
+from turnover.sites import device_of
+
+# Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay to 0, the last
+# few steps decide how many rows a head calls positive, and two seeds differ by several points.
+_UNITS = 512
+_EPOCHS = 10
+_STEPS = 400  # at least: ten epochs of few rows teach nothing
+_BATCH = 50
+_RATE = 0.01
+_DECAY = 0.03
+_PENALTY = 1e-3
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Data as heads take them.
+
+    Attributes:
+        features: float32 (rows, width).
+        labels: int64 (rows,).
+        classes: number of classes.
+    """
+
+    features: Tensor
+    labels: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def frozen(run: Run, data: Data) -> Frozen:
+    """Pooled features of texts or images by the run's encoder as it was pretrained.
+
+    Raises:
+        InputError: the run's network was trained from scratch.
+    """
+    encoded, device = run.encode(data), device_of(run.model)
+    chunks = encoded.chunks(range(len(encoded)))
+    order = torch.tensor([row for chunk in chunks for row in chunk])
+    run.model.eval()
+    with torch.no_grad(), run.network.mean(), run.pipeline.pretrained(run.model) as encoder:
+        found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in chunks]
+    features = torch.cat(found).float().cpu()
+    sorted_back = torch.empty_like(features).index_copy_(0, order, features)
+    return Frozen(sorted_back, torch.tensor(data.labels), len(data.classes))
+
+
+def train_head(data: Frozen, rows: Sequence[int] | Tensor, seed: int) -> WideHead:
+    """A head trained on some of the rows, plainly.
+
+    Args:
+        data: all rows; their features, without labels, are what the input is standardised by.
+        rows: those that are trained on.
+        seed: of weights and order.
+
+    Returns:
+        The head in eval mode.
+
+    Raises:
+        InputError: a loss that is NaN or infinite.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = WideHead(data.features.shape[1], _UNITS, data.classes, gain=1.0)
+    head.standardise(data.features)
+    inputs, labels = data.features[rows], data.labels[rows]
+    optimiser = torch.optim.SGD(
+        head.parameters(), _RATE, momentum=0.9, weight_decay=_DECAY, fused=True
+    )
+    steps = -(-len(inputs) // _BATCH)
+    epochs = max(_EPOCHS, -(-_STEPS // steps))
+    rates = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, epochs * steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(inputs), generator=generator), _BATCH):
+            loss = functional.cross_entropy(head(inputs[batch]), labels[batch])
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            rates.step()
+    if not bool(loss.isfinite()):
+        raise InputError(
+            "the loss of a head on the encoder's features is not finite: look for "
+            "features that are not"
+        )
+    return head.eval()
+
+
+def logits_of(head: nn.Module, data: Frozen) -> Tensor:
+    """Logits of all rows, float32 (rows, classes)."""
+    with torch.no_grad():
+        logits: Tensor = head(data.features)
+    return logits
+
+
+class Calibrated(nn.Module):
+    """Logits of a model, scaled and shifted so that they fit some labels best.
+
+    What is left of the loss is what neither a threshold nor a temperature mends.
+
+    Args:
+        model: what the logits are of.
+        logits: float (rows, classes), of rows with known labels.
+        labels: int64 (rows,).
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, logits: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        values = torch.zeros(1 + logits.shape[1], requires_grad=True)
+        optimiser = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            fitted = functional.cross_entropy(values[0].exp() * logits + values[1:], labels)
+            # Where all are right the scale would grow without end.
+            cost = fitted + _PENALTY * values.square().sum()
+            torch.autograd.backward(cost)
+            return cost
+
+        optimiser.step(loss)  # type: ignore[no-untyped-call]
+        self.register_buffer("scale", values[0].detach().exp())
+        self.register_buffer("shift", values[1:].detach())
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+        """Calibrated logits (rows, classes)."""
+        return self.of(self.model(*inputs, **keywords))
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Likewise, of the model's logits."""
+        return self.scale * logits + self.shift
