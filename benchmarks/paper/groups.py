@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 import turnover
 from benchmarks.fidelity.problems import load
 from turnover import evaluation, objectives
-from turnover.evaluation import Masked, Recipe, Subsets
+from turnover.evaluation import Recipe, Subsets
 from turnover.evaluation.correlation import correlate
+
+from .networks import HEAD, wide_head
 
 Json = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -32,10 +34,9 @@ RECIPE = Recipe(epochs=10, learning_rate=2e-4, batch_size=100, optimiser="adam")
 NETWORKS = 3
 TRUTH_SEEDS = 5
 _TRUTH_SEED = 1000  # networks that are attributed have the seeds from 0 on
-_SMALLEST, _LARGEST = 40, 400
+_LARGEST = 10  # times the smallest source
 _ERRORS = (0.0, 0.05, 0.1, 0.2, 0.3)
 _CORRUPT = 0.8
-_MASKED = Masked(("head",))
 _SIGNIFICANT = 0.05
 
 
@@ -55,13 +56,14 @@ def planted(rows: int) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
     Sizes grow geometrically, tenfold; sizes and shares are dealt out independently.
     """
     generator = np.random.default_rng(0)
-    sizes = np.geomspace(_SMALLEST, _LARGEST, SOURCES)
-    sizes = np.floor(sizes * rows / sizes.sum()).astype(np.int64)
+    shares = np.geomspace(1, _LARGEST, SOURCES)
+    sizes = np.floor(rows * shares / shares.sum()).astype(np.int64)
     sizes[-1] += rows - sizes.sum()
-    sizes = generator.permutation(sizes)
+    generator.shuffle(sizes)
     corrupted = np.zeros(SOURCES, dtype=np.bool_)
     corrupted[generator.choice(SOURCES, CORRUPTED, replace=False)] = True
-    errors = np.where(corrupted, _CORRUPT, generator.choice(_ERRORS, SOURCES))
+    errors = generator.choice(_ERRORS, SOURCES)
+    errors[corrupted] = _CORRUPT
     return sizes, errors, corrupted
 
 
@@ -102,28 +104,22 @@ def figures(
     source = torch.from_numpy(np.repeat(np.arange(SOURCES), sizes))
     y = flipped(right, source, errors)
 
-    def build(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = turnover.WideHead(x.shape[1], units, 2)
-        head.standardise(x)
-        return nn.Sequential(head)
-
+    build = wide_head(x, units, 2)
     keep = np.ones((1 + SOURCES, len(x)), dtype=np.bool_)
     for number in range(SOURCES):
         keep[1 + number, source.numpy() == number] = False
     seeds = range(_TRUTH_SEED, _TRUTH_SEED + truth_seeds)
     logits = evaluation.retrain(
         build, x, y, recipe, Subsets(keep), seeds,
-        on=held_out[0], ids=source, masked=_MASKED, cache=cache,
+        on=held_out[0], ids=source, masked=HEAD, cache=cache,
     )  # fmt: skip
     margins = evaluation.minus_cost(logits, held_out[1]).mean(axis=2).astype(np.float64)
     effects = (margins[0] - margins[1:]).T  # (seeds, sources), positive = helpful
 
-    trained = evaluation.train(build, x, y, recipe, range(networks), ids=source, masked=_MASKED)
+    trained = evaluation.train(build, x, y, recipe, range(networks), ids=source, masked=HEAD)
     results, by_gram = [], []
     for seed, model in enumerate(trained.models()):
-        network = turnover.attach(model, list(_MASKED.sites), _MASKED.spec(seed))
+        network = turnover.attach(model, list(HEAD.sites), HEAD.spec(seed))
         influence = turnover.Influence(network, objectives.margin, method="linear")
         results.append(influence.aggregate([held_out], torch.arange(SOURCES)))
         gram = turnover.Influence(network, method="gram").fit([(x, y, torch.arange(len(x)))])
@@ -134,7 +130,7 @@ def figures(
     q = np.stack([result.q for result in results])
     harmful = (q <= _SIGNIFICANT) & (scores < 0)  # (networks, sources)
     trivial = {"size": sizes.astype(np.float64), "minus wrong labels": -errors * sizes}
-    rows = {"turn-over": scores, "gram, summed": np.stack(by_gram)}
+    rows: dict[str, Floats] = {"turn-over": scores, "gram, summed": np.stack(by_gram)}
     rows |= {name: values[None] for name, values in trivial.items()}
     truth = effects.mean(axis=0)
     return {

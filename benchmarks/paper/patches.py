@@ -41,9 +41,9 @@ def of(x: Tensor, fitted: int, cache: Path | None = None) -> Tensor:
     filters, mean, whiten = _filters(x[:fitted], generator)
     pooled = torch.cat([_pooled(part, filters, mean, whiten) for part in torch.split(x, _ROWS)])
     pooled = (pooled - pooled[:fitted].mean(dim=0)) / pooled[:fitted].std(dim=0)
-    values, vectors = torch.linalg.eigh(pooled[:fitted].T @ pooled[:fitted])
-    found = pooled @ vectors[:, -_COMPONENTS:]
-    found = found / found[:fitted].std()
+    _, vectors = torch.linalg.eigh(pooled[:fitted].T @ pooled[:fitted])
+    found: Tensor = pooled @ vectors[:, -_COMPONENTS:]
+    found /= found[:fitted].std()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, path)
@@ -83,4 +83,5 @@ def _pooled(x: Tensor, filters: Tensor, mean: Tensor, whiten: Tensor) -> Tensor:
     side = (x.shape[2] - _SIZE) // _STRIDE + 1
     responses = ((patches - mean) @ (whiten @ filters.T)).transpose(1, 2)
     both = torch.cat([(responses - 1).relu(), (-responses - 1).relu()], dim=1)
-    return functional.adaptive_avg_pool2d(both.unflatten(2, (side, side)), 2).flatten(1)
+    places = both.view(len(x), -1, side, side)
+    return functional.adaptive_avg_pool2d(places, 2).flatten(1)

@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import turnover
 from turnover import evaluation
-from turnover.evaluation import Masked, Recipe
+from turnover.evaluation import Recipe
 from turnover.masks import ghost_ids
 
 from . import images, patches
 from .label_errors import HELD_OUT, TEST_ROWS
 from .label_errors import ROWS as IMAGES
-from .sides import attached, centre, losses
+from .networks import HEAD, attached, centre, losses, wide_head
 
 Json = dict[str, Any]
 
@@ -32,7 +31,6 @@ UNITS = 2048
 RECIPE = Recipe(epochs=15, learning_rate=3e-4, batch_size=100, optimiser="adam")
 KINDS = ("easy", "hard", "mislabelled", "random label")
 _RANDOM = 0.1
-_MASKED = Masked(("head",))
 
 
 def run(data: Path | None, folder: Path) -> Json:
@@ -74,19 +72,13 @@ def figures(
     y[chosen] = torch.from_numpy(generator.integers(0, classes, len(chosen)))
     kinds[chosen] = len(KINDS) - 1
 
-    def build(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = turnover.WideHead(x.shape[1], units, classes)
-        head.standardise(x)
-        return nn.Sequential(head)
-
+    build = wide_head(x, units, classes)
     epochs = range(recipe.epochs + 1)
-    trained = evaluation.train(build, x, y, recipe, [0], masked=_MASKED, checkpoints=epochs)
+    trained = evaluation.train(build, x, y, recipe, [0], masked=HEAD, checkpoints=epochs)
     ids, ghosts = torch.arange(len(y)), ghost_ids(len(test[1]))
     curves: Json = {name: {"exposed": [], "hidden": []} for name in (*KINDS, "test")}
     for _, (state,) in sorted(trained.checkpoints.items()):
-        with attached(build, state, _MASKED, 0) as network:
+        with attached(build, state, HEAD, 0) as network:
             for side in ("exposed", "hidden"):
                 found = losses(network, x, y, ids, hidden=side == "hidden")
                 for number, name in enumerate(KINDS):

@@ -1,4 +1,4 @@
-"""Losses of rows in their exposed and hidden sub-networks, and of test rows under ghosts' masks."""
+"""The wide head, and losses of rows in their exposed and hidden sub-networks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ from turnover.evaluation import Build, Masked
 from turnover.evaluation.training import State
 
 _ROWS = 500
+
+
+HEAD = Masked(("head",))
+
+
+def wide_head(x: Tensor, units: int, classes: int) -> Build:
+    """Wide heads on features that look like ``x``."""
+
+    def build(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = turnover.WideHead(x.shape[1], units, classes)
+        head.standardise(x)
+        return nn.Sequential(head)
+
+    return build
 
 
 @contextmanager
