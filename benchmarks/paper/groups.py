@@ -47,7 +47,7 @@ def run(folder: Path) -> Json:
         torch.cat([problem.train.x, problem.test.x]),
         torch.cat([problem.train.y, problem.test.y]),
     )
-    return figures((x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), folder / "groups")
+    return figures((x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]))
 
 
 def planted(rows: int) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
@@ -81,7 +81,6 @@ def flipped(y: Tensor, source: Tensor, errors: Floats) -> Tensor:
 def figures(
     train: tuple[Tensor, Tensor],
     held_out: tuple[Tensor, Tensor],
-    cache: Path,
     *,
     units: int = UNITS,
     recipe: Recipe = RECIPE,
@@ -93,7 +92,6 @@ def figures(
     Args:
         train: inputs (rows, features) and labels.
         held_out: inputs and right labels of the rows whose mean log-odds are the objective.
-        cache: folder that keeps finished trainings.
         units: of the wide head.
         recipe: of every training.
         networks: turn-over networks that are attributed.
@@ -110,9 +108,8 @@ def figures(
         keep[1 + number, source.numpy() == number] = False
     seeds = range(_TRUTH_SEED, _TRUTH_SEED + truth_seeds)
     logits = evaluation.retrain(
-        build, x, y, recipe, Subsets(keep), seeds,
-        on=held_out[0], ids=source, masked=HEAD, cache=cache,
-    )  # fmt: skip
+        build, x, y, recipe, Subsets(keep), seeds, on=held_out[0], ids=source, masked=HEAD
+    )
     margins = evaluation.minus_cost(logits, held_out[1]).mean(axis=2).astype(np.float64)
     effects = (margins[0] - margins[1:]).T  # (seeds, sources), positive = helpful
 

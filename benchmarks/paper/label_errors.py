@@ -121,6 +121,8 @@ def figures(
             cleaning[name].append(
                 _accuracy(standard, (x[kept], y[kept]), test, standard_recipe, seeds + seed)
             )
+        aucs = {name: round(values["auc"][-1], 3) for name, values in finding.items()}
+        print(f"{errors} wrong, seed {seed}: {aucs}", flush=True)
     return {
         "wrong": errors,
         "wrong_share": round(errors / len(y), 4),
