@@ -1,7 +1,7 @@
 """Runs the experiments, and writes ``benchmarks/results/paper.json`` and ``docs/paper.md``.
 
-``python -m benchmarks.paper.run`` runs those that are not in the JSON yet, two at once, each by a
-process of one thread. ``--only name`` runs one again, in this process.
+``python -m benchmarks.paper.run`` runs them two at once, each by a process of one thread, but for those
+that an earlier try finished in the same folder. ``--only name`` runs one anew, in this process.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ EXPERIMENTS: dict[str, Callable[[Settings], Json]] = {
 def experiment(name: str, given: Settings) -> Json | None:
     """The figures of one experiment; ``None``, with a message, where its data are absent."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    made, start = machine(), time.perf_counter()
     try:
         found = EXPERIMENTS[name](given)
     except InputError as error:
         print(f"{name} left out: {error}", flush=True)
         return None
-    return found | {"seconds": time.perf_counter() - start, "machine": machine()}
+    return found | {"seconds": time.perf_counter() - start, "machine": made}
 
 
 def write(path: Path, name: str, found: Json) -> None:
@@ -93,17 +93,16 @@ def _apart(arguments: argparse.Namespace) -> None:
 
     def run(name: str) -> tuple[str, Path]:
         path = arguments.folder / f"{name}.json"
-        path.unlink(missing_ok=True)
+        if path.exists():
+            return name, path
         command = [sys.executable, "-m", "benchmarks.paper.run", "--only", name]
         command += ["--write", str(path), "--folder", str(arguments.folder)]
         command += ["--data", str(arguments.data)] if arguments.data else []
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return name, path
 
-    kept: Json = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        missing = [name for name in EXPERIMENTS if name not in kept]
-        for done in as_completed([pool.submit(run, name) for name in missing]):
+        for done in as_completed([pool.submit(run, name) for name in EXPERIMENTS]):
             name, path = done.result()
             if path.exists():
                 write(arguments.write, name, json.loads(path.read_text())[name])
