@@ -30,9 +30,11 @@ SOURCES = 20
 CORRUPTED = 3
 ROWS = 2500
 UNITS = 1024
-RECIPE = Recipe(epochs=10, learning_rate=2e-4, batch_size=100, optimiser="adam")
-NETWORKS = 3
-TRUTH_SEEDS = 5
+# Longer training learns the flipped labels by heart: after ten epochs the whole network is right on fewer
+# of the held-out rows, and a source's score says less of what leaving it out does.
+RECIPE = Recipe(epochs=3, learning_rate=2e-4, batch_size=100, optimiser="adam")
+NETWORKS = 5
+TRUTH_SEEDS = 15
 _TRUTH_SEED = 1000  # networks that are attributed have the seeds from 0 on
 _LARGEST = 10  # times the smallest source
 _ERRORS = (0.0, 0.05, 0.1, 0.2, 0.3)
