@@ -62,7 +62,7 @@ def test_corrupted_sources_are_found_and_compared_with_leaving_them_out(digits):
     assert sum(source["rows"] for source in found["sources"]) == 600
     assert found["methods"]["turn-over"]["pearson"] > 0.5
     text = rendered("groups", found)
-    assert text.count("(corrupted)") == 3 and "of 3 corrupted" in text
+    assert text.count("(corrupted)") == 3 and "2 seeds" in text
 
 
 def test_a_source_has_the_wrong_labels_that_were_planted():

@@ -31,24 +31,48 @@ def _made(found: Json) -> str:
 
 def groups(found: Json) -> str:
     """Whether the corrupted sources are found, the correlations, and every source."""
-    corrupted = [source for source in found["sources"] if source["corrupted"]]
-    others = len(found["sources"]) - len(corrupted)
+    parts = [_sources_said(found), _agreement(found)]
+    sources = [
+        [
+            str(source["rows"]),
+            f"{source['wrong']:.0%}{' (corrupted)' if source['corrupted'] else ''}",
+            f"{source['effect']:+.3f} ± {source['effect_standard_error']:.3f}",
+            f"{source['score']:+.2f}",
+            f"{source['z']:+.1f}",
+            f"{source['q']:.2g}",
+            f"{source['gram']:+.3f}",
+        ]
+        for source in sorted(found["sources"], key=lambda one: float(one["effect"]))
+    ]
+    titles = ["rows", "wrong labels", "effect ± standard error", "score", "z", "q", "gram"]
+    parts.append(_lines(titles, sources))
+    if "longer" in found:
+        parts += ["Trained longer:", _sources_said(found["longer"]), _agreement(found["longer"])]
+    return "\n\n".join([*parts, _made(found)])
+
+
+def _sources_said(found: Json) -> str:
+    corrupted = sum(source["corrupted"] for source in found["sources"])
+    others = len(found["sources"]) - corrupted
     each = [
-        f"{right} of {len(corrupted)} corrupted and {more} of {others} other sources"
+        f"{right} of {corrupted} and {more} of {others}"
         for right, more in zip(
             found["corrupted_found"], found["others_called_harmful"], strict=True
         )
     ]
     ceiling = found["ceiling"]
-    said = [
-        f"{found['rows']:,} rows of {len(found['sources'])} sources, {found['held_out']:,} held-out rows "
-        f"({found['accuracy']:.1%} right), wide head of {found['units']:,} units. Harmful with q <= 0.05, "
-        f"network by network: {'; '.join(each)}.",
-        f"Truth: masked training without each source, {found['truth_seeds']} seeds; sd of the effects "
+    return (
+        f"{found['rows']:,} rows of {len(found['sources'])} sources, {found['held_out']:,} held-out rows; "
+        f"wide head of {found['units']:,} units, {found['epochs']} epochs, {found['accuracy']:.1%} of the "
+        f"held-out rows right. Harmful with q <= 0.05, of the corrupted and of the other sources, "
+        f"network by network: {'; '.join(each)}. Truth: {found['truth_seeds']} seeds; sd of the effects "
         f"over sources {found['effect_sd']:.3f} nats, standard error of one "
-        f"{found['effect_standard_error']:.3f}. "
-        f"Ceilings from the seeds: Pearson {ceiling['pearson']:.2f}, Spearman {ceiling['spearman']:.2f}.",
-    ]
+        f"{found['effect_standard_error']:.3f}. Ceilings from the seeds: Pearson "
+        f"{ceiling['pearson']:.2f}, Spearman {ceiling['spearman']:.2f}."
+    )
+
+
+def _agreement(found: Json) -> str:
     rows = []
     for name, method in found["methods"].items():
         low, high = method["spearman_together"][1:]
@@ -64,21 +88,7 @@ def groups(found: Json) -> str:
         )
     header = ["", "Pearson", "Spearman", "Spearman, corrupted left out"]
     header += [f"mean of {found['networks']} networks: Pearson", "Spearman (95% interval)"]
-    sources = [
-        [
-            str(source["rows"]),
-            f"{source['wrong']:.0%}{' (corrupted)' if source['corrupted'] else ''}",
-            f"{source['effect']:+.3f} ± {source['effect_standard_error']:.3f}",
-            f"{source['score']:+.2f}",
-            f"{source['z']:+.1f}",
-            f"{source['q']:.2g}",
-            f"{source['gram']:+.3f}",
-        ]
-        for source in sorted(found["sources"], key=lambda one: float(one["effect"]))
-    ]
-    titles = ["rows", "wrong labels", "effect ± standard error", "score", "z", "q", "gram"]
-    parts = [*said, _lines(header, rows), _lines(titles, sources), _made(found)]
-    return "\n\n".join(parts)
+    return _lines(header, rows)
 
 
 def _with_sd(value: float, sd: float | None) -> str:
