@@ -102,7 +102,9 @@ def label_errors(found: Json) -> str:
     seeds = next(iter(sets.values()))["seeds"]
     parts = [
         f"{found['rows']:,} training images, {found['test_rows']:,} test images; wrong labels: {wrong}. "
-        f"Mean ± sd over {seeds} seeds. **Bold**: the best of a column, random and oracle apart."
+        f"Mean ± sd over {seeds} seeds. Precision is of so many rows reviewed; recall is precision times "
+        f"rows reviewed over rows wrong, so at as many as are wrong they are one. **Bold**: the best of a "
+        f"column, random and oracle apart."
     ]
     figures = ("auc", "precision at 1%", "precision at 5%", "precision at as many as are wrong")
     for name, one in sets.items():
