@@ -41,12 +41,14 @@ REMOVED = (
     "random",
     "turn-over self-influence",
     "turn-over hidden",
+    "turn-over hidden, calibrated",
     "loss of the turn-over mean network",
     "loss",
     "early loss",
+    "5-fold, probability of the label",
     "cleanlab, 5-fold",
 )
-"""What is removed by; the others rank as one of these does, or nearly so."""
+"""What is removed by."""
 _EARLY = 2
 _FOLDS = 5
 _BUDGETS = {"1%": 0.01, "5%": 0.05}
