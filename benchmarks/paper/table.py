@@ -1,0 +1,247 @@
+"""Puts the figures of the experiments into ``docs/paper.md``, between its markers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity.table import replaced
+
+RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "paper.md"
+Json = dict[str, Any]
+
+_OURS = ("turn-over", "loss of the turn-over", "cleanlab on turn-over", "gram")
+_NOT_METHODS = ("nothing", "what is wrong (oracle)", "random")
+
+
+def _lines(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def _made(found: Json) -> str:
+    machine = found["machine"]
+    return (
+        f"{found['seconds']:.0f} s, {machine['threads']} thread; {machine['date']}, commit "
+        f"{machine['commit']}, torch {machine['torch']}."
+    )
+
+
+def groups(found: Json) -> str:
+    """Whether the corrupted sources are found, the correlations, and every source."""
+    parts = [_sources_said(found), _agreement(found)]
+    sources = [
+        [
+            str(source["rows"]),
+            f"{source['wrong']:.0%}{' (corrupted)' if source['corrupted'] else ''}",
+            f"{source['effect']:+.3f} ± {source['effect_standard_error']:.3f}",
+            f"{source['score']:+.2f}",
+            f"{source['z']:+.1f}",
+            f"{source['q']:.2g}",
+            f"{source['gram']:+.3f}",
+        ]
+        for source in sorted(found["sources"], key=lambda one: float(one["effect"]))
+    ]
+    titles = ["rows", "wrong labels", "effect ± standard error", "score", "z", "q", "gram"]
+    parts.append(_lines(titles, sources))
+    if "longer" in found:
+        parts += ["Trained longer:", _sources_said(found["longer"]), _agreement(found["longer"])]
+    return "\n\n".join([*parts, _made(found)])
+
+
+def _sources_said(found: Json) -> str:
+    corrupted = sum(source["corrupted"] for source in found["sources"])
+    others = len(found["sources"]) - corrupted
+    each = [
+        f"{right} of {corrupted} and {more} of {others}"
+        for right, more in zip(
+            found["corrupted_found"], found["others_called_harmful"], strict=True
+        )
+    ]
+    ceiling = found["ceiling"]
+    return (
+        f"{found['rows']:,} rows of {len(found['sources'])} sources, {found['held_out']:,} held-out rows; "
+        f"wide head of {found['units']:,} units, {found['epochs']} epochs, {found['accuracy']:.1%} of the "
+        f"held-out rows right. Harmful with q <= 0.05, of the corrupted and of the other sources, "
+        f"network by network: {'; '.join(each)}. Truth: {found['truth_seeds']} seeds; sd of the effects "
+        f"over sources {found['effect_sd']:.3f} nats, standard error of one "
+        f"{found['effect_standard_error']:.3f}. Ceilings from the seeds: Pearson "
+        f"{ceiling['pearson']:.2f}, Spearman {ceiling['spearman']:.2f}."
+    )
+
+
+def _agreement(found: Json) -> str:
+    rows = []
+    for name, method in found["methods"].items():
+        low, high = method["spearman_together"][1:]
+        rows.append(
+            [
+                name,
+                _with_sd(method["pearson"], method["pearson_sd"]),
+                _with_sd(method["spearman"], method["spearman_sd"]),
+                f"{method['spearman_without_corrupted']:.2f}",
+                f"{method['pearson_together']:.2f}",
+                f"{method['spearman_together'][0]:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+    header = ["", "Pearson", "Spearman", "Spearman, corrupted left out"]
+    header += [f"mean of {found['networks']} networks: Pearson", "Spearman (95% interval)"]
+    return _lines(header, rows)
+
+
+def _with_sd(value: float, sd: float | None) -> str:
+    return f"{value:.2f}" if sd is None else f"{value:.2f} ± {sd:.2f}"
+
+
+def label_errors(found: Json) -> str:
+    """Ranking, budgets of review, cleanlab's own choice, accuracy after removal, and where ours loses."""
+    sets = found["labels"]
+    wrong = ", ".join(f"{name} {one['wrong_share']:.1%}" for name, one in sets.items())
+    seeds = next(iter(sets.values()))["seeds"]
+    parts = [
+        f"{found['rows']:,} training images, {found['test_rows']:,} test images; wrong labels: {wrong}. "
+        f"Mean ± sd over {seeds} seeds. Precision is of so many rows reviewed; recall is precision times "
+        f"rows reviewed over rows wrong, so at as many as are wrong they are one. **Bold**: the best of a "
+        f"column, random and oracle apart."
+    ]
+    figures = ("auc", "precision at 1%", "precision at 5%", "precision at as many as are wrong")
+    for name, one in sets.items():
+        columns = {figure: {k: v[figure] for k, v in one["finding"].items()} for figure in figures}
+        columns["accuracy after removal"] = one["accuracy_after_removal"]
+        parts.append(f"**{name}**: {one['wrong']:,} of {found['rows']:,} labels are wrong")
+        parts.append(_columns(columns))
+        parts.append(_said(name, columns))
+    issues = []
+    for name, one in sets.items():
+        for given, by in one["confident_learning"].items():
+            shares = [f"{by[key][0]:.3f} ± {by[key][1]:.3f}" for key in ("precision", "recall")]
+            issues.append([name, given, *shares, f"{by['flagged'][0]:,.0f}"])
+    parts.append("cleanlab's `find_label_issues`, which chooses how many rows, fed with:")
+    parts.append(_lines(["labels", "predictions", "precision", "recall", "flagged"], issues))
+    return "\n\n".join([*parts, _made(found)])
+
+
+def _columns(columns: dict[str, dict[str, list[float]]]) -> str:
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    best = {figure: _best(column)[0] for figure, column in columns.items()}
+    rows = []
+    for name in names:
+        cells = [name]
+        for figure, column in columns.items():
+            said = f"{column[name][0]:.3f} ± {column[name][1]:.3f}" if name in column else ""
+            cells.append(f"**{said}**" if name == best[figure] else said)
+        rows.append(cells)
+    return _lines(["", *columns], rows)
+
+
+def _best(column: dict[str, list[float]], *, ours: bool | None = None) -> tuple[str, float]:
+    able = {
+        name: value[0]
+        for name, value in column.items()
+        if name not in _NOT_METHODS and ours in (None, name.startswith(_OURS))
+    }
+    name = max(able, key=lambda one: able[one])
+    return name, able[name]
+
+
+def _said(labels: str, columns: dict[str, dict[str, list[float]]]) -> str:
+    """One sentence for every column: the best of ours, and the best of the others."""
+    said = []
+    for figure, column in columns.items():
+        ours, others = _best(column, ours=True), _best(column, ours=False)
+        verb = "wins" if ours[1] > others[1] else "loses"
+        said.append(f"{figure}: ours {verb} ({ours[0]} {ours[1]:.3f}, {others[0]} {others[1]:.3f})")
+    return f"Best of ours against best of the others, {labels}: {'; '.join(said)}."
+
+
+def hidden(found: Json) -> str:
+    """The four losses of every network at the end, and the curves."""
+    rows = []
+    for name, one in found["networks"].items():
+        rows.append(
+            [
+                name,
+                *(_interval(one["last"][side]) for side in _SIDES),
+                f"{one['exposed_over_hidden']:.2f}",
+                "yes" if one["hidden_did_not_learn"] else "no",
+                f"{one['accuracy']:.3f}{'' if one['above_chance'] else ' (chance)'}",
+                "**yes**" if one["holds"] else "no",
+                f"{one['leaking_share']:.1%}" + _buffers(one["leaking_buffers"]),
+            ]
+        )
+    header = ["", *(side.replace("_", " ") for side in _SIDES), "exposed / hidden"]
+    header += ["hidden did not learn", "test accuracy, whole network", "holds", "leaks (audit)"]
+    said = (
+        f"{found['rows']:,} images and {found['test_rows']:,} test images ({found['other_rows']:,} others "
+        f"for the frozen convolutions); {found['sentences']} sentences and {found['test_sentences']} test "
+        f"sentences. *Holds*: exposed / hidden at most {found['ratio']}, hidden did not learn, and the "
+        f"whole network is better than chance. Nats ± half width of the 95% interval."
+    )
+    parts = [said, _lines(header, rows)]
+    for name, one in found["networks"].items():
+        curves = [
+            [str(step), *(f"{one['curves'][side][index][0]:.3f}" for side in _SIDES)]
+            for index, step in enumerate(one["steps"])
+        ]
+        header = [one["unit"], *(side.replace("_", " ") for side in _SIDES)]
+        parts += [f"{name}, over training:", _lines(header, curves)]
+    return "\n\n".join([*parts, _made(found)])
+
+
+_SIDES = ("train_exposed", "train_hidden", "test_exposed", "test_hidden")
+
+
+def _interval(value: list[float]) -> str:
+    return f"{value[0]:.3f} ± {value[1]:.3f}"
+
+
+def _buffers(count: int) -> str:
+    return f", {count} buffers" if count else ""
+
+
+def random_labels(found: Json) -> str:
+    """Both losses of every kind by epoch."""
+    kinds = list(found["curves"])
+    header = ["epoch", *(f"{name} ({found['rows'][name]:,})" for name in kinds)]
+    rows = []
+    for index, epoch in enumerate(found["epochs"]):
+        cells = []
+        for name in kinds:
+            exposed, unseen = (found["curves"][name][side][index][0] for side in _BOTH)
+            cells.append(f"{exposed:.2f} / {unseen:.2f}")
+        rows.append([str(epoch), *cells])
+    widths = max(
+        value[1] for name in kinds for side in _BOTH for value in found["curves"][name][side]
+    )
+    return "\n\n".join(
+        [
+            f"Mean loss in nats, exposed / hidden (test images under ghosts' masks); half widths of the "
+            f"95% intervals are at most {widths:.2f}.",
+            _lines(header, rows),
+            _made(found),
+        ]
+    )
+
+
+_BOTH = ("exposed", "hidden")
+
+RENDERED: dict[str, Callable[[Json], str]] = {
+    "groups": groups,
+    "label_errors": label_errors,
+    "hidden": hidden,
+    "random_labels": random_labels,
+}
+
+
+def main() -> None:
+    text, found = DOCS.read_text(), json.loads(RESULTS.read_text())
+    for name, render in RENDERED.items():
+        if name in found:
+            text = replaced(text, name, render(found[name]))
+    DOCS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
