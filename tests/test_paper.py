@@ -14,6 +14,7 @@ from turnover.evaluation import Masked, Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.paper import (
+    errors,
     groups,
     hidden,
     images,
@@ -128,6 +129,25 @@ def test_hidden_losses_of_masks_on_every_layer_and_of_the_control(digits):
     counts = dict.fromkeys(("rows", "other_rows", "test_rows", "sentences", "test_sentences"), 1)
     found = {**counts, "ratio": 0.6, "networks": {"clean": clean, "control": control}}
     assert "clean, over training:" in rendered("hidden", found)
+
+
+def test_removing_what_is_behind_errors_turns_more_of_them_than_chance():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 6, generator=generator)
+    y = (x[:, 0] > 0).long()
+    wrong = ((x[:600, 0] > 0) & (x[:600, 1] > 1)).nonzero().flatten()  # a corner, wrongly labelled
+    labels = y[:600].clone()
+    labels[wrong] = 0
+    recipe = Recipe(12, 5e-3, 50, optimiser="adam")
+    train, held_out = (x[:600], labels), (x[600:], y[600:])
+    found = errors.figures(train, held_out, units=2048, recipe=recipe, seeds=2, draws=2, share=0.1)
+    assert found["errors"] > 10
+    for by in found["methods"].values():
+        assert 0 < by["removed"] <= 60
+        assert all(0 <= count <= found["errors"] for count in by["turned"])
+    assert found["methods"]["gram"]["more"] > 0.2
+    assert found["methods"]["turn-over, q <= 0.05"]["more"] > 0.2
+    assert "gram" in rendered("errors", {"sets": {"sentences": found}})
 
 
 @pytest.mark.parametrize(

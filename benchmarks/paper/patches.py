@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -33,10 +34,9 @@ def of(x: Tensor, fitted: int, cache: Path | None = None) -> Tensor:
     path = None
     if cache is not None:
         digest = hashlib.sha256(x.contiguous().numpy().tobytes() + str(fitted).encode())
-        path = cache / f"patches-{digest.hexdigest()[:16]}.pt"
+        path = cache / f"patches-{digest.hexdigest()[:16]}.npy"
         if path.exists():
-            kept: Tensor = torch.load(path, weights_only=True)
-            return kept
+            return torch.from_numpy(np.load(path, allow_pickle=False))
     generator = torch.Generator().manual_seed(0)
     filters, mean, whiten = _filters(x[:fitted], generator)
     pooled = torch.cat([_pooled(part, filters, mean, whiten) for part in torch.split(x, _ROWS)])
@@ -46,7 +46,7 @@ def of(x: Tensor, fitted: int, cache: Path | None = None) -> Tensor:
     found /= found[:fitted].std()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, path)
+        np.save(path, found.numpy(), allow_pickle=False)
     return found
 
 

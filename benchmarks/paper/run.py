@@ -23,7 +23,7 @@ import torch
 from benchmarks.fidelity.board import machine
 from turnover import InputError
 
-from . import groups, hidden, label_errors, random_labels, table
+from . import errors, groups, hidden, label_errors, random_labels, table
 
 RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
 Json = dict[str, Any]
@@ -46,6 +46,7 @@ class Settings:
 EXPERIMENTS: dict[str, Callable[[Settings], Json]] = {
     "label_errors": lambda given: label_errors.run(given.data, given.folder),
     "groups": lambda given: groups.run(given.folder),
+    "errors": lambda given: errors.run(given.data, given.folder),
     "hidden": lambda given: hidden.run(given.data, given.folder),
     "random_labels": lambda given: random_labels.run(given.data, given.folder),
 }

@@ -225,10 +225,54 @@ def random_labels(found: Json) -> str:
     )
 
 
+def errors(found: Json) -> str:
+    """How many errors are turned, of sentences and of images."""
+    parts = []
+    for name, one in found["sets"].items():
+        rows = [
+            [
+                "nothing",
+                "",
+                _counts(one["turned_without_removal"]),
+                "",
+                "",
+                "",
+                f"{one['accuracy']:.3f}",
+            ]
+        ]
+        for method, by in one["methods"].items():
+            more = f"{100 * by['more']:+.1f} ± {100 * by['more_standard_error']:.1f}"
+            rows.append(
+                [
+                    method,
+                    str(by["removed"]),
+                    _counts(by["turned"]),
+                    _counts(by["turned_at_random"]),
+                    more,
+                    f"{by['p']:.2g}",
+                    f"{by['accuracy']:.3f} ({by['accuracy_at_random']:.3f})",
+                ]
+            )
+        header = ["removed by", "instances", "errors turned, seed by seed", "at random"]
+        header += ["more, % of the errors ± standard error", "p", "accuracy (at random)"]
+        parts += [
+            f"**{name}**: {one['errors']:,} errors on {one['held_out']:,} held-out rows, {one['rows']:,} "
+            f"training rows; wide head of {one['units']:,} units, {one['epochs']} epochs; {one['seeds']} "
+            f"trainings without each set, {one['draws']} random sets beside each.",
+            _lines(header, rows),
+        ]
+    return "\n\n".join([*parts, _made(found)])
+
+
+def _counts(values: list[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values)
+
+
 _BOTH = ("exposed", "hidden")
 
 RENDERED: dict[str, Callable[[Json], str]] = {
     "groups": groups,
+    "errors": errors,
     "label_errors": label_errors,
     "hidden": hidden,
     "random_labels": random_labels,
