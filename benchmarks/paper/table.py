@@ -151,9 +151,13 @@ def _said(labels: str, columns: dict[str, dict[str, list[float]]]) -> str:
     said = []
     for figure, column in columns.items():
         ours, others = _best(column, ours=True), _best(column, ours=False)
-        verb = "wins" if ours[1] > others[1] else "loses"
+        apart = abs(ours[1] - others[1]) > max(column[ours[0]][1], column[others[0]][1])
+        verb = ("wins" if ours[1] > others[1] else "loses") if apart else "ties"
         said.append(f"{figure}: ours {verb} ({ours[0]} {ours[1]:.3f}, {others[0]} {others[1]:.3f})")
-    return f"Best of ours against best of the others, {labels}: {'; '.join(said)}."
+    return (
+        f"Best of ours against best of the others, {labels} (a tie: not further apart than the larger "
+        f"sd): {'; '.join(said)}."
+    )
 
 
 def hidden(found: Json) -> str:
