@@ -68,7 +68,16 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     turnover(
         *("fit", folder / "train.npz", "--test", folder / "test.npz", "--id-column", "id"),
         *("--model", "vgg11", "--width", WIDTH, "--weights", folder / "weights.safetensors"),
-        *("--no-augment", "--head-units", 4096, "--epochs", 12, "--no-compare"),
+        *(
+            "--no-augment",
+            "--head-units",
+            4096,
+            "--head-learning-rate",
+            1e-3,
+            "--epochs",
+            20,
+            "--no-compare",
+        ),
         *("--out", folder / "run"),
     )
     return folder / "run", {str(row) for row in wrong}
