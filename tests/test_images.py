@@ -362,6 +362,14 @@ def test_images_without_an_image_model_and_bad_shapes_are_refused(folders, tmp_p
     assert not list(tmp_path.glob("*run*"))
 
 
+def test_a_network_that_learned_nothing_of_its_inputs_is_named(folders, tmp_path: Path) -> None:
+    said = turnover(
+        *("fit", folders[0], "--test", folders[1], "--model", "vgg11", "--width", 1, "--hidden", 1),
+        *("--epochs", 1, "--no-compare", "--out", tmp_path / "run"),
+    ).stdout
+    assert "not better than the majority class" in said.replace("\n", " ")
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     with torch.random.fork_rng():

@@ -452,8 +452,10 @@ def _survival(z: Floats) -> Floats:
 
 
 def _units(config: FitConfig) -> int:
-    # The law is of a wide head; a convolutional network has no one width.
-    assert isinstance(config.classifier, ClassifierConfig)
+    if not isinstance(config.classifier, ClassifierConfig):
+        raise InputError(
+            "planning is for text classifiers: what was measured is of their wide head"
+        )
     return config.classifier.head_units
 
 
