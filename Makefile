@@ -43,7 +43,7 @@ bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
 	$(BIN)/python -m benchmarks.fidelity.table
 
 # What runs/paper has finished is not run again. ONLY=: one experiment, anew. DATA=: as above; without it those
-# that need images are left out.
+# that need images or reviews are left out.
 bench-paper: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.paper.run $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 

@@ -11,6 +11,8 @@ import torch
 
 from turnover import InputError
 from turnover.evaluation import Masked, Recipe
+from turnover.tasks import frozen
+from turnover.tasks.frozen import Frozen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.paper import (
@@ -22,6 +24,7 @@ from benchmarks.paper import (
     patches,
     random_labels,
     run,
+    shift,
     table,
 )
 
@@ -173,6 +176,77 @@ def test_random_labels_are_learned_by_heart(digits):
     assert last["easy"][1] < last["random label"][1]
     assert last["random label"][0] < last["random label"][1]
     assert "random label (60)" in rendered("random_labels", found)
+
+
+def films_and_electronics():
+    """A feature that tells the classes in both; of a fifth of the films another has the label too.
+
+    These films have wrong labels where the electronics are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pools = []
+    for rows, harmful in ((240, 0.2), (160, 0.0)):
+        y = torch.arange(rows) % 2
+        x = torch.randn(rows, 10, generator=generator)
+        x[:, 0] += 2 * (2 * y - 1)
+        wrong = torch.rand(rows, generator=generator) < harmful
+        x[wrong, 1] += 4
+        pools.append(Frozen(x, torch.where(wrong, 1 - y, y), 2))
+    pools[1].features[:, 1] += 4
+    return pools
+
+
+def test_cleansing_for_another_domain_is_compared_with_tuning(monkeypatch):
+    monkeypatch.setattr(frozen, "_STEPS", 1)
+    design = shift.Design(
+        rows=200,
+        held_out=60,
+        splits=2,
+        heads=1,
+        fractions=(0.1, 0.2),
+        epochs=(3,),
+        decays=(0.01, 0.1),
+        units=1024,
+        masked_heads=1,
+        recipe=Recipe(epochs=10, learning_rate=1e-3, batch_size=50, optimiser="adam"),
+    )
+    found = shift.figures(*films_and_electronics(), design)
+    assert found["test_rows"] == 100
+    accuracy = {name: one["accuracy"][0] for name, one in found["kinds"].items()}
+    for name in ("gram", "turn-over"):
+        assert accuracy[name] > accuracy["none"]
+        assert set(found["against"][name]) == set(shift.AGAINST)
+    assert set(found["curves"]) == set(shift.RANKINGS)
+    text = rendered("shift", found)
+    assert "| all rows |" in text and "| 10% | 20% |" in text
+
+
+def test_beating_takes_points_and_more_than_two_standard_errors():
+    def of(*accuracies):
+        return [shift.Measured(0.0, 0.0, one, 0.0) for one in accuracies]
+
+    base = of(0.7, 0.7, 0.7)
+    assert shift.paired(of(0.72, 0.73, 0.72), base)["beats"]
+    assert not shift.paired(of(0.71, 0.71, 0.711), base)["beats"], "too few points"
+    assert not shift.paired(of(0.7, 0.7, 0.8), base)["beats"], "too uncertain"
+
+
+def test_the_threshold_is_the_one_that_most_rows_are_right_with():
+    logits = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    mended = shift.threshold(logits, labels)(logits)
+    assert mended.argmax(dim=1).tolist() == labels.tolist()
+
+
+def test_reviews_without_a_clear_rating_have_no_label(tmp_path):
+    with pytest.raises(InputError, match="give the folder that vader_icwsm2014 lies in"):
+        shift.load(tmp_path, "some")
+    path = tmp_path / "vader_icwsm2014" / "some_GroundTruth.txt"
+    path.parent.mkdir()
+    path.write_text("1\t2.5\tgood\n2\t-0.2\tso-so\n3\t-0.3\tbad\n")
+    texts, labels = shift.load(tmp_path, "some")
+    assert texts == ["good", "bad"] and labels.tolist() == [1, 0]
+    assert shift.load(tmp_path / "images.npz", "some")[0] == texts
 
 
 def test_features_of_images_need_no_labels_and_are_kept(tmp_path, monkeypatch):

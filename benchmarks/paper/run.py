@@ -23,7 +23,7 @@ import torch
 from benchmarks.fidelity.board import machine
 from turnover import InputError
 
-from . import errors, groups, hidden, label_errors, random_labels, table
+from . import errors, groups, hidden, label_errors, random_labels, shift, table
 
 RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
 Json = dict[str, Any]
@@ -35,7 +35,8 @@ class Settings:
 
     Attributes:
         folder: keeps features and finished trainings.
-        data: ``cifar10_10k_2k.npz``, its folder, or ``None``.
+        data: ``cifar10_10k_2k.npz``, its folder, or ``None``; the sentences of the other domain lie
+            in the same folder.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Settings:
 # Those that take the longest begin first.
 EXPERIMENTS: dict[str, Callable[[Settings], Json]] = {
     "label_errors": lambda given: label_errors.run(given.data, given.folder),
+    "shift": lambda given: shift.run(given.data, given.folder),
     "groups": lambda given: groups.run(given.folder),
     "errors": lambda given: errors.run(given.data, given.folder),
     "hidden": lambda given: hidden.run(given.data, given.folder),

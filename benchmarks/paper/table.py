@@ -274,12 +274,86 @@ def _counts(values: list[float]) -> str:
 
 _BOTH = ("exposed", "hidden")
 
+
+def shift(found: Json) -> str:
+    """Every kind of head, cleansing against the others, and every ranking at every share."""
+    said = (
+        f"{found['rows']:,} training, {found['held_out']:,} validation and {found['test_rows']:,} test rows; "
+        f"mean ± sd over {found['splits']} splits of {found['heads']} heads each. Turn-over: "
+        f"{found['masked_heads']} wide heads of {found['units']:,} units."
+    )
+    kinds = [
+        [
+            _KINDS.get(name, name),
+            _percent(one["accuracy"]),
+            _interval(one["loss"]),
+            _chosen(found["chosen"].get(name)),
+        ]
+        for name, one in found["kinds"].items()
+        if " as many as " not in name
+    ]
+    parts = [
+        said,
+        _lines(["", "accuracy, %", "loss, nats", "chosen on the validation rows"], kinds),
+    ]
+    parts.append(
+        f"Cleansing minus the others, paired over the splits: points of accuracy, then nats of loss, ± "
+        f"standard error. **Beats**: at least {100 * found['points']:g} points and more than "
+        f"{found['errors']:g} standard errors."
+    )
+    names = list(found["against"])
+    against = [
+        [_KINDS.get(other, other), *(_difference(found["against"][name][other]) for name in names)]
+        for other in found["against"][names[0]]
+    ]
+    parts.append(_lines(["", *names], against))
+    shares = next(iter(found["curves"].values()))
+    curves = [
+        [name, *(f"{_percent(one['accuracy'])}, {one['loss'][0]:.3f}" for one in by_share.values())]
+        for name, by_share in found["curves"].items()
+    ]
+    parts += ["Accuracy and loss on the test rows by the share taken out:"]
+    parts.append(_lines(["", *(f"{float(share):.0%}" for share in shares)], curves))
+    return "\n\n".join([*parts, _made(found)])
+
+
+_KINDS = {
+    "none": "all rows",
+    "loss": "highest loss",
+    "loss, as many": "highest loss, as many",
+    "tuned": "all rows; epochs, weight decay, threshold tuned",
+    "tuned, with temperature": "all rows; these and the temperature tuned",
+    "gram, calibrated": "gram, then threshold and temperature",
+    "turn-over, calibrated": "turn-over, then threshold and temperature",
+}
+
+
+def _chosen(values: list[Any] | None) -> str:
+    said = [
+        f"{value:.0%}" if isinstance(value, float) else f"{value[0]} and {value[1]:g}"
+        for value in values or ()
+    ]
+    return ", ".join(said)
+
+
+def _percent(value: list[float]) -> str:
+    return f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}"
+
+
+def _difference(found: Json) -> str:
+    points, error = (100 * value for value in found["accuracy"])
+    said = f"{points:+.1f} ± {error:.1f}"
+    loss = f"{found['loss'][0]:+.3f} ± {found['loss'][1]:.3f}"
+    return f"{f'**{said}**' if found['beats'] else said}, {loss}"
+
+
 RENDERED: dict[str, Callable[[Json], str]] = {
     "groups": groups,
     "errors": errors,
     "label_errors": label_errors,
     "hidden": hidden,
     "random_labels": random_labels,
+    "shift": shift,
 }
 
 

@@ -28,6 +28,7 @@ from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.heads import WideHead
 from turnover.influence import Influence
+from turnover.influence.result import Result
 from turnover.run import Run, read_json
 from turnover.sites import device_of
 from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of, train_head
@@ -152,15 +153,12 @@ def cleanse(
     _check(run, validation, ranking, scores, fractions, seeds)
     known = _known(run, ranking, scores)
     train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
-    heads = [
-        train_head(train, range(len(train)), _RANKING_SEED + seed)
-        for seed in tqdm(range(_RANKING_HEADS), desc="heads for ranking", unit="head")
-    ]
+    heads = ranking_heads(train)
     ranked = known or _influence(run, validation, ranking, heads, train, held)
-    orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: _by_loss(heads, train)}
+    orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: by_loss(heads, train)}
     gone = {
         (name, fraction): [
-            _gone(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
+            taken_out(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
         ]
         for name in (ranked.name, RANDOM, LOSS)
         for fraction in sorted(set(fractions))
@@ -226,6 +224,39 @@ def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None
         for row in gone
     ]
     write_csv(removed, ("key", "label", "reason", "score", "z", "q", "text"), lines)
+
+
+def ranking_heads(train: Frozen) -> list[WideHead]:
+    """Heads trained on all rows, of other seeds than any that is trained without some."""
+    return [
+        train_head(train, range(len(train)), _RANKING_SEED + seed)
+        for seed in tqdm(range(_RANKING_HEADS), desc="heads for ranking", unit="head")
+    ]
+
+
+def by_gram(heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Result:
+    """Influence of training rows on the calibrated loss of others, of heads trained on them."""
+    models = [Calibrated(head, logits_of(head, held), held.labels) for head in heads]
+    influence = Influence(models, objectives.cross_entropy, "gram", progress=True)
+    return influence.fit(_batches(train)).aggregate(_batches(held))
+
+
+def by_loss(heads: Sequence[WideHead], train: Frozen) -> NDArray[np.int64]:
+    """Rows by their mean loss under heads trained on them, the highest first."""
+    losses = [
+        functional.cross_entropy(logits_of(head, train), train.labels, reduction="none")
+        for head in heads
+    ]
+    return np.argsort(-torch.stack(losses).mean(dim=0).numpy(), kind="stable")
+
+
+def taken_out(
+    order: NDArray[np.int64] | None, fraction: float, rows: int, seed: int
+) -> NDArray[np.int64]:
+    """Rows taken out: the first of an order, or a draw of the seed's own."""
+    if order is None:
+        order = np.random.default_rng(seed).permutation(rows)
+    return order[: max(1, round(fraction * rows))]
 
 
 def _check(
@@ -309,33 +340,13 @@ def _influence(
         influence = Influence(run.network, cost, "linear", sites=sites, progress=True)
         result = influence.aggregate(batches, run.train.ids)
     else:
-        models = [Calibrated(head, logits_of(head, held), held.labels) for head in heads]
-        influence = Influence(models, objectives.cross_entropy, "gram", progress=True)
-        result = influence.fit(_batches(train)).aggregate(_batches(held))
+        result = by_gram(heads, train, held)
     return Ranking(name, result.scores, result.z, result.q)
 
 
 def _batches(data: Frozen) -> list[tuple[Tensor, Tensor]]:
     parts = (torch.split(values, _ROWS) for values in (data.features, data.labels))
     return list(zip(*parts, strict=True))
-
-
-def _by_loss(heads: Sequence[WideHead], train: Frozen) -> NDArray[np.int64]:
-    """Rows by their mean loss under heads trained on them, the highest first."""
-    losses = [
-        functional.cross_entropy(logits_of(head, train), train.labels, reduction="none")
-        for head in heads
-    ]
-    return np.argsort(-torch.stack(losses).mean(dim=0).numpy(), kind="stable")
-
-
-def _gone(
-    order: NDArray[np.int64] | None, fraction: float, rows: int, seed: int
-) -> NDArray[np.int64]:
-    """Rows taken out: the first of an order, or a draw of the seed's own."""
-    if order is None:
-        order = np.random.default_rng(seed).permutation(rows)
-    return order[: max(1, round(fraction * rows))]
 
 
 def _check_classes(

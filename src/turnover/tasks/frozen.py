@@ -66,13 +66,22 @@ def frozen(run: Run, data: Data) -> Frozen:
     return Frozen(sorted_back, torch.tensor(data.labels), len(data.classes))
 
 
-def train_head(data: Frozen, rows: Sequence[int] | Tensor, seed: int) -> WideHead:
+def train_head(
+    data: Frozen,
+    rows: Sequence[int] | Tensor,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    weight_decay: float = _DECAY,
+) -> WideHead:
     """A head trained on some of the rows, plainly.
 
     Args:
         data: all rows; their features, without labels, are what the input is standardised by.
         rows: those that are trained on.
         seed: of weights and order.
+        epochs: ``None``: 10, and at least 400 steps.
+        weight_decay: factor of the L2 penalty in the gradient.
 
     Returns:
         The head in eval mode.
@@ -86,10 +95,10 @@ def train_head(data: Frozen, rows: Sequence[int] | Tensor, seed: int) -> WideHea
     head.standardise(data.features)
     inputs, labels = data.features[rows], data.labels[rows]
     optimiser = torch.optim.SGD(
-        head.parameters(), _RATE, momentum=0.9, weight_decay=_DECAY, fused=True
+        head.parameters(), _RATE, momentum=0.9, weight_decay=weight_decay, fused=True
     )
     steps = -(-len(inputs) // _BATCH)
-    epochs = max(_EPOCHS, -(-_STEPS // steps))
+    epochs = epochs or max(_EPOCHS, -(-_STEPS // steps))
     rates = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
