@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -29,11 +29,16 @@ from turnover.files import write_csv
 from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.influence.result import Result
-from turnover.run import Run, read_json
-from turnover.sites import device_of
-from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of, train_head
+from turnover.run import Run
+from turnover.tasks.frozen import (
+    Calibrated,
+    Frozen,
+    frozen,
+    logits_of,
+    train_head,
+    train_masked_head,
+)
 from turnover.tasks.review import check_rows, read_column
-from turnover.tasks.training import logits_of_rows
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -41,10 +46,10 @@ NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
 _NOTHING = np.empty(0, dtype=np.int64)
 _RANKING_HEADS = 5
+_MASKED_HEADS = 2
 _RANKING_SEED = 2**20
 """Heads that rank are not those that are trained without what they ranked."""
 _ROWS = 250
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,8 @@ def cleanse(
     Args:
         validation: rows to be predicted better, of the run's classes; none of them in the run.
         ranking: ``"gram"``: influence on the validation rows, of five heads trained on all rows;
-            ``"turn-over"``: likewise, of the run's network, linearly; ``"self"``: the self-influence
-            that ``turnover influence`` stored, the highest first.
+            ``"turn-over"``: likewise, of two wide heads trained under masks; ``"self"``: the
+            self-influence that ``turnover influence`` stored, the highest first.
         scores: a ranking of the user's in place of these, float (train,), positive = helpful.
         fractions: shares of the training rows to take out, each in (0, 1).
         seeds: heads trained without each.
@@ -154,7 +159,12 @@ def cleanse(
     known = _known(run, ranking, scores)
     train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
     heads = ranking_heads(train)
-    ranked = known or _influence(run, validation, ranking, heads, train, held)
+    if known is None:
+        # The plain loss of another domain is largely that of a threshold and a confidence that do not
+        # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
+        result = by_masks(train, held) if ranking == "turn-over" else by_gram(heads, train, held)
+        known = Ranking(ranking, result.scores, result.z, result.q)
+    ranked = known
     orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: by_loss(heads, train)}
     gone = {
         (name, fraction): [
@@ -310,38 +320,23 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
     return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
 
 
-def _influence(
-    run: Run,
-    validation: Data,
-    name: str,
-    heads: Sequence[WideHead],
-    train: Frozen,
-    held: Frozen,
-) -> Ranking:
-    """Influence on the calibrated loss of the validation rows.
+def by_masks(train: Frozen, held: Frozen) -> Result:
+    """Influence of training rows on the calibrated loss of others, of wide heads trained under masks.
 
-    The plain loss of another domain is largely that of a threshold and a confidence that do not fit
-    there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
+    The ids of the result are the rows' numbers.
     """
-    if name == "turn-over":
-        encoded = run.encode(validation)
-        rows = range(len(encoded))
-        logits = logits_of_rows(run.model, encoded, rows, lambda _: run.network.mean())
-        calibrated = Calibrated(run.model, logits, held.labels).to(device_of(run.model)).of
+    networks = [
+        train_masked_head(train, _RANKING_SEED + seed)
+        for seed in tqdm(range(_MASKED_HEADS), desc="masked heads", unit="head")
+    ]
+    logits = torch.stack([logits_of(network.model, held) for network in networks]).mean(dim=0)
+    calibrated = Calibrated(nn.Identity(), logits, held.labels).of
 
-        def cost(outputs: Any, batch: Batch) -> Tensor:
-            return objectives.cross_entropy(calibrated(objectives.logits_of(outputs)), batch)
+    def cost(outputs: Any, batch: Batch) -> Tensor:
+        return objectives.cross_entropy(calibrated(outputs), batch)
 
-        batches = [encoded.batch(chunk) for chunk in encoded.chunks(rows, _BATCH)]
-        # LoRA ranks, too few to tell rows apart, would bury the head's scores in noise.
-        metrics = read_json(run.folder / "metrics.json").get("influence", {})
-        head = [site for site in run.network.sites if site.startswith("head.")]
-        sites = metrics.get("scored_sites") or head or None
-        influence = Influence(run.network, cost, "linear", sites=sites, progress=True)
-        result = influence.aggregate(batches, run.train.ids)
-    else:
-        result = by_gram(heads, train, held)
-    return Ranking(name, result.scores, result.z, result.q)
+    influence = Influence(networks, cost, "linear", progress=True)
+    return influence.aggregate(_batches(held), torch.arange(len(train)))
 
 
 def _batches(data: Frozen) -> list[tuple[Tensor, Tensor]]:
