@@ -309,7 +309,10 @@ def shift(found: Json) -> str:
     parts.append(_lines(["", *names], against))
     shares = next(iter(found["curves"].values()))
     curves = [
-        [name, *(f"{_percent(one['accuracy'])}, {one['loss'][0]:.3f}" for one in by_share.values())]
+        [
+            _KINDS.get(name, name),
+            *(f"{_percent(one['accuracy'])}, {one['loss'][0]:.3f}" for one in by_share.values()),
+        ]
         for name, by_share in found["curves"].items()
     ]
     parts += ["Accuracy and loss on the test rows by the share taken out:"]
