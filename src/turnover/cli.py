@@ -136,7 +136,7 @@ def fit(
     """Train a text or image classifier with turn-over dropout; writes a run folder."""
     from turnover.data import Columns, Data, read_both
     from turnover.images import read_both_images
-    from turnover.integrations import transformers
+    from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
     from turnover.tasks.fit import FitConfig, fit
@@ -145,21 +145,19 @@ def fit(
     of_images = model in IMAGE_MODELS
     if of_images:
         file = None if weights is None else str(weights)
-        of_image = ImageClassifierConfig(
+        shape: Config = ImageClassifierConfig(
             model, image_size, width, hidden, augment, file, head_units
         )
-        shape: Config = of_image
-        sites, epochs = of_image.sites, 10 if epochs is None else epochs
     else:
         if Path(data).is_dir() or data.endswith(".npz"):
             raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
-        shape = transformers.ClassifierConfig(model, head_units, lora_rank, max_tokens)
-        sites, epochs = transformers.SITES, 3 if epochs is None else epochs
+        shape = ClassifierConfig(model, head_units, lora_rank, max_tokens)
+    passes = epochs if epochs is not None else (10 if of_images else 3)
     config = FitConfig(
         shape,
-        TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
+        TrainingConfig(passes, batch_size, learning_rate, head_learning_rate, seed),
         MaskSpec(keep, seed),
-        tuple(site) if site else sites,
+        tuple(site or ()),
         compare,
         memorization=memorization,
     )

@@ -42,6 +42,11 @@ class ClassifierConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is masked by default: everything that is trained."""
+        return SITES
+
 
 class TextClassifier(nn.Module):
     """Frozen encoder with LoRA -> mean of the last layer's tokens -> :class:`~turnover.WideHead`.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from turnover.audit import AuditReport
 from turnover.data import Data
 from turnover.encoded import Encoded
-from turnover.integrations.transformers import SITES
 from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
 from turnover.pipelines import Config, Pipeline, build
@@ -45,7 +44,7 @@ class FitConfig:
         classifier: shape of the model.
         training: how it is trained.
         masks: the mask spec.
-        sites: what is masked, as :func:`turnover.attach` takes it.
+        sites: what is masked, as :func:`turnover.attach` takes it; empty: all that is trained.
         compare: also train the same model with ordinary dropout.
         curve_rows: fixed rows of the training and of the test data on which losses are followed.
         memorization: also follow both losses of every training row, epoch by epoch.
@@ -54,10 +53,14 @@ class FitConfig:
     classifier: Config
     training: TrainingConfig = field(default_factory=TrainingConfig)
     masks: MaskSpec = field(default_factory=MaskSpec)
-    sites: tuple[str, ...] = SITES
+    sites: tuple[str, ...] = ()
     compare: bool = True
     curve_rows: int = 300
     memorization: bool = False
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass sets its own fields in this way alone.
+        object.__setattr__(self, "sites", self.sites or self.classifier.sites)
 
 
 def fit(
