@@ -100,13 +100,13 @@ def test_a_leaky_control_fails_the_claim(
 
 def test_ghosts_are_not_significant_more_often_than_chance(clean: Fitted) -> None:
     influence = Influence(clean.network, ghosts=2000)
-    batches = [clean.test.batch(rows) for rows in clean.test.by_length(range(96), 32)]
+    batches = [clean.test.batch(rows) for rows in clean.test.chunks(range(96), 32)]
     result = influence.estimate(batches, ghost_ids(3000, start=2000))
     assert 0.005 <= (result.p < 0.01).mean() <= 0.02
 
 
 def test_self_influence_stands_out_and_is_helpful(clean: Fitted) -> None:
-    batches = [clean.training.batch(rows) for rows in clean.training.by_length(range(TRAIN), 32)]
+    batches = [clean.training.batch(rows) for rows in clean.training.chunks(range(TRAIN), 32)]
     result = Influence(clean.network, sites=["head.*"]).self_influence(batches)
     assert (result.scores > 0).mean() > 0.8
     assert (result.q <= 0.05).mean() > 0.2
