@@ -177,17 +177,9 @@ def _sentences(_: Path | None, cache: Path | None) -> Problem:
 
 
 def _images(data: Path | None, _: Path | None) -> Problem:
-    given = data or os.environ.get("TURNOVER_DATA")
-    path = Path(given) if given else Path(_CIFAR)
-    path = path / _CIFAR if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(
-            f"problem E needs {_CIFAR}, which is not at {path}: give its path as data=, or in the "
-            f"environment's TURNOVER_DATA"
-        )
     generator = np.random.default_rng(0)
     splits = []
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(cifar(data), allow_pickle=False) as file:
         for part, rows in (("train", 2000), ("test", TARGETS)):
             labels = file[f"y_{part}"]
             order = generator.permutation(len(labels))[:rows]
@@ -208,6 +200,23 @@ def _images(data: Path | None, _: Path | None) -> Problem:
         40,
         2,
     )
+
+
+def cifar(data: Path | None) -> Path:
+    """The file of images.
+
+    Args:
+        data: the file or its folder; ``None``: what the environment's ``TURNOVER_DATA`` says.
+
+    Raises:
+        InputError: it is not there.
+    """
+    given = data or os.environ.get("TURNOVER_DATA")
+    path = Path(given) if given else Path(_CIFAR)
+    path = path / _CIFAR if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{_CIFAR} is not at {path}: give its path as --data, or in TURNOVER_DATA")
+    return path
 
 
 def decoded(

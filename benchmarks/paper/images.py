@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity.problems import decoded
-from turnover import InputError
+from benchmarks.fidelity.problems import cifar, decoded
 
-_FILE = "cifar10_10k_2k.npz"
 ANNOTATORS = ("random1", "random2", "random3")
 HUMAN = {
     "aggregate": "n_aggre_label",
@@ -56,12 +53,7 @@ def load(data: Path | None, rows: int, test_rows: int) -> Images:
     Raises:
         InputError: the file is not there.
     """
-    given = data or os.environ.get("TURNOVER_DATA")
-    path = Path(given) if given else Path(_FILE)
-    path = path / _FILE if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"{_FILE} is not at {path}: give its path as --data, or in TURNOVER_DATA")
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(cifar(data), allow_pickle=False) as file:
 
         def images(part: str, count: int) -> Tensor:
             pixels = decoded(file[f"{part}_jpeg"], file[f"{part}_off"], np.arange(count))

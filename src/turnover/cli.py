@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,8 +136,8 @@ def fit(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing run.")] = False,
 ) -> None:
     """Train a text or image classifier with turn-over dropout; writes a run folder."""
-    from turnover.data import Columns, Data, read_both
-    from turnover.images import read_both_images
+    from turnover.data import Columns, Data, read, read_both
+    from turnover.images import read_images
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
@@ -164,12 +166,8 @@ def fit(
     columns = Columns(
         image_column if of_images else text_column, label_column, id_column, group_column
     )
-    train_data: Data
-    test_data: Data
-    if of_images:
-        train_data, test_data = read_both_images(data, test, image_size, columns, split, test_split)
-    else:
-        train_data, test_data = read_both(data, test, columns, split, test_split)
+    reader: Callable[..., Data] = partial(read_images, size=image_size) if of_images else read
+    train_data, test_data = read_both(reader, data, test, columns, split, test_split)
     metrics = fit(config, train_data, test_data, out, overwrite=overwrite)
     _print_fit(metrics)
     console.print(f"run: {out}; next: turnover influence {out}")
@@ -204,7 +202,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Before training: how sure will single scores be, and what would it take?"""
-    from turnover.data import Columns, read_both
+    from turnover.data import Columns, read, read_both
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.tasks.fit import FitConfig
@@ -217,7 +215,7 @@ def plan(
         MaskSpec(keep, seed),
     )
     columns = Columns(text_column, label_column, id_column, group_column)
-    train_data, test_data = read_both(data, test, columns, split, test_split)
+    train_data, test_data = read_both(read, data, test, columns, split, test_split)
     rows = pilot_rows if pilot else None
     found = plan(config, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -373,17 +373,27 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
 
 
 def read_both(
-    data: str, test: str | None, columns: Columns, split: str, test_split: str
-) -> tuple[TextData, TextData]:
+    reader: Callable[..., _Data],
+    data: str,
+    test: str | None,
+    columns: Columns,
+    split: str,
+    test_split: str,
+) -> tuple[_Data, _Data]:
     """Training and test data; without ``test`` a part of the data is held out.
 
+    Args:
+        reader: :func:`read`, or :func:`~turnover.images.read_images` of a size.
+
     Raises:
-        InputError: as :func:`read` and :func:`hold_out`.
+        InputError: as the reader and :func:`hold_out`.
     """
-    train_data = read(data, columns, split=split)
+    train_data = reader(data, columns=columns, split=split)
     if test is None:
         return hold_out(train_data)
-    test_data = read(test, columns, classes=train_data.classes, split=test_split, ids_needed=False)
+    test_data = reader(
+        test, columns=columns, classes=train_data.classes, split=test_split, ids_needed=False
+    )
     return train_data, test_data
 
 

@@ -48,6 +48,21 @@ class Encoded(Protocol):
         """All that a training depends on: a checkpoint of other instances is not resumed."""
 
 
+def batches(data: Encoded, rows: Sequence[int], size: int = _EVALUATION_ROWS) -> list[Batch]:
+    """The rows as batches, in the groups in which they are best run together."""
+    return [data.batch(chunk) for chunk in data.chunks(rows, size)]
+
+
+def in_order(
+    parts: Sequence[Tensor], chunks: Sequence[Sequence[int]], rows: Sequence[int]
+) -> Tensor:
+    """What was found chunk by chunk, (rows of the chunk, ...) each, in the order of the rows."""
+    found = torch.cat(list(parts))
+    position = {row: index for index, row in enumerate(rows)}
+    order = torch.tensor([position[row] for chunk in chunks for row in chunk])
+    return torch.empty_like(found).index_copy_(0, order.to(found.device), found)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Tokenised texts: token ids, class indices, int64 instance ids (rows,) and the padding."""

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from turnover.data import (
     Columns,
     check_writable,
-    hold_out,
     indexed,
     keys_and_ids,
     label_names,
@@ -158,23 +157,6 @@ def read_images(
         contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
     keys, ids = found.given or (found.names, content_ids(contents))
     return ImageData(pixels, list(range(count)), found.names, labels, ids, keys, known)
-
-
-def read_both_images(
-    data: str, test: str | None, size: int, columns: Columns, split: str, test_split: str
-) -> tuple[ImageData, ImageData]:
-    """Training and test images; without ``test`` a part of the data is held out.
-
-    Raises:
-        InputError: as :func:`read_images` and :func:`~turnover.data.hold_out`.
-    """
-    train_data = read_images(data, size, columns, split=split)
-    if test is None:
-        return hold_out(train_data)
-    classes = train_data.classes
-    return train_data, read_images(
-        test, size, columns, classes=classes, split=test_split, ids_needed=False
-    )
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:

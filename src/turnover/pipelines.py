@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.data import Data, TextData, write
-from turnover.encoded import Encoded, Pixels, Tokens
+from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
 from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
@@ -372,10 +372,10 @@ def _standardise(
 ) -> None:
     device = device_of(model)
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
-    chunks = training.chunks(rows[:_STANDARDISED_ROWS].tolist())
+    some = batches(training, rows[:_STANDARDISED_ROWS].tolist())
     model.eval()
     with torch.no_grad():
-        found = [features(training.batch(chunk).to(device).inputs) for chunk in chunks]
+        found = [features(batch.to(device).inputs) for batch in some]
     model.head.standardise(torch.cat(found))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from turnover.data import Data
+from turnover.encoded import in_order
 from turnover.errors import InputError
 from turnover.heads import WideHead
 from turnover.masks import MaskSpec
@@ -63,14 +64,13 @@ def frozen(run: Run, data: Data) -> Frozen:
         InputError: the run's network was trained from scratch.
     """
     encoded, device = run.encode(data), device_of(run.model)
-    chunks = encoded.chunks(range(len(encoded)))
-    order = torch.tensor([row for chunk in chunks for row in chunk])
+    rows = range(len(encoded))
+    chunks = encoded.chunks(rows)
     run.model.eval()
     with torch.no_grad(), run.network.mean(), run.pipeline.pretrained(run.model) as encoder:
         found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in chunks]
-    features = torch.cat(found).float().cpu()
-    sorted_back = torch.empty_like(features).index_copy_(0, order, features)
-    return Frozen(sorted_back, torch.tensor(data.labels), len(data.classes))
+    features = in_order(found, chunks, rows).float().cpu()
+    return Frozen(features, torch.tensor(data.labels), len(data.classes))
 
 
 def train_head(

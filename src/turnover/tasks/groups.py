@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from turnover import objectives
-from turnover.encoded import Encoded
+from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.influence import Influence
 from turnover.masks import ghost_ids
@@ -99,9 +99,10 @@ def groups(
         )
     keys = dict(zip(run.train.ids.tolist(), run.train.keys, strict=True))
     test = run.encode(run.test)
-    batches = [test.batch(chunk) for chunk in test.chunks(range(len(test)), _BATCH)]
     influence = Influence(run.network, objective, method, ghosts=_GHOSTS, progress=True)
-    result = influence.aggregate(batches, torch.tensor(sorted(sizes)))
+    result = influence.aggregate(
+        batches(test, range(len(test)), _BATCH), torch.tensor(sorted(sizes))
+    )
     order = np.argsort(result.scores, kind="stable")
     chosen = set(order[:predict].tolist()) | set(order[len(order) - predict :].tolist())
     accuracies = _Accuracies(run, test)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from turnover.data import TextData
-from turnover.encoded import Encoded
+from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.influence import Influence
 from turnover.integrations.transformers import ClassifierConfig
@@ -359,7 +359,7 @@ def run_pilot(
     targets = _sample(len(test), _TARGETS)
     influence = Influence(network, margin, "linear", ghosts=_GHOSTS, sites=sites, progress=True)
     ids = torch.unique(part.ids)
-    result = influence.estimate([test.batch(chunk) for chunk in test.chunks(targets, _BATCH)], ids)
+    result = influence.estimate(batches(test, targets, _BATCH), ids)
     setting = Setting(len(ids), _units(config))
     elapsed = time.perf_counter() - start
     floor = result.noise_floor.astype(np.float64)
@@ -492,11 +492,11 @@ def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:
         return tuple(network.sites)
     first_rows = {int(key): row for row, key in enumerate(training.ids.tolist())}
     rows = [list(first_rows.values())[i] for i in _sample(len(first_rows), _SITE_ROWS)]
-    batches = [training.batch(chunk) for chunk in training.chunks(rows, _BATCH)]
+    sample = batches(training, rows, _BATCH)
     by_site = {}
     for site in network.sites:
         influence = Influence(network, margin, "linear", ghosts=_SITE_GHOSTS, sites=[site])
-        own = influence.self_influence(batches)
+        own = influence.self_influence(sample)
         noise = float((own.noise_floor.astype(np.float64) ** 2).mean()) ** 0.5
         by_site[site] = {"signal": float(own.scores.mean()), "noise": noise}
     return tuple(choose_sites(by_site))

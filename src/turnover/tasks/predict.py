@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.data import Data
+from turnover.encoded import batches
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.hidden import HiddenPredictions, hidden_predictions
@@ -26,7 +27,7 @@ def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
     """The hidden predictions of a run's training rows, in their order, calibrated on its test rows."""
     training, test = run.encode(run.train), run.encode(run.test)
     chunks = training.chunks(range(len(training)))
-    held_out = [test.batch(chunk) for chunk in test.chunks(range(len(test)))]
+    held_out = batches(test, range(len(test)))
     found = hidden_predictions(
         run.network,
         [training.batch(chunk) for chunk in chunks],

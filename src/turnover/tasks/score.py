@@ -15,7 +15,7 @@ import torch
 from turnover import objectives
 from turnover.batches import Batch
 from turnover.data import Data
-from turnover.encoded import Encoded
+from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.influence import METHODS, Influence
 from turnover.influence.calibration import noise_floor
@@ -90,14 +90,14 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     if wrong:
         influence = scoring.influence(config.method)
         if config.method == "auto":
-            plan = influence.plan(_batches(test, wrong), ids)
+            plan = influence.plan(batches(test, wrong, _BATCH), ids)
             influence = scoring.influence(plan.chosen)
             found["plan"] = plan.to_dict()
         found["method"] = influence.method
         kept = {key: value for key, value in asdict(config).items() if key != "gram"}
         settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
         with run.draft("errors", settings) as draft:
-            errors = influence.estimate(_batches(test, wrong), ids, out=draft).load()
+            errors = influence.estimate(batches(test, wrong, _BATCH), ids, out=draft).load()
         found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
         found |= _agreement(run, influence, test, wrong, ids, errors)
     run.remove_result("gram")
@@ -105,12 +105,14 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         found["gram"] = _score_by_gram(run, scoring, errors)
     mean_method = config.method if config.method in ("exact", "linear") else "linear"
     mean = scoring.influence(mean_method)
-    run.write_result("aggregate", mean.aggregate(_batches(test, range(len(test))), ids))
+    run.write_result("aggregate", mean.aggregate(batches(test, range(len(test)), _BATCH), ids))
     # Every row has ghosts of its own and the null is pooled over the rows, so fewer do.
     own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
     training = scoring.training
     if len(ids) == len(training):
-        run.write_result("self", own.self_influence(_batches(training, range(len(training)))))
+        run.write_result(
+            "self", own.self_influence(batches(training, range(len(training)), _BATCH))
+        )
     write_json(run.folder / "results" / "targets.json", scoring.targets)
     metrics = read_json(run.folder / "metrics.json")
     metrics["seconds"]["influence"] = time.perf_counter() - start
@@ -131,7 +133,7 @@ def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
     scoring = _Scoring(run, config)
     if not scoring.wrong:
         return None
-    return scoring.influence("auto").plan(_batches(scoring.test, scoring.wrong), scoring.ids)
+    return scoring.influence("auto").plan(batches(scoring.test, scoring.wrong, _BATCH), scoring.ids)
 
 
 class _Scoring:
@@ -235,7 +237,7 @@ def explain_input(
     prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
     predicted = int(prediction.predicted[0])
     if label is None:
-        data = run.pipeline.one(given, predicted, classes)
+        data = data.relabelled([predicted])
         encoded = run.encode(data)
     found = read_json(run.folder / "metrics.json").get("influence", {})
     sites = found.get("scored_sites", run.network.sites)
@@ -254,18 +256,18 @@ def explain_input(
 
 def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence:
     """Gram of the run's network and training rows, each under its number: groups share ids."""
-    batches = [
+    numbered = [
         replace(training.batch(chunk), ids=torch.tensor(chunk))
         for chunk in training.chunks(range(len(training)), _BATCH)
     ]
-    return Influence(run.network, objective, "gram", progress=True).fit(batches)
+    return Influence(run.network, objective, "gram", progress=True).fit(numbered)
 
 
 def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any]:
     """The errors' extremes by gram, stored, and how far their signs agree with turn-over's."""
     start = time.perf_counter()
     fitted = _fitted_gram(run, scoring.training, scoring.objective)
-    result = fitted.estimate(_batches(scoring.test, scoring.wrong), top=_GRAM_TOP)
+    result = fitted.estimate(batches(scoring.test, scoring.wrong, _BATCH), top=_GRAM_TOP)
     run.write_result("gram", result)
     each = min(_GRAM_COMPARED, result.scores.shape[1] // 2)
     ends = np.r_[0:each, result.scores.shape[1] - each : result.scores.shape[1]]
@@ -282,11 +284,6 @@ def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any
     }
 
 
-def _batches(data: Encoded, rows: Sequence[int]) -> list[Batch]:
-    """Batches of rows of similar length, shortest first."""
-    return [data.batch(chunk) for chunk in data.chunks(rows, _BATCH)]
-
-
 def _fresh(
     influence: Influence, test: Encoded, wrong: Sequence[int], count: int
 ) -> np.ndarray[Any, Any]:
@@ -294,7 +291,7 @@ def _fresh(
     fresh = ghost_ids(count, start=count)
     if influence.method == "exact":
         fresh = fresh[:_EXACT_GHOSTS]
-    return influence.estimate(_batches(test, wrong), fresh).p
+    return influence.estimate(batches(test, wrong, _BATCH), fresh).p
 
 
 def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -368,7 +365,7 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
     variance: dict[str, list[float]] = {site: [] for site in network.sites}
     units_of = network.known_units()
-    for batch in _batches(training, rows.tolist()):
+    for batch in batches(training, rows.tolist(), _BATCH):
         gradients = mask_gradients(network, objective, batch)
         assert batch.ids is not None
         start = 0

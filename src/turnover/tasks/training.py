@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from turnover.encoded import Encoded
+from turnover.encoded import Encoded, in_order
 from turnover.errors import InputError
 from turnover.heads import WideHead
 from turnover.network import Network
@@ -127,10 +127,7 @@ def logits_of_rows(
         for chunk in chunks:
             with bind(chunk), autocast(device):
                 found.append(data.batch(chunk).to(device).call(model).float())
-    logits = torch.cat(found).cpu()
-    position = {row: index for index, row in enumerate(rows)}
-    order = torch.tensor([position[row] for chunk in chunks for row in chunk])
-    return torch.empty_like(logits).index_copy_(0, order, logits)
+    return in_order(found, chunks, rows).cpu()
 
 
 def train(
