@@ -206,9 +206,6 @@ def test_cleansing_for_another_domain_is_compared_with_tuning(monkeypatch):
         fractions=(0.1, 0.2),
         epochs=(3,),
         decays=(0.01, 0.1),
-        units=1024,
-        masked_heads=1,
-        recipe=Recipe(epochs=10, learning_rate=1e-3, batch_size=50, optimiser="adam"),
     )
     found = shift.figures(*films_and_electronics(), design)
     assert found["test_rows"] == 100

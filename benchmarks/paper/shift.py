@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,21 +23,22 @@ from torch.nn import functional
 
 import turnover
 from benchmarks.fidelity import features
-from turnover import Batch, InputError, evaluation, objectives
-from turnover.evaluation import Recipe
+from turnover import InputError, objectives
 from turnover.tasks.cleanse import (
     FRACTIONS,
     LOSS,
+    MASKED_HEADS,
     NONE,
     RANDOM,
+    batches,
     by_gram,
     by_loss,
+    by_masks,
+    masked_heads,
     ranking_heads,
     taken_out,
 )
-from turnover.tasks.frozen import Calibrated, Frozen, logits_of, train_head
-
-from .networks import HEAD, attached, wide_head
+from turnover.tasks.frozen import MASKED_UNITS, Calibrated, Frozen, logits_of, train_head
 
 Json = dict[str, Any]
 Orders = dict[str, NDArray[np.int64] | None]
@@ -47,9 +47,10 @@ Logits = tuple[Tensor, Tensor]
 Mend = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 """From logits and labels of the validation rows to what is done to logits."""
 
-TURNOVER = Recipe(epochs=4, learning_rate=5e-5, batch_size=50, optimiser="adam")
 SELF, GRAM, MASKS = "self-influence", "gram", "turn-over"
-RANKINGS = (RANDOM, LOSS, SELF, GRAM, MASKS)
+PLAIN = {"gram, margin": objectives.margin, "gram, loss as it is": objectives.cross_entropy}
+"""What else than the calibrated loss gram can be asked for."""
+RANKINGS = (RANDOM, LOSS, SELF, GRAM, MASKS, *PLAIN)
 TUNED, TUNED_TEMPERATURE = "tuned", "tuned, with temperature"
 ADDED = "validation rows added"
 CLEANSED = (GRAM, MASKS, f"{GRAM}, calibrated", f"{MASKS}, calibrated")
@@ -60,7 +61,6 @@ POINTS, ERRORS = 0.015, 2.0
 _FOLDER = "vader_icwsm2014"
 _FILMS, _ELECTRONICS = "movieReviewSnippets", "amazonReviewSnippets"
 _LEAST = 0.3  # of the mean rating, from -4 to 4: what is nearer to 0 has no label
-_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,6 @@ class Design:
         fractions: shares of the training rows to take out.
         epochs: of the heads that are tuned.
         decays: likewise.
-        units: of the wide heads under masks.
-        masked_heads: as many, of which influences are averaged.
-        recipe: of their training.
     """
 
     rows: int = 6000
@@ -87,9 +84,6 @@ class Design:
     fractions: Sequence[float] = FRACTIONS
     epochs: Sequence[int] = (1, 3, 10)
     decays: Sequence[float] = (0.01, 0.03, 0.1, 0.3)
-    units: int = 8192
-    masked_heads: int = 2
-    recipe: Recipe = TURNOVER
 
 
 @dataclass(frozen=True)
@@ -176,8 +170,8 @@ def figures(films: Frozen, electronics: Frozen, design: Design | None = None) ->
         "test_rows": len(electronics) - design.held_out,
         "splits": design.splits,
         "heads": design.heads,
-        "units": design.units,
-        "masked_heads": design.masked_heads,
+        "units": MASKED_UNITS,
+        "masked_heads": MASKED_HEADS,
         "kinds": {name: _summed([one.kinds[name] for one in found]) for name in found[0].kinds},
         "chosen": {name: [one.chosen[name] for one in found] for name in found[0].chosen},
         "curves": {
@@ -225,7 +219,7 @@ def split(films: Frozen, electronics: Frozen, design: Design, number: int) -> Sp
             )
             for fraction in design.fractions
         }
-        for name, order in _orders(train, held, design, number).items()
+        for name, order in _orders(train, held).items()
     }
     curve = {
         name: {fraction: measured(given) for fraction, given in by_share.items()}
@@ -308,54 +302,20 @@ def _taken(data: Frozen, rows: NDArray[np.int64]) -> Frozen:
     return Frozen(data.features[rows], data.labels[rows], data.classes)
 
 
-def _orders(train: Frozen, held: Frozen, design: Design, number: int) -> Orders:
+def _orders(train: Frozen, held: Frozen) -> Orders:
     """Training rows by every ranking, what is taken out first first; ``None``: drawn at random."""
-    heads = ranking_heads(train)
-    scores = by_gram(heads, train, held).scores
-    harm, own = _by_masks(train, held, design, number)
-    return {
-        RANDOM: None,
-        LOSS: by_loss(heads, train),
-        SELF: np.argsort(-own, kind="stable"),
-        GRAM: np.argsort(scores, kind="stable"),
-        MASKS: np.argsort(harm, kind="stable"),
+    heads, networks = ranking_heads(train), masked_heads(train)
+    own = turnover.Influence(networks, objectives.cross_entropy, "exact")
+    scores = {
+        SELF: -own.self_influence(batches(train)).scores,
+        GRAM: by_gram(heads, train, held).scores,
+        MASKS: by_masks(networks, train, held).scores,
     }
-
-
-def _by_masks(
-    train: Frozen, held: Frozen, design: Design, number: int
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Influence on the calibrated loss of the validation rows, and on the own one, of wide heads."""
-    x, y, ids = train.features, train.labels, torch.arange(len(train))
-    build = wide_head(x, design.units, train.classes)
-    seeds = range(design.masked_heads * number, design.masked_heads * (number + 1))
-    trained = evaluation.train(build, x, y, design.recipe, seeds, masked=HEAD)
-    batches = [
-        list(zip(*(torch.split(part, _AT_ONCE) for part in parts), strict=True))
-        for parts in ((held.features, held.labels), (x, y, ids))
-    ]
-    with ExitStack() as stack:
-        networks = [
-            stack.enter_context(attached(build, state, HEAD, seed))
-            for seed, state in zip(seeds, trained.states, strict=True)
-        ]
-        harm = [
-            turnover.Influence(network, _cost(network, held)).aggregate(batches[0], ids).scores
-            for network in networks
-        ]
-        own = turnover.Influence(networks, objectives.cross_entropy, method="exact")
-        return np.mean(harm, axis=0), own.self_influence(batches[1]).scores
-
-
-def _cost(network: turnover.Network, held: Frozen) -> objectives.Objective:
-    with network.mean():
-        logits = logits_of(network.model, held)
-    mend = calibrated(logits, held.labels)
-
-    def cost(outputs: Any, batch: Batch) -> Tensor:
-        return objectives.cross_entropy(mend(objectives.logits_of(outputs)), batch)
-
-    return cost
+    for name, objective in PLAIN.items():
+        influence = turnover.Influence(heads, objective, "gram")
+        scores[name] = influence.fit(batches(train)).aggregate(batches(held)).scores
+    by_score = {name: np.argsort(one, kind="stable") for name, one in scores.items()}
+    return {RANDOM: None, LOSS: by_loss(heads, train), **by_score}
 
 
 def _least_loss(points: Mapping[Any, Measured]) -> Any:

@@ -29,6 +29,7 @@ from turnover.files import write_csv
 from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.influence.result import Result
+from turnover.network import Network
 from turnover.run import Run
 from turnover.tasks.frozen import (
     Calibrated,
@@ -46,7 +47,7 @@ NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
 _NOTHING = np.empty(0, dtype=np.int64)
 _RANKING_HEADS = 5
-_MASKED_HEADS = 2
+MASKED_HEADS = 2
 _RANKING_SEED = 2**20
 """Heads that rank are not those that are trained without what they ranked."""
 _ROWS = 250
@@ -162,7 +163,10 @@ def cleanse(
     if known is None:
         # The plain loss of another domain is largely that of a threshold and a confidence that do not
         # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
-        result = by_masks(train, held) if ranking == "turn-over" else by_gram(heads, train, held)
+        if ranking == "turn-over":
+            result = by_masks(masked_heads(train), train, held)
+        else:
+            result = by_gram(heads, train, held)
         known = Ranking(ranking, result.scores, result.z, result.q)
     ranked = known
     orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: by_loss(heads, train)}
@@ -248,7 +252,7 @@ def by_gram(heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Result:
     """Influence of training rows on the calibrated loss of others, of heads trained on them."""
     models = [Calibrated(head, logits_of(head, held), held.labels) for head in heads]
     influence = Influence(models, objectives.cross_entropy, "gram", progress=True)
-    return influence.fit(_batches(train)).aggregate(_batches(held))
+    return influence.fit(batches(train)).aggregate(batches(held))
 
 
 def by_loss(heads: Sequence[WideHead], train: Frozen) -> NDArray[np.int64]:
@@ -320,15 +324,19 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
     return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
 
 
-def by_masks(train: Frozen, held: Frozen) -> Result:
+def masked_heads(train: Frozen) -> list[Network]:
+    """Wide heads trained on all rows under masks, each row's number being its id."""
+    return [
+        train_masked_head(train, _RANKING_SEED + seed)
+        for seed in tqdm(range(MASKED_HEADS), desc="masked heads", unit="head")
+    ]
+
+
+def by_masks(networks: Sequence[Network], train: Frozen, held: Frozen) -> Result:
     """Influence of training rows on the calibrated loss of others, of wide heads trained under masks.
 
     The ids of the result are the rows' numbers.
     """
-    networks = [
-        train_masked_head(train, _RANKING_SEED + seed)
-        for seed in tqdm(range(_MASKED_HEADS), desc="masked heads", unit="head")
-    ]
     logits = torch.stack([logits_of(network.model, held) for network in networks]).mean(dim=0)
     calibrated = Calibrated(nn.Identity(), logits, held.labels).of
 
@@ -336,12 +344,13 @@ def by_masks(train: Frozen, held: Frozen) -> Result:
         return objectives.cross_entropy(calibrated(outputs), batch)
 
     influence = Influence(networks, cost, "linear", progress=True)
-    return influence.aggregate(_batches(held), torch.arange(len(train)))
+    return influence.aggregate(batches(held), torch.arange(len(train)))
 
 
-def _batches(data: Frozen) -> list[tuple[Tensor, Tensor]]:
-    parts = (torch.split(values, _ROWS) for values in (data.features, data.labels))
-    return list(zip(*parts, strict=True))
+def batches(data: Frozen) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Features, labels and the rows' numbers as ids."""
+    columns = (data.features, data.labels, torch.arange(len(data)))
+    return list(zip(*(torch.split(values, _ROWS) for values in columns), strict=True))
 
 
 def _check_classes(

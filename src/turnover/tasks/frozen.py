@@ -33,7 +33,7 @@ _RATE = 0.01
 _DECAY = 0.03
 _PENALTY = 1e-3
 # Under masks: the recipe that docs/cleanse.md measured; of fewer rows as many steps.
-_MASKED_UNITS = 8192
+MASKED_UNITS = 8192
 _MASKED_EPOCHS = 4
 _MASKED_STEPS = 480
 _MASKED_RATE = 5e-5
@@ -125,7 +125,7 @@ def train_masked_head(data: Frozen, seed: int) -> Network:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = WideHead(data.features.shape[1], _MASKED_UNITS, data.classes)
+        head = WideHead(data.features.shape[1], MASKED_UNITS, data.classes)
     head.standardise(data.features)
     network = attach(head, ["activation"], MaskSpec(seed=seed))
     optimiser = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
