@@ -21,7 +21,7 @@ from turnover import evaluation, objectives
 from turnover.evaluation import Recipe, Subsets
 from turnover.evaluation.correlation import correlate
 
-from .networks import HEAD, wide_head
+from .networks import HEAD, attached, wide_head
 
 Json = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -127,14 +127,13 @@ def figures(
 
     trained = evaluation.train(build, x, y, recipe, range(networks), ids=source, masked=HEAD)
     results, by_gram = [], []
-    for seed, model in enumerate(trained.models()):
-        network = turnover.attach(model, list(HEAD.sites), HEAD.spec(seed))
-        influence = turnover.Influence(network, objectives.margin, method="linear")
-        results.append(influence.aggregate([held_out], torch.arange(SOURCES)))
-        gram = turnover.Influence(network, method="gram").fit([(x, y, torch.arange(len(x)))])
-        pairs = gram.estimate([held_out]).scores.mean(axis=0)
-        by_gram.append(np.bincount(source.numpy(), weights=pairs, minlength=SOURCES))
-        network.detach()
+    for seed, state in enumerate(trained.states):
+        with attached(build, state, HEAD, seed) as network:
+            influence = turnover.Influence(network, objectives.margin, method="linear")
+            results.append(influence.aggregate([held_out], torch.arange(SOURCES)))
+            gram = turnover.Influence(network, method="gram").fit([(x, y, torch.arange(len(x)))])
+            pairs = gram.estimate([held_out]).scores.mean(axis=0)
+            by_gram.append(np.bincount(source.numpy(), weights=pairs, minlength=SOURCES))
     scores = np.stack([result.scores for result in results]).astype(np.float64)
     q = np.stack([result.q for result in results])
     harmful = (q <= _SIGNIFICANT) & (scores < 0)  # (networks, sources)

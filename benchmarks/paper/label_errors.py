@@ -24,7 +24,7 @@ from turnover import evaluation, objectives
 from turnover.evaluation import Build, Recipe
 
 from . import images, patches
-from .networks import HEAD, predictions, wide_head
+from .networks import HEAD, attached, predictions, wide_head
 
 Json = dict[str, Any]
 Floats = NDArray[np.floating]
@@ -171,20 +171,20 @@ def _with_masks(
 ) -> tuple[dict[str, Floats], Floats]:
     """Suspicions from one turn-over network, and its calibrated hidden predictions."""
     x, y = train
-    (model,) = evaluation.train(build, x, y, recipe, [seed], masked=HEAD).models()
-    network = turnover.attach(model, list(HEAD.sites), HEAD.spec(seed))
+    (state,) = evaluation.train(build, x, y, recipe, [seed], masked=HEAD).states
     ids = torch.arange(len(y))
     batches = list(zip(*(torch.split(part, 500) for part in (x, y, ids)), strict=True))
-    own = turnover.Influence(network, objectives.cross_entropy, method="exact")
-    influence = own.self_influence(batches).scores
-    calibrated = turnover.hidden_predictions(network, batches, [held_out]).probabilities
-    hidden = turnover.hidden_predictions(network, batches).probabilities
-    network.detach()
+    with attached(build, state, HEAD, seed) as network:
+        own = turnover.Influence(network, objectives.cross_entropy, method="exact")
+        influence = own.self_influence(batches).scores
+        calibrated = turnover.hidden_predictions(network, batches, [held_out]).probabilities
+        hidden = turnover.hidden_predictions(network, batches).probabilities
+        loss = _loss(network.model, x, y)
     return {
         "turn-over self-influence": influence,
         "turn-over hidden": 1 - hidden[ids, y],
         "turn-over hidden, calibrated": 1 - calibrated[ids, y],
-        "loss of the turn-over mean network": _loss(model, x, y),
+        "loss of the turn-over mean network": loss,
         "cleanlab on turn-over hidden": _cleanlab(y, calibrated),
     }, calibrated
 
