@@ -39,7 +39,7 @@ _LAST = ("classifier.4",)  # the last hidden layer of the VGG
 _SENTENCES, _TEST_SENTENCES = 600, 600
 _BERT_EPOCHS = 6
 _CURVE_ROWS = 200
-_SIDES = ("train_exposed", "train_hidden", "test_exposed", "test_hidden")
+SIDES = ("train_exposed", "train_hidden", "test_exposed", "test_hidden")
 
 
 def run(data: Path | None, folder: Path) -> Json:
@@ -116,10 +116,10 @@ def followed(
     trained = evaluation.train(build, *train, recipe, [seed], masked=masked, checkpoints=epochs)
     ids = torch.arange(len(train[1]))
     ghosts = ghost_ids(len(test[1]))
-    curves: dict[str, list[list[float]]] = {name: [] for name in _SIDES}
+    curves: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     for _, (state,) in sorted(trained.checkpoints.items()):
         with attached(build, state, masked, seed) as network:
-            for name in _SIDES:
+            for name in SIDES:
                 rows, keys = (train, ids) if name.startswith("train") else (test, ghosts)
                 found = losses(network, *rows, keys, hidden=name.endswith("hidden"))
                 curves[name].append(centre(found))
@@ -190,7 +190,7 @@ def bert(folder: Path) -> Json:
         folder / "bert",
         overwrite=True,
     )
-    last = {name: [metrics["loss"][name], metrics["loss_half_width"][name]] for name in _SIDES}
+    last = {name: [metrics["loss"][name], metrics["loss_half_width"][name]] for name in SIDES}
     return {
         "unit": "step",
         "steps": metrics["curves"]["steps"],

@@ -1,7 +1,8 @@
 """Runs the experiments, and writes ``benchmarks/results/paper.json`` and ``docs/paper.md``.
 
 ``python -m benchmarks.paper.run`` runs them two at once, each by a process of one thread, but for those
-that an earlier try finished in the same folder. ``--only name`` runs one anew, in this process.
+that an earlier try finished in the same folder. ``--only name`` runs one anew, in this process; ``--full``
+runs those that take hours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from benchmarks.fidelity.board import machine
 from turnover import InputError
 
-from . import errors, groups, hidden, label_errors, random_labels, shift, table
+from . import errors, full, groups, hidden, label_errors, random_labels, shift, table
 
 RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
 Json = dict[str, Any]
@@ -37,10 +38,12 @@ class Settings:
         folder: keeps features and finished trainings.
         data: ``cifar10_10k_2k.npz``, its folder, or ``None``; the sentences of the other domain lie
             in the same folder.
+        seeds: fine-tunings of the BERT on every set.
     """
 
     folder: Path
     data: Path | None
+    seeds: int = 1
 
 
 # Those that take the longest begin first.
@@ -53,13 +56,18 @@ EXPERIMENTS: dict[str, Callable[[Settings], Json]] = {
     "random_labels": lambda given: random_labels.run(given.data, given.folder),
 }
 
+FULL: dict[str, Callable[[Settings], Json]] = {
+    "full_bert": lambda given: full.bert(given.data, given.folder, given.seeds),
+    "full_vgg": lambda given: full.vgg(given.data, given.folder),
+}
+
 
 def experiment(name: str, given: Settings) -> Json | None:
     """The figures of one experiment; ``None``, with a message, where its data are absent."""
     torch.set_num_threads(1)
     made, start = machine(), time.perf_counter()
     try:
-        found = EXPERIMENTS[name](given)
+        found = (EXPERIMENTS | FULL)[name](given)
     except InputError as error:
         print(f"{name} left out: {error}", flush=True)
         return None
@@ -75,14 +83,22 @@ def write(path: Path, name: str, found: Json) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=EXPERIMENTS, help="this experiment, in this process")
+    every = EXPERIMENTS | FULL
+    parser.add_argument("--only", choices=every, help="this experiment, in this process")
+    parser.add_argument(
+        "--full", action="store_true", help="the real BERT and the larger VGG: hours"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="fine-tunings of the BERT on every set"
+    )
     parser.add_argument("--data", type=Path, help="cifar10_10k_2k.npz, or its folder")
     parser.add_argument("--folder", type=Path, default=Path("runs/paper"))
     parser.add_argument("--write", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=2, help="experiments at once")
     arguments = parser.parse_args()
     if arguments.only:
-        found = experiment(arguments.only, Settings(arguments.folder, arguments.data))
+        given = Settings(arguments.folder, arguments.data, arguments.seeds)
+        found = experiment(arguments.only, given)
         if found is not None:
             write(arguments.write, arguments.only, found)
     else:
@@ -100,12 +116,14 @@ def _apart(arguments: argparse.Namespace) -> None:
             return name, path
         command = [sys.executable, "-m", "benchmarks.paper.run", "--only", name]
         command += ["--write", str(path), "--folder", str(arguments.folder)]
+        command += ["--seeds", str(arguments.seeds)]
         command += ["--data", str(arguments.data)] if arguments.data else []
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return name, path
 
+    names = FULL if arguments.full else EXPERIMENTS
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in as_completed([pool.submit(run, name) for name in EXPERIMENTS]):
+        for done in as_completed([pool.submit(run, name) for name in names]):
             name, path = done.result()
             if path.exists():
                 write(arguments.write, name, json.loads(path.read_text())[name])

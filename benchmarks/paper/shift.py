@@ -59,7 +59,7 @@ POINTS, ERRORS = 0.015, 2.0
 """*Beats*: at least so much higher an accuracy, and more than so many standard errors."""
 
 _FOLDER = "vader_icwsm2014"
-_FILMS, _ELECTRONICS = "movieReviewSnippets", "amazonReviewSnippets"
+FILMS, ELECTRONICS = "movieReviewSnippets", "amazonReviewSnippets"
 _LEAST = 0.3  # of the mean rating, from -4 to 4: what is nearer to 0 has no label
 
 
@@ -147,7 +147,7 @@ def load(data: Path | None, name: str) -> tuple[list[str], NDArray[np.int64]]:
 
 def run(data: Path | None, folder: Path) -> Json:
     """The figures of all splits."""
-    sets = [load(data, name) for name in (_FILMS, _ELECTRONICS)]
+    sets = [load(data, name) for name in (FILMS, ELECTRONICS)]
     films, electronics = (
         Frozen(torch.from_numpy(features.of(texts, folder)), torch.from_numpy(labels), 2)
         for texts, labels in sets
@@ -328,11 +328,11 @@ def _measured(given: Sequence[Logits], held: Tensor, test: Tensor, mend: Mend) -
     for held_logits, test_logits in given:
         mended = mend(held_logits, held)
         sides = (mended(held_logits), held), (mended(test_logits), test)
-        figures.append([value for side in sides for value in _judged(*side)])
+        figures.append([value for side in sides for value in judged(*side)])
     return Measured(*(mean(values) for values in zip(*figures, strict=True)))
 
 
-def _judged(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+def judged(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy and mean loss."""
     right = (logits.argmax(dim=1) == labels).float().mean()
     return float(right), float(functional.cross_entropy(logits, labels))
