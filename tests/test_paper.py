@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from test_cli import encoder, sentences  # noqa: F401 - a fixture
 from turnover import InputError
+from turnover.data import TextData
 from turnover.evaluation import Masked, Recipe
+from turnover.integrations.transformers import ClassifierConfig
 from turnover.tasks import frozen
 from turnover.tasks.frozen import Frozen
+from turnover.tasks.training import TrainingConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.paper import (
     errors,
+    full,
     groups,
     hidden,
     images,
@@ -246,6 +251,61 @@ def test_reviews_without_a_clear_rating_have_no_label(tmp_path):
     assert shift.load(tmp_path / "images.npz", "some")[0] == texts
 
 
+def test_a_bert_is_tuned_on_what_every_cleansing_leaves_and_explained(
+    tmp_path,
+    encoder,  # noqa: F811
+):
+    rows = [(text, label == "pos", key) for key, text, label in sentences(190)]
+    wrong = [(text, label ^ (number % 7 == 0)) for number, (text, label, _) in enumerate(rows)]
+    films, electronics = (
+        TextData(
+            [f"{text}{'' if domain else ' number'}" for text, _ in part],
+            [int(label) for _, label in part],
+            torch.arange(len(part)),
+            [str(row) for row in range(len(part))],
+            ["neg", "pos"],
+        )
+        for domain, part in enumerate((wrong[:110], wrong[110:]))
+    )
+    design = full.Design(
+        ClassifierConfig(str(encoder), head_units=256, lora_rank=2),
+        TrainingConfig(epochs=1),
+        rows=70,
+        own_rows=40,
+        held_out=40,
+        heads=1,
+        fractions=(0.1,),
+    )
+    found = full.figures(films, electronics, design, tmp_path)
+    taken = {name: one["removed"] for name, one in found["sets"].items()}
+    assert taken["none"] == 0 and taken["random"] == taken["loss"] == taken["gram"]
+    assert found["test_rows"] == 40 and found["leaking_share"] == 0
+    assert (tmp_path / "none-0" / "report.html").stat().st_size > 0
+    text = rendered("full_bert", found)
+    assert "| all rows | 0 |" in text and "errors explained" in text
+    again = full.figures(films, electronics, design, tmp_path)
+    assert again == found, "finished trainings are not run again"
+
+
+def test_a_head_on_convolutions_of_other_images_is_explained(tmp_path):
+    pytest.importorskip("PIL")
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (240,), generator=generator)
+    x = torch.rand(240, 3, 32, 32, generator=generator)
+    given = images.Images(x[:200], y[:200], x[200:], y[200:], {})
+    design = full.Deep(
+        depth=11,
+        width=2,
+        recipe=Recipe(epochs=1, learning_rate=1e-3, batch_size=50, optimiser="adam"),
+        head_units=64,
+        training=TrainingConfig(epochs=1),
+    )
+    found = full.deep(given, design, tmp_path, rows=120)
+    assert found["rows"] == 120 and found["other_rows"] == 80 and found["leaking_share"] == 0
+    assert (tmp_path / "run" / "errors.png").stat().st_size > 0
+    assert "convolutions trained on 80 other images" in rendered("full_vgg", found)
+
+
 def test_features_of_images_need_no_labels_and_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(patches, "_FILTERS", 40)
     x = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -274,6 +334,6 @@ def test_experiments_are_kept_beside_one_another(tmp_path):
 
 def test_every_experiment_has_a_table_and_its_place_in_the_docs():
     text = table.DOCS.read_text()
-    assert set(table.RENDERED) == set(run.EXPERIMENTS)
+    assert set(table.RENDERED) == set(run.EXPERIMENTS | run.FULL)
     for name in table.RENDERED:
         assert f"<!-- {name} -->" in text and f"<!-- end of {name} -->" in text

@@ -320,6 +320,95 @@ def shift(found: Json) -> str:
     return "\n\n".join([*parts, _made(found)])
 
 
+def full_bert(found: Json) -> str:
+    """What fine-tuning on every set gives, and what cleansing is worth against the others."""
+    names = ("accuracy", "loss", "accuracy_calibrated", "loss_calibrated", "accuracy_films")
+    rows = [
+        [
+            _KINDS.get(name, name),
+            f"{one['removed']:,}",
+            *(_seeds(one[each], 1 if each.startswith("accuracy") else 3) for each in names),
+        ]
+        for name, one in found["sets"].items()
+    ]
+    header = [
+        "taken out by",
+        "rows",
+        "accuracy, %",
+        "loss",
+        "accuracy, calibrated",
+        "loss, calibrated",
+    ]
+    ours = list(found["against"])
+    others = list(dict.fromkeys(other for one in found["against"].values() for other in one))
+    against = [
+        [_KINDS.get(other, other), *(_points(found["against"][name].get(other)) for name in ours)]
+        for other in others
+    ]
+    return "\n\n".join(
+        [
+            f"{found['rows']:,} training, {found['held_out']:,} validation and {found['test_rows']:,} test "
+            f"rows, one split; {found['epochs']} epochs; seeds: {found['seeds']}.",
+            _lines([*header, "accuracy on films"], rows),
+            "Difference in points of accuracy on the test rows, uncalibrated, ± standard error over these "
+            "rows:",
+            _lines(["", *ours], against),
+            _fitted(found),
+            _made(found),
+        ]
+    )
+
+
+def full_vgg(found: Json) -> str:
+    """The four losses of a run on images, and what is behind its errors."""
+    return "\n\n".join(
+        [
+            f"VGG-{found['depth']} of width {found['width']}, convolutions trained on "
+            f"{found['other_rows']:,} other images and frozen; {found['rows']:,} training and "
+            f"{found['test_rows']:,} test images. With ordinary dropout in place of masks: test accuracy "
+            f"{found['without_turnover']:.3f}.",
+            _fitted(found),
+            _made(found),
+        ]
+    )
+
+
+def _fitted(found: Json) -> str:
+    """The losses of one run and its errors."""
+    header = [*(side.replace("_", " ") for side in _SIDES), "exposed / hidden"]
+    header += ["hidden did not learn", "test accuracy, whole network", "holds", "leaks (audit)"]
+    row = [
+        *(_interval(found["last"][side]) for side in _SIDES),
+        f"{found['exposed_over_hidden']:.2f}",
+        "yes" if found["hidden_did_not_learn"] else "no",
+        f"{found['accuracy']:.3f}",
+        "**yes**" if found["holds"] else "no",
+        f"{found['leaking_share']:.1%}",
+    ]
+    curves = [
+        [str(step), *(f"{found['curves'][side][index][0]:.3f}" for side in _SIDES)]
+        for index, step in enumerate(found["steps"])
+    ]
+    return "\n\n".join(
+        [
+            _lines(header, [row]),
+            _lines(["step", *header[: len(_SIDES)]], curves),
+            f"{found['errors']:,} errors explained, {found['errors_with_significant']:,} of them with "
+            f"instances at q <= 0.05: {found['significant_pairs']:,} pairs, {found['mean_significant']:g} on "
+            f"an error; fresh ghosts at p < 0.01: {found['ghost_false_positives']:.4f}.",
+        ]
+    )
+
+
+def _seeds(values: list[float], digits: int) -> str:
+    scale = 100 if digits == 1 else 1
+    return ", ".join(f"{scale * value:.{digits}f}" for value in values)
+
+
+def _points(found: list[float] | None) -> str:
+    return "" if found is None else f"{100 * found[0]:+.1f} ± {100 * found[1]:.1f}"
+
+
 _KINDS = {
     "none": "all rows",
     "loss": "highest loss",
@@ -357,6 +446,8 @@ RENDERED: dict[str, Callable[[Json], str]] = {
     "hidden": hidden,
     "random_labels": random_labels,
     "shift": shift,
+    "full_bert": full_bert,
+    "full_vgg": full_vgg,
 }
 
 
