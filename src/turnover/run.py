@@ -1,8 +1,9 @@
 """A run: one folder with everything a trained classifier and its influence results are made of.
 
-``config.json``, ``masks.json``, ``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and
-tokenizer, of text models), ``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of
-images), ``metrics.json``, ``results/``. Data, never code.
+``config.json``, ``fit.toml`` (of the command line: the options that make the run again), ``masks.json``,
+``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer, of text models),
+``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of images), ``metrics.json``,
+``results/``. Data, never code.
 """
 
 from __future__ import annotations
