@@ -51,9 +51,13 @@ def turnover(*arguments: object, expect: int = 0) -> Finished:
     return Finished(out.getvalue(), err.getvalue())
 
 
-def turnover_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+def turnover_process(
+    *arguments: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "turnover", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=cwd
+    )
 
 
 def write_csv(path: Path, rows: list[tuple[object, ...]], header: str = "id,text,label") -> Path:

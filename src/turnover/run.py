@@ -156,16 +156,19 @@ def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
 
     Raises:
-        InputError: the run exists and ``overwrite`` is not given, or its place is taken by something
-            that is not a run.
+        InputError: the run exists and ``overwrite`` is not given, its place is taken by something
+            that is not a run, or nothing can be written there.
     """
     if folder.exists():
-        if not _is_run(folder) and any(folder.iterdir()):
+        if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not a run; choose another folder")
         if not overwrite and _is_run(folder):
             raise InputError(f"{folder} exists; pass --overwrite to replace it")
     draft = folder.with_name(f".{folder.name}.partial")
-    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         yield draft
     except InputError:  # cannot be mended by going on; an interrupted run can

@@ -52,9 +52,7 @@ for command, example in EXAMPLES.items():
 @app.callback()
 def turnover(
     ctx: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Which training instances made this network predict that, and how sure is it?"""
     if version:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from turnover.errors import InputError
 
@@ -22,11 +24,13 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._console = Console(stderr=as_json)
+        # Texts of the data are shown as they are: brackets and colons in them mean nothing.
+        self._console = Console(stderr=as_json, markup=False, emoji=False)
 
-    def say(self, *what: Any, **how: Any) -> None:
-        """Print for people, as :meth:`rich.console.Console.print` does."""
-        self._console.print(*what, **how)
+    def say(self, what: str | Table, *, style: str | None = None, highlight: bool = True) -> None:
+        """Print for people; lines are broken for a terminal alone, so that paths stay whole in a file."""
+        whole = isinstance(what, str) and not self._console.is_terminal
+        self._console.print(what, style=style, highlight=highlight, soft_wrap=whole)
 
     def document(self, values: Any) -> None:
         """The JSON document, where it is asked for. Numbers that are not finite are null in it."""
@@ -45,12 +49,14 @@ def check_folder(out: Path | None) -> None:
     """Whether a file can be written there.
 
     Raises:
-        InputError: its folder does not exist, or it is itself a folder.
+        InputError: its folder does not exist or cannot be written, or it is itself a folder.
     """
     if out is None:
         return
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist: make the folder first")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out} cannot be written: {out.parent} is not ours to write")
     if out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
 

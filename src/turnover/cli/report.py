@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,10 +59,9 @@ def demo(
     from turnover.tasks.training import TrainingConfig
 
     output = Output(as_json=as_json)
-    rate, model = 5e-5, str(model_folder())
     task = FitConfig(
-        ClassifierConfig(model, head_units),
-        TrainingConfig(head_learning_rate=rate, seed=seed),
+        ClassifierConfig(str(model_folder()), head_units),
+        TrainingConfig(head_learning_rate=5e-5, seed=seed),
         MaskSpec(seed=seed),
     )
     files = write_sentences(out.parent / f"{out.name}-data")
@@ -72,10 +72,9 @@ def demo(
         "test": test,
         "id_column": "id",
         "data_digest": data_digest(*both),
-        "model": model,
-        "head_units": head_units,
-        "head_learning_rate": rate,
-        "seed": seed,
+        **asdict(task.classifier),
+        **asdict(task.training),
+        "keep": task.masks.keep,
     }
     print_fit(output, fit(task, *both, out, overwrite=True, recipe=recipe(settings)))
     run = Run.load(out)

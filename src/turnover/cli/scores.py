@@ -70,7 +70,7 @@ def influence(
     if explain_plan:
         plan = explained(loaded, task)
         said = str(plan or "no misclassified test rows: nothing to score")
-        output.say(said, markup=False, highlight=False, soft_wrap=True)
+        output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
     metrics = score(loaded, task)
@@ -239,7 +239,7 @@ def _print_memorization(
     for one in rows:
         listed.add_row(f"{one['by_heart']:+.3f}", one["label"], f"[{one['key']}] {one['text']}")
     if rows:
-        output.say(listed, markup=False)
+        output.say(listed)
 
 
 def _print_groups(output: Output, found: Groups) -> None:
@@ -251,7 +251,7 @@ def _print_groups(output: Output, found: Groups) -> None:
         cells = [one.key, str(one.rows), f"{one.score:+.4f}", f"{one.z:+.1f}", f"{one.q:.2g}"]
         cells += [f"{one.accuracy_with:.3f}", f"{one.accuracy_without:.3f}"]
         table.add_row(*cells, style=style)
-    output.say(table, markup=False)
+    output.say(table)
     output.say(
         f"{sum(one.significant for one in found.groups)} of {len(found.groups)} groups have q <= 0.05 "
         f"(bold); whole network {found.accuracy:.3f}; by chance (without - with) differs by "
@@ -266,7 +266,7 @@ def _print_explanations(output: Output, explanations: list[Explanation]) -> None
         _print_explanation(output, explanation)
     if any(explanation.gram for explanation in explanations):
         for meaning in (TURNOVER_MEANS, GRAM_MEANS):
-            output.say(meaning, markup=False, highlight=False)
+            output.say(meaning, highlight=False)
 
 
 def _print_explanation(output: Output, explanation: Explanation) -> None:
@@ -291,7 +291,7 @@ def _print_explanation(output: Output, explanation: Explanation) -> None:
             table.add_row(
                 side, one.label, f"{one.score:+.3f}", f"{one.z:+.1f}", q, f"[{one.key}] {one.text}"
             )
-    output.say(table, markup=False)
+    output.say(table)
     if explanation.gram is None:
         return
     table = Table("gram", "label", "nats", "standard error", "training instance")
@@ -301,4 +301,4 @@ def _print_explanation(output: Output, explanation: Explanation) -> None:
             error = f"{item.standard_error:.3f}"
             text = f"[{item.key}] {item.text}"
             table.add_row(side, item.label, f"{item.score:+.3f}", error, text)
-    output.say(table, markup=False)
+    output.say(table)

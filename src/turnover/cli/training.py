@@ -310,7 +310,7 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
             highlight=False,
         )
     if not metrics["audit"]["clean"]:
-        output.say(metrics["audit"]["report"], style="yellow", markup=False, highlight=False)
+        output.say(metrics["audit"]["report"], style="yellow", highlight=False)
 
 
 def _print_plan(output: Output, plan: Plan) -> None:
