@@ -142,7 +142,19 @@ def document(*arguments: object) -> object:
     """What a command prints on stdout with --json."""
     finished = turnover(*arguments, "--json")
     assert finished.stderr.strip(), "what people read is on stderr"
-    return json.loads(finished.stdout)
+    found = json.loads(finished.stdout)
+    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    section = page.partition("## JSON")[2].partition("\n## ")[0]
+    documented = [
+        row
+        for _, command, row in (
+            line.split("|", 2) for line in section.splitlines() if line[:3] == "| `"
+        )
+        if f"`{arguments[0]}" in command
+    ]
+    for key in found[0] if isinstance(found, list) else found:
+        assert any(f"`{key}`" in row for row in documented), key
+    return found
 
 
 def test_fit_and_plan_print_one_document(
@@ -312,6 +324,8 @@ def test_a_run_is_not_written_over_a_file(
     taken.write_text("mine")
     refused = turnover(*fit_arguments(data[0], encoder, taken, "--overwrite"), expect=2)
     assert "notes.txt" in refused.stderr and taken.read_text() == "mine"
+    demo = turnover("demo", "--out", taken, expect=2)
+    assert "not a run" in demo.stderr and [taken] == list(tmp_path.iterdir())
     inside = turnover(*fit_arguments(data[0], encoder, taken / "run"), expect=2)
     assert "notes.txt" in inside.stderr
 

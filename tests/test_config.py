@@ -122,7 +122,7 @@ def test_other_versions_are_noted(made: Path, tmp_path: Path) -> None:
     assert f"torch 1.0 (here {torch.__version__})" in said and "python" not in said
 
 
-def test_options_on_the_command_line_win(
+def testoptions_of_on_the_command_line_win(
     encoder: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     config = tmp_path / "c.toml"
@@ -191,7 +191,7 @@ def test_choices_from_a_file_are_checked(tmp_path: Path) -> None:
 
 def test_every_option_of_a_file_is_a_long_option() -> None:
     from turnover.cli import EXAMPLES, app
-    from turnover.cli.config import _options
+    from turnover.cli.config import options_of
 
     group = typer.main.get_command(app)
     for command in EXAMPLES:
@@ -203,7 +203,10 @@ def test_every_option_of_a_file_is_a_long_option() -> None:
             for one in parameters
             for name in (one.opts if one.param_type_name == "option" else [one.name])
         }
-        assert set(_options(command)) == there - {"config", "json", "help"}
+        assert set(options_of(command)) == there - {"config", "json", "help"}
+        flags = [one for one in parameters if one.param_type_name == "option" and one.is_flag]
+        for flag in flags:  # what the file sets can be unset
+            assert flag.secondary_opts or flag.name in ("as_json", "help")
 
 
 def test_a_command_with_odd_names_can_be_made_again(

@@ -151,19 +151,29 @@ def _is_run(folder: Path) -> bool:
     return (folder / "masks.json").is_file()
 
 
+def check_new_run(folder: Path, *, overwrite: bool) -> None:
+    """Whether a run may be written there.
+
+    Raises:
+        InputError: the run exists and ``overwrite`` is not given, or its place is taken by something
+            that is not a run.
+    """
+    if not folder.exists():
+        return
+    if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not a run; choose another folder")
+    if not overwrite and _is_run(folder):
+        raise InputError(f"{folder} exists; pass --overwrite to replace it")
+
+
 @contextmanager
 def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
 
     Raises:
-        InputError: the run exists and ``overwrite`` is not given, its place is taken by something
-            that is not a run, or nothing can be written there.
+        InputError: as :func:`check_new_run`, or nothing can be written there.
     """
-    if folder.exists():
-        if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not a run; choose another folder")
-        if not overwrite and _is_run(folder):
-            raise InputError(f"{folder} exists; pass --overwrite to replace it")
+    check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")
     try:
         draft.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,13 @@ from turnover.cli.report import demo, report
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 """Exit codes; what fails unexpectedly ends with a traceback and Python's own 1."""
 
 app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    epilog="Every command has examples: turnover COMMAND --help. Exit codes: 0 done, 1 unexpected error, "
+    epilog="Every command has an example: turnover COMMAND --help. Exit codes: 0 done, 1 unexpected error, "
     "2 bad input, 130 interrupted.",
 )
 

@@ -30,20 +30,20 @@ def config_option(*, passing_over: Callable[..., None] | None = None) -> Any:
     Args:
         passing_over: a command whose options may stand in the file too, and are not read.
     """
-    others = set() if passing_over is None else set(_options(passing_over))
+    others = set() if passing_over is None else set(options_of(passing_over))
 
     def read(ctx: typer.Context, config: Path | None) -> Path | None:
         if config is not None and not ctx.resilient_parsing:
             assert ctx.command.callback is not None
-            values = read_config(config, _options(ctx.command.callback), others)
+            values = read_config(config, options_of(ctx.command.callback), others)
             ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
         return config
 
     return typer.Option(
         callback=read,
         is_eager=True,
-        help="TOML file with options under their long names (head-units = 4096); those on the "
-        "command line win.",
+        help="TOML file with options under their long names, dashes and all; those on the command "
+        "line win.",
         rich_help_panel=RUN,
     )
 
@@ -97,7 +97,8 @@ def recipe(settings: Mapping[str, Any]) -> str:
     return tomli_w.dumps({**options, _MADE: made})
 
 
-def _options(command: Callable[..., Any]) -> dict[str, Any]:
+def options_of(command: Callable[..., Any]) -> dict[str, Any]:
+    """Type of each option of a command that may stand in its file."""
     hints = get_type_hints(command).items()
     return {name.replace("_", "-"): hint for name, hint in hints if name not in _NOT_OPTIONS}
 

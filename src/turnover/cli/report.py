@@ -53,11 +53,12 @@ def demo(
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.origin import data_digest
-    from turnover.run import Run
+    from turnover.run import Run, check_new_run
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.score import ScoreConfig, score
     from turnover.tasks.training import TrainingConfig
 
+    check_new_run(out, overwrite=True)
     output = Output(as_json=as_json)
     task = FitConfig(
         ClassifierConfig(str(model_folder()), head_units),

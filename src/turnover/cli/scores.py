@@ -40,11 +40,12 @@ def influence(
             "signal than noise."
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="What --method auto may take.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="What --method auto may take, in seconds.")
+    ] = 60.0,
     explain_plan: Annotated[
         bool,
         typer.Option(
-            "--explain-plan",
             help="Print estimated time, memory and noise of each method, and stop.",
         ),
     ] = False,

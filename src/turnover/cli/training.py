@@ -154,14 +154,13 @@ def fit(
     memorization: Annotated[
         bool,
         typer.Option(
-            "--memorization",
             help="Follow the losses of every training row, for turnover memorize.",
             rich_help_panel=TRAINING,
         ),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace an existing run.", rich_help_panel=RUN),
+        typer.Option(help="Replace an existing run.", rich_help_panel=RUN),
     ] = False,
     config: Annotated[Path | None, config_option()] = None,
     as_json: Json = False,
@@ -178,9 +177,11 @@ def fit(
     from turnover.masks import MaskSpec
     from turnover.origin import data_digest as digest_of
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
+    from turnover.run import check_new_run
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
 
+    check_new_run(out, overwrite=overwrite)
     of_images = model in IMAGE_MODELS
     if of_images:
         file = None if weights is None else str(weights)
@@ -247,9 +248,7 @@ def plan(
     top: Annotated[
         int, typer.Option(min=1, help="Strongest instances of a target to resolve.")
     ] = 10,
-    pilot: Annotated[
-        bool, typer.Option("--pilot", help="Train on a part of the data and measure.")
-    ] = False,
+    pilot: Annotated[bool, typer.Option(help="Train on a part of the data and measure.")] = False,
     pilot_rows: Annotated[
         int, typer.Option(min=1, help="About how many training rows the pilot takes.")
     ] = 800,
