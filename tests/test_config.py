@@ -224,7 +224,9 @@ def test_a_command_with_odd_names_can_be_made_again(
     assert (folder / "r" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_images_are_made_again_from_their_folder(tmp_path: Path) -> None:
+def test_images_are_made_again_from_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("PIL")
     import numpy as np
 
@@ -232,6 +234,8 @@ def test_images_are_made_again_from_their_folder(tmp_path: Path) -> None:
     labels = np.array(["a", "b"] * 20)
     source = tmp_path / "images.npz"
     np.savez(source, image=drawn, label=labels)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vgg11").mkdir()  # a folder of that name is not the model
     shape = ("--model", "vgg11", "--width", 4, "--hidden", 16, "--epochs", 1, "--no-compare")
     turnover("fit", source, *shape, "--out", tmp_path / "first")
     recipe = tmp_path / "first" / "fit.toml"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,6 @@ from turnover.origin import versions
 
 _MADE = "made"
 """The table of what made a run: read for a note alone."""
-_SOURCES = ("data", "test", "model", "weights")
 _NOT_OPTIONS = ("ctx", "config", "as_json", "return")
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "text"}
 
@@ -80,16 +79,17 @@ def read_config(path: Path, options: Mapping[str, Any], others: set[str]) -> dic
     return {key: value for key, value in values.items() if key in options}
 
 
-def recipe(settings: Mapping[str, Any]) -> str:
+def recipe(settings: Mapping[str, Any], files: Collection[str]) -> str:
     """TOML text with which ``turnover fit --config`` makes a run again.
 
     Args:
-        settings: values by the parameters' names; those that are ``None`` are left out. Files and
-            folders are named absolutely, so that the text may be read from anywhere.
+        settings: values by the parameters' names; those that are ``None`` are left out.
+        files: those of them that may name a file or folder here; where they do, the whole path is
+            given, so that the text may be read from anywhere.
     """
     options = {}
     for name, value in settings.items():
-        if name in _SOURCES and value is not None and Path(value).exists():
+        if name in files and value is not None and Path(value).exists():
             value = str(Path(value).resolve())
         if value is not None:
             options[name.replace("_", "-")] = value

@@ -77,7 +77,8 @@ def demo(
         **asdict(task.training),
         "keep": task.masks.keep,
     }
-    print_fit(output, fit(task, *both, out, overwrite=True, recipe=recipe(settings)))
+    again = recipe(settings, ("data", "test", "model"))
+    print_fit(output, fit(task, *both, out, overwrite=True, recipe=again))
     run = Run.load(out)
     metrics = score(run, ScoreConfig())
     print_influence(output, metrics)

@@ -212,7 +212,8 @@ def fit(
             f"{data} or its test data changed: their digest is {found}, and {data_digest} is asked for; "
             f"to train on them as they are, give --data-digest {found}"
         )
-    again = recipe({**settings, "epochs": passes, "data_digest": found})
+    files = ("data", "test", "weights") if of_images else ("data", "test", "model")
+    again = recipe({**settings, "epochs": passes, "data_digest": found}, files)
     metrics = fit(task, train_data, test_data, out, overwrite=overwrite, recipe=again)
     output = Output(as_json=as_json)
     print_fit(output, metrics)
