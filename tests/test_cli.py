@@ -469,6 +469,15 @@ def test_bad_influence_settings_list_what_there_is(
     assert message in turnover("influence", run, *arguments, expect=2).stderr
 
 
+def test_gram_in_place_of_the_pairs_is_refused_with_what_to_do(run: Path) -> None:
+    from turnover import InputError
+    from turnover.run import Run
+    from turnover.tasks.score import ScoreConfig, score
+
+    with pytest.raises(InputError, match="estimated without being asked for"):
+        score(Run.load(run), ScoreConfig("gram"))
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     assert "is not a run" in turnover("influence", tmp_path, expect=2).stderr
 
