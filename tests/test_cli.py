@@ -21,8 +21,6 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from rich.console import Console
-
 GOOD = ["a fine warm film", "great acting and great fun", "moving , wise and funny"]
 BAD = ["a dull cold film", "poor acting and no fun", "boring , flat and silly"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -47,15 +45,19 @@ def turnover(*arguments: object, expect: int = 0) -> Finished:
         pytest.raises(SystemExit) as stop,
     ):
         patch.setattr(sys, "argv", argv)
-        patch.setattr(cli, "console", Console(file=out, width=200))
+        patch.setenv("COLUMNS", "200")
         cli.main()
     assert (stop.value.code or 0) == expect, err.getvalue()[-3000:]
     return Finished(out.getvalue(), err.getvalue())
 
 
-def turnover_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "turnover.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+def turnover_process(
+    *arguments: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "turnover", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=cwd
+    )
 
 
 def write_csv(path: Path, rows: list[tuple[object, ...]], header: str = "id,text,label") -> Path:
@@ -198,7 +200,7 @@ def test_gram_can_be_left_out(copy_of_run: Path) -> None:
 def test_a_run_holds_only_data_and_no_leftovers(run: Path) -> None:
     endings = {path.suffix for path in run.rglob("*") if path.is_file()}
     chunks = {""}
-    assert endings <= {".json", ".jsonl", ".safetensors", ".html", ".txt"} | chunks
+    assert endings <= {".json", ".jsonl", ".toml", ".safetensors", ".html", ".txt"} | chunks
     assert not list(run.parent.glob(".*")) + list(run.rglob(".*"))
 
 
@@ -345,9 +347,9 @@ def test_an_unknown_label_in_the_test_data_is_named(
     [
         ("--model", "no/such-model", "no/such-model"),
         ("--keep", "1.5", "keep must lie"),
-        ("--head-units", "0", "head_units"),
+        ("--head-units", "0", "--head-units"),
         ("--epochs", "0", "epochs"),
-        ("--learning-rate", "nan", "learning_rate"),
+        ("--learning-rate", "nan", "learning"),
         ("--site", "encoder.encoder.layer.1.attention.self.qurey", "layer.1.attention.self.query"),
         ("--text-column", "texts", "did you mean 'text'"),
     ],
@@ -456,16 +458,24 @@ def test_a_damaged_run_is_refused_by_name(name: str, damage: str, copy_of_run: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "magic"), "linear, exact"),
-        (("--method", "gram"), "estimated without being asked for"),
-        (("--objective", "accuracy"), "margin, cross_entropy"),
-        (("--ghosts", "3"), "ghosts must be >= 10"),
+        (("--method", "magic"), "'linear', 'exact'"),
+        (("--objective", "accuracy"), "'margin', 'cross_entropy'"),
+        (("--ghosts", "3"), "'--ghosts'"),
     ],
 )
 def test_bad_influence_settings_list_what_there_is(
     arguments: tuple[str, ...], message: str, run: Path
 ) -> None:
     assert message in turnover("influence", run, *arguments, expect=2).stderr
+
+
+def test_gram_in_place_of_the_pairs_is_refused_with_what_to_do(run: Path) -> None:
+    from turnover import InputError
+    from turnover.run import Run
+    from turnover.tasks.score import ScoreConfig, score
+
+    with pytest.raises(InputError, match="estimated without being asked for"):
+        score(Run.load(run), ScoreConfig("gram"))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
@@ -493,7 +503,7 @@ def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
 
     turnover(*arguments("whole"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "turnover.cli", *map(str, arguments("killed"))],
+        [sys.executable, "-m", "turnover", *map(str, arguments("killed"))],
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -629,9 +639,9 @@ def test_a_corrupted_source_is_found_and_predicted_without(encoder: Path, tmp_pa
     given = [float(rows[7][f"p({name})"]) for name in loaded.train.classes]
     assert given == pytest.approx(alone.tolist(), abs=1e-2)
     for wrong, said in (
-        (("--method", "rerank"), "linear or exact"),
-        (("--objective", "accuracy"), "unknown objective"),
-        (("--show", "-1"), ">= 0"),
+        (("--method", "rerank"), "'linear', 'exact'"),
+        (("--objective", "accuracy"), "'margin', 'cross_entropy'"),
+        (("--show", "-1"), "'--show'"),
     ):
         assert said in turnover("groups", run, *wrong, expect=2).stderr
 
@@ -712,7 +722,7 @@ def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: P
         (("--out", tmp_path / "review.xlsx"), "cannot write that format"),
         (("--out", tmp_path / "review.jsonl"), "is a CSV file"),
         (("--out", tmp_path / "no" / "review.csv"), "does not exist"),
-        (("--budget", 0), "at least 1"),
+        (("--budget", 0), "'--budget'"),
         (("--decisions", tmp_path / "none.csv", "--out", tmp_path / "o.csv"), "cannot be read"),
     ):
         assert said in turnover("review", noisy_run, *arguments, expect=2).stderr

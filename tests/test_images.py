@@ -330,7 +330,7 @@ def test_commands_refuse_what_does_not_fit_images(run: Path, tmp_path: Path) -> 
         (("--text", "a text"), "--image"),
         (("--sheet", tmp_path / "sheet.jpg"), ".png"),
         (("--sheet", tmp_path / "no" / "sheet.png"), "make the folder"),
-        (("--among", "other"), "predicted or true"),
+        (("--among", "other"), "'predicted', 'true'"),
     ):
         assert said in turnover("explain", run, *arguments, expect=2).stderr
     assert not list(tmp_path.glob("sheet*"))

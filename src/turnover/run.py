@@ -1,8 +1,9 @@
 """A run: one folder with everything a trained classifier and its influence results are made of.
 
-``config.json``, ``masks.json``, ``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and
-tokenizer, of text models), ``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of
-images), ``metrics.json``, ``results/``. Data, never code.
+``config.json``, ``fit.toml`` (of the command line: the options that make the run again), ``masks.json``,
+``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer, of text models),
+``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of images), ``metrics.json``,
+``results/``. Data, never code.
 """
 
 from __future__ import annotations
@@ -150,21 +151,34 @@ def _is_run(folder: Path) -> bool:
     return (folder / "masks.json").is_file()
 
 
-@contextmanager
-def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
+def check_new_run(folder: Path, *, overwrite: bool) -> None:
+    """Whether a run may be written there.
 
     Raises:
         InputError: the run exists and ``overwrite`` is not given, or its place is taken by something
             that is not a run.
     """
-    if folder.exists():
-        if not _is_run(folder) and any(folder.iterdir()):
-            raise InputError(f"{folder} exists and is not a run; choose another folder")
-        if not overwrite and _is_run(folder):
-            raise InputError(f"{folder} exists; pass --overwrite to replace it")
+    if not folder.exists():
+        return
+    if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not a run; choose another folder")
+    if not overwrite and _is_run(folder):
+        raise InputError(f"{folder} exists; pass --overwrite to replace it")
+
+
+@contextmanager
+def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
+
+    Raises:
+        InputError: as :func:`check_new_run`, or nothing can be written there.
+    """
+    check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")
-    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         yield draft
     except InputError:  # cannot be mended by going on; an interrupted run can

@@ -19,6 +19,7 @@ from turnover.data import Data
 from turnover.encoded import Encoded
 from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
+from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
 from turnover.run import write_json, writing_run
 from turnover.tasks.memorize import FILE, Follower
@@ -70,12 +71,14 @@ def fit(
     out: Path,
     *,
     overwrite: bool = False,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and write a run folder; resumes by epochs where an earlier try was cut off.
 
     Args:
         out: folder of the run; it appears when everything is done.
         overwrite: replace an existing run.
+        recipe: kept in the run as ``fit.toml``: options with which the command line makes it again.
 
     Returns:
         the metrics, as in the run's ``metrics.json``.
@@ -99,7 +102,10 @@ def fit(
         pipeline.write(draft, "test", test_data)
         write_json(draft / "metrics.json", metrics)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
-        write_json(draft / "config.json", {"classes": train_data.classes, **settings})
+        origin = {"data": data_digest(train_data, test_data), "made_with": versions()}
+        write_json(draft / "config.json", {"classes": train_data.classes, **settings, **origin})
+        if recipe is not None:
+            (draft / "fit.toml").write_text(recipe, encoding="utf-8")
         for leftover in (*draft.glob("*.checkpoint"), *draft.glob("*.draft")):
             leftover.unlink()
     return metrics

@@ -1,0 +1,5 @@
+"""``python -m turnover``."""
+
+from turnover.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, NoReturn
+
+from turnover import __version__
+from turnover.errors import InputError
+
+try:
+    import rich  # noqa: F401
+    import tomli_w  # noqa: F401
+    import typer
+except ImportError:  # the core installs without them
+    sys.exit("the command line needs: pip install 'turnover[text]', or 'turnover[images]'")
+
+from turnover.cli.labels import cleanse, predict, review
+from turnover.cli.report import demo, report
+from turnover.cli.scores import explain, groups, influence, memorize
+from turnover.cli.training import fit, plan
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+"""Exit codes; what fails unexpectedly ends with a traceback and Python's own 1."""
+
+app = typer.Typer(
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    epilog="Every command has an example: turnover COMMAND --help. Exit codes: 0 done, 1 unexpected error, "
+    "2 bad input, 130 interrupted.",
+)
+
+EXAMPLES: dict[Callable[..., None], str] = {
+    fit: "turnover fit train.csv --model bert-base-uncased --test test.csv --out runs/mine",
+    plan: "turnover plan train.csv --model bert-base-uncased --pilot",
+    influence: "turnover influence runs/mine --method auto --seconds 600",
+    explain: "turnover explain runs/mine --show 10 --among predicted",
+    memorize: "turnover memorize runs/mine --show 20",
+    groups: "turnover groups runs/sources --show 5",
+    predict: "turnover predict runs/mine --hidden --out out_of_sample.csv",
+    review: "turnover review runs/mine --budget 50 --out doubtful.csv",
+    cleanse: "turnover cleanse runs/mine --validation other.csv --out cleaned.csv",
+    report: "turnover report runs/mine --no-text --out mine.html",
+    demo: "turnover demo --out runs/demo",
+}
+for command, example in EXAMPLES.items():
+    app.command(epilog=f"Example: {example}")(command)
+
+
+@app.callback()
+def turnover(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Which training instances made this network predict that, and how sure is it?"""
+    if version:
+        sys.stdout.write(f"turnover {__version__}\n")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        sys.stdout.write(f"{ctx.get_help()}\n")
+
+
+def main() -> None:
+    """Entry point; bad input is one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code = DONE
+    try:
+        # Not standalone: what is wrong comes here as an exception, and not as a page of usage.
+        code = app(prog_name="turnover", standalone_mode=False) or DONE
+    except InputError as error:
+        _stop(str(error), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, _USAGE_ERROR):
+            raise
+        _stop(_usage(error), BAD_INPUT)
+    if code == INTERRUPTED:
+        _stop("interrupted; the same command resumes where it can", INTERRUPTED)
+    sys.exit(code)
+
+
+# Typer has its own copy of click's exceptions or click's, by version; it shows this one of them.
+_USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    asked = f" (see {context.command_path} --help)" if context is not None else ""
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{message.rstrip('.')}{asked}"
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"turnover: {' '.join(line.strip() for line in message.splitlines())}\n")
+    sys.exit(code)

@@ -1,0 +1,5 @@
+"""``python -m turnover.cli``."""
+
+from turnover.cli import main
+
+main()

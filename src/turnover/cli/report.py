@@ -1,0 +1,104 @@
+"""Commands that make pages: ``report``, and ``demo``, the whole way on real sentences."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turnover.cli.options import RUN, HeadUnits, Json, RunFolder, Seed
+from turnover.cli.output import Output, check_folder
+from turnover.cli.scores import explain_errors, print_influence
+from turnover.cli.training import print_fit
+
+if TYPE_CHECKING:
+    from turnover.run import Run
+
+
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: report.html in the run.")
+    ] = None,
+    text: Annotated[
+        bool, typer.Option(help="Show texts and images; --no-text leaves them out.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the run's report: one HTML file that needs nothing else."""
+    from turnover.run import Run
+
+    check_folder(out)
+    path = out or run / "report.html"
+    output = Output(as_json=as_json)
+    _write_report(output, Run.load(run), path, texts=text)
+    output.document({"file": str(path)})
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run to write.", rich_help_panel=RUN)
+    ] = Path("runs/demo"),
+    head_units: HeadUnits = 32768,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
+    from turnover.cli.config import recipe
+    from turnover.data import Columns, read, read_both
+    from turnover.demo import model_folder, write_sentences
+    from turnover.integrations.transformers import ClassifierConfig
+    from turnover.masks import MaskSpec
+    from turnover.origin import data_digest
+    from turnover.run import Run, check_new_run
+    from turnover.tasks.fit import FitConfig, fit
+    from turnover.tasks.score import ScoreConfig, score
+    from turnover.tasks.training import TrainingConfig
+
+    check_new_run(out, overwrite=True)
+    output = Output(as_json=as_json)
+    task = FitConfig(
+        ClassifierConfig(str(model_folder()), head_units),
+        TrainingConfig(head_learning_rate=5e-5, seed=seed),
+        MaskSpec(seed=seed),
+    )
+    files = write_sentences(out.parent / f"{out.name}-data")
+    train, test = map(str, files)
+    both = read_both(read, train, test, Columns(id="id"), "train", "test")
+    settings = {
+        "data": train,
+        "test": test,
+        "id_column": "id",
+        "data_digest": data_digest(*both),
+        **asdict(task.classifier),
+        **asdict(task.training),
+        "keep": task.masks.keep,
+    }
+    again = recipe(settings, ("data", "test", "model"))
+    print_fit(output, fit(task, *both, out, overwrite=True, recipe=again))
+    run = Run.load(out)
+    metrics = score(run, ScoreConfig())
+    print_influence(output, metrics)
+    shown = explain_errors(output, run, show=3, top=5, among=None)
+    page = out / "report.html"
+    _write_report(output, run, page, texts=True)
+    explanations = [one.to_dict() for one in shown]
+    output.document(
+        {"run": str(out), "metrics": metrics, "explanations": explanations, "file": str(page)}
+    )
+
+
+def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
+    from turnover.report.from_run import content
+    from turnover.report.render import write
+
+    commands = tuple(
+        f"turnover {command} {shlex.quote(str(run.folder))}"
+        for command in ("influence", "explain", "report")
+    )
+    title = f"{run.folder.resolve().name}: which training instances are behind its errors"
+    write(content(run, title=title, commands=commands), out, texts=texts)
+    output.say(f"report: {out}")
