@@ -332,6 +332,20 @@ def test_a_trainer_that_makes_its_own_model_or_is_attached_already_is_refused(tm
         attach_trainer(transformers.Trainer(tiny.bert(), arguments), SITES)
 
 
+def test_a_model_that_cannot_run_without_labels_is_refused(tmp_path):
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny.mlp(features=tiny.TOKENS)
+
+        def forward(self, input_ids, labels):
+            logits = self.body(input_ids.float())
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    with pytest.raises(InputError, match="labels=None"):
+        attach_trainer(trainer(tmp_path, Classifier()), "mlp")
+
+
 def test_a_users_own_compute_loss_runs_under_the_ids(tmp_path):
     class Twice(transformers.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **more):

@@ -7,6 +7,7 @@ network. Whatever is saved gets the masks beside it (:mod:`turnover.integrations
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,9 @@ def attach_trainer(
         :class:`~turnover.Network` on ``trainer.model``.
 
     Raises:
-        InputError: a trainer without model or training data, or with ``model_init``; ids that are
-            missing, ambiguous, negative or not one for each row; an unknown site. At ``train()``:
+        InputError: a trainer without training data, or with ``model_init``; a model that cannot run
+            without labels; ids that are missing, ambiguous, negative or not one for each row; an
+            unknown site. At ``train()``:
             gradient clipping by global norm (``max_grad_norm``), several GPUs in one process, another
             model than was attached to, a checkpoint that was trained under other masks.
         TypeError: ids that are neither integers nor strings.
@@ -68,6 +70,7 @@ def attach_trainer(
         raise InputError(
             "the trainer makes its model anew by model_init, which would lose the masks: pass model="
         )
+    _check_forward(trainer)
     source = _source(trainer.train_dataset, ids)
     network = attach(trainer.model, sites, spec)
     _Training(trainer, network, source)
@@ -214,6 +217,17 @@ class _WithIds:
         batch = self._collator(rest)
         batch[IDS] = _as_ids(ids, f"{self._key!r}")
         return batch
+
+
+def _check_forward(trainer: Any) -> None:
+    """Refuse a model that cannot give its logits without labels, as the audit and the estimators ask."""
+    parameters = inspect.signature(trainer.model.forward).parameters
+    for name in trainer.label_names or ["labels"]:
+        if name in parameters and parameters[name].default is inspect.Parameter.empty:
+            raise InputError(
+                f"{type(trainer.model).__name__}.forward cannot run without {name!r}, as the audit and "
+                f"the estimators run it: give it a default ({name}=None), and leave the loss out then"
+            )
 
 
 def _source(dataset: Any, ids: str | Tensor | Sequence[int] | Sequence[str] | None) -> Tensor | str:
