@@ -6,8 +6,13 @@ from pathlib import Path
 import peft
 from datasets import load_dataset
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
-from transformers import TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import turnover.integrations.trainer  # turn-over
 from turnover.demo import model_folder, write_sentences
