@@ -115,8 +115,8 @@ class Network:
 
         Raises:
             TypeError: ids are not integers.
-            InputError: ids are not one-dimensional, a ghost is trained on, or columns that do not name
-                every site once or differ in length.
+            InputError: ids are not one-dimensional, a ghost is trained on, columns that do not name
+                every site once or differ in length, or merged LoRA weights at a site.
             BindingError: at the forward, the batch does not have one row for each id.
         """
         return self._context(self._bind(ids, False))
@@ -330,6 +330,9 @@ class Network:
         return binding
 
     def _context(self, binding: Binding) -> _Context:
+        for name, site in self._sites.items():
+            if binding.sites is None or name in binding.sites:
+                site.check_runs()
         return _Context(self, binding)
 
     def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
@@ -551,8 +554,8 @@ def attach(
         :class:`Network`.
 
     Raises:
-        InputError: a site that does not exist (the closest names are listed), or a model that has
-            turn-over dropout attached already.
+        InputError: a site that does not exist (the closest names are listed), LoRA weights that are
+            merged, or a model that has turn-over dropout attached already.
     """
     resolved = resolve(model, sites)
     for site in resolved:

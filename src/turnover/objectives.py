@@ -102,3 +102,44 @@ def margin(outputs: Any, batch: Batch) -> Tensor:
     labelled = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(dim=1) - labelled
+
+
+def completion(outputs: Any, batch: Batch) -> Tensor:
+    """Minus the log-probability of the labelled tokens, in nats: float32 (rows,).
+
+    For causal language models, as Hugging Face labels them: logits (rows, tokens, vocabulary), labels
+    int64 (rows, tokens), where the logits of a token predict the label of the next one and -100 marks
+    what is not asked for (the prompt, padding). The sum over a row's tokens, so that a completion's
+    cost is that of its parts; with the instance ids of documents, a score is what a document did to
+    the completion as a whole.
+
+    Raises:
+        InputError: logits or labels of another shape, labels outside the vocabulary, or a row without
+            a labelled token.
+    """
+    logits, labels = logits_of(outputs), batch.labels
+    if labels is None:
+        raise InputError("the objective needs labels, and the batch has none")
+    if logits.dim() != 3 or labels.is_floating_point() or labels.shape != logits.shape[:2]:
+        raise InputError(
+            f"a completion needs logits (rows, tokens, vocabulary) and integer labels (rows, tokens), "
+            f"got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        )
+    following = labels[:, 1:].long()  # (rows, tokens - 1)
+    asked = following != -100
+    if not bool(asked.any(dim=1).all()):
+        rows = (~asked.any(dim=1)).nonzero().flatten()
+        raise InputError(
+            f"rows {rows[:5].tolist()} have no labelled token after the first: label the completion "
+            f"with its token ids, and the rest with -100"
+        )
+    known = following[asked]
+    if not 0 <= int(known.min()) <= int(known.max()) < logits.shape[2]:
+        raise InputError(
+            f"labels must lie in [0, {logits.shape[2]}), the vocabulary, or be -100; got "
+            f"{int(known.min())} to {int(known.max())}"
+        )
+    # Of the labelled tokens alone: float32 logits of a whole prompt are large.
+    of_token = functional.cross_entropy(logits[:, :-1][asked].float(), known, reduction="none")
+    row = asked.nonzero()[:, 0]
+    return of_token.new_zeros(len(labels)).index_add(0, row, of_token)

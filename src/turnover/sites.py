@@ -60,6 +60,21 @@ class ResolvedSite:
     unit_size: int
     units: int | None
     """Number of units where the module's neighbours tell; otherwise known after one forward."""
+    lora: nn.Module | None = None
+    """PEFT's layer around the module, which leaves it out when its weights are merged."""
+
+    def check_runs(self) -> None:
+        """Refuse merged LoRA weights.
+
+        Raises:
+            InputError: the base layer holds the adapter's weights and runs in its place.
+        """
+        if getattr(self.lora, "merged", False):
+            raise InputError(
+                f"site {self.name!r} would never run: the adapter's weights are merged into the base "
+                f"layer, which runs in place of lora_A, so nothing would be masked: call "
+                f"unmerge_adapter() first"
+            )
 
 
 def canonical_name(name: str) -> str:
@@ -88,7 +103,11 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
     if not requests:
         raise InputError("no sites given: name at least one module, pattern, type or preset")
     everything = dict(model.named_modules())
-    modules = {name: module for name, module in everything.items() if canonical_name(name)}
+    modules = {
+        name: module
+        for name, module in everything.items()
+        if canonical_name(name) and not _is_spare(name, everything)
+    }
     order = {name: index for index, name in enumerate(modules)}
     found: dict[str, Site] = {}
     for request in requests:
@@ -106,7 +125,9 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         if canonical in resolved:
             raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
         units = None if width is None or width % site.unit_size else width // site.unit_size
-        resolved[canonical] = ResolvedSite(canonical, module, axis, site.unit_size, units)
+        lora = everything.get(name.rpartition(".lora_A.")[0]) if ".lora_A." in name else None
+        resolved[canonical] = ResolvedSite(canonical, module, axis, site.unit_size, units, lora)
+        resolved[canonical].check_runs()
     return list(resolved.values())
 
 
@@ -142,6 +163,15 @@ def _match(request: SiteLike, modules: dict[str, nn.Module]) -> list[tuple[str, 
             f"Closest: {', '.join(close) if close else ', '.join(known[:10])}"
         )
     return [(name, Site(canonical_name(name), site.axis, site.unit_size)) for name in names]
+
+
+def _is_spare(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether PEFT trains a copy of the module (``modules_to_save``), which runs in its place."""
+    parts = name.split(".")
+    return any(
+        part == "original_module" and ".".join([*parts[:index], "modules_to_save"]) in modules
+        for index, part in enumerate(parts)
+    )
 
 
 def _width(module: nn.Module) -> int | None:

@@ -1,0 +1,347 @@
+"""Turn-over dropout under Hugging Face's ``Trainer``: one line after the trainer is made.
+
+The trainer's own loop, collator and evaluation stay. Training batches carry the ids of their rows
+beside the model's inputs; the loss is computed under ``exposed(ids)``, and evaluation runs the mean
+network. Whatever is saved gets the masks beside it (:mod:`turnover.integrations.pretrained`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from turnover.errors import InputError
+from turnover.integrations.pretrained import check_masks, save_masks
+from turnover.masks import MaskSpec, check_training_ids, string_ids
+from turnover.network import Network, attach
+from turnover.sites import SiteLike
+
+IDS = "ids"
+"""Key of the ids in a training batch, where :func:`turnover.batches.as_batch` finds them."""
+
+_COLUMNS = ("id", "ids")
+_logger = logging.getLogger(__name__)
+
+
+def attach_trainer(
+    trainer: Any,
+    sites: SiteLike | Sequence[SiteLike],
+    spec: MaskSpec | None = None,
+    *,
+    ids: str | Tensor | Sequence[int] | Sequence[str] | None = None,
+) -> Network:
+    """Attach turn-over dropout to the model of a ``transformers.Trainer``, before ``train()``.
+
+    The audit of the first training batch is logged: as a warning where something leaks. The batches
+    of ``trainer.get_train_dataloader()`` hold the ids, as :class:`turnover.Influence` takes them.
+
+    Args:
+        trainer: a ``transformers.Trainer``, or of a class that inherits from it.
+        sites: as in :func:`turnover.attach`.
+        spec: the masks; default ``MaskSpec()``.
+        ids: which instance each row of ``train_dataset`` is. A column's name (int64 or strings; rows
+            with equal values form a group and share a mask), or one id for each row. ``None``: the
+            column ``"id"`` or ``"ids"``, which must then be distinct, and where there is none, row
+            numbers from 0. A data set that can only be iterated needs the column's name.
+
+    Returns:
+        :class:`~turnover.Network` on ``trainer.model``.
+
+    Raises:
+        InputError: a trainer without training data, or with ``model_init``; a model that cannot run
+            without labels; ids that are missing, ambiguous, negative or not one for each row; an
+            unknown site. At ``train()``:
+            gradient clipping by global norm (``max_grad_norm``), several GPUs in one process, another
+            model than was attached to, a checkpoint that was trained under other masks.
+        TypeError: ids that are neither integers nor strings.
+    """
+    if isinstance(getattr(trainer.train, "__self__", None), _Training):
+        raise InputError("this trainer has turn-over dropout attached already: make a new trainer")
+    if trainer.model_init is not None:
+        raise InputError(
+            "the trainer makes its model anew by model_init, which would lose the masks: pass model="
+        )
+    _check_forward(trainer)
+    source = _source(trainer.train_dataset, ids)
+    network = attach(trainer.model, sites, spec)
+    _Training(trainer, network, source)
+    _save_with_masks(trainer, network)
+    return network
+
+
+class _Training:
+    """What takes the place of a trainer's ``train``, ``get_train_dataloader`` and ``compute_loss``."""
+
+    def __init__(self, trainer: Any, network: Network, source: Tensor | str) -> None:
+        self._trainer = trainer
+        self._network = network
+        self._source = source
+        self._audited = False
+        self._train = trainer.train
+        self._get_train_dataloader = trainer.get_train_dataloader
+        self._compute_loss = trainer.compute_loss
+        for method in (self.train, self.get_train_dataloader, self.compute_loss):
+            setattr(trainer, method.__name__, method)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refuse what would leak, then train."""
+        trainer = self._trainer
+        if trainer.args.max_grad_norm > 0:
+            raise InputError(
+                f"max_grad_norm={trainer.args.max_grad_norm:g} (1.0 is the Trainer's default) clips "
+                f"gradients by their global norm, which carries every instance to every parameter: "
+                f"pass max_grad_norm=0 to TrainingArguments"
+            )
+        if trainer.args.n_gpu > 1:
+            raise InputError(
+                f"{trainer.args.n_gpu} GPUs in one process split batches behind the ids' back: start "
+                f"the script with torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        if trainer.accelerator.unwrap_model(trainer.model) is not self._network.model:
+            raise InputError(
+                "the trainer's model is not the one that was attached to: call attach_trainer after "
+                "trainer.model is set"
+            )
+        if resume_from_checkpoint:
+            self._check_masks_of(resume_from_checkpoint)
+        self._audited = False
+        return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own, of rows and a collator that carry ids."""
+        trainer = self._trainer
+        trainer._set_signature_columns_if_needed()
+        kept = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
+        dataset, collator, columns = kept
+        key = self._source if isinstance(self._source, str) else IDS
+        try:
+            if isinstance(self._source, Tensor):
+                if _column_names(dataset) is not None:
+                    dataset = trainer._remove_unused_columns(dataset, description="training")
+                trainer.train_dataset = _Identified(dataset, self._source)
+            trainer.data_collator = _WithIds(collator, key)
+            # remove_unused_columns would take the ids away before they reach the collator.
+            trainer._signature_columns = [*columns, key]
+            return self._get_train_dataloader()
+        finally:
+            trainer.train_dataset, trainer.data_collator, trainer._signature_columns = kept
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, of a training batch in the exposed sub-networks of its rows."""
+        ids = inputs.pop(IDS, None)
+        if ids is None:
+            return self._compute_loss(model, inputs, *args, **kwargs)
+        if not self._audited:
+            self._audited = True
+            self._audit(inputs)
+        with self._network.exposed(ids):
+            return self._compute_loss(model, inputs, *args, **kwargs)
+
+    def _check_masks_of(self, checkpoint: str | bool) -> None:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        output = self._trainer.args.output_dir
+        folder = get_last_checkpoint(output) if checkpoint is True else str(checkpoint)
+        if folder is not None:  # if there is none, the trainer has an error of its own
+            check_masks(self._network, folder)
+
+    def _audit(self, inputs: Any) -> None:
+        trainer, network = self._trainer, self._network
+        if not trainer.is_world_process_zero():
+            return
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            _logger.warning("not audited for leaks: parameters are sharded over processes")
+            return
+        with _without_checkpointing(network.model):
+            report = network.audit(inputs, optimizer=trainer.optimizer)
+        level = logging.INFO if report.clean else logging.WARNING
+        _logger.log(level, "turn-over dropout, audit of the first batch: %s", report)
+
+
+class _Identified(Dataset[Any]):
+    """A data set whose rows carry their ids."""
+
+    def __init__(self, dataset: Any, ids: Tensor) -> None:
+        self._dataset = dataset
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._identified(row, self._dataset[row])
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        at_once = getattr(self._dataset, "__getitems__", None)
+        items = at_once(rows) if at_once else [self._dataset[row] for row in rows]
+        return [self._identified(row, item) for row, item in zip(rows, items, strict=True)]
+
+    def _identified(self, row: int, item: Any) -> dict[str, Any]:
+        if not isinstance(item, Mapping):
+            raise InputError(
+                f"row {row} of train_dataset is a {type(item).__name__}: rows must be mappings of the "
+                f"model's inputs"
+            )
+        if IDS in item:
+            raise InputError(f"row {row} of train_dataset has {IDS!r} already: pass ids={IDS!r}")
+        return {**item, IDS: int(self._ids[row])}
+
+
+class _WithIds:
+    """A collator that hands the ids on beside the batch."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], key: str) -> None:
+        self._collator = collator
+        self._key = key
+
+    def __call__(self, features: list[Any]) -> Any:
+        missing = [feature for feature in features if self._key not in feature]
+        if missing:
+            raise InputError(
+                f"a training row has no {self._key!r}, which was named as ids; it has "
+                f"{', '.join(map(repr, missing[0]))}"
+            )
+        ids = [feature[self._key] for feature in features]
+        rest = [{k: v for k, v in feature.items() if k != self._key} for feature in features]
+        batch = self._collator(rest)
+        batch[IDS] = _as_ids(ids, f"{self._key!r}")
+        return batch
+
+
+def _check_forward(trainer: Any) -> None:
+    """Refuse a model that cannot give its logits without labels, as the audit and the estimators ask."""
+    parameters = inspect.signature(trainer.model.forward).parameters
+    for name in trainer.label_names or ["labels"]:
+        if name in parameters and parameters[name].default is inspect.Parameter.empty:
+            raise InputError(
+                f"{type(trainer.model).__name__}.forward cannot run without {name!r}, as the audit and "
+                f"the estimators run it: give it a default ({name}=None), and leave the loss out then"
+            )
+
+
+def _source(dataset: Any, ids: str | Tensor | Sequence[int] | Sequence[str] | None) -> Tensor | str:
+    """Ids of the rows, int64 (rows,); or, of rows that come one after another, the column's name."""
+    if dataset is None:
+        raise InputError("the trainer has no train_dataset, so there are no instances to mask")
+    names = _column_names(dataset)
+    if not hasattr(dataset, "__len__"):
+        if not isinstance(ids, str):
+            raise InputError(
+                "train_dataset can only be iterated, so its rows have no numbers: name the column of "
+                "their ids (ids=)"
+            )
+        return ids
+    if ids is None:
+        found = [name for name in _COLUMNS if name in (names or ())]
+        if len(found) > 1:
+            raise InputError(f"train_dataset has columns {found}: say which holds the ids (ids=)")
+        if not found:
+            _logger.info("turn-over dropout: instance ids are the row numbers of train_dataset")
+            return torch.arange(len(dataset), device="cpu")
+        column = _column(dataset, found[0])
+        if len(set(column.tolist())) < len(column):
+            raise InputError(
+                f"column {found[0]!r} of train_dataset has equal ids: pass ids={found[0]!r} if rows of "
+                f"one id are one group, or name another column"
+            )
+        return column
+    if isinstance(ids, str):
+        if names is None:
+            raise InputError(
+                f"train_dataset is a {type(dataset).__name__} without columns: pass the ids themselves, "
+                f"one for each row, in place of {ids!r}"
+            )
+        if ids not in names:
+            raise InputError(
+                f"train_dataset has no column {ids!r}; it has {', '.join(map(repr, names))}"
+            )
+        return _column(dataset, ids)
+    if len(ids) != len(dataset):
+        raise InputError(f"train_dataset has {len(dataset)} rows, and ids= has {len(ids)}")
+    return _as_ids(ids, "ids=")
+
+
+def _column_names(dataset: Any) -> list[str] | None:
+    """Names of the columns of a ``datasets.Dataset``; ``None`` for another kind of data set."""
+    names = getattr(dataset, "column_names", None)
+    return names if isinstance(names, list) and hasattr(dataset, "remove_columns") else None
+
+
+def _column(dataset: Any, name: str) -> Tensor:
+    values = dataset.with_format(None)[name]
+    return _as_ids(values if isinstance(values, list) else list(values), f"column {name!r}")
+
+
+def _as_ids(values: Tensor | Sequence[Any], where: str) -> Tensor:
+    if not isinstance(values, Tensor):
+        for row, value in enumerate(values):
+            if value is None:
+                raise InputError(f"{where}: row {row} has no id")
+        if len(values) and isinstance(values[0], str):
+            return string_ids(values)
+    return check_training_ids(values)
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activations are kept while the body runs: a reentrant checkpoint cannot be asked for gradients."""
+    modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _save_with_masks(trainer: Any, network: Network) -> None:
+    """Have whatever saves the model write the masks beside it."""
+    model: Any = network.model
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = partial(_save_pretrained, network, model.save_pretrained)
+    else:
+        trainer.save_model = partial(_save_model, network, trainer, trainer.save_model)
+
+
+def _save_pretrained(
+    network: Network,
+    save: Callable[..., Any],
+    save_directory: str | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    saved = save(save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        _save_if_run(network, save_directory)
+    return saved
+
+
+def _save_model(
+    network: Network,
+    trainer: Any,
+    save: Callable[..., None],
+    output_dir: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    save(output_dir, *args, **kwargs)
+    if trainer.args.should_save:
+        _save_if_run(network, output_dir or trainer.args.output_dir)
+
+
+def _save_if_run(network: Network, folder: str | Path) -> None:
+    # A network that never ran does not know the widths of its sites, and has learned nothing under masks.
+    if None not in network.units.values():
+        save_masks(network, folder)
