@@ -5,7 +5,7 @@ the noise floor of every number.
 """
 
 from turnover import objectives
-from turnover.batches import Batch
+from turnover.batches import Batch, WithIds
 from turnover.errors import BindingError, InputError
 from turnover.heads import WideHead
 from turnover.hidden import HiddenPredictions, hidden_predictions
@@ -29,6 +29,7 @@ __all__ = [
     "Result",
     "Site",
     "WideHead",
+    "WithIds",
     "attach",
     "content_ids",
     "ghost_ids",

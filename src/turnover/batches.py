@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from turnover.errors import InputError
-from turnover.masks import check_ids
+from turnover.masks import check_ids, check_training_ids
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,63 @@ Adapter = Callable[[Any], Batch]
 """Turns a user's batch into a :class:`Batch`."""
 
 
+class Identified(NamedTuple):
+    """An item of a data set, or a batch of them, as it is without turn-over, and the ids beside it."""
+
+    rows: Any
+    ids: Any
+
+
+class WithIds(Dataset[Identified]):
+    """A data set whose items carry their ids: ``(item, id)``, collated to ``(batch, ids)``.
+
+    Ids stay with the rows under any sampler, in any order, number of workers and number of processes.
+
+    Args:
+        dataset: a data set with rows (``__getitem__`` and ``__len__``).
+        ids: int64 (rows,); ``None``: row numbers from 0. Rows of one id are a group.
+
+    Raises:
+        InputError: a data set without rows, or not one id >= 0 for each row.
+        TypeError: ids that are not integers.
+    """
+
+    def __init__(self, dataset: Any, ids: Tensor | Sequence[int] | None = None) -> None:
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise InputError(
+                f"a data set of type {type(dataset).__name__} has no rows to number: let it give "
+                f"(inputs, labels, id) itself"
+            )
+        rows = len(dataset)
+        self.dataset = dataset
+        self.ids = torch.arange(rows) if ids is None else check_training_ids(ids)
+        if len(self.ids) != rows:
+            raise InputError(f"{len(self.ids)} ids for {rows} rows of the data set: give one each")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Identified:
+        return Identified(self.dataset[row], int(self.ids[row]))
+
+    @staticmethod
+    def collate(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Identified]], Identified]:
+        """A collate function of items with ids, from one of items without."""
+        return partial(_collate, collate_fn)
+
+
+def _collate(collate_fn: Callable[[list[Any]], Any], items: list[Identified]) -> Identified:
+    return Identified(
+        collate_fn([item.rows for item in items]), torch.tensor([i.ids for i in items])
+    )
+
+
 def as_batch(batch: Any) -> Batch:
     """The default adapter.
 
-    Takes a :class:`Batch` as it is; a tuple or list ``(inputs,)``, ``(inputs, labels)`` or
-    ``(inputs, labels, ids)``; a mapping with ``labels`` (or ``label``) and ``ids`` (or ``id``) beside
-    the model's keywords, as Hugging Face collators make it.
+    Takes a :class:`Batch` as it is; a batch of a :class:`WithIds`; a tuple or list ``(inputs,)``,
+    ``(inputs, labels)`` or ``(inputs, labels, ids)``; a mapping with ``labels`` (or ``label``) and
+    ``ids`` (or ``id``) beside the model's keywords, as Hugging Face collators make it.
 
     Raises:
         InputError: another kind of batch, or labels that are no numbers: pass an ``adapter``.
@@ -94,6 +147,8 @@ def as_batch(batch: Any) -> Batch:
     """
     if isinstance(batch, Batch):
         return batch
+    if isinstance(batch, Identified):
+        return replace(as_batch(batch.rows), ids=check_ids(batch.ids))
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         labels = inputs.pop("labels", inputs.pop("label", None))

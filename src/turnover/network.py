@@ -242,25 +242,29 @@ class Network:
             InputError: missing fields, unknown sites, another spec version, or masks whose
                 fingerprint differs from the stored one.
         """
-        try:
-            spec = MaskSpec.from_dict(values["spec"])
-            sites = [Site(s["name"], s["axis"], s["unit_size"]) for s in values["sites"]]
-            units = {s["name"]: int(s["units"]) for s in values["sites"]}
-            layout = {s["name"]: (int(s["axis"]), int(s["unit_size"])) for s in values["sites"]}
-            stored = values["fingerprint"]
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"damaged mask description: {error!r} in {values!r}") from error
-        if _fingerprint(spec, units, layout) != stored:
-            raise InputError(
-                f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "
-                f"description was changed after training, or is damaged"
-            )
+        spec, sites, units = _described(values)
         network = attach(model, sites, spec)
         network.units.update(units)
         network._measured.update(units)
         return network
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Compare with a description, as :meth:`to_dict` makes it. Widths not known yet are not compared.
+
+        Raises:
+            InputError: a damaged description, or one of other masks.
+        """
+        spec, sites, units = _described(values)
+        own = [
+            Site(s.name, s.axis, s.unit_size)
+            for s in self._sites.values()
+            if self.units[s.name] in (None, units.get(s.name))
+        ]
+        if (spec, sites) != (self.spec, own):
+            raise InputError(
+                f"other masks: those stored are {spec} at {sorted(units.items())}, and this network's "
+                f"are {self.spec} at {sorted(self.units.items())}"
+            )
 
     def _bind(
         self,
@@ -514,6 +518,26 @@ class _Context:
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
     described = json.dumps([spec.fingerprint(units), sorted(layout.items())])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[str, int]]:
+    """Spec, sites and widths of a stored description whose fingerprint is that of its masks."""
+    try:
+        spec = MaskSpec.from_dict(values["spec"])
+        sites = [Site(s["name"], s["axis"], s["unit_size"]) for s in values["sites"]]
+        units = {s["name"]: int(s["units"]) for s in values["sites"]}
+        layout = {s["name"]: (int(s["axis"]), int(s["unit_size"])) for s in values["sites"]}
+        stored = values["fingerprint"]
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"damaged mask description: {error!r} in {values!r}") from error
+    if _fingerprint(spec, units, layout) != stored:
+        raise InputError(
+            f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "
+            f"description was changed after training, or is damaged"
+        )
+    return spec, sites, units
 
 
 def _refuse_ghosts(ids: Tensor) -> None:
