@@ -3,7 +3,6 @@
 import lightning
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import turnover
@@ -13,14 +12,14 @@ from turnover.integrations.lightning import TurnoverCallback  # turn-over
 class Digits(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        first, last = nn.Linear(64, 4096), nn.Linear(4096, 10, bias=False)
-        self.layers = nn.Sequential(first, nn.GELU(), last)
+        layers = torch.nn.Linear(64, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 10, bias=False)
+        self.layers = torch.nn.Sequential(*layers)
 
     def forward(self, images):
         return self.layers(images)
 
     def training_step(self, batch):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=3e-4, weight_decay=0.0)
@@ -34,8 +33,7 @@ module, callback = Digits(), TurnoverCallback("mlp")  # turn-over
 lightning.Trainer(max_epochs=10, callbacks=callback, barebones=True).fit(module, loader)
 
 wrong = (module.eval()(data[1200:][0]).argmax(1) != labels[1200:]).nonzero().flatten() + 1200
-influence, ids = turnover.Influence(callback.network), torch.arange(1200)
+influence, ids = turnover.Influence(callback.network), range(1200)
 order = influence.estimate([data[wrong[:1]]], ids).scores[0].argsort()
 print(f"row {wrong[0]}: harmed most by rows {order[:5]}, helped most by rows {order[::-1][:5]}")
-memorised = influence.self_influence([(*data[:1200], ids)]).z.argsort()[::-1]
-print("doubtful labels: rows", memorised[:5])
+print("doubtful:", influence.self_influence([(*data[:1200], ids)]).z.argsort()[::-1][:5])
