@@ -48,6 +48,7 @@ class WideHead(nn.Module):
                 raise InputError(f"WideHead: {name} must be >= 1, got {value}")
         if gain is None:
             gain = 0.02 * min(1.0, (8192 / units) ** 0.5)
+        self.gain = gain
         if not gain > 0:
             raise InputError(f"WideHead: gain must be > 0, got {gain}; at 0 no unit could learn")
         self.register_buffer("centre", torch.zeros(features))
@@ -55,7 +56,22 @@ class WideHead(nn.Module):
         self.spread = nn.Linear(features, units)
         self.activation = nn.GELU()
         self.classify = nn.Linear(units, classes, bias=False)
-        nn.init.normal_(self.spread.weight, std=gain / features**0.5)
+        self._start(None)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights, and take the input as it comes: what a head made on the meta device needs.
+
+        Args:
+            generator: where they are drawn from; ``None``: torch's own, as when a head is made.
+        """
+        nn.init.zeros_(self.centre)
+        nn.init.ones_(self.scale)
+        nn.init.kaiming_uniform_(self.classify.weight, a=5**0.5, generator=generator)
+        self._start(generator)
+
+    def _start(self, generator: torch.Generator | None) -> None:
+        std = self.gain / self.spread.in_features**0.5
+        nn.init.normal_(self.spread.weight, std=std, generator=generator)
         nn.init.zeros_(self.spread.bias)
 
     def standardise(self, features: Tensor) -> None:
