@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.objectives import logits_of
-from turnover.sites import canonical_name, device_of
+from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
     from turnover.network import Network
@@ -119,6 +119,11 @@ def audit(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise InputError("the model has no trainable parameter, so there is nothing to audit")
+    if any(is_sharded(parameter) for _, parameter in named):
+        raise InputError(
+            "the model's parameters are sharded over processes, and a process sees the gradients of its "
+            "own shard alone: audit before fully_shard"
+        )
     batch = batch.rows(0, _ROWS).to(device_of(model))
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]

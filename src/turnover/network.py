@@ -26,7 +26,7 @@ from turnover.batches import Adapter, as_batch
 from turnover.bindings import Binding, made_in, next_node
 from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec, check_ids
-from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve
+from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
 
 _REMEMBERED_BINDINGS = 256
 
@@ -207,13 +207,16 @@ class Network:
         return _fingerprint(self.spec, self.known_units(), layout)
 
     def digest(self) -> str:
-        """Hash of masks and weights: says whether a result belongs to this network."""
+        """Hash of masks and weights: says whether a result belongs to this network.
+
+        Where the weights are sharded over processes, every process must call it.
+        """
         digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
         state = {canonical_name(n): value for n, value in self.model.state_dict().items()}
         for name, value in sorted(state.items()):
             if isinstance(value, Tensor):
                 digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-                flat = value.detach().contiguous().cpu().flatten()
+                flat = whole(value.detach()).contiguous().cpu().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from turnover.errors import InputError
 from turnover.heads import WideHead
@@ -276,3 +276,15 @@ def device_of(model: nn.Module) -> torch.device:
     """Device of the model's first parameter (CPU where it has none)."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether a process holds a part of the tensor alone: a DTensor, as FSDP2 makes of parameters."""
+    # Not by its class, whose module takes seconds to import.
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor, gathered from all processes where it is sharded; every process must ask for it."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()

@@ -26,7 +26,7 @@ from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.rules import Call, Rule, rule_of
 from turnover.modes import evaluating
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
-from turnover.sites import canonical_name, device_of
+from turnover.sites import canonical_name, device_of, is_sharded
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""
@@ -319,6 +319,11 @@ def _check(model: nn.Module) -> None:
         raise InputError(
             "no parameter of the model is trained (requires_grad is False for all): switch it on for "
             "those that were"
+        )
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise InputError(
+            "the model's parameters are sharded over processes, and gram needs gradients by whole ones: "
+            "save the model, and load it in one process"
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:

@@ -14,6 +14,7 @@ from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
 from turnover.network import Network
 from turnover.objectives import Objective, cross_entropy, margin
+from turnover.sites import whole
 
 Model = Network | nn.Module
 
@@ -88,7 +89,7 @@ def digest(model: Model) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-            flat = value.detach().contiguous().cpu().flatten()
+            flat = whole(value.detach()).contiguous().cpu().flatten()
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
