@@ -1,7 +1,8 @@
-"""What each of several processes runs under torchrun: training, scoring and saving, by DDP or FSDP2."""
+"""What each of several processes runs under torchrun: training, scoring, saving; by DDP, FSDP2, Lightning."""
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,12 +28,22 @@ def build() -> nn.Module:
     return tiny.randomise(model)
 
 
-def train(network, model, rank=0, world=1):
-    """Losses of the global batches, and which units of the head each row had."""
+def watch(model):
+    """A list that gets which units of the head each row has, and what ends that."""
     seen = []
     wide = next(m for m in model.modules() if isinstance(m, turnover.WideHead))
-    handle = wide.classify.register_forward_pre_hook(lambda _, given: seen.append(given[0] != 0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    hook = wide.classify.register_forward_pre_hook(lambda _, given: seen.append(given[0] != 0))
+    return seen, hook.remove
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+def train(network, model, rank=0, world=1):
+    """Losses of the batches, and which units of the head each row had."""
+    seen, end = watch(model)
+    optimizer = optimizer_of(model)
     losses = []
     for start in range(0, ROWS, BATCH):
         rows = torch.arange(start, start + BATCH)[rank::world]
@@ -42,9 +53,48 @@ def train(network, model, rank=0, world=1):
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    handle.remove()
+    end()
     model.eval()
     return torch.stack(losses), torch.cat(seen)
+
+
+def train_by_lightning():
+    """The same by Lightning's trainer: network, losses and units."""
+    import lightning
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+    from turnover.integrations.lightning import TurnoverCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            model = build()
+            self.encoder, self.head, self.losses = model.encoder, model.head, []
+
+        def forward(self, inputs):
+            return self.head(self.encoder(inputs))
+
+        def training_step(self, batch, _):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.losses.append(loss.detach())
+            return loss
+
+        def configure_optimizers(self):
+            return optimizer_of(self)
+
+    data = turnover.WithIds(TensorDataset(X, Y), IDS)
+    module, callback = Module(), TurnoverCallback(SITES, SPEC)
+    seen, end = watch(module)
+    settings = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "barebones": True}
+    # Its own sampler would shuffle.
+    settings["use_distributed_sampler"] = False
+    trainer = lightning.Trainer(max_epochs=1, callbacks=callback, **settings)
+    trainer.fit(
+        module, DataLoader(data, BATCH // 2, sampler=DistributedSampler(data, shuffle=False))
+    )
+    end()
+    module.eval()
+    return callback.network, torch.stack(module.losses), torch.cat(seen)
 
 
 def wrapped(model: nn.Module, kind: str) -> nn.Module:
@@ -68,37 +118,43 @@ def refusal(function):
 
 
 def run(kind: str, order: str, out: Path) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = build()
     network = turnover.attach(model, SITES, SPEC) if order == "before" else None
     model = wrapped(model, kind)
     network = network or turnover.attach(model, SITES, SPEC)
     audit = refusal(lambda: network.audit((X, Y)))
-    losses, seen = train(network, model, rank, world)
-    gathered = [torch.empty_like(losses) for _ in range(world)]
+    losses, seen = train(network, model, dist.get_rank(), dist.get_world_size())
+    gram = refusal(lambda: turnover.Influence(network, method="gram").fit([(X, Y, IDS)]))
+    save(network, losses, seen, out / f"{kind}-{order}", audit=audit, gram=gram)
+
+
+def save(network, losses, seen, out: Path, **refused: str | None) -> None:
+    gathered = [torch.empty_like(losses) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, losses)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    state = get_model_state_dict(network.model, options=options)
     found = {
         "losses": torch.stack(gathered).mean(dim=0).tolist(),
         "masks": network.to_dict(),
         "digest": network.digest(),
         "linear": scores(network, "linear"),
         "exact": scores(network, "exact"),
-        "audit": audit,
-        "gram": refusal(lambda: turnover.Influence(network, method="gram").fit([(X, Y, IDS)])),
+        **refused,
     }
-    name = f"{kind}-{order}"
-    save_file({"seen": seen.to(torch.uint8)}, out / f"{name}-{rank}.safetensors")
+    rank = dist.get_rank()
+    save_file({"seen": seen.to(torch.uint8)}, f"{out}-{rank}.safetensors")
     if rank == 0:
-        (out / f"{name}.json").write_text(json.dumps(found))
-        save_file(state, out / f"{name}.safetensors")
+        Path(f"{out}.json").write_text(json.dumps(found))
+        save_file(state, f"{out}.safetensors")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
     for kind in ("ddp", "fsdp"):
         for order in ("before", "after"):
-            run(kind, order, Path(sys.argv[1]))
+            run(kind, order, folder)
+    if find_spec("lightning"):
+        save(*train_by_lightning(), folder / "lightning")
     dist.destroy_process_group()

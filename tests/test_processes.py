@@ -58,8 +58,10 @@ def one():
     return network, losses, seen
 
 
-@pytest.fixture(params=["ddp-before", "ddp-after", "fsdp-before", "fsdp-after"])
+@pytest.fixture(params=["ddp-before", "ddp-after", "fsdp-before", "fsdp-after", "lightning"])
 def name(request):
+    if request.param == "lightning":
+        pytest.importorskip("lightning", reason="needs: pip install 'turnover[lightning]'")
     return request.param
 
 
@@ -95,10 +97,9 @@ def test_what_two_processes_trained_and_saved_one_loads_and_scores_the_same(two,
         np.testing.assert_allclose(found[method], processes.scores(network, method), atol=1e-4)
 
 
-def test_sharded_parameters_are_refused_where_whole_ones_are_needed(two, name):
-    found = read(two, name)
-    if name.startswith("ddp"):
-        assert found["audit"] is None and found["gram"] is None
-    else:
-        assert "audit before fully_shard" in found["audit"]
-        assert "load it in one process" in found["gram"]
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sharded_parameters_are_refused_where_whole_ones_are_needed(two, order):
+    plain, sharded = read(two, f"ddp-{order}"), read(two, f"fsdp-{order}")
+    assert plain["audit"] is None and plain["gram"] is None
+    assert "audit before fully_shard" in sharded["audit"]
+    assert "load it in one process" in sharded["gram"]
