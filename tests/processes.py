@@ -20,6 +20,7 @@ ROWS, BATCH = 48, 8
 X, Y, IDS = tiny.features(ROWS), tiny.labels(ROWS), torch.arange(ROWS) * 3 + 1
 TARGETS = [(X[:3], Y[:3])]
 SPEC = turnover.MaskSpec(seed=2)
+METHODS = ("linear", "exact", "masks")
 SITES = ["encoder.1", "head.activation"]
 
 
@@ -106,6 +107,9 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
 
 
 def scores(network, method):
+    if method == "masks":
+        influence = turnover.Influence(network, method="gram", features="masks")
+        return influence.fit([(X, Y, IDS)]).estimate(TARGETS).scores.tolist()
     return turnover.Influence(network, method=method).estimate(TARGETS, IDS).scores.tolist()
 
 
@@ -137,8 +141,7 @@ def save(network, losses, seen, out: Path, **refused: str | None) -> None:
         "losses": torch.stack(gathered).mean(dim=0).tolist(),
         "masks": network.to_dict(),
         "digest": network.digest(),
-        "linear": scores(network, "linear"),
-        "exact": scores(network, "exact"),
+        **{method: scores(network, method) for method in METHODS},
         **refused,
     }
     rank = dist.get_rank()

@@ -22,6 +22,25 @@ def test_head_is_linear_activation_site_and_linear_without_bias():
     assert network.mask_units == 32
 
 
+def test_a_head_made_on_no_device_is_drawn_from_the_generator_given():
+    with torch.device("meta"):
+        head = WideHead(50, 4096, 10)
+    head.to_empty(device="cpu")
+    before = torch.get_rng_state()
+    head.reset_parameters(torch.Generator().manual_seed(3))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(0)
+    usual = WideHead(50, 4096, 10)
+    for name, value in usual.state_dict().items():
+        drawn = head.state_dict()[name]
+        assert drawn.std().item() == pytest.approx(value.std().item(), rel=0.05), name
+        assert drawn.mean().item() == pytest.approx(value.mean().item(), abs=1e-3), name
+    again = WideHead(50, 4096, 10)
+    again.reset_parameters(torch.Generator().manual_seed(3))
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, head.state_dict()[name]), name
+
+
 def test_units_start_at_the_scale_that_gain_says():
     torch.manual_seed(0)
     head = WideHead(50, 4096, 2, gain=0.02)

@@ -1,6 +1,8 @@
 """Lightning's own trainer, with the callback."""
 
 import copy
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -250,6 +252,14 @@ def test_a_checkpoint_of_other_masks_is_not_resumed(tmp_path):
                 module, loader(), ckpt_path=tmp_path / file, weights_only=True
             )
         assert not module.seen
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    for package in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "turnover.integrations.lightning")
+    with pytest.raises(InputError, match=r"pip install 'turnover\[lightning\]'"):
+        importlib.import_module("turnover.integrations.lightning")
 
 
 def test_there_is_no_network_before_training():

@@ -604,6 +604,25 @@ def test_tampered_mask_descriptions_are_refused(change, named):
     change(stored)
     with pytest.raises(InputError, match=named):
         turnover.Network.from_dict(tiny.mlp(), stored)
+    with pytest.raises(InputError, match=named):
+        network.check(stored)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: turnover.attach(tiny.mlp(), "mlp", MaskSpec(seed=1)),
+        lambda: turnover.attach(tiny.mlp(), "1"),
+        lambda: turnover.attach(tiny.mlp(8), "mlp"),
+        lambda: turnover.attach(tiny.mlp(), [Site("1", unit_size=2), "3"]),
+    ],
+    ids=["seed", "sites", "width", "units"],
+)
+def test_a_description_of_other_masks_is_told_from_a_networks_own(other):
+    network = turnover.attach(tiny.mlp(), "mlp")
+    network.check(turnover.attach(tiny.mlp(), "mlp").to_dict())
+    with pytest.raises(InputError, match="other masks"):
+        network.check(other().to_dict())
 
 
 def test_descriptions_of_sites_that_a_model_lacks_are_refused():

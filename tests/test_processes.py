@@ -83,7 +83,7 @@ def test_losses_at_equal_global_batches_are_those_of_one_process(two, one, name)
 
 def test_influence_within_two_processes_is_that_in_one(two, one, name):
     found = read(two, name)
-    for method in ("linear", "exact"):
+    for method in processes.METHODS:
         np.testing.assert_allclose(found[method], processes.scores(one[0], method), atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_what_two_processes_trained_and_saved_one_loads_and_scores_the_same(two,
     model.load_state_dict(load_file(two / f"{name}.safetensors"))
     network = turnover.Network.from_dict(model.eval(), found["masks"])
     assert network.digest() == found["digest"]
-    for method in ("linear", "exact"):
+    for method in processes.METHODS:
         np.testing.assert_allclose(found[method], processes.scores(network, method), atol=1e-4)
 
 

@@ -1,6 +1,8 @@
 """The scikit-learn classifier, by scikit-learn's own checks and on its data sets."""
 
+import importlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -212,7 +214,7 @@ def test_what_cannot_be_a_training_set_is_refused():
     with pytest.raises(InputError, match="column 'when' is of type datetime64"):
         model.fit(X.assign(when=pandas.Timestamp(0)), y)
     with pytest.raises(ValueError, match="contains NaN"):
-        model.fit(X.assign(size=np.nan), y)
+        model.fit(X.assign(size=[np.nan, *X["size"][1:]]), y)
     with pytest.raises(InputError, match="one class alone, \\['no'\\]"):
         model.fit(X, ["no"] * len(X))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
@@ -221,6 +223,13 @@ def test_what_cannot_be_a_training_set_is_refused():
         model.fit(X, y, ids=-np.arange(len(X)) - 1)
     with pytest.raises(TypeError, match="float"):
         model.fit(X, y, ids=np.arange(len(X)) / 2)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    monkeypatch.delitem(sys.modules, "turnover.integrations.sklearn")
+    with pytest.raises(InputError, match=r"pip install 'turnover\[sklearn\]'"):
+        importlib.import_module("turnover.integrations.sklearn")
 
 
 def test_questions_that_have_no_answer_are_refused():

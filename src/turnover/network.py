@@ -258,12 +258,9 @@ class Network:
             InputError: a damaged description, or one of other masks.
         """
         spec, sites, units = _described(values)
-        own = [
-            Site(s.name, s.axis, s.unit_size)
-            for s in self._sites.values()
-            if self.units[s.name] in (None, units.get(s.name))
-        ]
-        if (spec, sites) != (self.spec, own):
+        own = [Site(site.name, site.axis, site.unit_size) for site in self._sites.values()]
+        widths = {name: known for name, known in self.units.items() if known is not None}
+        if (spec, sites) != (self.spec, own) or not widths.items() <= units.items():
             raise InputError(
                 f"other masks: those stored are {spec} at {sorted(units.items())}, and this network's "
                 f"are {self.spec} at {sorted(self.units.items())}"
