@@ -139,7 +139,7 @@ def save(network, losses, seen, out: Path, **refused: str | None) -> None:
     state = get_model_state_dict(network.model, options=options)
     found = {
         "losses": torch.stack(gathered).mean(dim=0).tolist(),
-        "masks": network.to_dict(),
+        "description": network.to_dict(),
         "digest": network.digest(),
         **{method: scores(network, method) for method in METHODS},
         **refused,

@@ -74,7 +74,7 @@ def test_every_row_has_the_masks_that_it_has_in_one_process(two, one, name):
     for rank in range(2):
         theirs = load_file(two / f"{name}-{rank}.safetensors")["seen"].bool()
         assert torch.equal(theirs, seen[rank::2])
-    assert read(two, name)["masks"] == one[0].to_dict()
+    assert read(two, name)["description"] == one[0].to_dict()
 
 
 def test_losses_at_equal_global_batches_are_those_of_one_process(two, one, name):
@@ -91,7 +91,7 @@ def test_what_two_processes_trained_and_saved_one_loads_and_scores_the_same(two,
     found = read(two, name)
     model = processes.build()
     model.load_state_dict(load_file(two / f"{name}.safetensors"))
-    network = turnover.Network.from_dict(model.eval(), found["masks"])
+    network = turnover.Network.from_dict(model.eval(), found["description"])
     assert network.digest() == found["digest"]
     for method in processes.METHODS:
         np.testing.assert_allclose(found[method], processes.scores(network, method), atol=1e-4)
