@@ -43,7 +43,7 @@ export function errorNumbers(one) {
     "span",
     "numbers",
     figure("confidence", percent(one.confidence)),
-    figure("largest |z|", one.largest_z === null ? nats(null) : one.largest_z.toFixed(1)),
+    figure("max |z|", one.largest_z === null ? nats(null) : one.largest_z.toFixed(1)),
     figure("significant", count(one.significant)),
   );
 }
@@ -141,7 +141,7 @@ function select(name, options, chosen, change) {
 function title(back, kind, key) {
   const heading = element("h2", "", `${kind} `, element("code", "", key));
   heading.tabIndex = -1;
-  const up = link("back", back, "← Back");
+  const up = link("back", back, element("span", "narrow", "← Back"), element("span", "wide", "Close ✕"));
   return element("div", "title", up, heading);
 }
 
@@ -249,12 +249,13 @@ export function fillInstance(pane, run, instance, back, act) {
   const tiles = element(
     "div",
     "tiles",
-    measured("On itself", instance.own, own),
-    measured("On the whole test set", instance.overall, overall),
+    measured("Influence on itself", instance.own, own),
+    measured("Influence on the whole test set", instance.overall, overall),
   );
+  const sure = (some) => `${counted(some, "error", "errors")} with q ≤ ${run.significant_q}`;
   const titles = {
-    helpful: ["Helps", `surely ${counted(instance.helped, "error", "errors")}`],
-    harmful: ["Hurts", `surely ${counted(instance.hurt, "error", "errors")}`],
+    helpful: ["Helps", sure(instance.helped)],
+    harmful: ["Hurts", sure(instance.hurt)],
   };
   pane.replaceChildren(
     title(back, "Training instance", instance.key),
