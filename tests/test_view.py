@@ -51,7 +51,10 @@ def text_run(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:  
     """A run with errors whatever the network learns: half of the test labels are wrong."""
     folder = tmp_path_factory.mktemp("viewed")
     train = write_csv(folder / "train.csv", sentences(48))
-    rows = [(i, text, "neg" if i % 4 else label) for i, text, label in sentences(24, 500)]
+    other = {"pos": "neg", "neg": "pos"}
+    rows = [
+        (i, t, other[label] if i % 4 in (1, 2) else label) for i, t, label in sentences(24, 500)
+    ]
     test = write_csv(folder / "test.csv", rows)
     out = folder / "run"
     turnover(

@@ -209,7 +209,11 @@ class Contents:
         for side, ends in zip(_SIDES, sides, strict=True):
             gram = self._gram_of_instance(row, ends)
             listed[side] = [
-                {**self._error(one), **_measured(scores[one], z[one], q[one]), "gram": gram.get(one)}
+                {
+                    **self._error(one),
+                    **_measured(scores[one], z[one], q[one]),
+                    "gram": gram.get(one),
+                }
                 for one in ends
             ]
         text = self._run.train.shown(row)
@@ -298,9 +302,7 @@ class Contents:
         if self._gram is None:
             return {}
         result = self._gram.load([number])
-        return {
-            int(row): _by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])
-        }
+        return {int(row): _by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])}
 
     def _gram_of_instance(self, row: int, errors: list[int]) -> dict[int, dict[str, float]]:
         """What gram says of a training row on those errors whose extremes it is among."""
