@@ -18,8 +18,11 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 
-for package in ("transformers", "typer", "starlette", "uvicorn", "PIL"):
-    pytest.importorskip(package)
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("PIL")
 
 from PIL import Image
 

@@ -125,7 +125,9 @@ class StoredResult:
             InputError: no such variable, or a chunk that is missing or damaged.
         """
         if name not in self._blocks.variables:
-            raise InputError(f"{self.url} has no {name}; it has {', '.join(self._blocks.variables)}")
+            raise InputError(
+                f"{self.url} has no {name}; it has {', '.join(self._blocks.variables)}"
+            )
         return self._blocks.read(name, region)
 
     def _positions(self, targets: slice | Sequence[int]) -> NDArray[np.int64]:

@@ -131,9 +131,7 @@ def write_decisions(
         own = self_influence.get(int(train.ids[row]))
         numbers = ["", ""] if own is None else [f"{own[0]:.2f}", f"{own[1]:.3g}"]
         label = train.classes[train.labels[row]]
-        lines.append(
-            [train.keys[row], label, "", "", "", *numbers, "", decision, train.shown(row)]
-        )
+        lines.append([train.keys[row], label, "", "", "", *numbers, "", decision, train.shown(row)])
     write_csv(out, _COLUMNS, lines)
 
 

@@ -97,7 +97,9 @@ def _write(errors: StoredResult, key: str, url: str) -> None:
     ids = {"train": ("train", train_ids)}
     helped, hurt = np.zeros((2, len(train_ids)), dtype=np.int64)
     with writing(url, identity, variables, sizes, ids, "columns") as writer:
-        steps = tqdm(range(0, len(errors), rows), "pairs by training instance", unit="block", delay=1)
+        steps = tqdm(
+            range(0, len(errors), rows), "pairs by training instance", unit="block", delay=1
+        )
         for start in steps:
             block = slice(start, min(start + rows, len(errors)))
             score, q, largest_z = _block(errors, block)

@@ -249,7 +249,10 @@ def _query(request: Request, kind: type[Any]) -> Any:
     Raises:
         InputError: an unknown field, or not a number where one belongs.
     """
-    types = {field.name: type(field.default) for field in fields(kind)}
+    unset = kind()
+    types: dict[str, Callable[[str], Any]] = {
+        field.name: type(getattr(unset, field.name)) for field in fields(kind)
+    }
     given = {}
     for name, value in request.query_params.items():
         if name not in types:

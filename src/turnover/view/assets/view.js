@@ -177,7 +177,9 @@ async function decide(row, decision) {
 function takeDecisions(decisions) {
   run.decisions = new Map(decisions);
   const made = run.decisions.size;
-  get("count").textContent = counted(made, "decision", "decisions");
+  get("count").textContent = count(made);
+  get("counted").textContent = made === 1 ? " decision" : " decisions";
+  get("export").setAttribute("aria-label", `Export ${counted(made, "decision", "decisions")}`);
   get("export").hidden = !made;
   for (const node of document.querySelectorAll(".badge")) fillBadge(run, node);
 }
