@@ -29,7 +29,7 @@ from turnover.data import TextData
 from turnover.influence import Result
 from turnover.influence.calibration import NoiseFloor, NullDistribution
 from turnover.run import Run, write_json
-from viewing import Server, browser, serving, serving_process  # noqa: F401 - a fixture
+from viewing import Server, serving, serving_process
 
 pytestmark = pytest.mark.browser
 LARGE, ERRORS = 10_000, 1_000
@@ -45,7 +45,7 @@ class Visit:
 
 
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Any]:  # noqa: F811
+def visit(browser: Any) -> Iterator[Any]:
     visits: list[Visit] = []
 
     def open_at(server: Server, fragment: str = "", **options: Any) -> Any:
@@ -291,7 +291,7 @@ def test_images_stand_in_place_of_texts(
         page.close()
 
 
-def test_a_server_that_is_gone_is_said(visit: Any, browser: Any, run: Path) -> None:  # noqa: F811
+def test_a_server_that_is_gone_is_said(visit: Any, browser: Any, run: Path) -> None:
     page = browser.new_page()
     with serving(run) as server:
         page.goto(server.address)

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -86,8 +83,9 @@ def serving(run: Path) -> Iterator[Server]:
     from turnover.view.decisions import Decisions
     from turnover.view.server import application
 
-    contents = Contents(Run.load(run))
-    app = application(contents, Decisions(Run.load(run), contents.self_influence), "token")
+    loaded = Run.load(run)
+    contents = Contents(loaded)
+    app = application(contents, Decisions(loaded, contents.self_influence), "token")
     config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -118,19 +116,3 @@ def serving_process(run: Path) -> Iterator[tuple[Server, subprocess.Popen[str]]]
     finally:
         process.kill()
         process.communicate()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    if chromium is None:
-        pytest.skip("no chromium on the search path")
-    quiet = ("background-networking", "component-update", "sync")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", *(f"--disable-{name}" for name in quiet)],
-        )
-        yield browser
-        browser.close()

@@ -7,7 +7,6 @@ number among the run's errors, training instances by their row.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -38,6 +37,7 @@ from turnover.view.filters import (
     decided,
     ordered,
 )
+from turnover.view.numbers import Ranked, by_gram, ends_of, finite, measured
 
 _EXCERPT = 320
 _SIDES = ("helpful", "harmful")
@@ -77,7 +77,7 @@ class Contents:
             )
         column = {value: at for at, value in enumerate(overall.train_ids.tolist())}
         self._column = np.array([column[value] for value in run.train.ids.tolist()], dtype=np.int64)
-        self._overall = _Ranked(overall, np.argsort(overall.scores, kind="stable"))
+        self._overall = Ranked(overall, np.argsort(overall.scores, kind="stable"))
         self._own = self._self_influence(column)
         self._significant = self._pairs.part("significant")
         self._smallest_q, self._largest_z = (
@@ -160,7 +160,7 @@ class Contents:
         kept = np.arange(len(rows))
         if label:
             kept = np.flatnonzero(self._labels[rows] == self._class(label))
-        sides, more = _ends(scores, kept, top)
+        sides, more = ends_of(scores, kept, top)
         listed = {
             side: [self._influential(result, int(rows[at]), gram) for at in ends]
             for side, ends in zip(_SIDES, sides, strict=True)
@@ -204,14 +204,14 @@ class Contents:
         at = slice(column, column + 1)
         scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
         z = self._floor.standardise(scores[:, None])[:, 0]
-        sides, more = _ends(scores, np.arange(len(scores)), top)
+        sides, more = ends_of(scores, np.arange(len(scores)), top)
         listed = {}
         for side, ends in zip(_SIDES, sides, strict=True):
             gram = self._gram_of_instance(row, ends)
             listed[side] = [
                 {
                     **self._error(one),
-                    **_measured(scores[one], z[one], q[one]),
+                    **measured(scores[one], z[one], q[one]),
                     "gram": gram.get(one),
                 }
                 for one in ends
@@ -247,14 +247,14 @@ class Contents:
                 f"there are {len(self._run.train)} training rows, none is number {row}"
             )
 
-    def _self_influence(self, column: Mapping[int, int]) -> _Ranked | None:
+    def _self_influence(self, column: Mapping[int, int]) -> Ranked | None:
         if not self._run.has_result("self"):
             return None
         result = self._run.read_result("self")
         at = np.array([column[value] for value in result.train_ids.tolist()], dtype=np.int64)
         order = np.empty(len(column), dtype=np.int64)
         order[at] = np.arange(len(at))
-        return _Ranked(result, np.argsort(-result.scores, kind="stable"), order)
+        return Ranked(result, np.argsort(-result.scores, kind="stable"), order)
 
     def _error(self, number: int) -> dict[str, Any]:
         test, row = self._run.test, int(self._rows[number])
@@ -265,10 +265,10 @@ class Contents:
             "text": test.shown(row)[:_EXCERPT],
             "true": test.classes[test.labels[row]],
             "predicted": test.classes[self._predicted[number]],
-            "confidence": _finite(self._confidence[number]),
+            "confidence": finite(self._confidence[number]),
             "significant": int(self._significant[number]),
-            "largest_z": _finite(self._largest_z[number]),
-            "noise_floor": _finite(self._floor.sd[number]),
+            "largest_z": finite(self._largest_z[number]),
+            "noise_floor": finite(self._floor.sd[number]),
         }
 
     def _training_row(self, row: int) -> dict[str, Any]:
@@ -284,8 +284,8 @@ class Contents:
         column = int(self._column[row])
         return {
             **self._training_row(row),
-            "overall_score": _finite(self._overall.scores[column]),
-            "self_score": None if self._own is None else _finite(self._own.scores[column]),
+            "overall_score": finite(self._overall.scores[column]),
+            "self_score": None if self._own is None else finite(self._own.scores[column]),
             "helped": int(self._helped[column]),
             "hurt": int(self._hurt[column]),
         }
@@ -294,15 +294,15 @@ class Contents:
         self, result: Result, row: int, gram: Mapping[int, dict[str, float]]
     ) -> dict[str, Any]:
         at = 0, int(self._column[row])
-        measured = _measured(result.scores[at], result.z[at], result.q[at])
-        return {**self._training_row(row), **measured, "gram": gram.get(row)}
+        numbers = measured(result.scores[at], result.z[at], result.q[at])
+        return {**self._training_row(row), **numbers, "gram": gram.get(row)}
 
     def _gram_of_error(self, number: int) -> dict[int, dict[str, float]]:
         """Score and standard error of an error's extremes by gram, by training row."""
         if self._gram is None:
             return {}
         result = self._gram.load([number])
-        return {int(row): _by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])}
+        return {int(row): by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])}
 
     def _gram_of_instance(self, row: int, errors: list[int]) -> dict[int, dict[str, float]]:
         """What gram says of a training row on those errors whose extremes it is among."""
@@ -310,7 +310,7 @@ class Contents:
             return {}
         result = self._gram.load(errors)
         found = np.argwhere(result.train_ids == row).tolist()
-        return {errors[at]: _by_gram(result, at, rank) for at, rank in found}
+        return {errors[at]: by_gram(result, at, rank) for at, rank in found}
 
     def _class(self, name: str) -> int:
         classes = self._run.train.classes
@@ -340,33 +340,6 @@ class Contents:
         ]
 
 
-class _Ranked:
-    """A result of one score for each training id, by column of the pairs, with ranks.
-
-    Args:
-        ranking: positions in the result, the one of note first.
-        order: position in the result of each column; ``None``: the same.
-    """
-
-    def __init__(
-        self,
-        result: Result,
-        ranking: NDArray[np.int64],
-        order: NDArray[np.int64] | None = None,
-    ) -> None:
-        self.result = result
-        self._at = np.arange(len(ranking)) if order is None else order
-        self._rank = np.empty(len(ranking), dtype=np.int64)
-        self._rank[ranking] = np.arange(1, len(ranking) + 1)
-        self.scores = result.scores[self._at]
-
-    def at(self, column: int) -> dict[str, Any]:
-        """What was measured of an instance."""
-        result, at = self.result, self._at[column]
-        measured = _measured(result.scores[at], result.z[at], result.q[at])
-        return {**measured, "rank": int(self._rank[at])}
-
-
 def _targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Test row, predicted class and confidence of every error: (errors,) each."""
     path = run.folder / "results" / "targets.json"
@@ -389,34 +362,3 @@ def _targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np
             f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
         )
     return rows, predicted, confidence
-
-
-def _ends(
-    scores: NDArray[np.floating], kept: NDArray[np.int64], top: int
-) -> tuple[tuple[list[int], list[int]], bool]:
-    """Positions of the highest scores above 0 and of the lowest below it; whether there are more."""
-    order = kept[np.argsort(scores[kept], kind="stable")]
-    helpful = [at for at in order[::-1][:top].tolist() if scores[at] > 0]
-    harmful = [at for at in order[:top].tolist() if scores[at] < 0]
-    more = (scores[kept] > 0).sum() > len(helpful) or (scores[kept] < 0).sum() > len(harmful)
-    return (helpful, harmful), bool(more)
-
-
-def _measured(score: Any, z: Any, q: Any) -> dict[str, Any]:
-    return {
-        "score": _finite(score),
-        "z": _finite(z),
-        "q": _finite(q),
-        "significant_here": bool(q <= SIGNIFICANT_Q),
-    }
-
-
-def _by_gram(result: Result, target: int, rank: int) -> dict[str, float]:
-    assert result.standard_error is not None
-    at = target, rank
-    return {"score": float(result.scores[at]), "error": float(result.standard_error[at])}
-
-
-def _finite(value: Any) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
