@@ -257,7 +257,7 @@ def test_a_part_of_a_variable_is_that_of_the_whole(finished):
     part = stored.part("score", slice(3, 19), slice(1, 3))
     np.testing.assert_array_equal(part, expected().scores[3:19, 1:3])
     np.testing.assert_array_equal(stored.part("train"), expected().train_ids)
-    with pytest.raises(InputError, match="has no scores; it has .*score"):
+    with pytest.raises(InputError, match=r"has no scores; it has .*score"):
         stored.part("scores")
 
 

@@ -42,7 +42,8 @@ def report(
 def view(
     run: RunFolder,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of this machine to listen on; 0: a free one.")
+        int,
+        typer.Option(min=0, max=65535, help="Port of this machine to listen on; 0: a free one."),
     ] = 0,
     open_page: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
