@@ -255,6 +255,7 @@ BAD_INPUT = {
     "review": (".", "--out", "r.csv"),
     "cleanse": (".", "--validation", "v.csv", "--out", "c.csv"),
     "report": (".", "--out", "r.html"),
+    "view": (".", "--no-open"),
     "demo": ("--out", ".", "--head-units", 0),
 }
 

@@ -252,6 +252,15 @@ def test_rows_that_do_not_exist_are_refused(chosen, finished):
         read(finished).load(chosen)
 
 
+def test_a_part_of_a_variable_is_that_of_the_whole(finished):
+    stored = read(finished)
+    part = stored.part("score", slice(3, 19), slice(1, 3))
+    np.testing.assert_array_equal(part, expected().scores[3:19, 1:3])
+    np.testing.assert_array_equal(stored.part("train"), expected().train_ids)
+    with pytest.raises(InputError, match=r"has no scores; it has .*score"):
+        stored.part("scores")
+
+
 def test_a_result_without_targets_has_none_to_choose(tmp_path):
     save(tmp_path / "self.zarr", results()["self"])
     with pytest.raises(InputError, match="no targets to choose from"):

@@ -25,7 +25,7 @@ from turnover.errors import InputError
 from turnover.files import replacing
 from turnover.influence.result import Result
 from turnover.influence.store import save
-from turnover.influence.stored import open_result
+from turnover.influence.stored import StoredResult, open_result
 from turnover.network import Network
 from turnover.pipelines import Pipeline, load
 
@@ -104,7 +104,15 @@ class Run:
         shutil.rmtree(self._result(name), ignore_errors=True)
 
     def read_result(self, name: str) -> Result:
-        """A stored result of this run's network.
+        """A stored result of this run's network, in memory.
+
+        Raises:
+            InputError: no such result, a damaged one, or one of another model or spec.
+        """
+        return self.open_result(name).load()
+
+    def open_result(self, name: str) -> StoredResult:
+        """A stored result of this run's network, on disk.
 
         Raises:
             InputError: no such result, a damaged one, or one of another model or spec.
@@ -112,12 +120,12 @@ class Run:
         path = self._result(name)
         if not path.exists():
             raise InputError(f"{path} does not exist: run `turnover influence {self.folder}` first")
-        result = open_result(path).load()
-        own = self.network.digest()
-        if result.network != own:
+        result = open_result(path)
+        own, network = self.network.digest(), result.attributes["network"]
+        if network != own:
             raise InputError(
                 f"{path} belongs to another model or mask spec: it was computed on network "
-                f"{result.network}, this run's is {own}; run `turnover influence {self.folder}` again"
+                f"{network}, this run's is {own}; run `turnover influence {self.folder}` again"
             )
         return result
 

@@ -18,7 +18,7 @@ except ImportError:  # the core installs without them
     sys.exit("the command line needs: pip install 'turnover[text]', or 'turnover[images]'")
 
 from turnover.cli.labels import cleanse, predict, review
-from turnover.cli.report import demo, report
+from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
 
@@ -43,6 +43,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     review: "turnover review runs/mine --budget 50 --out doubtful.csv",
     cleanse: "turnover cleanse runs/mine --validation other.csv --out cleaned.csv",
     report: "turnover report runs/mine --no-text --out mine.html",
+    view: "turnover view runs/mine --port 8765 --no-open",
     demo: "turnover demo --out runs/demo",
 }
 for command, example in EXAMPLES.items():

@@ -1,8 +1,9 @@
-"""Commands that make pages: ``report``, and ``demo``, the whole way on real sentences."""
+"""Commands that make pages: ``report``, ``view``, and ``demo``, the whole way on real sentences."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,32 @@ def report(
     output = Output(as_json=as_json)
     _write_report(output, Run.load(run), path, texts=text)
     output.document({"file": str(path)})
+
+
+def view(
+    run: RunFolder,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port of this machine to listen on; 0: a free one."),
+    ] = 0,
+    open_page: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Serve the run's interactive view on this machine, until Ctrl-C."""
+    from turnover.run import Run
+    from turnover.view import open_view
+
+    output = Output(as_json=as_json)
+
+    def show(address: str) -> None:
+        output.say(f"view: {address}", highlight=False)
+        output.say("Ctrl-C ends it")
+        output.document({"address": address})
+        sys.stdout.flush()
+
+    open_view(Run.load(run), port=port, show=show, browser=open_page)
 
 
 def demo(

@@ -114,6 +114,22 @@ class StoredResult:
             **optional,
         )
 
+    def part(self, name: str, *region: slice) -> NDArray[Any]:
+        """A region of a variable, in memory; the cost is that of the chunks it touches.
+
+        Args:
+            name: of a variable that was written, such as ``"score"``.
+            region: a slice along each dimension, from the first; those left out are whole.
+
+        Raises:
+            InputError: no such variable, or a chunk that is missing or damaged.
+        """
+        if name not in self._blocks.variables:
+            raise InputError(
+                f"{self.url} has no {name}; it has {', '.join(self._blocks.variables)}"
+            )
+        return self._blocks.read(name, region)
+
     def _positions(self, targets: slice | Sequence[int]) -> NDArray[np.int64]:
         if isinstance(targets, slice):
             return np.arange(len(self))[targets]

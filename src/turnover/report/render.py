@@ -51,7 +51,7 @@ def render(content: ReportContent) -> str:
         gram_means=GRAM_MEANS if any(error.gram for error in content.errors) else None,
         sort_keys=_sort_keys,
         data=_json({**_error_data(content), "curves": curves}),
-        css=_asset("style.css"),
+        css=_asset("colours.css") + _asset("style.css"),
         page_js=_asset("page.js"),
         curves_js=_asset("curves.js"),
         plotly_js=_need("plotly.offline").get_plotlyjs() if curves else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,29 @@ def write_review(flagged: list[Flagged], out: Path) -> None:
         numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
         numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
         lines.append([one.key, one.label, one.suggested, *numbers, said, "", one.text])
+    write_csv(out, _COLUMNS, lines)
+
+
+def write_decisions(
+    train: Data,
+    decisions: Mapping[int, str],
+    out: Path,
+    self_influence: Mapping[int, tuple[float, float]],
+) -> None:
+    """Write decisions on training rows in the columns of the list, atomically.
+
+    Args:
+        train: the training data.
+        decisions: by row; see :func:`read_decisions`.
+        self_influence: z and q by instance id, of those that have them. What else the list holds of a
+            row takes another pass over the data, and is left empty.
+    """
+    lines = []
+    for row, decision in sorted(decisions.items()):
+        own = self_influence.get(int(train.ids[row]))
+        numbers = ["", ""] if own is None else [f"{own[0]:.2f}", f"{own[1]:.3g}"]
+        label = train.classes[train.labels[row]]
+        lines.append([train.keys[row], label, "", "", "", *numbers, "", decision, train.shown(row)])
     write_csv(out, _COLUMNS, lines)
 
 

@@ -1,0 +1,129 @@
+"""The pairs of a run by training instance: what one instance did to every error.
+
+Scores are estimated and kept by target, a few targets to a chunk, so that one training instance's
+column lies in every chunk; and q is adjusted over the whole row of a target. Both are gone through
+once, and what comes out is kept beside the result, with few training instances and many targets to a
+chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from turnover.errors import InputError
+from turnover.influence.store import Variable, writing
+from turnover.influence.stored import StoredResult, open_result
+from turnover.run import Run
+from turnover.tasks.explain import SIGNIFICANT_Q
+
+_NAME = "columns"
+_VERSION = 1
+_PAIRS_HELD = 2**24
+"""Pairs of a block of targets: 8 bytes each, and what one of its steps takes to adjust them."""
+_PAIRS_AT_ONCE = 2**20
+_FEW = 8
+"""Targets read together at least: a chunk of scores holds several, and is read as a whole."""
+_CHUNK = 2**18
+
+
+def open_columns(run: Run) -> StoredResult:
+    """The pairs of a run's errors by training instance, made first where they are not there.
+
+    ``score`` and ``q``: float32 (train, target), in nats and from 0 to 1. For each target
+    ``significant`` (int64: instances with q <= 0.05), ``smallest_q`` and ``largest_z`` (float32); for
+    each training id ``helped`` and ``hurt`` (int64: targets on which it is significant).
+
+    Raises:
+        InputError: the run was not scored, or its result is damaged, or another process makes them.
+    """
+    errors = open_errors(run)
+    key = _key(errors)
+    path = run.folder / "results" / f"{_NAME}.zarr"
+    if path.exists():
+        made = open_result(path)  # of whatever network: the key tells
+        if made.attributes.get("source") == key:
+            return made
+    with run.draft(_NAME, key) as draft:
+        _write(errors, key, str(draft))
+    return open_result(path)
+
+
+def open_errors(run: Run) -> StoredResult:
+    """The pairs of a run's errors, by target.
+
+    Raises:
+        InputError: no such result, a damaged one, or one of another model or spec.
+    """
+    found = run.open_result("errors")
+    if found.kind != "dense":
+        raise InputError(
+            f"{found.url} holds only the extremes of each error: run `turnover influence {run.folder}` "
+            f"again"
+        )
+    return found
+
+
+def _key(errors: StoredResult) -> str:
+    """What tells a result from one that was estimated later or with other settings."""
+    hashed = hashlib.blake2b(f"{_VERSION} {sorted(errors.attributes.items())}".encode())
+    for name in ("train", "ghost_mean", "noise_floor"):
+        hashed.update(errors.part(name).tobytes())
+    return hashed.hexdigest()[:32]
+
+
+def _write(errors: StoredResult, key: str, url: str) -> None:
+    train_ids = errors.train_ids
+    sizes = {"train": len(train_ids), "target": len(errors)}
+    rows = max(1, min(len(errors), _PAIRS_HELD // len(train_ids)))
+    chunk = (max(1, min(len(train_ids), _CHUNK // rows)), rows)
+    variables = {
+        "score": Variable(("train", "target"), "float32", chunk),
+        "q": Variable(("train", "target"), "float32", chunk),
+        "significant": Variable(("target",), "int64", (rows,)),
+        "smallest_q": Variable(("target",), "float32", (rows,)),
+        "largest_z": Variable(("target",), "float32", (rows,)),
+        "helped": Variable(("train",), "int64", (len(train_ids),)),
+        "hurt": Variable(("train",), "int64", (len(train_ids),)),
+    }
+    identity = {"source": key}
+    described = {
+        name: errors.attributes[name]
+        for name in ("method", "objective", "sites", "network", "considered")
+    }
+    ids = {"train": ("train", train_ids)}
+    helped, hurt = np.zeros((2, len(train_ids)), dtype=np.int64)
+    with writing(url, identity, variables, sizes, ids, "columns") as writer:
+        steps = tqdm(
+            range(0, len(errors), rows), "pairs by training instance", unit="block", delay=1
+        )
+        for start in steps:
+            block = slice(start, min(start + rows, len(errors)))
+            score, q, largest_z = _block(errors, block)
+            writer.write("score", (slice(None), block), np.ascontiguousarray(score.T))
+            writer.write("q", (slice(None), block), np.ascontiguousarray(q.T))
+            sure = q <= SIGNIFICANT_Q
+            writer.write("significant", (block,), sure.sum(axis=1))
+            writer.write("smallest_q", (block,), q.min(axis=1))
+            writer.write("largest_z", (block,), largest_z)
+            helped += (sure & (score > 0)).sum(axis=0)
+            hurt += (sure & (score < 0)).sum(axis=0)
+        writer.write("helped", (), helped)
+        writer.write("hurt", (), hurt)
+        writer.finish(source=key, **described)
+
+
+def _block(
+    errors: StoredResult, block: slice
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Scores and q-values (targets, train) and largest absolute z (targets,) of some targets."""
+    step = max(_FEW, _PAIRS_AT_ONCE // len(errors.train_ids))
+    found: list[tuple[NDArray[np.float32], ...]] = []
+    for start in range(block.start, block.stop, step):
+        part = errors.load(slice(start, min(start + step, block.stop)))
+        found.append((part.scores, part.q.astype(np.float32), np.abs(part.z).max(axis=1)))
+    score, q, largest_z = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return score, q, largest_z

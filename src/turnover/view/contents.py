@@ -1,0 +1,364 @@
+"""What the page asks of a run, as JSON values: lists, one error, one training instance, an image.
+
+Numbers are plain ones, ``None`` where they are not finite or were not measured. Errors go by their
+number among the run's errors, training instances by their row.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnover.data import Data
+from turnover.errors import InputError
+from turnover.images import ImageData
+from turnover.influence.calibration import NoiseFloor
+from turnover.influence.result import Result
+from turnover.run import Run, read_json
+from turnover.tasks.explain import (
+    GRAM_MEANS,
+    NOT_SIGNIFICANT,
+    SIGNIFICANT_Q,
+    TURNOVER_MEANS,
+    rows_by_id,
+)
+from turnover.tasks.review import KEEP, REMOVE
+from turnover.view.columns import open_columns, open_errors
+from turnover.view.filters import (
+    PAGE,
+    ErrorFilter,
+    InstanceFilter,
+    containing,
+    decided,
+    ordered,
+)
+from turnover.view.numbers import Ranked, by_gram, ends_of, finite, measured
+
+_EXCERPT = 320
+_SIDES = ("helpful", "harmful")
+
+
+class Contents:
+    """What a page asks of a run.
+
+    Ids, noise floors and a few numbers for each row are in memory, pairs on disk.
+
+    Args:
+        run: a scored run.
+
+    Raises:
+        InputError: it was not scored, has no errors, or what it holds is damaged or of another model.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._rows, self._predicted, self._confidence = _targets(run)
+        self._errors = open_errors(run)
+        if len(self._errors) != len(self._rows):
+            raise InputError(
+                f"{run.folder}/results: {len(self._errors)} targets were scored and {len(self._rows)} are "
+                f"listed: run `turnover influence {run.folder}` again"
+            )
+        self._pairs = open_columns(run)
+        self._floor = NoiseFloor(self._errors.part("ghost_mean"), self._errors.part("noise_floor"))
+        self._gram = run.open_result("gram") if run.has_result("gram") else None
+        overall = run.read_result("aggregate")
+        # Columns of the results are instances or groups; of a group the first row is shown.
+        self._row_of = np.array(rows_by_id(overall, run.train), dtype=np.int64)
+        if not np.array_equal(overall.train_ids, self._errors.train_ids):
+            raise InputError(
+                f"{run.folder}/results: errors and aggregate are of other training instances: run "
+                f"`turnover influence {run.folder}` again"
+            )
+        column = {value: at for at, value in enumerate(overall.train_ids.tolist())}
+        self._column = np.array([column[value] for value in run.train.ids.tolist()], dtype=np.int64)
+        self._overall = Ranked(overall, np.argsort(overall.scores, kind="stable"))
+        self._own = self._self_influence(column)
+        self._significant = self._pairs.part("significant")
+        self._smallest_q, self._largest_z = (
+            self._pairs.part(name) for name in ("smallest_q", "largest_z")
+        )
+        self._helped, self._hurt = self._pairs.part("helped"), self._pairs.part("hurt")
+
+    @property
+    def self_influence(self) -> dict[int, tuple[float, float]]:
+        """z and q of self-influence by instance id; empty where it was not estimated."""
+        if self._own is None:
+            return {}
+        result = self._own.result
+        triples = zip(result.train_ids.tolist(), result.z, result.q, strict=True)
+        return {value: (float(z), float(q)) for value, z, q in triples}
+
+    def about(self) -> dict[str, Any]:
+        """What the page says of the run as a whole."""
+        run = self._run
+        return {
+            "name": run.folder.resolve().name,
+            "classes": run.train.classes,
+            "images": isinstance(run.train, ImageData),
+            "errors": len(self._rows),
+            "training": len(run.train),
+            "test": len(run.test),
+            "gram": self._gram is not None,
+            "significant_q": SIGNIFICANT_Q,
+            "not_significant": NOT_SIGNIFICANT,
+            "meanings": [TURNOVER_MEANS] + [GRAM_MEANS] * (self._gram is not None),
+            "keep": KEEP,
+            "remove": REMOVE,
+        }
+
+    def errors(self, wanted: ErrorFilter) -> dict[str, Any]:
+        """How many errors pass a filter, and a page of them.
+
+        Raises:
+            InputError: an unknown class or order.
+        """
+        passes = (self._confidence >= wanted.low) & (self._confidence <= wanted.high)
+        passes &= self._smallest_q <= wanted.q
+        true = np.array(self._run.test.labels)[self._rows]
+        for name, labels in ((wanted.true, true), (wanted.predicted, self._predicted)):
+            if name:
+                passes &= labels == self._class(name)
+        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
+        keys = {
+            "significant": -self._significant,
+            "z": -self._largest_z,
+            "confidence": -self._confidence,
+            "row": self._rows,
+        }
+        page = ordered(found, wanted.sort, keys)[wanted.start : wanted.start + PAGE]
+        return {"found": len(found), "items": [self._error(int(one)) for one in page]}
+
+    def error(self, number: int, *, by: str, label: str, top: int) -> dict[str, Any]:
+        """One error with its training instances.
+
+        Args:
+            number: of the error.
+            by: ``turnover`` or ``gram``: what ranks them.
+            label: list training instances of this class alone; empty: of all.
+            top: how many on each side.
+
+        Raises:
+            InputError: no such error, class or ranking, or a damaged chunk.
+        """
+        if not 0 <= number < len(self._rows):
+            raise InputError(f"there are {len(self._rows)} errors, none is number {number}")
+        result = self._errors.load([number])
+        gram = self._gram_of_error(number)
+        if by == "turnover":
+            rows, scores = self._row_of, result.scores[0]
+        elif by == "gram" and gram:
+            rows = np.array(list(gram), dtype=np.int64)
+            scores = np.array([one["score"] for one in gram.values()])
+        else:
+            raise InputError(f"unknown ranking {by!r}; there are turnover{', gram' * bool(gram)}")
+        kept = np.arange(len(rows))
+        if label:
+            kept = np.flatnonzero(self._labels[rows] == self._class(label))
+        sides, more = ends_of(scores, kept, top)
+        listed = {
+            side: [self._influential(result, int(rows[at]), gram) for at in ends]
+            for side, ends in zip(_SIDES, sides, strict=True)
+        }
+        text = self._run.test.shown(int(self._rows[number]))
+        return {**self._error(number), **listed, "text": text, "more": more}
+
+    def instances(self, wanted: InstanceFilter, decisions: Mapping[int, str]) -> dict[str, Any]:
+        """How many training instances pass a filter, and a page of them.
+
+        Raises:
+            InputError: an unknown class, order or kind of decision.
+        """
+        passes = decided(len(self._run.train), wanted.decision, decisions)
+        if wanted.label:
+            passes &= self._labels == self._class(wanted.label)
+        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._instance_words)
+        by_column = {
+            "harmful": self._overall.result.scores,
+            "errors": -(self._helped + self._hurt),
+        }
+        if self._own is not None:
+            by_column["self"] = -self._own.scores
+        keys = {name: values[self._column] for name, values in by_column.items()}
+        keys["row"] = np.arange(len(self._run.train))
+        page = ordered(found, wanted.sort, keys)[wanted.start : wanted.start + PAGE]
+        return {"found": len(found), "items": [self._instance(int(row)) for row in page]}
+
+    def instance(self, row: int, *, top: int) -> dict[str, Any]:
+        """One training instance, and whom it helps and hurts.
+
+        Args:
+            row: of the training data.
+            top: how many errors on each side.
+
+        Raises:
+            InputError: no such row, or a damaged chunk.
+        """
+        self.check_row(row)
+        column = int(self._column[row])
+        at = slice(column, column + 1)
+        scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
+        z = self._floor.standardise(scores[:, None])[:, 0]
+        sides, more = ends_of(scores, np.arange(len(scores)), top)
+        listed = {}
+        for side, ends in zip(_SIDES, sides, strict=True):
+            gram = self._gram_of_instance(row, ends)
+            listed[side] = [
+                {
+                    **self._error(one),
+                    **measured(scores[one], z[one], q[one]),
+                    "gram": gram.get(one),
+                }
+                for one in ends
+            ]
+        text = self._run.train.shown(row)
+        beside = {"more": more, "overall": self._overall.at(column)}
+        beside["own"] = None if self._own is None else self._own.at(column)
+        return {**self._instance(row), **listed, **beside, "text": text}
+
+    def image(self, side: str, row: int) -> bytes:
+        """A training (``train``) or test (``test``) image as PNG, at its size.
+
+        Raises:
+            InputError: no such image.
+        """
+        data: Data = self._run.train if side == "train" else self._run.test
+        if not isinstance(data, ImageData) or not 0 <= row < len(data):
+            raise InputError(f"there is no image of {side} row {row}")
+        from PIL import Image
+
+        written = io.BytesIO()
+        Image.fromarray(data.image(row)).save(written, "PNG")
+        return written.getvalue()
+
+    def check_row(self, row: int) -> None:
+        """Whether there is such a training row.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not 0 <= row < len(self._run.train):
+            raise InputError(
+                f"there are {len(self._run.train)} training rows, none is number {row}"
+            )
+
+    def _self_influence(self, column: Mapping[int, int]) -> Ranked | None:
+        if not self._run.has_result("self"):
+            return None
+        result = self._run.read_result("self")
+        at = np.array([column[value] for value in result.train_ids.tolist()], dtype=np.int64)
+        order = np.empty(len(column), dtype=np.int64)
+        order[at] = np.arange(len(at))
+        return Ranked(result, np.argsort(-result.scores, kind="stable"), order)
+
+    def _error(self, number: int) -> dict[str, Any]:
+        test, row = self._run.test, int(self._rows[number])
+        return {
+            "error": number,
+            "row": row,
+            "key": test.keys[row],
+            "text": test.shown(row)[:_EXCERPT],
+            "true": test.classes[test.labels[row]],
+            "predicted": test.classes[self._predicted[number]],
+            "confidence": finite(self._confidence[number]),
+            "significant": int(self._significant[number]),
+            "largest_z": finite(self._largest_z[number]),
+            "noise_floor": finite(self._floor.sd[number]),
+        }
+
+    def _training_row(self, row: int) -> dict[str, Any]:
+        train = self._run.train
+        return {
+            "row": row,
+            "key": train.keys[row],
+            "label": train.classes[train.labels[row]],
+            "text": train.shown(row)[:_EXCERPT],
+        }
+
+    def _instance(self, row: int) -> dict[str, Any]:
+        column = int(self._column[row])
+        return {
+            **self._training_row(row),
+            "overall_score": finite(self._overall.scores[column]),
+            "self_score": None if self._own is None else finite(self._own.scores[column]),
+            "helped": int(self._helped[column]),
+            "hurt": int(self._hurt[column]),
+        }
+
+    def _influential(
+        self, result: Result, row: int, gram: Mapping[int, dict[str, float]]
+    ) -> dict[str, Any]:
+        at = 0, int(self._column[row])
+        numbers = measured(result.scores[at], result.z[at], result.q[at])
+        return {**self._training_row(row), **numbers, "gram": gram.get(row)}
+
+    def _gram_of_error(self, number: int) -> dict[int, dict[str, float]]:
+        """Score and standard error of an error's extremes by gram, by training row."""
+        if self._gram is None:
+            return {}
+        result = self._gram.load([number])
+        return {int(row): by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])}
+
+    def _gram_of_instance(self, row: int, errors: list[int]) -> dict[int, dict[str, float]]:
+        """What gram says of a training row on those errors whose extremes it is among."""
+        if self._gram is None or not errors:
+            return {}
+        result = self._gram.load(errors)
+        found = np.argwhere(result.train_ids == row).tolist()
+        return {errors[at]: by_gram(result, at, rank) for at, rank in found}
+
+    def _class(self, name: str) -> int:
+        classes = self._run.train.classes
+        if name not in classes:
+            raise InputError(f"unknown class {name!r}; there are {', '.join(classes)}")
+        return classes.index(name)
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64]:
+        return np.array(self._run.train.labels)
+
+    @cached_property
+    def _error_words(self) -> list[str]:
+        test = self._run.test
+        classes = test.classes
+        return [
+            f"{test.keys[row]}\n{classes[test.labels[row]]}\n{classes[predicted]}\n{test.shown(row)}".lower()
+            for row, predicted in zip(self._rows.tolist(), self._predicted.tolist(), strict=True)
+        ]
+
+    @cached_property
+    def _instance_words(self) -> list[str]:
+        train = self._run.train
+        return [
+            f"{key}\n{train.classes[train.labels[row]]}\n{train.shown(row)}".lower()
+            for row, key in enumerate(train.keys)
+        ]
+
+
+def _targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Test row, predicted class and confidence of every error: (errors,) each."""
+    path = run.folder / "results" / "targets.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
+    targets = read_json(path)
+    try:
+        rows, predicted = (
+            np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")
+        )
+        confidence = np.array(targets["confidence"], dtype=np.float64)
+        whole = rows.shape == predicted.shape == confidence.shape
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error!r})") from error
+    if not len(rows):
+        raise InputError(f"{run.folder} has no misclassified test rows: there is nothing to view")
+    within = whole and 0 <= rows.min() <= rows.max() < len(run.test)
+    if not within or not 0 <= predicted.min() <= predicted.max() < len(run.test.classes):
+        raise InputError(
+            f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
+        )
+    return rows, predicted, confidence

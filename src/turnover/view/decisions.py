@@ -1,0 +1,91 @@
+"""What was decided on training rows, kept in the run as the list that `turnover review` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from turnover.errors import InputError
+from turnover.run import Run
+from turnover.tasks.review import KEEP, REMOVE, check_rows, read_decisions, write_decisions
+
+_WAIT_SECONDS = 10.0
+
+
+class Decisions:
+    """Decisions by training row, in ``results/decisions.csv`` of a run.
+
+    The file is the only place they are in: what another process writes there is seen, and no
+    decision is lost when the process ends.
+
+    Args:
+        run: whose training rows are decided on.
+        self_influence: z and q by instance id, which are written beside.
+
+    Raises:
+        InputError: a file that cannot be read as decisions.
+    """
+
+    def __init__(self, run: Run, self_influence: Mapping[int, tuple[float, float]]) -> None:
+        self._run, self._self_influence = run, self_influence
+        self.path: Path = run.folder / "results" / "decisions.csv"
+        self._known: dict[int, str] = {}
+        self._stamp: tuple[int, int, int] | None = None
+        self.refusal: str | None = None
+        """Why nothing can be decided in this run; ``None``: it can."""
+        try:
+            check_rows(run)
+        except InputError as error:
+            self.refusal = str(error)
+        else:
+            self.all()
+
+    def all(self) -> dict[int, str]:
+        """``keep``, ``remove`` or a class, by row.
+
+        Raises:
+            InputError: the file was changed, and cannot be read.
+        """
+        stamp = self._stamp_of_file()
+        if stamp != self._stamp:
+            self._known = {} if stamp is None else read_decisions(self._run, self.path)
+            self._stamp = stamp
+        return dict(self._known)
+
+    def set(self, row: int, decision: str | None) -> dict[int, str]:
+        """Decide on a row, or take a decision back (``None``); returns all decisions.
+
+        Raises:
+            InputError: no such row, another decision than ``keep``, ``remove`` or a class, a run whose
+                rows share ids, or a file that cannot be read or written.
+        """
+        from filelock import FileLock, Timeout
+
+        if self.refusal is not None:
+            raise InputError(self.refusal)
+        train = self._run.train
+        if not 0 <= row < len(train):
+            raise InputError(f"there are {len(train)} training rows, none is number {row}")
+        if decision is not None and decision not in (KEEP, REMOVE, *train.classes):
+            raise InputError(f"unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class")
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=_WAIT_SECONDS)
+        try:
+            with lock:
+                decisions = self.all()
+                decisions.pop(row, None)
+                if decision is not None:
+                    decisions[row] = decision
+                write_decisions(train, decisions, self.path, self._self_influence)
+                self._known, self._stamp = decisions, self._stamp_of_file()
+        except Timeout:
+            raise InputError(f"{self.path} is being written by another process") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
+        return dict(decisions)
+
+    def _stamp_of_file(self) -> tuple[int, int, int] | None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
