@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -111,3 +114,27 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{name_of(page)}: {link}"
+
+
+def test_pictures_are_those_that_the_script_draws() -> None:
+    path = ROOT / "docs" / "tools" / "pictures.py"
+    spec = importlib.util.spec_from_file_location("pictures", path)
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    for name, content in pictures.drawn().items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == content
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    front, reference = site / "index.html", site / "api" / "index.html"
+    assert "Which training instances made this network predict that" in front.read_text()
+    shown = reference.read_text()
+    for name in turnover.__all__:
+        assert f'id="turnover.{name}"' in shown, name
+    assert ":class:" not in shown and ":meth:" not in shown
