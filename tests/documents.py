@@ -18,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(
-    r"(?:<!-- (?P<marker>setup|not run:)(?P<said>.*?)-->\s*)?"
+    r"(?:<!-- (?P<marker>setup|not run:|file:)(?P<said>.*?)-->\s*)?"
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
     flags=re.DOTALL | re.MULTILINE,
 )
+_ENDS = re.compile(r"\||&&|;|\d?>>?")
+"""Where a command's arguments end on a shell's line."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Block:
         code: what stands in it.
         setup: code that is not shown, from a comment ``<!-- setup ... -->`` above the fence.
         not_run: why it is shown and not run, from a comment ``<!-- not run: reason -->``.
+        file: what a reader would save it as, from a comment ``<!-- file: name -->``.
     """
 
     language: str
     code: str
     setup: str
     not_run: str | None
+    file: str | None
 
 
 def name_of(page: Path) -> str:
@@ -52,7 +56,8 @@ def blocks(page: Path) -> list[Block]:
         code = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE)
         setup = said if marker == "setup" else ""
         not_run = said.strip() if marker == "not run:" else None
-        found.append(Block(match["language"], code, setup, not_run))
+        file = said.strip() if marker == "file:" else None
+        found.append(Block(match["language"], code, setup, not_run, file))
     return found
 
 
@@ -79,7 +84,7 @@ def commands(page: Path, *, to_run: bool = False) -> list[list[str]]:
         for line in _shell_lines(block):
             if line.startswith("turnover ") and not (to_run and block.not_run):
                 words = shlex.split(line, comments=True)[1:]
-                end = next((i for i, word in enumerate(words) if word in ("|", ">", "&&")), None)
+                end = next((i for i, word in enumerate(words) if _ENDS.fullmatch(word)), None)
                 found.append(words[:end])
     return found
 

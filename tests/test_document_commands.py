@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from documents import PAGES, ROOT, commands, name_of
+from documents import PAGES, ROOT, blocks, commands, name_of
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -20,10 +20,20 @@ SMALL = ["--head-units", 64, "--lora-rank", 4, "--batch-size", 8, "--head-learni
 
 
 def run_page(page: Path, encoder: Path) -> None:  # noqa: F811
+    for block in blocks(page):
+        if block.file is not None:
+            Path(block.file).write_text(block.code, encoding="utf-8")
     for name, *arguments in commands(page, to_run=True):
-        if "--model" in arguments:
-            arguments[arguments.index("--model") + 1] = encoder
-            arguments += [*SMALL, "--epochs", 2, *(["--overwrite"] if name == "fit" else [])]
+        if name == "view" or name.startswith(
+            "-"
+        ):  # serves until it is stopped; writes to the shell
+            continue
+        if name in ("fit", "plan"):
+            if "--model" in arguments:
+                at = arguments.index("--model")
+                del arguments[at : at + 2]
+            arguments += ["--model", encoder, *SMALL, "--epochs", 2]
+            arguments += ["--overwrite"] if name == "fit" else []
         if name == "cleanse":
             arguments += ["--seeds", 1, "--fraction", 0.1]
         turnover(name, *arguments)
@@ -46,7 +56,8 @@ def after_quickstart(tmp_path_factory: pytest.TempPathFactory, encoder: Path) ->
         run_page(QUICKSTART, encoder)
         keys = Run.load(Path("runs/mine")).train.keys
     write_csv(desk / "mine.csv", [(key, i) for i, key in enumerate(keys)], header="key,score")
-    shutil.copy(desk / "runs/mine/results/review.csv", desk)
+    for copy in ("review.csv", "runs/mine/results/decisions.csv"):
+        shutil.copy(desk / "runs/mine/results/review.csv", desk / copy)
     return desk
 
 
