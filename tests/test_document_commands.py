@@ -43,8 +43,8 @@ def run_page(page: Path, encoder: Path) -> None:  # noqa: F811
 def after_quickstart(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:  # noqa: F811
     """A folder with the files that the guides name, and what the quickstart makes of them."""
     desk = tmp_path_factory.mktemp("desk")
-    rows = [(*row[1:], f"vendor {i % 8}") for i, row in enumerate(sentences(120))]
-    write_csv(desk / "train.csv", rows, header="text,label,source")
+    rows = [(*row, f"vendor {i % 8}") for i, row in enumerate(sentences(120))]
+    write_csv(desk / "train.csv", rows, header="id,text,label,source")
     for number, name in enumerate(("test", "validation", "other_domain"), start=1):
         rows = [
             (text, "neg" if i < 4 else label)
@@ -72,7 +72,7 @@ def test_quickstart_makes_what_it_promises(after_quickstart: Path) -> None:
     [
         pytest.param(page, marks=pytest.mark.slow if page.stem == "cleanse" else ())
         for page in PAGES
-        if page != QUICKSTART and commands(page, to_run=True)
+        if any(one not in commands(QUICKSTART) for one in commands(page, to_run=True))
     ],
     ids=name_of,
 )
