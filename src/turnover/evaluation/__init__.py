@@ -3,6 +3,13 @@
 Needs ``pip install turnover[evaluation]``. Not imported by ``import turnover``.
 """
 
+try:
+    import scipy  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "turnover.evaluation needs scipy: pip install 'turnover[evaluation]'", name="scipy"
+    ) from error
+
 from turnover.evaluation.correlation import Correlation
 from turnover.evaluation.lds import Lds, lds
 from turnover.evaluation.leave_one_out import LeaveOneOut, leave_one_out

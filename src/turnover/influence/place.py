@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 
 LEASE = "progress/lease"
 _LEASE_SECONDS = 600.0
@@ -34,12 +34,14 @@ class Place:
         url: path or fsspec URL.
 
     Raises:
-        InputError: a URL that no installed fsspec file system opens.
+        InputError: a URL that no installed fsspec file system opens, or zarr is not installed.
     """
 
     def __init__(self, url: str | Path) -> None:
-        import fsspec
-        from fsspec.implementations.local import LocalFileSystem
+        with needing("results", "a result on disk"):
+            import fsspec
+            import zarr  # noqa: F401 - told now, not when the scores are there
+            from fsspec.implementations.local import LocalFileSystem
 
         self.url = str(url)
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.influence.calibration import (
     NoiseFloor,
     NullDistribution,
@@ -139,9 +139,10 @@ class Result:
         """The result as a labelled dataset with dimensions (target, train), (target, rank) or (train,).
 
         Raises:
-            ImportError: xarray is not installed (``pip install turnover[results]``).
+            InputError: xarray is not installed (``pip install turnover[results]``).
         """
-        import xarray
+        with needing("results", "a labelled dataset"):
+            import xarray
 
         extremes = self.train_ids.ndim > 1
         dims = ("target", "rank" if extremes else "train")[-self.scores.ndim :]

@@ -63,8 +63,7 @@ def writing(
 
     Raises:
         InputError: the place holds something else, or the result of other values; another process
-            writes there; a damaged store.
-        ImportError: zarr is not installed (``pip install turnover[results]``).
+            writes there; a damaged store; zarr is not installed (``pip install turnover[results]``).
     """
     place = Place(url)
     held = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
@@ -103,8 +102,8 @@ def save(url: str | Path, result: Result) -> None:
         result: of any shape.
 
     Raises:
-        InputError: the place holds something else, or another process writes there.
-        ImportError: zarr is not installed (``pip install turnover[results]``).
+        InputError: the place holds something else, another process writes there, or
+            zarr is not installed (``pip install turnover[results]``).
     """
     place = Place(url)
     kind, values, coordinates = _laid_out(result)

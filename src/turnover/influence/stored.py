@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.influence.begun import BEGUN, MARK, ROOT, manifest, marked
 from turnover.influence.blocks import CODECS, DTYPES, Blocks, Variable
 from turnover.influence.calibration import NoiseFloor, NullDistribution, StudentNull
@@ -51,9 +51,10 @@ class StoredResult:
         xarray itself finds damaged chunks, but takes a missing one for NaN; :meth:`load` finds both.
 
         Raises:
-            ImportError: xarray is not installed (``pip install turnover[results]``).
+            InputError: xarray is not installed (``pip install turnover[results]``).
         """
-        import xarray
+        with needing("results", "a labelled dataset"):
+            import xarray
 
         for name in self._blocks.sizes.keys() & self._blocks.variables.keys():
             self._blocks.read(name)  # made indexes of at once; a damaged one would not be named
@@ -166,8 +167,7 @@ def open_result(url: str | Path) -> StoredResult:
 
     Raises:
         InputError: no result there, not a result, one that is not finished, damaged, or of a later
-            version.
-        ImportError: zarr is not installed (``pip install turnover[results]``).
+            version; or zarr is not installed (``pip install turnover[results]``).
     """
     place = Place(url)
     root = marked(place, ROOT)
