@@ -5,8 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import turnover
-from turnover.integrations.lightning import TurnoverCallback  # turn-over
+import turnover.integrations.lightning  # turn-over
 
 
 class Digits(lightning.LightningModule):
@@ -29,11 +28,11 @@ lightning.seed_everything(0)
 images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
 data = TensorDataset(images.float() / 16, labels)
 loader = DataLoader(turnover.WithIds(Subset(data, range(1200))), 32, shuffle=True)  # turn-over
-module, callback = Digits(), TurnoverCallback("mlp")  # turn-over
-lightning.Trainer(max_epochs=10, callbacks=callback, barebones=True).fit(module, loader)
+module, callbacks = Digits(), [turnover.integrations.lightning.TurnoverCallback("mlp")]  # turn-over
+lightning.Trainer(max_epochs=10, callbacks=callbacks, barebones=True).fit(module, loader)
 
 wrong = (module.eval()(data[1200:][0]).argmax(1) != labels[1200:]).nonzero().flatten() + 1200
-influence, ids = turnover.Influence(callback.network), range(1200)
+influence, ids = turnover.Influence(callbacks[0].network), range(1200)
 order = influence.estimate([data[wrong[:1]]], ids).scores[0].argsort()
 print(f"row {wrong[0]}: harmed most by rows {order[:5]}, helped most by rows {order[::-1][:5]}")
 print("doubtful:", influence.self_influence([(*data[:1200], ids)]).z.argsort()[::-1][:5])
