@@ -47,7 +47,7 @@ SHOWN = 24
 _CLASSES = ["negative", "positive"]
 _KINDS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _CONVOLUTIONS = Recipe(epochs=12, learning_rate=5e-4, batch_size=50, optimiser="adam")
-_HEAD = TrainingConfig(epochs=10, head_learning_rate=5e-5)
+_HEAD = TrainingConfig(epochs=20, head_learning_rate=1e-4)
 
 
 @dataclass(frozen=True)
