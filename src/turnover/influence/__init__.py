@@ -68,7 +68,7 @@ class Influence:
         features: of gram, ``"gradients"``, or ``"masks"``: derivatives by the masks alone, a compact
             stand-in for big networks.
         resamples: of gram with one network, halves of the training set behind standard errors.
-        adapter: how a batch becomes :class:`turnover.Batch`.
+        adapter: how a batch becomes :class:`turnover.Batch`; what is one already is taken as it is.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -469,7 +469,7 @@ class Influence:
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
         for raw in batches:
-            batch = self.adapter(raw)
+            batch = raw if isinstance(raw, Batch) else self.adapter(raw)
             rows = len(batch)
             if not rows:
                 raise InputError("a batch has no rows")
