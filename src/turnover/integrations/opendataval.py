@@ -1,0 +1,116 @@
+"""Influence as an OpenDataVal ``DataEvaluator``. Needs ``pip install opendataval``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, StackDataset
+
+from turnover.errors import InputError
+from turnover.influence import Influence
+from turnover.integrations.loaders import LoaderInfluence
+
+try:
+    from opendataval.dataval.api import DataEvaluator, ModelMixin
+except ImportError as error:
+    raise InputError(
+        f"opendataval cannot be imported ({error}): pip install opendataval"
+    ) from error
+
+_ROWS = 256
+_VALUES = ("validation", "self")
+
+
+class _LogProbabilities(nn.Module):
+    """OpenDataVal's classifiers end in a softmax; log-probabilities are logits of the same."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        probabilities: Tensor = self.model(x)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def gram(pred_model: Any, x: Any, y: Tensor, *args: Any, **kwargs: Any) -> Influence:
+    """Trains OpenDataVal's own network by its own ``fit``, and looks at it by gram.
+
+    Raises:
+        InputError: a model that is not a torch module.
+    """
+    if not isinstance(pred_model, nn.Module):
+        raise InputError(
+            f"gram needs a torch model with gradients, and pred_model is a {type(pred_model).__name__}: "
+            f"take one of opendataval's torch models, or give train="
+        )
+    pred_model.fit(x, y, *args, **kwargs)  # type: ignore[operator]
+    return Influence(_LogProbabilities(pred_model), method="gram")
+
+
+class TurnoverEvaluator(DataEvaluator, ModelMixin):  # type: ignore[misc]
+    """Data values by influence: high = valuable.
+
+    Args:
+        train: trains a network on ``(pred_model, x_train, y_train, *args, **kwargs)``, labels as
+            OpenDataVal has them, and returns its estimator; under masks the id of a row is its place in
+            the training data. Default: ``pred_model.fit`` and gram.
+        values: ``"validation"``, influence on the mean objective of the validation data; or ``"self"``,
+            minus the influence of an instance on itself, low where it was learned by heart.
+        random_state: OpenDataVal's; nothing here draws from it.
+
+    Raises:
+        InputError: other values.
+    """
+
+    def __init__(
+        self,
+        train: Callable[..., Influence] = gram,
+        values: str = "validation",
+        random_state: Any = None,
+    ) -> None:
+        if values not in _VALUES:
+            raise InputError(f"values must be one of {', '.join(_VALUES)}, got {values!r}")
+        super().__init__(random_state)
+        self._train = train
+        self._of = values
+
+    def train_data_values(self, *args: Any, **kwargs: Any) -> TurnoverEvaluator:
+        """Train, and find the values.
+
+        Args:
+            *args: what ``train`` takes behind the data.
+            **kwargs: likewise, for instance ``epochs`` and ``batch_size`` of ``pred_model.fit``.
+
+        Raises:
+            InputError: labels that are not classes, or whatever the estimator refuses.
+        """
+        train, valid = _loader(self.x_train, self.y_train), _loader(self.x_valid, self.y_valid)
+        influence = self._train(self.pred_model, self.x_train, self.y_train, *args, **kwargs)
+        scores = LoaderInfluence(influence, torch.arange(len(self.y_train)))
+        scores.fit(train)
+        if self._of == "self":
+            self._values = -scores.self_scores(train)
+        else:
+            self._values = scores.mean_scores(train, valid)
+        return self
+
+    def evaluate_data_values(self) -> NDArray[np.float32]:
+        """Values of the training instances: float32 (train,), in nats."""
+        return self._values.numpy()
+
+
+def _loader(x: Any, y: Tensor) -> DataLoader[Any]:
+    """Inputs and class numbers of one-hot labels."""
+    if y.dim() != 2 or y.shape[1] < 2:
+        raise InputError(
+            f"labels must be one-hot (rows, classes >= 2), as OpenDataVal has those of classification, "
+            f"got {tuple(y.shape)}"
+        )
+    labels: Any = y.argmax(dim=1)  # a tensor is a data set of its rows
+    return DataLoader(StackDataset(x, labels), batch_size=_ROWS)
