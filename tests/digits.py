@@ -1,6 +1,8 @@
 """Handwritten digits with a tenth of the labels wrong, and networks trained on them."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +81,26 @@ def _fit(
 
 def loader(data: TensorDataset, **options: object) -> DataLoader:
     return DataLoader(data, batch_size=64, **options)
+
+
+def shown(package: str, digits: Digits) -> dict[str, object]:
+    """Runs the example of ``docs/integrations.md``; what it leaves behind."""
+    page = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = next(one for one in found if f"turnover.integrations.{package}" in one)
+    ids = torch.arange(ROWS)
+    names: dict[str, object] = {
+        "torch": torch,
+        "turnover": turnover,
+        "x": digits.x,
+        "y": digits.y,
+        "ids": ids,
+        "x_test": digits.test_x,
+        "y_test": digits.test_y,
+        "model": plain(digits),
+        "net": masked(digits, ids),
+        "train_batches": [(digits.x, digits.y, ids)],
+        "held_out_batches": [(digits.test_x, digits.test_y)],
+    }
+    exec(compile(code, f"docs/integrations.md, {package}", "exec"), names)
+    return names

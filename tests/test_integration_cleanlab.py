@@ -96,3 +96,8 @@ def test_datalab_takes_them(network, batches, held):
 def test_batches_without_labels_are_refused(digits, network):
     with pytest.raises(InputError, match="judges labels"):
         labels_and_pred_probs(network, [turnover.Batch(digits.x, ids=IDS)])
+
+
+def test_the_page_shows_what_runs(digits):
+    left = data.shown("cleanlab", digits)
+    assert len(left["issues"]) == len(left["quality"]) == data.ROWS

@@ -185,3 +185,9 @@ def test_what_cannot_be_told_by_place_is_refused(digits, network, ids, gram):
 class Streamed(IterableDataset):
     def __iter__(self):
         yield torch.zeros(64), torch.tensor(0)
+
+
+def test_the_page_shows_what_runs(digits):
+    left = data.shown("dattri", digits)
+    assert left["scores"].shape == (data.ROWS, data.TESTS)
+    assert left["suspicion"].shape == (data.ROWS,)

@@ -78,3 +78,7 @@ def test_what_gives_no_values_is_refused(fetcher):
     regression.pred_model = None
     with pytest.raises(InputError, match="one-hot"):
         regression.train_data_values()
+
+
+def test_the_page_shows_what_runs(digits):
+    assert data.shown("opendataval", digits)["values"].shape == (data.ROWS,)

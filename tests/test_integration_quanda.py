@@ -95,3 +95,7 @@ def test_the_last_checkpoint_is_explained(digits, model, tmp_path):
     explainer = TurnoverExplainer(fresh, digits.train, checkpoints=[str(path)])
     wanted = TurnoverExplainer(model, digits.train).explain(digits.test_x, digits.test_y)
     assert torch.equal(explainer.explain(digits.test_x, digits.test_y), wanted)
+
+
+def test_the_page_shows_what_runs(digits):
+    assert float(data.shown("quanda", digits)["metric"].compute()["score"]) > 0.5

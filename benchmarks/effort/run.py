@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.effort import table
 from benchmarks.effort.data import digits, wrong
 from benchmarks.fidelity.board import machine
 from benchmarks.fidelity.peers.pydvl_ import python as pydvl_python
@@ -31,7 +32,6 @@ from turnover import evaluation
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
-RESULTS = Path(__file__).parents[1] / "results" / "effort.json"
 RECIPE = evaluation.Recipe(epochs=30, learning_rate=0.05, batch_size=50, weight_decay=1e-3)
 _SUBSETS, _SEEDS = 100, 3
 Json = dict[str, Any]
@@ -52,8 +52,8 @@ class Tool:
     package: str
 
 
-BASE = Tool("base", "plain training", "torch")
 TOOLS = (
+    Tool("base", "plain training", "torch"),
     Tool("gram", "turnover: gram", "turnover"),
     Tool("turn_over", "turnover: turn-over dropout", "turnover"),
     Tool("captum_tracin", "captum: TracInCP, 3 checkpoints", "captum"),
@@ -109,6 +109,7 @@ def measured(tool: Tool, runs: int) -> tuple[Json, Json]:
     return {
         "title": tool.title,
         "package": found[0]["package"],
+        "runs": runs,
         "lines": added(script, SCRIPTS / "base.py"),
         "functions": functions(script),
         "passes": found[0]["passes"],
@@ -147,19 +148,20 @@ def _network(seed: int) -> nn.Module:
 class Judge:
     """Whether what a tool gives is right: retraining on half-subsets, and the labels known as wrong."""
 
-    def __init__(self, subsets: int, seeds: int) -> None:
+    def __init__(self, folder: Path) -> None:
         train, test = digits()
         x, y = train.tensors
         self._labels = y
-        self._subsets = evaluation.draw_subsets(len(train), subsets)
+        self._subsets = evaluation.draw_subsets(len(train), _SUBSETS)
         logits = evaluation.retrain(
             _network,
             x,
             y,
             RECIPE,
             self._subsets,
-            range(1, seeds + 1),
+            range(1, _SEEDS + 1),
             on=test.tensors[0],
+            cache=folder,
         )
         self._outputs = evaluation.minus_cost(logits, test.tensors[1])
 
@@ -181,26 +183,37 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=int, default=2, help="timed runs of each, of which the median"
     )
-    parser.add_argument("--write", type=Path, default=RESULTS)
+    parser.add_argument("--only", help="scripts, comma-separated; the other rows stay as they are")
+    parser.add_argument("--folder", type=Path, default=Path("runs/effort"), help="for retrainings")
+    parser.add_argument("--write", type=Path, default=table.RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    judge = Judge(_SUBSETS, _SEEDS)
-    base, _ = measured(BASE, arguments.runs)
-    tools = {}
+    rows: Json = {}
+    wanted = [tool.script for tool in TOOLS]
+    if arguments.only:
+        wanted = arguments.only.split(",")
+        rows = json.loads(arguments.write.read_text())["rows"]
+    judge = Judge(arguments.folder)
     for tool in TOOLS:
-        found, arrays = measured(tool, arguments.runs)
-        tools[tool.script] = found | judge.judged(arrays)
-        print(tool.title, json.dumps(tools[tool.script]), flush=True)
+        if tool.script in wanted:
+            found, arrays = measured(tool, arguments.runs)
+            rows[tool.script] = found | judge.judged(arrays)
+            print(tool.title, json.dumps(rows[tool.script]), flush=True)
+            write(arguments.write, rows)
+    if arguments.write == table.RESULTS:
+        table.main()
+
+
+def write(path: Path, rows: Json) -> None:
+    """Put down the rows that are there, in their order."""
     made = {
         "machine": machine(),
         "subsets": _SUBSETS,
         "seeds": _SEEDS,
-        "runs": arguments.runs,
-        "base": base,
-        "tools": tools,
+        "rows": {tool.script: rows[tool.script] for tool in TOOLS if tool.script in rows},
     }
-    arguments.write.parent.mkdir(parents=True, exist_ok=True)
-    arguments.write.write_text(json.dumps(made, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,4 +33,5 @@ attributor = IFAttributorCG(task, max_iter=20, regularization=3e-2)
 whole = DataLoader(train, batch_size=len(train))
 attributor.cache(whole)
 scores = attributor.attribute(whole, DataLoader(test, batch_size=25)).detach().numpy().T
-suspicion = attributor.self_attribute(whole).detach().numpy()
+every = attributor.attribute(whole, DataLoader(train, batch_size=25))
+suspicion = every.detach().diagonal().numpy()
