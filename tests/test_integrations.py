@@ -12,7 +12,8 @@ from turnover import InputError
 
 @pytest.mark.parametrize("package", ["dattri", "opendataval", "quanda"])
 def test_an_adaptor_without_its_package_says_what_to_install(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"turnover.integrations.{package}", raising=False)
     with pytest.raises(InputError, match=f"pip install {package}"):
         __import__(f"turnover.integrations.{package}")
