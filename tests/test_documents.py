@@ -71,7 +71,7 @@ def test_python_of_a_page_runs_in_order(
 def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
     skipped = [block for page in PAGES for block in python_of(page) if block.not_run is not None]
     assert all(len(block.not_run.split()) >= 4 for block in skipped)
-    assert len(skipped) <= 4
+    assert len(skipped) <= 6
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
