@@ -77,6 +77,13 @@ def test_head_preset_finds_the_wide_heads():
     assert network.mask_units == 64
 
 
+def test_head_preset_finds_a_model_that_is_a_wide_head():
+    head = turnover.WideHead(10, 64, 3)
+    assert turnover.attach(head, "head").units == {"activation": 64}
+    wrapped = torch.nn.ModuleDict({"module": turnover.WideHead(10, 32, 3)})
+    assert turnover.attach(wrapped, "head").sites == ["activation"]
+
+
 def test_presets_find_lora_ranks_and_mlps_of_a_bert():
     model = tiny.bert(layers=2, rank=4)
     network = turnover.attach(model, ["lora", "head"])

@@ -108,10 +108,11 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         for name, module in everything.items()
         if canonical_name(name) and not _is_spare(name, everything)
     }
+    roots = {name: module for name, module in everything.items() if not canonical_name(name)}
     order = {name: index for index, name in enumerate(modules)}
     found: dict[str, Site] = {}
     for request in requests:
-        for name, site in _match(request, modules):
+        for name, site in _match(request, modules, roots):
             if found.setdefault(name, site) != site:
                 raise InputError(f"site {canonical_name(name)!r} is asked for twice, in two ways")
     predecessors = _predecessors(modules)
@@ -131,7 +132,15 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
     return list(resolved.values())
 
 
-def _match(request: SiteLike, modules: dict[str, nn.Module]) -> list[tuple[str, Site]]:
+def _match(
+    request: SiteLike, modules: dict[str, nn.Module], roots: dict[str, nn.Module]
+) -> list[tuple[str, Site]]:
+    """Names and sites of a request.
+
+    Args:
+        modules: those that may be sites.
+        roots: the model itself, under its wrappers' names, whose parts a preset may know it by.
+    """
     if isinstance(request, type):
         names = [name for name, module in modules.items() if isinstance(module, request)]
         if not names:
@@ -141,7 +150,7 @@ def _match(request: SiteLike, modules: dict[str, nn.Module]) -> list[tuple[str, 
             )
         return [(name, Site(canonical_name(name))) for name in names]
     if isinstance(request, str) and request in PRESETS:
-        names = list(PRESETS[request](modules))
+        names = [name for name in PRESETS[request]({**roots, **modules}) if name in modules]
         if not names:
             raise InputError(
                 f"preset {request!r} finds no site in this model: {PRESETS[request].__doc__} "
@@ -229,7 +238,9 @@ def _predecessors(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
     """the activation of every turnover.WideHead."""
     return [
-        f"{name}.activation" for name, module in modules.items() if isinstance(module, WideHead)
+        f"{name}.activation".removeprefix(".")
+        for name, module in modules.items()
+        if isinstance(module, WideHead)
     ]
 
 
