@@ -90,9 +90,9 @@ def recipe(settings: Mapping[str, Any], files: Collection[str]) -> str:
     options = {}
     for name, value in settings.items():
         if name in files and value is not None and Path(value).exists():
-            value = str(Path(value).resolve())
+            value = Path(value).resolve()
         if value is not None:
-            options[name.replace("_", "-")] = value
+            options[name.replace("_", "-")] = str(value) if isinstance(value, Path) else value
     made: dict[str, Any] = {"command": ["turnover", *sys.argv[1:]], **versions()}
     return tomli_w.dumps({**options, _MADE: made})
 
