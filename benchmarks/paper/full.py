@@ -202,19 +202,7 @@ def paired(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[float]:
 def curves(run: Run) -> Json:
     """What the run says of exposed and hidden losses, and whether its hidden networks did not learn."""
     metrics = read_json(run.folder / "metrics.json")
-    last = {
-        name: [metrics["loss"][name], metrics["loss_half_width"][name]] for name in hidden.SIDES
-    }
-    accuracy = metrics["accuracy"]["turnover"]
-    return {
-        "steps": metrics["curves"]["steps"],
-        "curves": metrics["curves"]["losses"],
-        "last": last,
-        "accuracy": accuracy,
-        "leaking_share": metrics["audit"]["leaking_share"],
-        "mask_units": metrics["mask_units"],
-        **hidden.verdict(last, accuracy, len(run.test), len(run.train.classes)),
-    }
+    return hidden.followed_by_fit(metrics, len(run.test), len(run.train.classes))
 
 
 def explained(run: Run, *, gram: bool) -> Json:

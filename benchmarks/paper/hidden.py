@@ -190,15 +190,21 @@ def bert(folder: Path) -> Json:
         folder / "bert",
         overwrite=True,
     )
+    return followed_by_fit(metrics, _TEST_SENTENCES, len(names))
+
+
+def followed_by_fit(metrics: Json, test_rows: int, classes: int) -> Json:
+    """The four losses that ``turnover fit`` followed, from its metrics, and what they say."""
     last = {name: [metrics["loss"][name], metrics["loss_half_width"][name]] for name in SIDES}
+    accuracy = metrics["accuracy"]["turnover"]
     return {
         "unit": "step",
         "steps": metrics["curves"]["steps"],
         "curves": metrics["curves"]["losses"],
         "last": last,
-        "accuracy": metrics["accuracy"]["turnover"],
+        "accuracy": accuracy,
         "leaking_share": metrics["audit"]["leaking_share"],
         "leaking_buffers": len(metrics["audit"]["buffers"]),
         "mask_units": metrics["mask_units"],
-        **verdict(last, metrics["accuracy"]["turnover"], _TEST_SENTENCES, len(names)),
+        **verdict(last, accuracy, test_rows, classes),
     }

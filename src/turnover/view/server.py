@@ -20,7 +20,7 @@ from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.run import Run
 from turnover.view.contents import Contents
 from turnover.view.decisions import Decisions
@@ -78,13 +78,9 @@ def open_view(
         InputError: starlette or uvicorn is not installed, the run was not scored or is damaged, or the
             port is taken.
     """
-    try:
+    with needing("view", "the view"):
         import starlette  # noqa: F401
         import uvicorn
-    except ImportError as error:
-        raise InputError(
-            f"the view needs {error.name}, which is not installed: pip install 'turnover[view]'"
-        ) from error
     listening = _listen(port)
     with contextlib.closing(listening):
         contents = Contents(run)
