@@ -15,7 +15,7 @@ def test_an_adaptor_without_its_package_says_what_to_install(package, monkeypatc
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"turnover.integrations.{package}", raising=False)
-    with pytest.raises(InputError, match=f"pip install {package}"):
+    with pytest.raises(InputError, match=f"pip install '{package}'"):
         __import__(f"turnover.integrations.{package}")
 
 
@@ -25,7 +25,7 @@ def test_label_issues_without_cleanlab_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.classification", None)
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     network = turnover.attach(torch.nn.Sequential(turnover.WideHead(4, 8, 2)), ["head"])
-    with pytest.raises(InputError, match="pip install cleanlab"):
+    with pytest.raises(InputError, match="pip install 'cleanlab'"):
         label_issues(network, [], [])
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import MaskSpec, content_ids, string_ids
 
@@ -293,12 +293,8 @@ def table_of(columns: dict[str, list[Any]]) -> Any:
 
 
 def _datasets() -> Any:
-    try:
+    with needing("reading data", "turnover[text]", "turnover[images]"):
         import datasets
-    except ImportError as error:
-        raise InputError(
-            "files of data need: pip install 'turnover[text]', or 'turnover[images]'"
-        ) from error
     datasets.disable_progress_bars()
     return datasets
 

@@ -18,19 +18,20 @@ class BindingError(RuntimeError):
 
 
 @contextmanager
-def needing(extra: str, purpose: str) -> Iterator[None]:
-    """The body imports what an extra of this package brings.
+def needing(purpose: str, *packages: str) -> Iterator[None]:
+    """The body imports what the core does not bring.
 
     Args:
-        extra: its name, as in ``pip install 'turnover[extra]'``.
-        purpose: what the import is for, as the beginning of a sentence.
+        purpose: what the import is for, one thing, as the beginning of a sentence.
+        packages: what pip installs, such as ``turnover[results]``; of several any one will do.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, or cannot be imported.
     """
     try:
         yield
     except ImportError as error:
-        raise InputError(
-            f"{purpose} needs {error.name}, which is not installed: pip install 'turnover[{extra}]'"
-        ) from error
+        missing = isinstance(error, ModuleNotFoundError)
+        why = "which is not installed" if missing else f"which cannot be imported ({error})"
+        mend = ", or ".join(f"pip install '{package}'" for package in packages)
+        raise InputError(f"{purpose} needs {error.name}, {why}: {mend}") from error

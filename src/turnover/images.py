@@ -30,7 +30,7 @@ from turnover.data import (
     table_of,
     write,
 )
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids
 
@@ -305,8 +305,6 @@ def _square(image: Any, size: int) -> NDArray[np.uint8]:
 
 
 def _pillow() -> Any:
-    try:
+    with needing("reading images", "turnover[images]"):
         from PIL import Image
-    except ImportError as error:
-        raise InputError("images need: pip install 'turnover[images]'") from error
     return Image

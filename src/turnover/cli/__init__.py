@@ -8,14 +8,16 @@ from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 from turnover import __version__
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 
 try:
-    import rich  # noqa: F401
-    import tomli_w  # noqa: F401
-    import typer
-except ImportError:  # the core installs without them
-    sys.exit("the command line needs: pip install 'turnover[text]', or 'turnover[images]'")
+    with needing("the command line", "turnover[text]", "turnover[images]"):
+        import rich  # noqa: F401
+        import tomli_w  # noqa: F401
+        import typer
+except InputError as error:
+    sys.stderr.write(f"turnover: {error}\n")
+    sys.exit(2)  # bad input, as everywhere
 
 from turnover.cli.labels import cleanse, predict, review
 from turnover.cli.report import demo, report, view

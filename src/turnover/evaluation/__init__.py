@@ -3,12 +3,10 @@
 Needs ``pip install turnover[evaluation]``. Not imported by ``import turnover``.
 """
 
-try:
+from turnover.errors import needing
+
+with needing("turnover.evaluation", "turnover[evaluation]"):
     import scipy  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "turnover.evaluation needs scipy: pip install 'turnover[evaluation]'", name="scipy"
-    ) from error
 
 from turnover.evaluation.correlation import Correlation
 from turnover.evaluation.lds import Lds, lds

@@ -38,7 +38,7 @@ class Place:
     """
 
     def __init__(self, url: str | Path) -> None:
-        with needing("results", "a result on disk"):
+        with needing("a result on disk", "turnover[results]"):
             import fsspec
             import zarr  # noqa: F401 - told now, not when the scores are there
             from fsspec.implementations.local import LocalFileSystem

@@ -141,7 +141,7 @@ class Result:
         Raises:
             InputError: xarray is not installed (``pip install turnover[results]``).
         """
-        with needing("results", "a labelled dataset"):
+        with needing("a labelled dataset", "turnover[results]"):
             import xarray
 
         extremes = self.train_ids.ndim > 1

@@ -53,7 +53,7 @@ class StoredResult:
         Raises:
             InputError: xarray is not installed (``pip install turnover[results]``).
         """
-        with needing("results", "a labelled dataset"):
+        with needing("a labelled dataset", "turnover[results]"):
             import xarray
 
         for name in self._blocks.sizes.keys() & self._blocks.variables.keys():

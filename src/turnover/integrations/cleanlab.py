@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Adapter, Batch, as_batch
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.hidden import HiddenPredictions, hidden_predictions
 from turnover.network import Network
 
@@ -69,10 +69,8 @@ def label_issues(
     Raises:
         InputError: cleanlab is not installed, or as in :func:`labels_and_pred_probs`.
     """
-    try:
+    with needing("label_issues", "cleanlab"):
         from cleanlab.classification import CleanLearning
-    except ImportError as error:
-        raise InputError(f"cleanlab cannot be imported ({error}): pip install cleanlab") from error
     labels, found = _predicted(network, train_batches, held_out, adapter)
     issues: DataFrame = CleanLearning().find_label_issues(
         labels=labels, pred_probs=found.probabilities

@@ -7,14 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from turnover.errors import InputError
+from turnover.errors import needing
 from turnover.influence import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
-try:
+with needing("the attributor", "dattri"):
     from dattri.algorithm.base import BaseAttributor
-except ImportError as error:
-    raise InputError(f"dattri cannot be imported ({error}): pip install dattri") from error
 
 
 class TurnoverAttributor(BaseAttributor):  # type: ignore[misc]

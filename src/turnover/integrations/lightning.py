@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from turnover.batches import Adapter, Identified, as_batch
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.masks import MaskSpec
 from turnover.network import Network, attach
 from turnover.sites import SiteLike
@@ -21,10 +21,8 @@ from turnover.sites import SiteLike
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    try:
+    with needing("the callback", "turnover[lightning]"):
         from pytorch_lightning import Callback  # type: ignore[assignment]
-    except ImportError as error:
-        raise InputError("the callback needs: pip install 'turnover[lightning]'") from error
 
 
 class TurnoverCallback(Callback):

@@ -11,16 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.influence import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
-try:
+with needing("the evaluator", "opendataval"):
     from opendataval.dataval.api import DataEvaluator, ModelMixin
-except ImportError as error:
-    raise InputError(
-        f"opendataval cannot be imported ({error}): pip install opendataval"
-    ) from error
 
 _ROWS = 256
 _VALUES = ("validation", "self")

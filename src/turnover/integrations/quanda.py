@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from turnover.batches import Batch
-from turnover.errors import InputError
+from turnover.errors import needing
 from turnover.influence import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
-try:
+with needing("the explainer", "quanda"):
     from quanda.explainers.base import Explainer
-except ImportError as error:
-    raise InputError(f"quanda cannot be imported ({error}): pip install quanda") from error
 
 
 def gram(model: nn.Module) -> Influence:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.masks import MaskSpec, check_training_ids, string_ids
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from turnover.influence.result import Result
 
-try:
+with needing("the classifier", "turnover[sklearn]"):
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.compose import make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -38,8 +38,6 @@ try:
         column_or_1d,
         validate_data,
     )
-except ImportError as error:
-    raise InputError("the classifier needs: pip install 'turnover[sklearn]'") from error
 
 _ROWS = 1024
 """Rows that are predicted or scored at once."""

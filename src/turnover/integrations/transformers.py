@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.heads import WideHead
 
 SITES = ("lora", "head")
@@ -176,10 +176,8 @@ def _lora_targets(encoder: Any) -> list[str] | str:
 
 
 def _transformers() -> Any:
-    try:
+    with needing("a text model", "turnover[text]"):
         import peft  # noqa: F401
         import transformers
-    except ImportError as error:
-        raise InputError("text models need: pip install 'turnover[text]'") from error
     transformers.utils.logging.disable_progress_bar()
     return transformers

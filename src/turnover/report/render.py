@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.report.content import Curve, HarmfulOverall, ReportContent
 from turnover.tasks.explain import (
@@ -74,13 +74,8 @@ def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> No
 
 
 def _need(module: str) -> ModuleType:
-    try:
+    with needing("the report", "turnover[report]"):
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(
-            f"the report needs {package}, which is not installed: pip install turnover[report]"
-        ) from error
 
 
 def _asset(name: str) -> str:

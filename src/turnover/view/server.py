@@ -78,7 +78,7 @@ def open_view(
         InputError: starlette or uvicorn is not installed, the run was not scored or is damaged, or the
             port is taken.
     """
-    with needing("view", "the view"):
+    with needing("the view", "turnover[view]"):
         import starlette  # noqa: F401
         import uvicorn
     listening = _listen(port)
