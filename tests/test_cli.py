@@ -400,9 +400,12 @@ def test_a_folder_that_is_not_a_run_is_never_replaced(
 def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    from turnover.run import write_digests
+
     weights = load_file(copy_of_run / "model.safetensors")
     weights["head.spread.weight"][0, 0] += 1e-3
     save_file(weights, copy_of_run / "model.safetensors")
+    write_digests(copy_of_run)
     for command in ("explain", "report"):
         result = turnover(command, copy_of_run, expect=2)
         assert "belongs to another model or mask spec" in result.stderr
@@ -410,21 +413,24 @@ def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
 
 def test_a_result_of_another_spec_is_refused(copy_of_run: Path) -> None:
     from turnover import MaskSpec, attach
-    from turnover.run import Run
+    from turnover.run import Run, write_digests
 
     path = copy_of_run / "masks.json"
     masks = json.loads(path.read_text())
     masks["spec"]["seed"] = 99
     path.write_text(json.dumps(masks))
+    write_digests(copy_of_run)
     assert "fingerprint" in turnover("explain", copy_of_run, expect=2).stderr
 
     masks["spec"]["seed"] = 0
     path.write_text(json.dumps(masks))
+    write_digests(copy_of_run)
     loaded = Run.load(copy_of_run)
     loaded.network.detach()
     other = attach(loaded.model, loaded.network.sites, MaskSpec(seed=99))
     other.units.update(loaded.network.units)
     path.write_text(json.dumps(other.to_dict()))
+    write_digests(copy_of_run)
     assert (
         "belongs to another model or mask spec" in turnover("explain", copy_of_run, expect=2).stderr
     )
@@ -759,6 +765,8 @@ def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> Non
 def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(
     run: Path, noisy_run: Path, tmp_path: Path
 ) -> None:
+    from turnover.run import write_digests
+
     assert "--memorization" in turnover("memorize", run, expect=2).stderr
     copy = Path(shutil.copytree(noisy_run, tmp_path / "copy"))
     path = copy / "memorization.safetensors"
@@ -768,6 +776,7 @@ def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(
     path.write_bytes(whole)
     lines = (copy / "train.jsonl").read_text().splitlines()
     (copy / "train.jsonl").write_text("\n".join(lines[:100]) + "\n")
+    write_digests(copy)
     assert "other training data" in turnover("memorize", copy, expect=2).stderr
 
 

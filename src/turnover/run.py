@@ -3,7 +3,7 @@
 ``config.json``, ``fit.toml`` (of the command line: the options that make the run again), ``masks.json``,
 ``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer, of text models),
 ``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of images), ``metrics.json``,
-``results/``. Data, never code.
+``digests.json`` (of the files above that a model is loaded from), ``results/``. Data, never code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ from turnover.influence.stored import StoredResult, open_result
 from turnover.network import Network
 from turnover.pipelines import Pipeline, load
 
+DIGESTS = "digests.json"
+_UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
+"""What changes after the fit, and what no command loads a run from."""
+_CHECKSUM = "checksum"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -44,15 +50,25 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """Open a run.
+        """Open a run. Its files are read once more than they need be, for their digests.
+
+        Warns:
+            UserWarning: a run without digests: a flipped bit would not be noticed.
 
         Raises:
-            InputError: not a run, a missing or damaged file, or masks that are not those it was
-                trained with.
+            InputError: not a run, a missing or damaged file, one that is not as it was fitted, or masks
+                that are not those it was trained with.
         """
         if not _is_run(folder):
             raise InputError(
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
+            )
+        if (folder / DIGESTS).exists():
+            _check_digests(folder)
+        else:
+            warnings.warn(
+                f"{folder} has no {DIGESTS}, which a fit writes now: damage to its files may go unnoticed",
+                stacklevel=2,
             )
         config = read_json(folder / "config.json")
         pipeline, model = load(folder)
@@ -134,10 +150,10 @@ class Run:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file, without its checksum where it has one.
 
     Raises:
-        InputError: missing, or not a JSON object.
+        InputError: missing, not a JSON object, or not what its checksum is of.
     """
     try:
         values = json.loads(path.read_text())
@@ -145,13 +161,72 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: missing or damaged ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: damaged, not a JSON object")
+    checksum = values.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(values):
+        raise InputError(
+            f"{path}: damaged, or changed after it was written: it does not match its {_CHECKSUM}; "
+            f"restore it, or run the command that wrote it again"
+        )
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object, atomically."""
+def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
+    """Write a JSON object, atomically.
+
+    Args:
+        sealed: with a checksum, which :func:`read_json` compares.
+    """
+    if sealed:
+        values = {**values, _CHECKSUM: _checksum(json.loads(json.dumps(values)))}
     with replacing(path) as draft:
         draft.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Note the digest of every file that a run is loaded from, after all of them were written."""
+    files = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
+    digests = {
+        path.as_posix(): _digest(folder / path)
+        for path in files
+        if path.parts[0] not in _UNDIGESTED
+    }
+    write_json(folder / DIGESTS, {"blake2b": digests}, sealed=True)
+
+
+def _check_digests(folder: Path) -> None:
+    """Compare a run's files with what was noted when it was fitted.
+
+    Raises:
+        InputError: a file is missing or another one; it is named.
+    """
+    noted = read_json(folder / DIGESTS).get("blake2b")
+    if not isinstance(noted, dict):
+        raise InputError(f"{folder / DIGESTS}: damaged, it lists no digests")
+    for name, digest in noted.items():
+        path = folder / name
+        try:
+            found = _digest(path)
+        except OSError as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+        if found != digest:
+            raise InputError(
+                f"{path}: damaged, or changed after the fit: its digest is not the one in {DIGESTS}; "
+                f"restore it, fit again, or, if the change is yours, delete {folder / DIGESTS}"
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _is_run(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
 from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
-from turnover.run import write_json, writing_run
+from turnover.run import write_digests, write_json, writing_run
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.training import (
     Curves,
@@ -100,7 +100,7 @@ def fit(
         write_json(draft / "masks.json", network.to_dict())
         pipeline.write(draft, "train", train_data)
         pipeline.write(draft, "test", test_data)
-        write_json(draft / "metrics.json", metrics)
+        write_json(draft / "metrics.json", metrics, sealed=True)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         origin = {"data": data_digest(train_data, test_data), "made_with": versions()}
         write_json(draft / "config.json", {"classes": train_data.classes, **settings, **origin})
@@ -108,6 +108,7 @@ def fit(
             (draft / "fit.toml").write_text(recipe, encoding="utf-8")
         for leftover in (*draft.glob("*.checkpoint"), *draft.glob("*.draft")):
             leftover.unlink()
+        write_digests(draft)
     return metrics
 
 

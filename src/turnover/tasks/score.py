@@ -113,14 +113,14 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         run.write_result(
             "self", own.self_influence(batches(training, range(len(training)), _BATCH))
         )
-    write_json(run.folder / "results" / "targets.json", scoring.targets)
+    write_json(run.folder / "results" / "targets.json", scoring.targets, sealed=True)
     metrics = read_json(run.folder / "metrics.json")
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
     for key in ("ghost_false_positive_rate", "significant_pairs"):
         metrics[key] = found.pop(key, None)
     metrics["influence"] = found
-    write_json(run.folder / "metrics.json", metrics)
+    write_json(run.folder / "metrics.json", metrics, sealed=True)
     return metrics
 
 
