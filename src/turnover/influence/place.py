@@ -19,6 +19,8 @@ LEASE = "progress/lease"
 _LEASE_SECONDS = 600.0
 """A remote writer that wrote nothing for this long counts as gone."""
 _RENEW_SECONDS = 30.0
+_SETTLE_SECONDS = 2.0
+"""Those who take over from one that is gone wait for each other this long: the last to write it has it."""
 _PARTIAL = ".partial"
 """How the names of cut-off writes end: zarr's and ours."""
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -200,14 +202,27 @@ class Place:
                 )
             write()
 
-        found = self._lease()
-        age = time.time() - float(found.get("time", float("-inf")))
-        if age < _LEASE_SECONDS:
-            raise InputError(
-                f"{self.url} is being written by {found.get('holder')}; wait for it to end, or, if it is "
-                f"gone, {_LEASE_SECONDS - age:.0f} s (or delete {self.url}/{LEASE})"
-            )
-        write()
+        def first() -> bool:
+            value = {"token": token, "holder": holder, "time": time.time()}
+            with suppress(FileExistsError):
+                self._files.pipe_file(self._path(LEASE), json.dumps(value).encode(), mode="create")
+            # A store may have taken it and its answer been lost: what is there decides.
+            return self._lease().get("token") == token
+
+        try:
+            alone = self.get(LEASE) is None and first()
+        except OSError as error:
+            raise InputError(f"{self.url} cannot be written: {error}") from error
+        if not alone:
+            found = self._lease()
+            age = time.time() - float(found.get("time", float("-inf")))
+            if age < _LEASE_SECONDS:
+                raise InputError(
+                    f"{self.url} is being written by {found.get('holder')}; wait for it to end, or, if "
+                    f"it is gone, {_LEASE_SECONDS - age:.0f} s (or delete {self.url}/{LEASE})"
+                )
+            write()
+            time.sleep(_SETTLE_SECONDS)
         if self._lease().get("token") != token:
             raise InputError(
                 f"{self.url}: another process began to write at the same moment; run again"

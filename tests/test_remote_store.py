@@ -1,0 +1,246 @@
+"""Results on S3-compatible storage: a real server, over HTTP, that fails as stores do."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("s3fs", reason="s3fs is not installed")
+pytest.importorskip("moto", reason="moto is not installed")
+pytest.importorskip("flask", reason="moto's server is not installed")
+
+import s3fs
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+import test_store
+import tiny
+import turnover
+from test_store import arguments, expected, write
+from turnover import InputError
+from turnover.influence import place
+from turnover.influence.store import save, writing
+
+
+class Faulty:
+    """An S3 server between whose answers and the wire something can go wrong.
+
+    Attributes:
+        fault: of (number of the request, method, path): ``None``, an HTTP status, ``"cut"`` (the
+            connection breaks in the middle of the answer), ``"lost"`` (before it, but after the
+            request was carried out) or seconds to wait.
+    """
+
+    def __init__(self):
+        self._store = DomainDispatcherApplication(create_backend_app)
+        self._lock, self._requests = threading.Lock(), 0
+        self.fault, self.faults = lambda number, method, path: None, 0
+
+    def __call__(self, environ, start_response):
+        with self._lock:
+            self._requests += 1
+            fault = self.fault(self._requests, environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            self.faults += fault is not None
+        if isinstance(fault, float):
+            time.sleep(fault)
+        elif isinstance(fault, int):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            code = {500: "InternalError", 503: "SlowDown"}[fault]
+            start_response(f"{fault} {code}", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()]
+        answer = self._store(environ, start_response)
+        if fault in {"cut", "lost"}:
+            body = b"".join(answer)
+            return self._broken(body[: len(body) // 2] if fault == "cut" else None)
+        return answer
+
+    def _broken(self, part):
+        if part:
+            yield part
+        raise ConnectionAbortedError
+
+
+class Silent(WSGIRequestHandler):
+    def log(self, kind, message, *args):
+        pass
+
+    def connection_dropped(self, error, environ=None):
+        self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def server():
+    faulty = Faulty()
+    served = make_server("127.0.0.1", 0, faulty, threaded=True, request_handler=Silent)
+    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread.start()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{served.server_port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield faulty
+    served.shutdown()
+    thread.join()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def url(server):
+    yield f"s3://bucket/{uuid.uuid4().hex}/result"
+    server.fault = lambda number, method, path: None
+
+
+def tree(url):
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    root = url.removeprefix("s3://")
+    found = files.find(root)
+    return {name.removeprefix(f"{root}/"): files.cat_file(name) for name in found}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same result, written locally."""
+    folder = tmp_path_factory.mktemp("whole") / "result.zarr"
+    write(folder)
+    return test_store.tree(folder)
+
+
+def test_what_is_on_s3_is_what_would_be_on_disk(url, whole):
+    write(url)
+    assert tree(url) == whole
+    stored = turnover.open_result(url)
+    tiny.assert_same(stored.load(), expected())
+    tiny.assert_same(stored.load(slice(0, 5)), read_rows(slice(0, 5)))
+    np.testing.assert_array_equal(stored.dataset.score, expected().scores)
+    assert write(url) == 0
+    save(url, expected())
+    tiny.assert_same(turnover.open_result(url).load(), expected())
+
+
+def read_rows(rows):
+    every = expected()
+    parts = {"scores", "target_ids", "standard_error", "exact", "recall"}
+    floor = type(every.floor)(every.floor.mean[rows], every.floor.sd[rows])
+    return expected(floor=floor, **{name: getattr(every, name)[rows] for name in parts})
+
+
+@pytest.mark.slow
+def test_killed_on_s3_it_ends_as_if_never_cut_off(url, whole, monkeypatch):
+    monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
+    rng, code = random.Random(0), f"import test_store; test_store.write({url!r}, pause=0.1)"
+    code = f"from turnover.influence import place; place._LEASE_SECONDS = 0; {code}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests", *sys.path])}
+    for _ in range(2):
+        had = len(tree(url))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment
+        )
+        test_store.wait_for(lambda had=had: len(tree(url)) > had + 2)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with pytest.raises(InputError, match="not finished: repeat the call"):
+            turnover.open_result(url)
+    assert 0 < write(url) < 24
+    assert tree(url) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [500, 503, "cut", "lost", 0.1])
+def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, whole, server):
+    before = server.faults
+    server.fault = lambda number, method, path: fault if number % 16 == 0 else None
+    write(url)
+    tiny.assert_same(turnover.open_result(url).load(), expected())
+    assert server.faults > before + 4
+    server.fault = lambda number, method, path: None
+    assert tree(url) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [500, 503, "cut", "lost"])
+def test_a_store_that_only_fails_ends_in_an_error_and_is_gone_on_with(
+    fault, url, whole, server, monkeypatch
+):
+    monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
+    server.fault = lambda number, method, path: fault if "/score/c/1/" in path else None
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - s3fs's, of several kinds
+        write(url)
+    assert not isinstance(caught.value, AssertionError)
+    server.fault = lambda number, method, path: None
+    with pytest.raises(InputError, match="not finished: repeat the call"):
+        turnover.open_result(url)
+    write(url)
+    assert tree(url) == whole
+    server.fault = lambda number, method, path: fault if "/score/c/1/" in path else None
+    with pytest.raises(Exception):  # noqa: B017
+        turnover.open_result(url).load()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_a_damaged_object_is_named(how, url):
+    write(url)
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    chunk = f"{url}/score/c/1/0"
+    raw = bytearray(files.cat_file(chunk))
+    raw[len(raw) // 2] ^= 4
+    if how == "missing":
+        files.rm(chunk)
+    else:
+        files.pipe_file(chunk, bytes(raw if how == "flipped" else raw[:-9]))
+    with pytest.raises(InputError, match=r"score/c/1/0 is (damaged|missing)"):
+        turnover.open_result(url).load()
+
+
+def test_a_bucket_that_is_not_there_is_refused(server):
+    with pytest.raises(InputError, match=r"cannot be written: .*bucket does not exist"):
+        write("s3://nowhere/result")
+    with pytest.raises(InputError, match="there is no result"):
+        turnover.open_result("s3://nowhere/result")
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["new", "left by one that is gone"])
+def test_of_two_that_begin_at_once_one_is_refused(left, url, server, monkeypatch):
+    monkeypatch.setattr(place, "_SETTLE_SECONDS", 1.0)
+    if left:
+        write(url, blocks=1)
+        value = b'{"token": "gone", "holder": "process 1 on nowhere", "time": 0}'
+        s3fs.S3FileSystem().pipe_file(f"{url}/{place.LEASE}", value)
+    # Every question is answered before anybody writes.
+    server.fault = lambda number, method, path: 0.2 if method in {"GET", "HEAD"} else None
+    ready, entered, refused = threading.Barrier(4), [], []
+
+    def begin():
+        ready.wait()
+        try:
+            with writing(url, **arguments()):
+                entered.append(1)
+                time.sleep(2)
+        except InputError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entered) == 1 and len(refused) == 3
+    assert all("being written by" in one or "same moment" in one for one in refused)
