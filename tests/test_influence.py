@@ -638,3 +638,14 @@ def test_planted_copies_rise_above_the_noise():
     assert (result.scores[rows, rows] > 0).all() and (result.q[rows, rows] <= 0.05).all()
     harmful = result.q[rows, rows + 6] <= 0.05
     assert harmful.sum() >= 5 and (result.scores[rows, rows + 6][harmful] < 0).all()
+
+
+def test_a_method_in_the_objectives_place_is_refused_with_the_word_that_is_missing():
+    with pytest.raises(InputError, match="method='gram'"):
+        turnover.Influence(torch.nn.Linear(6, 2), "gram")
+
+
+def test_one_batch_in_place_of_a_list_of_batches_is_told_so():
+    net = turnover.attach(torch.nn.Sequential(turnover.WideHead(6, 16, 2)).eval(), "head")
+    with pytest.raises(InputError, match=r"list of batches \(inputs, labels\)"):
+        turnover.Influence(net).estimate((torch.randn(4, 6), torch.tensor([0, 1, 0, 1])), range(3))

@@ -49,7 +49,9 @@ def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = logits_of(outputs).float()
     labels = batch.labels
     if labels is None:
-        raise InputError("the objective needs labels, and the batch has none")
+        raise InputError(
+            "the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
+        )
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise InputError(
             f"classification objectives need logits (rows, classes >= 2), got {tuple(logits.shape)}: "
@@ -119,7 +121,9 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
     """
     logits, labels = logits_of(outputs), batch.labels
     if labels is None:
-        raise InputError("the objective needs labels, and the batch has none")
+        raise InputError(
+            "the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
+        )
     if logits.dim() != 3 or labels.is_floating_point() or labels.shape != logits.shape[:2]:
         raise InputError(
             f"a completion needs logits (rows, tokens, vocabulary) and integer labels (rows, tokens), "

@@ -98,6 +98,9 @@ class Influence:
     ) -> None:
         if method not in METHODS:
             raise InputError(f"unknown method {method!r}; built are: {', '.join(METHODS)}")
+        if not callable(objective):
+            hint = f": write method={objective!r}" if objective in METHODS else ""
+            raise InputError(f"objective must be callable, got {objective!r}{hint}")
         for name, value, least in (
             ("ghosts", ghosts, MIN_GHOSTS),
             ("block", block, 1),
