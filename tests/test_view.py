@@ -31,7 +31,7 @@ from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover.errors import InputError
 from turnover.report.from_run import explain_errors
-from turnover.run import Run
+from turnover.run import Run, write_digests
 from turnover.tasks.review import read_decisions
 from turnover.view import open_view
 from turnover.view.columns import open_columns
@@ -47,6 +47,7 @@ def with_texts(run: Path, name: str, texts: dict[int, str]) -> None:
     for row, text in texts.items():
         lines[row]["text"] = text
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_digests(run)
 
 
 @pytest.fixture(scope="module")

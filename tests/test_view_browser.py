@@ -318,6 +318,7 @@ def large_run(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, test = texts(LARGE), texts(2 * ERRORS)
     small.pipeline.write(folder, "train", train)
     small.pipeline.write(folder, "test", test)
+    write_digests(folder)
     run = Run.load(folder)
     null = NullDistribution(generator.standard_normal(100_000))
 
