@@ -23,6 +23,7 @@ import typer
 import test_cli
 from test_cli import ENVIRONMENT, fit_arguments, sentences, turnover, turnover_process, write_csv
 from turnover.cli import EXAMPLES, app
+from turnover.run import read_json
 
 encoder, data, run, noisy_run = test_cli.encoder, test_cli.data, test_cli.run, test_cli.noisy_run
 copy_of_run = test_cli.copy_of_run
@@ -162,7 +163,7 @@ def test_fit_and_plan_print_one_document(
 ) -> None:
     out = tmp_path / "r"
     found = document(*fit_arguments(data[0], encoder, out, "--no-compare", "--epochs", 1))
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = read_json(out / "metrics.json")
     assert found == {"run": str(out), "metrics": metrics}
     planned = document("plan", data[0], "--model", encoder, "--id-column", "id")
     assert planned["asked"]["units"] == 8192 and planned["pilot"] is None
@@ -172,7 +173,7 @@ def test_what_scores_a_run_prints_one_document(copy_of_run: Path) -> None:
     plan = document("influence", copy_of_run, "--explain-plan", "--ghosts", 100)["plan"]
     assert {cost["method"] for cost in plan["costs"]} == {"linear", "rerank", "exact"}
     found = document("influence", copy_of_run, "--ghosts", 100, "--no-gram")
-    metrics = json.loads((copy_of_run / "metrics.json").read_text())
+    metrics = read_json(copy_of_run / "metrics.json")
     assert found == {"run": str(copy_of_run), "metrics": metrics}
     (explained,) = document("explain", copy_of_run, "--show", 1)
     assert explained["helpful"] and explained["harmful"]

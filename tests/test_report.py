@@ -323,7 +323,7 @@ def test_a_missing_folder_is_an_input_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["jinja2", "plotly.offline"])
 def test_a_missing_package_names_the_mend(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"pip install turnover\[report\]"):
+    with pytest.raises(InputError, match=r"pip install 'turnover\[report\]'"):
         render(make_content(1))
 
 
