@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from turnover.errors import InputError
 from turnover.masks import check_ids, check_training_ids
 
+_ALIGNED = 64
+"""Bytes: where torch lets its own memory begin."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -62,6 +65,14 @@ class Batch:
         """The batch on a device; ids stay where they are."""
         moved = self._mapped(lambda value: value.to(device, non_blocking=True))
         return replace(moved, ids=self.ids)
+
+    def apart(self) -> Batch:
+        """The batch with every tensor of the CPU in memory of its own.
+
+        How a matrix product adds up may depend on where its operands begin, and a view keeps all
+        that it is a view of.
+        """
+        return self._mapped(_own)
 
     def call(self, model: nn.Module) -> Any:
         """The model's outputs on the inputs."""
@@ -192,6 +203,15 @@ def tensors(value: Any) -> list[Tensor]:
 
     _map(value, collect)
     return found
+
+
+def _own(value: Tensor) -> Tensor:
+    if value.device.type != "cpu" or value.layout != torch.strided:
+        return value
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    if whole and value.is_contiguous() and value.data_ptr() % _ALIGNED == 0:
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -28,8 +28,11 @@ from turnover.network import Network
 from turnover.objectives import Objective, margin
 
 if TYPE_CHECKING:
-    from turnover.influence.store import StoredResult
+    from turnover.influence.store import StoredResult, Writer
 
+    Over = Callable[[Walk, Iterable[Batch], Tensor, Writer], int]
+
+ENGINES = ("process", "ray")
 METHODS = ("linear", "exact", "rerank", "auto", "gram")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
@@ -178,6 +181,7 @@ class Influence:
         top: int | None = None,
         out: str | Path,
         coordinates: Mapping[str, Any] | None = None,
+        engine: str = "process",
     ) -> StoredResult: ...
 
     def estimate(
@@ -188,6 +192,7 @@ class Influence:
         top: int | None = None,
         out: str | Path | None = None,
         coordinates: Mapping[str, Any] | None = None,
+        engine: str = "process",
     ) -> Result | StoredResult:
         """Influence of every training instance on every target.
 
@@ -202,6 +207,9 @@ class Influence:
                 call, it is gone on with, and ends in the same bits.
             coordinates: with ``out``, labels to store beside the training ids: name to one value for
                 each id.
+            engine: with ``out``, what computes the blocks: this ``"process"``, or ``"ray"``, the workers
+                of the Ray cluster that ``ray.init`` connected to (else of ``RAY_ADDRESS``, else of this
+                machine). Same bits, and each goes on with what the other began.
 
         Returns:
             :class:`Result` with scores (targets, train), or (targets, ranks) with ``top``, in memory;
@@ -214,6 +222,7 @@ class Influence:
         """
         if top is not None and top < 1:
             raise InputError(f"top must be >= 1, got {top}")
+        _check_engine(engine, out)
         if self._gram is not None:
             if out is not None or coordinates:
                 raise InputError(
@@ -236,7 +245,8 @@ class Influence:
                 sink = MemorySink(len(ids))
                 walk.over(batches, ids, sink)
                 return sink.result(ids.numpy(), **self._described(walk.method, ids))
-            return self._store(walk, batches, ids, out, dict(coordinates or {}))
+            with _over(engine, walk) as over:
+                return self._store(walk, batches, ids, out, dict(coordinates or {}), over)
 
     def aggregate(
         self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None = None
@@ -409,6 +419,7 @@ class Influence:
         ids: Tensor,
         out: str | Path,
         coordinates: dict[str, Any],
+        over: Over,
     ) -> StoredResult:
         from turnover.influence import store
 
@@ -432,10 +443,11 @@ class Influence:
         with store.writing(
             out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer:
-            sink = StoreSink(writer)
-            # What is finished is only checked.
-            go = walk.announce if writer.complete else walk.over
-            writer.finish(go(targets, ids, sink))
+            if writer.complete:  # what is finished is only checked
+                count = walk.announce(targets, ids, StoreSink(writer))
+            else:
+                count = over(walk, targets, ids, writer)
+            writer.finish(count)
         return store.read(out)
 
     def _variables(
@@ -516,6 +528,31 @@ class Influence:
                 f"turnover.ghost_ids(count, start={self.ghosts}) for fresh ones"
             )
         return ids
+
+
+def _check_engine(engine: str, out: str | Path | None) -> None:
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
+    if engine == "process":
+        return
+    if out is None:
+        raise InputError(f"engine={engine!r} writes blocks from many processes: give out= as well")
+    from turnover.influence.place import Place
+
+    _ = Place(out).address
+
+
+@contextmanager
+def _over(engine: str, walk: Walk) -> Iterator[Over]:
+    """What scores all targets and writes them."""
+    if engine == "process":
+        yield lambda walk, targets, ids, writer: walk.over(targets, ids, StoreSink(writer))
+        return
+    from turnover.integrations import ray
+
+    with ray.connected():
+        ray.check(walk)
+        yield ray.over
 
 
 def _begun_method(out: str | Path) -> str | None:

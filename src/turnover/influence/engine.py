@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +61,19 @@ class Engine:
     ) -> None:
         self.network = network
         self.objective = objective
+        self.block = block
         self.sites = list(sites)
         self._exact = ExactEstimator(network, objective, block, sites)
         self.advance: Callable[[int], None] = lambda _: None
         """Told how many pairs more were scored exactly."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process begins with nothing learned, and has nobody to tell.
+        return type(self), (self.network, self.objective, self.block, self.sites)
+
+    def forget(self) -> None:
+        """Score what comes as if it were the first."""
+        self._exact.forget()
 
     @property
     def units(self) -> int:

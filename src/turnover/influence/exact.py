@@ -99,6 +99,11 @@ class ExactEstimator:
         self._last: Way | None = None
         self._advance: Callable[[int], None] = lambda _: None
 
+    def forget(self) -> None:
+        """Choose anew how targets are run: what was seen before must not change the bits of what comes."""
+        self._ways.clear()
+        self._last = None
+
     @property
     def elements(self) -> int:
         """Elements of the largest output of a module in one forward, for one row."""

@@ -54,6 +54,21 @@ class Place:
         local = isinstance(self._files, LocalFileSystem)
         self.local = Path(self._root) if local else None
 
+    @property
+    def address(self) -> str:
+        """Path or URL by which other processes find it.
+
+        Raises:
+            InputError: it is in the memory of this one.
+        """
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        if isinstance(self._files, MemoryFileSystem):
+            raise InputError(
+                f"{self.url} is in this process's memory, where no other one can write"
+            )
+        return self.url if self.local is None else str(self.local.absolute())
+
     def zarr(self, *, writable: bool) -> Any:
         """The folder as zarr sees it."""
         from zarr.storage import FsspecStore, LocalStore

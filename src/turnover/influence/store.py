@@ -6,6 +6,7 @@ not finished, and ``progress/`` says what it was begun with and for which target
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,16 @@ from turnover.influence.stored import DESCRIBED, StoredResult
 from turnover.influence.stored import open_result as read
 from turnover.influence.writer import Writer
 
-__all__ = ["StoredResult", "Variable", "Writer", "begun_method", "read", "save", "writing"]
+__all__ = [
+    "StoredResult",
+    "Variable",
+    "Writer",
+    "begun_method",
+    "joining",
+    "read",
+    "save",
+    "writing",
+]
 
 _CELLS = 2**20
 """Values in a chunk of a saved result."""
@@ -78,6 +88,30 @@ def writing(
         if not complete:
             writer.begin()
         yield writer
+
+
+def joining(url: str | Path, begun_with: Mapping[str, Any], announced: int) -> Writer:
+    """A writer of regions of a result that another process has begun, will finish, and is the one for.
+
+    Args:
+        url: path or fsspec URL.
+        begun_with: the other :attr:`Writer.manifest`.
+        announced: length of the growing dimension up to the end of the regions.
+
+    Raises:
+        InputError: zarr is not installed; on writing, that the result is not there or no longer that one.
+    """
+    place = Place(url)
+
+    def check() -> None:
+        found = marked(place, BEGUN)
+        if found is None or manifest(found) != begun_with:
+            raise InputError(
+                f"{url} is not, seen from here ({socket.gethostname()}), the result that was begun: give a "
+                f"place that all processes share, and leave it alone until they have ended"
+            )
+
+    return Writer(place, begun_with, {}, complete=False, renew=check, announced=announced)
 
 
 def begun_method(url: str | Path) -> str | None:

@@ -50,23 +50,24 @@ class Walk:
         """Score all targets, block by block; returns how many there were."""
         columns = self.grid(len(ids))[1]
         count = 0
-        for rows, batches in self._announced(targets, ids, sink):
+        for rows, batches in self.announced(targets, ids, sink):
             self.fill(TargetBlock(self.engines, batches), rows, ids, sink, columns)
             count += sum(map(len, batches))
         return count
 
     def announce(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
         """Tell the sink of all targets, and score none; returns how many there were."""
-        return sum(len(batch) for _, some in self._announced(targets, ids, sink) for batch in some)
+        return sum(len(batch) for _, some in self.announced(targets, ids, sink) for batch in some)
 
-    def _announced(
+    def announced(
         self, targets: Iterable[Batch], ids: Tensor, sink: Sink
     ) -> Iterator[tuple[slice, list[Batch]]]:
+        """The blocks of targets, of which the sink has been told: their numbers and they themselves."""
         start = 0
         for batches in _regrouped(targets, self.grid(len(ids))[0]):
             sink.begin(start, batches)
             rows = slice(start, start + sum(map(len, batches)))
-            yield rows, batches
+            yield rows, [batch.apart() for batch in batches]
             start = rows.stop
 
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
@@ -91,6 +92,12 @@ class Walk:
         size = max(1024, _SCORE_BYTES // (4 * rows))
         return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
 
+    def parts(self, ids: int, columns: int) -> list[slice]:
+        """Parts of the ids that :meth:`fill` can score apart, ghosts with the first."""
+        if self.method == "rerank" or self.top is not None:
+            return [slice(0, ids)]
+        return [slice(start, min(start + columns, ids)) for start in range(0, ids, columns)]
+
     def grid(self, ids: int) -> tuple[int, int]:
         """Targets and ids in one block; whoever repeats it repeats the bits."""
         rows = self.rows()
@@ -101,10 +108,13 @@ class Walk:
         """Ghosts that make the noise floor of a target."""
         return min(EXACT_GHOSTS, self.ghosts) if self.method == "rerank" else self.ghosts
 
-    def pairs(self, ids: int) -> int:
-        """Pairs that a target takes of each network, by which progress is told."""
-        scored = min(2 * self.candidates, ids) if self.method == "rerank" else ids
-        return scored + self.floor_ghosts
+    def pairs(self, ids: int, part: slice | None = None) -> int:
+        """Pairs that a target, or a part of it, takes of each network, by which progress is told."""
+        part = part or slice(0, ids)
+        scored = part.stop - part.start
+        if self.method == "rerank":
+            scored = min(2 * self.candidates, scored)
+        return scored + (self.floor_ghosts if part.start == 0 else 0)
 
     def fill(
         self,
@@ -113,21 +123,25 @@ class Walk:
         ids: Tensor,
         sink: Sink,
         columns: int,
+        part: slice | None = None,
     ) -> None:
-        """Put the scores of one block of targets where they belong."""
+        """Put the scores of one block of targets where they belong: all, or one of :meth:`parts`."""
+        for engine in self.engines:
+            engine.forget()
         ghosts = ghost_ids(self.ghosts)
+        part = part or slice(0, len(ids))
         if self.method == "rerank":
             self._rerank(block, rows, ids, sink, columns)
             return
         score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
-        if not sink.has("ghost", rows):
+        if part.start == 0 and not sink.has("ghost", rows):
             sink.put("ghost", rows, to_numpy(score(ghosts).mean))
         if self.top is None:
-            for start in range(0, len(ids), columns):
-                some = slice(start, min(start + columns, len(ids)))
+            for start in range(part.start, part.stop, columns):
+                some = slice(start, min(start + columns, part.stop))
                 several = len(self.engines) > 1
                 if sink.has("standard_error" if several else "score", rows, some):
-                    self._advance((rows.stop - rows.start) * (some.stop - some.start))
+                    self.advance((rows.stop - rows.start) * (some.stop - some.start))
                     continue
                 _put(sink, rows, score(ids[some]), some)
         elif not sink.has("train_id", rows):
@@ -135,10 +149,11 @@ class Walk:
 
     def _linear(self, block: TargetBlock, ids: Tensor) -> Scores:
         scores = block.linear(ids)
-        self._advance(scores.mean.numel())
+        self.advance(scores.mean.numel())
         return scores
 
-    def _advance(self, pairs: int) -> None:
+    def advance(self, pairs: int) -> None:
+        """So many pairs more are scored, by each network."""
         for engine in self.engines:
             engine.advance(pairs)
 

@@ -43,6 +43,9 @@ class Writer:
 
     Attributes:
         complete: the result is finished: there is nothing to write. Targets are still compared.
+        place: where it is.
+        manifest: what it was begun with.
+        renew: keeps the right to write; must be called now and then where others do the writing.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Writer:
         *,
         complete: bool,
         renew: Callable[[], None] = lambda: None,
+        announced: int = 0,
     ) -> None:
         self.complete = complete
-        self._place, self._renew, self._manifest = place, renew, begun_with
+        self.place, self.renew, self.manifest = place, renew, begun_with
         self._coordinates = coordinates
         self._variables = {
             name: Variable(tuple(v["dims"]), v["dtype"], tuple(v["chunks"]))
@@ -73,7 +77,7 @@ class Writer:
             label = f"{self._grows}_label"
             self._journal = {self._grows: of_rows, label: of_rows}
             self._journal[_DIGEST] = Variable((self._grows,), "uint64", (_ROWS,))
-            self._sizes[self._grows] = 0
+            self._sizes[self._grows] = announced
         known = {
             name: Variable((dim,), dtype_of(values), (_COLUMNS,))
             for name, (dim, values) in coordinates.items()
@@ -88,15 +92,15 @@ class Writer:
         Raises:
             InputError: it was begun with something else, or holds something else.
         """
-        found = marked(self._place, BEGUN)
+        found = marked(self.place, BEGUN)
         if found is None:
-            if not self._place.vacant():
-                raise InputError(f"{self._place.url} is not a turnover result; give another place")
+            if not self.place.vacant():
+                raise InputError(f"{self.place.url} is not a turnover result; give another place")
             group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-            self._place.put(BEGUN, seal(group, self._manifest))
+            self.place.put(BEGUN, seal(group, self.manifest))
         else:
-            compare(self._place, manifest(found), self._manifest)
-        self._place.sweep()
+            compare(self.place, manifest(found), self.manifest)
+        self.place.sweep()
         self._describe(self._written | self._journal, _CAPACITY)
         for name, (_, values) in self._coordinates.items():
             self._blocks.write(name, (), values)
@@ -138,7 +142,7 @@ class Writer:
         differ = np.flatnonzero(stored != np.pad(given, (0, whole - stop)))
         if len(differ):
             raise InputError(
-                f"{self._place.url} was begun with other targets: {self._grows} {start + differ[0]} differs; "
+                f"{self.place.url} was begun with other targets: {self._grows} {start + differ[0]} differs; "
                 f"give the same ones in the same order, or another place"
             )
 
@@ -159,8 +163,8 @@ class Writer:
             InputError: another process has taken over a remote store.
         """
         if self.complete:
-            raise ValueError(f"{self._place.url} is complete")
-        self._renew()
+            raise ValueError(f"{self.place.url} is complete")
+        self.renew()
         self._blocks.write(name, region, values)
 
     def finish(self, targets: int | None = None, **attributes: Any) -> None:
@@ -183,28 +187,28 @@ class Writer:
                 raise InputError("no targets given")
             if count and self._noted(count, count + 1).any():
                 raise InputError(
-                    f"{self._place.url} was begun with more than {count} targets; give the same ones, or "
+                    f"{self.place.url} was begun with more than {count} targets; give the same ones, or "
                     f"another place"
                 )
         if self.complete:
             return
-        described = {**self._manifest["identity"], **plain(attributes)}
+        described = {**self.manifest["identity"], **plain(attributes)}
         missing = [name for name in DESCRIBED if name not in described]
         if missing:
             raise ValueError(f"no {', '.join(missing)} given")
         for name in self._written:
             absent = next(self._blocks.absent(name), None)
             if absent is not None:
-                raise InputError(f"{self._place.url}: {absent} is missing; run again")
+                raise InputError(f"{self.place.url}: {absent} is missing; run again")
         variables = self._written | self._kept() | self._summarise()
         names = [name for name in (*self._coordinates, *self._journal) if name in variables]
         known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         # How xarray tells coordinates that are not dimensions.
         if labels := " ".join(name for name in names if name not in self._sizes):
             known["coordinates"] = labels
-        self._renew()
+        self.renew()
         root = self._describe(variables, None, known)
-        self._place.put(ROOT, seal(json.loads(root), self._manifest))
+        self.place.put(ROOT, seal(json.loads(root), self.manifest))
         self.complete = True
 
     def _describe(
@@ -216,7 +220,7 @@ class Writer:
             sizes[self._grows] = grown
         written = documents(variables, sizes, attributes or {})
         for name in variables:
-            self._place.put(f"{name}/zarr.json", written[f"{name}/zarr.json"])
+            self.place.put(f"{name}/zarr.json", written[f"{name}/zarr.json"])
         return written[ROOT]
 
     def _noted(self, start: int, stop: int) -> NDArray[np.uint64]:
@@ -231,7 +235,7 @@ class Writer:
         ids: NDArray[np.int64] | None,
         labels: NDArray[np.int64] | None,
     ) -> None:
-        self._renew()
+        self.renew()
         nothing = np.full(stop - start, MISSING, dtype=np.int64)
         noted = zip(self._journal, (ids, labels, digests), strict=True)
         for name, values in noted:  # the digests last: they say that the others are there
@@ -247,7 +251,7 @@ class Writer:
             if (self._blocks.read(name) != MISSING).all():
                 kept[name] = variable
             else:
-                self._place.remove(name)
+                self.place.remove(name)
         return kept
 
     def _summarise(self) -> dict[str, Variable]:
@@ -278,7 +282,7 @@ class Writer:
             "null": Variable(("pool",), "float64", (_COLUMNS,)),
         }
         self._describe(made, None)
-        added = Blocks(self._place, made, self._sizes, finished=False)
+        added = Blocks(self.place, made, self._sizes, finished=False)
         for name, value in values.items():
             added.write(name, (), value)
         return made

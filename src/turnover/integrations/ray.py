@@ -1,0 +1,229 @@
+"""Blocks of a result as Ray tasks, on the cores of one machine or many. Needs ``turnover[ray]``.
+
+Each task writes regions of its own; this process alone announces targets, keeps the right to write and
+finishes the result. A task that is lost with its worker is run again by Ray, and makes the same bits.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from turnover.batches import Batch
+from turnover.errors import InputError, needing
+from turnover.influence.engine import TargetBlock
+from turnover.influence.sinks import StoreSink
+from turnover.influence.store import Writer, joining
+from turnover.influence.walk import Walk
+from turnover.sites import device_of
+
+with needing("ray", 'engine="ray"'):
+    import ray
+    from ray import cloudpickle
+    from ray.exceptions import RayTaskError
+
+_RETRIES = 5
+"""Workers that a block may lose: one that always takes its worker with it must end."""
+_WAITING = 2
+"""Blocks submitted for each place where one can run, so that none stands idle."""
+_PATIENCE = 10.0
+"""Seconds between two looks at the right to write."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Where one block belongs."""
+
+    rows: slice
+    part: slice
+    columns: int
+    url: str
+    begun_with: Mapping[str, Any]
+    threads: int
+    precision: str
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """The Ray that this process is connected to; else that of ``RAY_ADDRESS``, else one of this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check(walk: Walk) -> None:
+    """Whether tasks would compute what this process would.
+
+    Raises:
+        InputError: a network that is not on the CPU, autocast, or threads that no node has.
+    """
+    devices = {device_of(engine.network.model).type for engine in walk.engines}
+    if devices != {"cpu"}:
+        raise InputError(f'engine="ray" runs on CPUs, and a network is on {max(devices - {"cpu"})}')
+    if torch.is_autocast_enabled("cpu"):
+        raise InputError('engine="ray" leaves autocast behind: open it within the model\'s forward')
+    if not _places():
+        raise InputError(
+            f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so many "
+            f"CPUs: call torch.set_num_threads"
+        )
+
+
+def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> int:
+    """Score all targets, each block in a task, and write them; returns how many targets there were.
+
+    Args:
+        walk: how they are gone through; its networks are broadcast once.
+        targets: batches, taken as the tasks before them end.
+        ids: int64 (train,).
+        writer: of the result, begun here.
+
+    Raises:
+        InputError: as :meth:`turnover.Influence.estimate`, from whichever task; a network that does not
+            pickle.
+        ray.exceptions.RayError: a block lost its worker again and again.
+    """
+    url, columns = writer.place.address, walk.grid(len(ids))[1]
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    broadcast = ray.put(_packed(walk, ids))
+    fill = _fill.options(num_cpus=threads, max_retries=_RETRIES)
+    flight: dict[Any, int] = {}
+    count = 0
+
+    def land() -> None:
+        done, _ = ray.wait(list(flight), timeout=_PATIENCE)
+        writer.renew()
+        for one in done:
+            try:
+                ray.get(one)
+            except RayTaskError as error:
+                raise error.cause from error
+            walk.advance(flight.pop(one))
+
+    try:
+        for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
+            count += (many := rows.stop - rows.start)
+            block = ray.put(batches)
+            for part in walk.parts(len(ids), columns):
+                while len(flight) >= _WAITING * max(1, _places()):
+                    land()
+                task = _Task(rows, part, columns, url, writer.manifest, threads, precision)
+                # References in a list are not fetched before the task asks for them.
+                flight[fill.remote(task, [broadcast], [block])] = many * walk.pairs(len(ids), part)
+        while flight:
+            land()
+    finally:
+        for one in flight:
+            ray.cancel(one, force=True)
+    return count
+
+
+def _places() -> int:
+    """Blocks that the cluster can run at once."""
+    threads = torch.get_num_threads()
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(resources.get("CPU", 0)) // threads for resources in alive)
+
+
+_held: dict[str, Any] = {}
+"""Of a worker: the networks, and the block of targets it scored last, whose derivatives serve again."""
+
+
+@ray.remote
+def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
+    torch.set_num_threads(task.threads)
+    torch.set_float32_matmul_precision(task.precision)
+    walk, ids = _kept("walk", broadcast[0], _unpacked)
+    block = _kept("block", targets[0], lambda batches: TargetBlock(walk.engines, batches))
+    sink = StoreSink(joining(task.url, task.begun_with, task.rows.stop))
+    with ExitStack() as stack:
+        for engine in walk.engines:
+            stack.enter_context(engine.evaluating())
+        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+
+
+def _kept(name: str, reference: Any, make: Any) -> Any:
+    """What is made of an object, made once as long as the object is the same."""
+    found = _held.get(name)
+    if found is None or found[0] != reference:
+        _held.pop(name, None)
+        found = _held[name] = (reference, make(ray.get(reference)))
+    return found[1]
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Leaves parameters out as arrays, which all workers of a node then read from one memory.
+
+    Buffers are copied: a forward may write into them.
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.arrays: list[tuple[np.ndarray[Any, Any], torch.dtype, torch.Size, bool]] = []
+        self._seen: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        """Number of the array that a parameter is left out as."""
+        if type(value) is not nn.Parameter or value.layout != torch.strided:
+            return None
+        if id(value) not in self._seen:
+            self._seen[id(value)] = len(self.arrays)
+            raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self.arrays.append((raw, value.dtype, value.shape, value.requires_grad))
+        return self._seen[id(value)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, parameters: list[nn.Parameter]) -> None:
+        super().__init__(file)
+        self._parameters = parameters
+
+    def persistent_load(self, pid: Any) -> nn.Parameter:
+        return self._parameters[pid]
+
+
+def _packed(walk: Walk, ids: Tensor) -> tuple[bytes, list[Any], Any]:
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump(walk)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise InputError(
+            f'engine="ray" sends networks and objective to other processes, and they do not pickle: {error}'
+        ) from error
+    return file.getvalue(), pickler.arrays, ids.numpy()
+
+
+def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
+    pickled, arrays, ids = packed
+    parameters = []
+    for raw, dtype, shape, trained in arrays:
+        values = _tensor(raw).view(dtype).reshape(shape)
+        parameters.append(nn.Parameter(values, requires_grad=trained))
+    walk = _Unpickler(io.BytesIO(pickled), parameters).load()
+    return walk, _tensor(ids)
+
+
+def _tensor(values: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor in the same memory, where that begins as torch's own does."""
+    if values.ctypes.data % 64:
+        return torch.tensor(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it may not be written to, and is not
+        return torch.from_numpy(values)

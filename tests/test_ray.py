@@ -1,0 +1,215 @@
+"""Blocks as Ray tasks: the bits of one process, whoever dies on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+import turnover
+from turnover import Batch, Influence, InputError, objectives
+from turnover.influence import store, walk
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
+
+IDS = torch.arange(2500) * 13
+HERE = Path(__file__).parent
+
+
+def networks(count):
+    made = [tiny.randomise(tiny.mlp(12), seed).eval() for seed in range(count)]
+    return [
+        turnover.attach(one, "mlp", turnover.MaskSpec(seed=seed)) for seed, one in enumerate(made)
+    ]
+
+
+def batches():
+    return [
+        Batch(
+            tiny.features(rows, seed=seed), tiny.labels(rows, seed), torch.arange(rows) + 50 * seed
+        )
+        for seed, rows in enumerate((30, 50, 1, 19))
+    ]
+
+
+def influence(method="linear", objective=objectives.margin, count=1):
+    return Influence(networks(count), objective, method, ghosts=50, candidates=5)
+
+
+def tree(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        num_cpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """One thread, and several blocks of targets and of ids by every method."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(walk, "_MOST_TARGETS", 32)
+    monkeypatch.setattr(walk, "_SCORE_BYTES", 2**17)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("top", [None, 4])
+@pytest.mark.parametrize("method", ["linear", "exact", "rerank"])
+def test_the_store_of_many_workers_is_that_of_one_process(method, top, count, cluster, tmp_path):
+    make = influence(method, count=count)
+    make.estimate(batches(), IDS, top=top, out=tmp_path / "one")
+    make.estimate(batches(), IDS, top=top, out=tmp_path / "many", engine="ray")
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+    assert len(list((tmp_path / "many" / "score" / "c").rglob("*"))) > 4
+
+
+class Deadly:
+    """The margin, which takes its process with it where it first comes upon some target."""
+
+    __name__ = "margin"
+
+    def __init__(self, folder, times):
+        self.folder, self.times = folder, times
+
+    def __call__(self, outputs, batch):
+        done = len(list(self.folder.iterdir()))
+        if done < self.times and torch.isclose(batch.inputs[0], tiny.features(50, seed=1)[9]).all():
+            (self.folder / str(done)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return objectives.margin(outputs, batch)
+
+
+@pytest.mark.slow
+def test_a_block_whose_worker_is_killed_is_computed_again(cluster, tmp_path):
+    (tmp_path / "deaths").mkdir()
+    influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
+    deadly = influence("exact", Deadly(tmp_path / "deaths", times=2))
+    deadly.estimate(batches(), IDS, out=tmp_path / "many", engine="ray")
+    assert len(list((tmp_path / "deaths").iterdir())) == 2
+    one, many = (store.read(tmp_path / name).load() for name in ("one", "many"))
+    tiny.assert_same(many, one)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
+    wrong = [Batch(torch.full((2, 6), float("nan")), tiny.labels(2))]
+    for engine in ("process", "ray"):
+        with pytest.raises(InputError, match=r"NaN or infinite for rows \[0, 1\]"):
+            influence().estimate(wrong, IDS, out=tmp_path / engine, engine=engine)
+
+
+@pytest.mark.slow
+def test_a_damaged_block_is_named_when_going_on(cluster, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        influence().estimate(
+            (batch if index < 3 else 1 / 0 for index, batch in enumerate(batches())),
+            IDS,
+            out=tmp_path / "r",
+        )
+    (tmp_path / "r" / "score" / "c" / "0" / "1").write_bytes(b"")
+    with pytest.raises(InputError, match=r"score/c/0/1 is damaged .* delete that file and run"):
+        influence().estimate(batches(), IDS, out=tmp_path / "r", engine="ray")
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+import ray
+import test_ray, turnover.influence.walk
+turnover.influence.walk._MOST_TARGETS = 32
+turnover.influence.walk._SCORE_BYTES = 2**17
+ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+
+class Slow:
+    __name__ = "margin"
+    def __call__(self, outputs, batch):
+        time.sleep(0.01)
+        return test_ray.objectives.margin(outputs, batch)
+
+make = test_ray.influence("exact", Slow())
+make.estimate(test_ray.batches(), test_ray.IDS, out=sys.argv[1], engine="ray")
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_is_gone_on_with(tmp_path):
+    influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
+    script = SCRIPT.format(paths=[str(HERE), str(HERE.parent / "src")])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "many")],
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    limit = time.monotonic() + 120
+    while len(list((tmp_path / "many").glob("score/c/*/*"))) < 3:
+        assert driver.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    written = len(list((tmp_path / "many").glob("score/c/*/*")))
+    assert not (tmp_path / "many" / "zarr.json").exists()
+    ray.init(
+        num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False
+    )
+    try:
+        influence("exact").estimate(batches(), IDS, out=tmp_path / "many", engine="ray")
+    finally:
+        ray.shutdown()
+    assert written < len(list((tmp_path / "many").glob("score/c/*/*")))
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_what_ray_cannot_do_is_refused_before_anything_is_written(tmp_path):
+    make = influence()
+    with pytest.raises(InputError, match="unknown engine 'dask'; there are: process, ray"):
+        make.estimate(batches(), IDS, out=tmp_path / "r", engine="dask")
+    with pytest.raises(InputError, match="give out="):
+        make.estimate(batches(), IDS, engine="ray")
+    with pytest.raises(InputError, match="this process's memory"):
+        make.estimate(batches(), IDS, out="memory://r", engine="ray")
+    assert not list(tmp_path.iterdir())
+
+
+MISSING = """
+import sys
+sys.path[:0] = {paths!r}
+sys.modules["ray"] = None
+import tiny, turnover
+network = turnover.attach(tiny.mlp(), "mlp")
+targets = [(tiny.features(3), tiny.labels(3))]
+try:
+    turnover.Influence(network).estimate(targets, [1, 2], out=sys.argv[1], engine="ray")
+except turnover.InputError as error:
+    print(error)
+"""
+
+
+def test_without_ray_it_is_said_what_to_install(tmp_path):
+    script = MISSING.format(paths=[str(HERE), str(HERE.parent / "src")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "r")], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == (
+        "engine=\"ray\" needs ray, which is not installed: pip install 'turnover[ray]'"
+    )
+    assert not (tmp_path / "r").exists()
