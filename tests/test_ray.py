@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,31 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+PATHS = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
+CLUSTER = {
+    "num_cpus": 2,
+    "object_store_memory": 100 * 2**20,
+    "include_dashboard": False,
+    "log_to_driver": False,
+}
+
+
+@contextmanager
+def connected():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", PATHS)  # of the workers
+        ray.init(**CLUSTER)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with connected():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -132,14 +147,12 @@ def test_a_damaged_block_is_named_when_going_on(cluster, tmp_path):
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = {paths!r}
 import torch
+import test_ray
+from turnover.influence import walk
+
 torch.set_num_threads(1)
-import ray
-import test_ray, turnover.influence.walk
-turnover.influence.walk._MOST_TARGETS = 32
-turnover.influence.walk._SCORE_BYTES = 2**17
-ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+walk._MOST_TARGETS, walk._SCORE_BYTES = 32, 2**17
 
 class Slow:
     __name__ = "margin"
@@ -147,36 +160,30 @@ class Slow:
         time.sleep(0.01)
         return test_ray.objectives.margin(outputs, batch)
 
-make = test_ray.influence("exact", Slow())
-make.estimate(test_ray.batches(), test_ray.IDS, out=sys.argv[1], engine="ray")
+with test_ray.connected():
+    make = test_ray.influence("exact", Slow())
+    make.estimate(test_ray.batches(), test_ray.IDS, out=sys.argv[1], engine="ray")
 """
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_gone_on_with(tmp_path):
+def test_a_result_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path):
     influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
-    script = SCRIPT.format(paths=[str(HERE), str(HERE.parent / "src")])
+    many = tmp_path / "many"
     driver = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "many")],
-        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        [sys.executable, "-c", SCRIPT, str(many)], env=os.environ | {"PYTHONPATH": PATHS}
     )
     limit = time.monotonic() + 120
-    while len(list((tmp_path / "many").glob("score/c/*/*"))) < 3:
+    while len(list(many.glob("score/c/*/*"))) < 3:
         assert driver.poll() is None and time.monotonic() < limit
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    written = len(list((tmp_path / "many").glob("score/c/*/*")))
-    assert not (tmp_path / "many" / "zarr.json").exists()
-    ray.init(
-        num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False
-    )
-    try:
-        influence("exact").estimate(batches(), IDS, out=tmp_path / "many", engine="ray")
-    finally:
-        ray.shutdown()
-    assert written < len(list((tmp_path / "many").glob("score/c/*/*")))
-    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+    written = {path: path.stat().st_mtime_ns for path in many.glob("score/c/*/*")}
+    assert len(written) < len(list((tmp_path / "one").glob("score/c/*/*")))
+    influence("exact").estimate(batches(), IDS, out=many, engine="ray")
+    assert tree(many) == tree(tmp_path / "one")
+    assert sum(path.stat().st_mtime_ns == time for path, time in written.items()) >= 3
 
 
 def test_what_ray_cannot_do_is_refused_before_anything_is_written(tmp_path):
@@ -192,7 +199,6 @@ def test_what_ray_cannot_do_is_refused_before_anything_is_written(tmp_path):
 
 MISSING = """
 import sys
-sys.path[:0] = {paths!r}
 sys.modules["ray"] = None
 import tiny, turnover
 network = turnover.attach(tiny.mlp(), "mlp")
@@ -205,9 +211,11 @@ except turnover.InputError as error:
 
 
 def test_without_ray_it_is_said_what_to_install(tmp_path):
-    script = MISSING.format(paths=[str(HERE), str(HERE.parent / "src")])
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "r")], capture_output=True, text=True
+        [sys.executable, "-c", MISSING, str(tmp_path / "r")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": PATHS},
     )
     assert done.stdout.strip() == (
         "engine=\"ray\" needs ray, which is not installed: pip install 'turnover[ray]'"

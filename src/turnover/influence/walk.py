@@ -110,11 +110,11 @@ class Walk:
 
     def pairs(self, ids: int, part: slice | None = None) -> int:
         """Pairs that a target, or a part of it, takes of each network, by which progress is told."""
-        part = part or slice(0, ids)
-        scored = part.stop - part.start
+        start, stop = (0, ids) if part is None else (part.start, part.stop)
+        scored: int = stop - start
         if self.method == "rerank":
             scored = min(2 * self.candidates, scored)
-        return scored + (self.floor_ghosts if part.start == 0 else 0)
+        return scored + (0 if start else self.floor_ghosts)
 
     def fill(
         self,

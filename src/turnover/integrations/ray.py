@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -145,7 +146,7 @@ _held: dict[str, Any] = {}
 """Of a worker: the networks, and the block of targets it scored last, whose derivatives serve again."""
 
 
-@ray.remote
+@ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
     torch.set_num_threads(task.threads)
     torch.set_float32_matmul_precision(task.precision)
@@ -194,7 +195,8 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._parameters = parameters
 
-    def persistent_load(self, pid: Any) -> nn.Parameter:
+    def persistent_load(self, pid: int) -> nn.Parameter:  # type: ignore[override]
+        """The parameter of a number."""
         return self._parameters[pid]
 
 
@@ -216,7 +218,13 @@ def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
     for raw, dtype, shape, trained in arrays:
         values = _tensor(raw).view(dtype).reshape(shape)
         parameters.append(nn.Parameter(values, requires_grad=trained))
-    walk = _Unpickler(io.BytesIO(pickled), parameters).load()
+    try:
+        walk = _Unpickler(io.BytesIO(pickled), parameters).load()
+    except ImportError as error:
+        raise InputError(
+            f"a Ray worker on {socket.gethostname()} cannot import {error.name}, which the network or the "
+            f"objective is of: install it there, or name its folder in PYTHONPATH before Ray starts"
+        ) from error
     return walk, _tensor(ids)
 
 
