@@ -195,7 +195,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._parameters = parameters
 
-    def persistent_load(self, pid: int) -> nn.Parameter:  # type: ignore[override]
+    def persistent_load(self, pid: int) -> nn.Parameter:
         """The parameter of a number."""
         return self._parameters[pid]
 
