@@ -28,7 +28,7 @@ from turnover.influence.store import Writer, joining
 from turnover.influence.walk import Walk
 from turnover.sites import device_of
 
-with needing("ray", 'engine="ray"'):
+with needing('engine="ray"', "turnover[ray]"):
     import ray
     from ray import cloudpickle
     from ray.exceptions import RayTaskError
