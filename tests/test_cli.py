@@ -546,12 +546,12 @@ def test_a_cut_off_fit_is_not_resumed_under_other_masks(
     with monkeypatch.context() as patch:  # trained and cut off before the run is written
         patch.setattr(module, "_metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         turnover(*arguments("cut", 0.5), expect=130)
-    (tmp_path / ".cut.partial" / "turnover.draft").write_bytes(b"half a checkpoint")
+    (tmp_path / ".cut.partial" / ".turnover.checkpoint.1").write_bytes(b"half a checkpoint")
     turnover(*arguments("cut", 0.3))
     turnover(*arguments("whole", 0.3))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
     assert weights[0] == weights[1]
-    assert not list((tmp_path / "cut").glob("*.draft"))
+    assert not list((tmp_path / "cut").glob(".*"))
 
 
 def test_training_rows_are_predicted_by_the_networks_that_never_learned_them(

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class WriteError(InputError):
+    """A disk is full, or a place cannot be written. What was begun is kept, and the same call goes on."""
+
+
 class BindingError(RuntimeError):
     """The network was run under the wrong binding: ids missing, or rows that do not match them."""
 

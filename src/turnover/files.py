@@ -1,23 +1,131 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what is said when a disk is full or not ours to write."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from turnover.errors import InputError, WriteError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+
+
+@contextmanager
+def writing_to(place: Path | str) -> Iterator[None]:
+    """The body writes there.
+
+    Raises:
+        WriteError: the disk is full, a quota is spent, or nothing can be written there.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = _code(error)
+        if code not in _FULL | _REFUSED:
+            raise
+        mend = "make room there" if code in _FULL else "see to it that it can be"
+        raise WriteError(
+            f"{place} cannot be written: {os.strerror(code)}; {mend}, and run again"
+        ) from error
+
+
+def _code(error: Exception) -> int:
+    """What the operating system said, 0 where it was not asked."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # Libraries in Rust (safetensors, tokenizers) have exceptions of their own.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` when the body ends; nothing stays if it fails."""
+    """Where to write what becomes ``path`` when the body ends; nothing stays if it fails.
+
+    Raises:
+        WriteError: the disk is full, or nothing can be written there.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing_to(path):
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Move a folder to the place of another, which is gone for no longer than two renames take.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    with writing_to(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """The body is run by one process at a time; the kernel lets the next one in however it ends.
+
+    Args:
+        lock: a file of no other use, made where it is not there.
+        what: the other processes are kept from writing, for the message.
+        wait: for the other process to end.
+
+    Raises:
+        InputError: another process is at it, or the lock cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock)
     try:
-        yield draft
-        draft.replace(path)
+        with writing_to(what):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise InputError(
+            f"{what} is being written by another process; wait for it to end, or give another place"
+        ) from None
+    try:
+        yield
     finally:
-        draft.unlink(missing_ok=True)
+        held.release()
+
+
+def write_array(
+    path: Path, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[NDArray[Any]]
+) -> None:
+    """Write a ``.npy`` file, part by part along the first dimension.
+
+    Neither through a memory map, where a full disk kills the process, nor by ``np.save``, which does
+    not say that the disk was full.
+    """
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype=dtype).data)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

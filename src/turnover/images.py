@@ -181,7 +181,10 @@ def write_images(data: ImageData, out: Path) -> None:
     columns = {name: np.array(values) for name, values in data.table().items()}
     with replacing(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as file:
         for name, values in (columns | {"image": data.pixels[data.rows]}).items():
-            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+            # Without the time, which makes no files alike, and is refused before 1980.
+            member_of = zipfile.ZipInfo(f"{name}.npy")
+            member_of.compress_type = zipfile.ZIP_DEFLATED
+            with file.open(member_of, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from turnover.data import Data, TextData, write
 from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
+from turnover.files import write_array
 from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
@@ -295,12 +296,9 @@ class ImagePipeline:
         """JSON lines with key, id, label and name, and the pixels beside them."""
         _write_lines(folder / f"{name}.jsonl", data, "image")
         shape = (len(data), *data.pixels.shape[1:])
-        pixels = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
-        for start in range(0, len(data), _WRITTEN_ROWS):
-            pixels[start : start + _WRITTEN_ROWS] = data.pixels[
-                data.rows[start : start + _WRITTEN_ROWS]
-            ]
-        pixels.flush()
+        starts = range(0, len(data), _WRITTEN_ROWS)
+        parts = (data.pixels[data.rows[start : start + _WRITTEN_ROWS]] for start in starts)
+        write_array(folder / f"{name}.npy", shape, np.uint8, parts)
 
     def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
         """Images of a run; their pixels stay on disk."""

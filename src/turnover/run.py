@@ -13,7 +13,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from torch import nn
 
 from turnover.data import Data
 from turnover.encoded import Encoded
-from turnover.errors import InputError
-from turnover.files import replacing
+from turnover.errors import InputError, WriteError
+from turnover.files import alone, replace_folder, replacing, writing_to
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import StoredResult, open_result
@@ -31,6 +31,8 @@ from turnover.network import Network
 from turnover.pipelines import Pipeline, load
 
 DIGESTS = "digests.json"
+CHECKPOINT = ".checkpoint"
+"""Ending of what a fit goes on from, and removes when all else is written."""
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
 """What changes after the fit, and what no command loads a run from."""
 _CHECKSUM = "checksum"
@@ -47,6 +49,7 @@ class Run:
     pipeline: Pipeline
     train: Data
     test: Data
+    _fitted: str
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -63,6 +66,7 @@ class Run:
             raise InputError(
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
             )
+        fitted = _fitted(folder)
         if (folder / DIGESTS).exists():
             _check_digests(folder)
         else:
@@ -82,11 +86,24 @@ class Run:
             pipeline,
             pipeline.read(folder, "train", classes),
             pipeline.read(folder, "test", classes),
+            fitted,
         )
 
     def encode(self, data: Data) -> Encoded:
         """Data as this run's model takes them."""
         return self.pipeline.encode(data)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """The only process that scores this run.
+
+        Raises:
+            InputError: another one does, or the run was replaced since it was loaded.
+        """
+        with alone(_lock(self.folder), str(self.folder)):
+            if _fitted(self.folder) != self._fitted:
+                raise InputError(f"{self.folder} was fitted again since it was loaded; run again")
+            yield
 
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
@@ -99,17 +116,15 @@ class Run:
         Where the body is cut off it is kept, and found again under the same settings.
         """
         folder = self.folder / "results"
-        folder.mkdir(exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(exist_ok=True)
         key = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         draft = folder / f".{name}-{key}.zarr"
         for other in folder.glob(f".{name}-*.zarr"):
             if other != draft:
                 shutil.rmtree(other)
         yield draft
-        final = self._result(name)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
+        replace_folder(draft, self._result(name))
 
     def has_result(self, name: str) -> bool:
         """Whether there is such a result."""
@@ -192,7 +207,7 @@ def write_digests(folder: Path) -> None:
     files = sorted(
         path.relative_to(folder)
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
+        if path.is_file() and not path.name.startswith(".") and path.suffix != CHECKPOINT
     )
     digests = {
         path.as_posix(): _digest(folder / path)
@@ -229,6 +244,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def _fitted(folder: Path) -> str:
+    """What another fit in the same folder changes."""
+    path = folder / DIGESTS
+    return _digest(path) if path.is_file() else ""
+
+
+def _lock(folder: Path) -> Path:
+    return folder / "results" / ".lock"
+
+
 def _is_run(folder: Path) -> bool:
     # The one file that no other tool's model folder has.
     return (folder / "masks.json").is_file()
@@ -254,7 +279,8 @@ def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
 
     Raises:
-        InputError: as :func:`check_new_run`, or nothing can be written there.
+        InputError: as :func:`check_new_run`, nothing can be written there, or another process does.
+        WriteError: the disk is full; what was begun is kept.
     """
     check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")
@@ -262,11 +288,18 @@ def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         draft.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        yield draft
-    except InputError:  # cannot be mended by going on; an interrupted run can
-        shutil.rmtree(draft)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    draft.rename(folder)
+    lock = draft / ".lock"
+    with alone(lock, str(folder)):
+        try:
+            with writing_to(folder):
+                yield draft
+        except WriteError:
+            raise
+        except InputError:  # cannot be mended by going on; an interrupted run can, and a full disk
+            shutil.rmtree(draft)
+            raise
+        for left in draft.glob(".*"):  # the lock, and what was being written when it was cut off
+            left.unlink()
+        # What scores the run that is there now writes into it to its end.
+        with alone(_lock(folder), str(folder), wait=True) if _is_run(folder) else nullcontext():
+            replace_folder(draft, folder)

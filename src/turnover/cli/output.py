@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from turnover.errors import InputError
+from turnover.files import writing_to
 
 
 class Output:
@@ -41,7 +42,8 @@ class Output:
 def in_results(run: Path, name: str) -> Path:
     """A file in the results of a run, whose folder may not be there before influence is estimated."""
     folder = run / "results"
-    folder.mkdir(exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(exist_ok=True)
     return folder / name
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from turnover.errors import InputError
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.subsets import Subsets
 from turnover.evaluation.training import batch_of_models, train
+from turnover.files import replacing, writing_to
 from turnover.objectives import Objective, costs
 
 _FORMAT = "turnover retraining, version 1"
@@ -177,7 +177,8 @@ class _Store:
     """One small file for each training, under a hash of all that its outputs depend on."""
 
     def __init__(self, folder: Path, described: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._described = described
 
@@ -202,11 +203,8 @@ class _Store:
     def write(self, keep: NDArray[np.bool_], seed: int, logits: Tensor) -> None:
         from safetensors.torch import save_file
 
-        path = self._path(keep, seed)
-        # Another run on the same cache may be writing the same file.
-        begun = path.with_suffix(f".{os.getpid()}.begun")
-        save_file({"logits": logits.contiguous().cpu()}, begun, {"sha256": _digest(logits)})
-        begun.replace(path)
+        with replacing(self._path(keep, seed)) as draft:
+            save_file({"logits": logits.contiguous().cpu()}, draft, {"sha256": _digest(logits)})
 
     def _path(self, keep: NDArray[np.bool_], seed: int) -> Path:
         rows = f"{self._described}\0{seed}\0{len(keep)}\0".encode() + np.packbits(keep).tobytes()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.files import replacing
 
 _FORMAT = "turnover subsets, version 1"
 
@@ -64,8 +65,9 @@ class Subsets:
         }
 
     def write(self, path: str | Path) -> None:
-        """Write the manifest as JSON."""
-        Path(path).write_text(json.dumps(self.manifest()) + "\n", encoding="utf-8")
+        """Write the manifest as JSON, atomically."""
+        with replacing(Path(path)) as draft:
+            draft.write_text(json.dumps(self.manifest()) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> Subsets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.files import writing_to
 from turnover.influence.place import Place
 
 Region = tuple[slice, ...]
@@ -126,10 +128,15 @@ class Blocks:
             InputError: a chunk is missing or damaged.
         """
         bounds = self.bounds(name, region)
+        self._all_there(name, bounds)
+        values = self.fetch(name, bounds)
+        self._all_there(name, bounds)  # one that went in the meantime was read as fill values
+        return values
+
+    def _all_there(self, name: str, bounds: Bounds) -> None:
         absent = next(self.absent(name, bounds), None)
         if absent is not None:
             raise InputError(f"{self.place.url}: {absent} is missing; {self._mend()}")
-        return self.fetch(name, bounds)
 
     def fetch(self, name: str, bounds: Bounds) -> NDArray[Any]:
         """A region of an array, with fill values where a chunk was not written.
@@ -166,13 +173,16 @@ class Blocks:
 
         Raises:
             InputError: a chunk that is cut is damaged.
+            WriteError: a local disk is full, or nothing can be written there.
         """
         if 0 in values.shape:
             return
-        try:
-            self._array(name)[tuple(slice(*bound) for bound in bounds)] = values
-        except (ValueError, RuntimeError) as error:
-            raise self._broken(name, bounds, error) from error
+        # A remote store says itself what is wrong with it.
+        with nullcontext() if self.place.local is None else writing_to(self.place.url):
+            try:
+                self._array(name)[tuple(slice(*bound) for bound in bounds)] = values
+            except (ValueError, RuntimeError) as error:
+                raise self._broken(name, bounds, error) from error
 
     def absent(self, name: str, bounds: Bounds | None = None) -> Iterator[str]:
         """Keys of the chunks of a region, or of all, that were not written."""

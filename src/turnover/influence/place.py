@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from turnover.errors import InputError, needing
+from turnover.files import alone, replace_folder, writing_to
 
 LEASE = "progress/lease"
 _LEASE_SECONDS = 600.0
@@ -85,15 +86,31 @@ class Place:
             return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Write an object, atomically."""
+        """Write an object, atomically.
+
+        Raises:
+            WriteError: a local disk is full, or nothing can be written there.
+        """
         if self.local is None:
             self._files.pipe_file(self._path(key), value)
             return
         path = self.local / key
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-        draft.write_bytes(value)
-        draft.replace(path)
+        with writing_to(self.url):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_bytes(value)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def stamp(self, key: str) -> str:
+        """What is another one once an object was replaced; empty where there is none."""
+        try:
+            found = self._files.info(self._path(key))
+        except _ABSENT:
+            return ""
+        return str(sorted((str(k), str(v)) for k, v in found.items()))
 
     def exists(self, key: str) -> bool:
         """Whether an object exists."""
@@ -116,7 +133,8 @@ class Place:
             raise InputError(f"{self.url} is a file, not a result; give another place")
         found = self.names("")
         inner = self.names("progress") if "progress" in found else set()
-        left = (found - {"progress"}) | (inner - {LEASE.rsplit("/", 1)[-1]})
+        lease = LEASE.rsplit("/", 1)[-1]
+        left = (found - {"progress"}) | {name for name in inner if not name.startswith(lease)}
         return all(name.endswith(_PARTIAL) for name in left)
 
     def remove(self, key: str = "") -> None:
@@ -126,10 +144,11 @@ class Place:
                 self._files.rm(self._path(key), recursive=True)
             return
         path = self.local / key
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with writing_to(self.url):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what cut-off writes left. Only local ones leave anything."""
@@ -153,14 +172,8 @@ class Place:
 
     def become(self, other: Place) -> None:
         """Move this local place to another, in place of what is there; nothing if it is that one."""
-        if self.local is None or other.local is None:
-            return
-        old = other.local.with_name(f".{other.local.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if other.local.exists():
-            other.local.rename(old)
-        self.local.rename(other.local)
-        shutil.rmtree(old, ignore_errors=True)
+        if self.local is not None and other.local is not None:
+            replace_folder(self.local, other.local)
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
@@ -176,26 +189,17 @@ class Place:
             with self._leased() as renew:
                 yield renew
             return
-        from filelock import FileLock, Timeout
-
         path = self.local.with_name(f".{self.local.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{self.url} is being written by another process; wait for it to end, or give another place"
-            ) from None
-        try:
-            yield lambda: None
-        finally:
-            if self.exists("zarr.json"):  # finished: nobody has to lock it to go on
-                path.unlink(missing_ok=True)
-            lock.release()
+        with alone(path, self.url):
+            try:
+                yield lambda: None
+            finally:
+                if self.exists("zarr.json"):  # finished: nobody has to lock it to go on
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _leased(self) -> Iterator[Callable[[], None]]:
+        """By ages on one clock: those of two machines may be days apart."""
         token = uuid.uuid4().hex
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         renewed = float("-inf")
@@ -230,7 +234,7 @@ class Place:
             raise InputError(f"{self.url} cannot be written: {error}") from error
         if not alone:
             found = self._lease()
-            age = time.time() - float(found.get("time", float("-inf")))
+            age = self._age(found, token)
             if age < _LEASE_SECONDS:
                 raise InputError(
                     f"{self.url} is being written by {found.get('holder')}; wait for it to end, or, if "
@@ -247,6 +251,21 @@ class Place:
         finally:
             if self._lease().get("token") == token:
                 self.remove(LEASE)
+
+    def _age(self, lease: dict[str, Any], token: str) -> float:
+        """Seconds since a lease was written, by the store's clock where it tells the time."""
+        probe = f"{LEASE}.{token}"
+        try:
+            self.put(probe, b"")
+            now, then = (self._files.modified(self._path(key)) for key in (probe, LEASE))
+        except FileNotFoundError:  # its writer has just ended
+            return float("inf")
+        except NotImplementedError:
+            # The clocks of two machines: one far ahead must not keep the others out until it comes.
+            return abs(time.time() - float(lease.get("time", float("-inf"))))
+        finally:
+            self.remove(probe)
+        return float((now - then).total_seconds())
 
     def _lease(self) -> dict[str, Any]:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class StoredResult:
     kind: str
     attributes: Mapping[str, Any]
     _blocks: Blocks
+    _stamp: str
 
     def __len__(self) -> int:
         """Targets; training ids where there is one score for each."""
@@ -57,7 +59,7 @@ class StoredResult:
             import xarray
 
         for name in self._blocks.sizes.keys() & self._blocks.variables.keys():
-            self._blocks.read(name)  # made indexes of at once; a damaged one would not be named
+            self.part(name)  # made indexes of at once; a damaged one would not be named
         store = self._blocks.place.zarr(writable=False)
         dataset = xarray.open_zarr(store, consolidated=True, zarr_format=3)
         dataset.attrs = dict(self.attributes)
@@ -66,19 +68,19 @@ class StoredResult:
     @cached_property
     def target_ids(self) -> NDArray[np.int64] | None:
         """int64 (targets,), where the targets had ids."""
-        return self._blocks.read("target") if "target" in self._blocks.variables else None
+        return self.part("target") if "target" in self._blocks.variables else None
 
     @cached_property
     def train_ids(self) -> NDArray[np.int64]:
         """int64 (train,); (targets, ranks) where only the extremes are held."""
-        return self._blocks.read("train_id" if self.kind == "top" else "train")
+        return self.part("train_id" if self.kind == "top" else "train")
 
     @cached_property
     def null(self) -> NullDistribution | StudentNull:
         """The distribution that turns z into p."""
         if "freedom" in self.attributes:
             return StudentNull(self.attributes["freedom"])
-        return NullDistribution(self._blocks.read("null"))
+        return NullDistribution(self.part("null"))
 
     def load(self, targets: slice | Sequence[int] | None = None) -> Result:
         """Rows of the result, in memory; the cost is that of the rows alone.
@@ -88,11 +90,15 @@ class StoredResult:
 
         Raises:
             InputError: a position that does not exist, a choice of targets where the result has none,
-                or a chunk that is missing or damaged.
+                a chunk that is missing or damaged, or a result that was replaced since it was opened.
         """
         if targets is not None and self.kind not in {"dense", "top"}:
             raise InputError(f"{self.url} has no targets to choose from; load() takes all of it")
         rows = None if targets is None else self._positions(targets)
+        with self._unreplaced():
+            return self._load(rows)
+
+    def _load(self, rows: NDArray[np.int64] | None) -> Result:
         scores = self._rows("score", rows)
         mean, sd = self._rows("ghost_mean", rows), self._rows("noise_floor", rows)
         train_ids = self._rows("train_id", rows) if self.kind == "top" else self.train_ids
@@ -123,13 +129,34 @@ class StoredResult:
             region: a slice along each dimension, from the first; those left out are whole.
 
         Raises:
-            InputError: no such variable, or a chunk that is missing or damaged.
+            InputError: no such variable, a chunk that is missing or damaged, or a result that was replaced
+                since it was opened.
         """
         if name not in self._blocks.variables:
             raise InputError(
                 f"{self.url} has no {name}; it has {', '.join(self._blocks.variables)}"
             )
-        return self._blocks.read(name, region)
+        with self._unreplaced():
+            return self._blocks.read(name, region)
+
+    @contextmanager
+    def _unreplaced(self) -> Iterator[None]:
+        """What the body reads is of the result that was opened, and not in part of one put in its place.
+
+        Raises:
+            InputError: it is not.
+        """
+        broken = None
+        try:
+            yield
+        except InputError as error:
+            broken = error
+        if self._blocks.place.stamp(ROOT) != self._stamp:
+            raise InputError(
+                f"{self.url} was replaced or removed after it was opened; open it again"
+            ) from broken
+        if broken is not None:
+            raise broken
 
     def _positions(self, targets: slice | Sequence[int]) -> NDArray[np.int64]:
         if isinstance(targets, slice):
@@ -170,6 +197,7 @@ def open_result(url: str | Path) -> StoredResult:
             version; or zarr is not installed (``pip install turnover[results]``).
     """
     place = Place(url)
+    stamp = place.stamp(ROOT)
     root = marked(place, ROOT)
     if root is None:
         if marked(place, BEGUN) is not None:
@@ -192,4 +220,4 @@ def open_result(url: str | Path) -> StoredResult:
         sizes |= dict(zip(dims, metadata["shape"], strict=True))
     blocks = Blocks(place, variables, sizes, finished=True)
     attributes = {k: v for k, v in root["attributes"].items() if k not in {MARK, "coordinates"}}
-    return StoredResult(str(url), manifest(root)["kind"], attributes, blocks)
+    return StoredResult(str(url), manifest(root)["kind"], attributes, blocks, stamp)

@@ -21,7 +21,7 @@ from turnover.masks import MaskSpec, ghost_ids
 from turnover.network import Network, attach
 from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
-from turnover.run import write_digests, write_json, writing_run
+from turnover.run import CHECKPOINT, write_digests, write_json, writing_run
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.training import (
     Curves,
@@ -106,9 +106,9 @@ def fit(
         write_json(draft / "config.json", {"classes": train_data.classes, **settings, **origin})
         if recipe is not None:
             (draft / "fit.toml").write_text(recipe, encoding="utf-8")
-        for leftover in (*draft.glob("*.checkpoint"), *draft.glob("*.draft")):
-            leftover.unlink()
         write_digests(draft)
+        for checkpoint in draft.glob(f"*{CHECKPOINT}"):
+            checkpoint.unlink()
     return metrics
 
 
@@ -140,7 +140,7 @@ def _fit(
         config.training,
         network.exposed,
         name="with turn-over dropout",
-        checkpoint=draft / "turnover.checkpoint",
+        checkpoint=draft / f"turnover{CHECKPOINT}",
         identity=repr(config),
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
@@ -160,7 +160,7 @@ def _fit(
                 config.training,
                 _no_masks,
                 name="with ordinary dropout",
-                checkpoint=draft / "ordinary.checkpoint",
+                checkpoint=draft / f"ordinary{CHECKPOINT}",
                 identity=repr(config),
             )
         seconds["train_without_turnover"] = time.perf_counter() - start

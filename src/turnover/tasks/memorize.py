@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from turnover.encoded import Encoded
 from turnover.errors import InputError
-from turnover.files import write_csv
+from turnover.files import replacing, write_csv
 from turnover.network import Network
 from turnover.run import Run
 from turnover.tasks.training import evaluate, under_masks
@@ -76,9 +76,8 @@ class Follower:
             found = evaluate(self._network.model, self._training, rows, bind)
             before = [kept[name][: epoch - 1]] if kept else []
             tensors[name] = torch.cat([*before, found.loss[None]])
-        draft = self._path.with_suffix(".draft")
-        save_file(tensors, draft)
-        draft.replace(self._path)
+        with replacing(self._path) as draft:
+            save_file(tensors, draft)
 
 
 def memorization(run: Run) -> Memorization:

@@ -79,8 +79,14 @@ def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         the run's metrics, complete.
 
     Raises:
-        InputError: unknown objective or method, or an objective that is not finite.
+        InputError: unknown objective or method, an objective that is not finite, or a run that another
+            process scores.
     """
+    with run.scoring():
+        return _score(run, config)
+
+
+def _score(run: Run, config: ScoreConfig) -> dict[str, Any]:
     start = time.perf_counter()
     network = run.network
     scoring = _Scoring(run, config)

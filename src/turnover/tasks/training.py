@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from turnover.encoded import Encoded, in_order
 from turnover.errors import InputError
+from turnover.files import replacing
 from turnover.heads import WideHead
 from turnover.network import Network
 from turnover.sites import device_of, resolve
@@ -277,9 +278,8 @@ def _store(
         "epochs": str(epochs),
         "curves": json.dumps([curves.steps, curves.losses]),
     }
-    draft = path.with_suffix(".draft")
-    save_file(tensors, draft, metadata=metadata)
-    draft.replace(path)
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
 
 
 def _restore(
