@@ -70,6 +70,9 @@ class Shared(AbstractFileSystem):
     def rm(self, path, recursive=False, maxdepth=None):
         self.files.rm(path, recursive=recursive)
 
+    def modified(self, path):
+        return self.files.modified(path)
+
     def cat_file(self, path, start=None, end=None, **options):
         return self.files.cat_file(path, start, end)
 
@@ -77,7 +80,17 @@ class Shared(AbstractFileSystem):
         self.files.pipe_file(path, value)
 
 
+class Timeless(Shared):
+    """One that does not say when something was written."""
+
+    protocol = "timeless"
+
+    def modified(self, path):
+        raise NotImplementedError
+
+
 register_implementation("shared", Shared, clobber=True)
+register_implementation("timeless", Timeless, clobber=True)
 
 
 def values_of(variables):
@@ -384,6 +397,21 @@ def test_two_processes_do_not_write_one_result(remote, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"process {process.pid} .* or, if it is gone, "):
             write(url)
         monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
+    write(url)
+    tiny.assert_same(read(url).load(), expected())
+
+
+def test_without_times_a_lease_that_was_left_has_to_be_deleted(tmp_path, monkeypatch):
+    folder = tmp_path / "result"
+    url = f"timeless://{folder}"
+    process = child(url, pause=60)
+    wait_for(lambda: list(folder.glob("score/zarr.json")))
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
+    with pytest.raises(InputError, match=rf"process {process.pid} .* gone, delete .*lease$"):
+        write(url)
+    (folder / place.LEASE).unlink()
     write(url)
     tiny.assert_same(read(url).load(), expected())
 

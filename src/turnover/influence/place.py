@@ -199,15 +199,15 @@ class Place:
 
     @contextmanager
     def _leased(self) -> Iterator[Callable[[], None]]:
-        """By ages on one clock: those of two machines may be days apart."""
         token = uuid.uuid4().hex
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         renewed = float("-inf")
 
+        value = json.dumps({"token": token, "holder": holder}).encode()
+
         def write() -> None:
             nonlocal renewed
-            value = {"token": token, "holder": holder, "time": time.time()}
-            self.put(LEASE, json.dumps(value).encode())
+            self.put(LEASE, value)
             renewed = time.monotonic()
 
         def renew() -> None:
@@ -222,9 +222,8 @@ class Place:
             write()
 
         def first() -> bool:
-            value = {"token": token, "holder": holder, "time": time.time()}
             with suppress(FileExistsError):
-                self._files.pipe_file(self._path(LEASE), json.dumps(value).encode(), mode="create")
+                self._files.pipe_file(self._path(LEASE), value, mode="create")
             # A store may have taken it and its answer been lost: what is there decides.
             return self._lease().get("token") == token
 
@@ -234,11 +233,14 @@ class Place:
             raise InputError(f"{self.url} cannot be written: {error}") from error
         if not alone:
             found = self._lease()
-            age = self._age(found, token)
-            if age < _LEASE_SECONDS:
+            silent = self._silent(token)
+            if silent is None or silent < _LEASE_SECONDS:
+                gone = f"delete {self.url}/{LEASE}"
+                if silent is not None:
+                    gone = f"{_LEASE_SECONDS - silent:.0f} s (or {gone})"
                 raise InputError(
                     f"{self.url} is being written by {found.get('holder')}; wait for it to end, or, if "
-                    f"it is gone, {_LEASE_SECONDS - age:.0f} s (or delete {self.url}/{LEASE})"
+                    f"it is gone, {gone}"
                 )
             write()
             time.sleep(_SETTLE_SECONDS)
@@ -252,28 +254,28 @@ class Place:
             if self._lease().get("token") == token:
                 self.remove(LEASE)
 
-    def _age(self, lease: dict[str, Any], token: str) -> float:
-        """Seconds since a lease was written, by the store's clock where it tells the time."""
+    def _silent(self, token: str) -> float | None:
+        """Seconds since the lease was written, ``None`` where the store does not say when.
+
+        By the store's clock alone: those of two machines may be days apart, and jump.
+        """
         probe = f"{LEASE}.{token}"
+        self.put(probe, b"")
         try:
-            self.put(probe, b"")
             now, then = (self._files.modified(self._path(key)) for key in (probe, LEASE))
         except FileNotFoundError:  # its writer has just ended
             return float("inf")
         except NotImplementedError:
-            # The clocks of two machines: one far ahead must not keep the others out until it comes.
-            return abs(time.time() - float(lease.get("time", float("-inf"))))
+            return None
         finally:
             self.remove(probe)
         return float((now - then).total_seconds())
 
     def _lease(self) -> dict[str, Any]:
         try:
-            value = json.loads(self.get(LEASE) or b"{}")
-            float(value.get("time", 0))
-        except (ValueError, TypeError, AttributeError):
+            return dict(json.loads(self.get(LEASE) or b"{}"))
+        except (ValueError, TypeError):
             return {}  # a lease cut off while it was written: its writer is gone
-        return dict(value)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else str(self._root)
