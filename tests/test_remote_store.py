@@ -1,7 +1,9 @@
 """Results on S3-compatible storage: a real server, over HTTP, that fails as stores do."""
 
+import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ pytest.importorskip("s3fs", reason="s3fs is not installed")
 pytest.importorskip("moto", reason="moto is not installed")
 pytest.importorskip("flask", reason="moto's server is not installed")
 
+import aiobotocore.endpoint
 import s3fs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -24,7 +27,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 import test_store
 import tiny
 import turnover
-from test_store import arguments, expected, write
+from test_store import TOP, arguments, expected, write
 from turnover import InputError
 from turnover.influence import place
 from turnover.influence.store import save, writing
@@ -76,6 +79,16 @@ class Silent(WSGIRequestHandler):
         self.close_connection = True
 
 
+class Quick:
+    """asyncio, which waits a twentieth of the time."""
+
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+    def sleep(self, seconds):
+        return asyncio.sleep(seconds / 20)
+
+
 @pytest.fixture(scope="module")
 def server():
     faulty = Faulty()
@@ -92,6 +105,8 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
+        for module in (s3fs.core, aiobotocore.endpoint):  # between two attempts
+            patch.setattr(module, "asyncio", Quick())
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield faulty
@@ -106,11 +121,13 @@ def url(server):
     server.fault = lambda number, method, path: None
 
 
+def names(url):
+    return s3fs.S3FileSystem(use_listings_cache=False).find(url)
+
+
 def tree(url):
-    files = s3fs.S3FileSystem(use_listings_cache=False)
-    root = url.removeprefix("s3://")
-    found = files.find(root)
-    return {name.removeprefix(f"{root}/"): files.cat_file(name) for name in found}
+    files, root = s3fs.S3FileSystem(use_listings_cache=False), url.removeprefix("s3://")
+    return {name.removeprefix(f"{root}/"): files.cat_file(name) for name in names(url)}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +135,14 @@ def whole(tmp_path_factory):
     """The same result, written locally."""
     folder = tmp_path_factory.mktemp("whole") / "result.zarr"
     write(folder)
+    return test_store.tree(folder)
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory):
+    """A result of fewer chunks, likewise."""
+    folder = tmp_path_factory.mktemp("top") / "result.zarr"
+    write(folder, TOP)
     return test_store.tree(folder)
 
 
@@ -140,56 +165,61 @@ def read_rows(rows):
     return expected(floor=floor, **{name: getattr(every, name)[rows] for name in parts})
 
 
+def child():
+    """Environment of a process that imports what this one does."""
+    here = Path(__file__).parent
+    paths = [str(here.parent / "src"), str(here), *sys.path]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 @pytest.mark.slow
-def test_killed_on_s3_it_ends_as_if_never_cut_off(url, whole, monkeypatch):
+def test_killed_on_s3_it_ends_as_if_never_cut_off(url, top, monkeypatch):
     monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
     monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
-    rng, code = random.Random(0), f"import test_store; test_store.write({url!r}, pause=0.1)"
+    rng, code = random.Random(0), f"test_store.write({url!r}, test_store.TOP, pause=0.2)"
+    code = f"import test_store; {code}"
     code = f"from turnover.influence import place; place._LEASE_SECONDS = 0; {code}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests", *sys.path])}
     for _ in range(2):
-        had = len(tree(url))
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment
-        )
-        test_store.wait_for(lambda had=had: len(tree(url)) > had + 2)
+        had = len(names(url))
+        process = subprocess.Popen([sys.executable, "-c", code], env=child())
+        test_store.wait_for(lambda had=had: len(names(url)) > had + 2)
         time.sleep(rng.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
         with pytest.raises(InputError, match="not finished: repeat the call"):
             turnover.open_result(url)
-    assert 0 < write(url) < 24
-    assert tree(url) == whole
+    assert 0 < write(url, TOP) <= 9
+    assert tree(url) == top
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [500, 503, "cut", "lost", 0.1])
-def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, whole, server):
+def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, top, server):
     before = server.faults
     server.fault = lambda number, method, path: fault if number % 16 == 0 else None
-    write(url)
-    tiny.assert_same(turnover.open_result(url).load(), expected())
+    write(url, TOP)
+    tiny.assert_same(turnover.open_result(url).load(), expected(TOP))
     assert server.faults > before + 4
     server.fault = lambda number, method, path: None
-    assert tree(url) == whole
+    assert tree(url) == top
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [500, 503, "cut", "lost"])
 def test_a_store_that_only_fails_ends_in_an_error_and_is_gone_on_with(
-    fault, url, whole, server, monkeypatch
+    fault, url, top, server, monkeypatch
 ):
     monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
     monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
     server.fault = lambda number, method, path: fault if "/score/c/1/" in path else None
     with pytest.raises(Exception) as caught:  # noqa: PT011 - s3fs's, of several kinds
-        write(url)
+        write(url, TOP)
     assert not isinstance(caught.value, AssertionError)
     server.fault = lambda number, method, path: None
     with pytest.raises(InputError, match="not finished: repeat the call"):
         turnover.open_result(url)
-    write(url)
-    assert tree(url) == whole
+    write(url, TOP)
+    assert tree(url) == top
     server.fault = lambda number, method, path: fault if "/score/c/1/" in path else None
     with pytest.raises(Exception) as caught:  # noqa: PT011 - likewise
         turnover.open_result(url).load()
@@ -220,21 +250,23 @@ def test_a_bucket_that_is_not_there_is_refused(server):
 
 @pytest.mark.parametrize("left", [False, True], ids=["new", "left by one that is gone"])
 def test_of_two_that_begin_at_once_one_is_refused(left, url, server, monkeypatch):
-    monkeypatch.setattr(place, "_SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr(place, "_SETTLE_SECONDS", 0.7)
     if left:
-        write(url, blocks=1)
-        value = b'{"token": "gone", "holder": "process 1 on nowhere", "time": 0}'
+        write(url, TOP, blocks=1)
+        monkeypatch.setattr(place, "_LEASE_SECONDS", 1.5)
+        value = b'{"token": "gone", "holder": "process 1 on nowhere"}'
         s3fs.S3FileSystem().pipe_file(f"{url}/{place.LEASE}", value)
+        time.sleep(2.6)
     # Every question is answered before anybody writes.
-    server.fault = lambda number, method, path: 0.2 if method in {"GET", "HEAD"} else None
+    server.fault = lambda number, method, path: 0.1 if method in {"GET", "HEAD"} else None
     ready, entered, refused = threading.Barrier(4), [], []
 
     def begin():
         ready.wait()
         try:
-            with writing(url, **arguments()):
+            with writing(url, **arguments(TOP)):
                 entered.append(1)
-                time.sleep(2)
+                time.sleep(1.5)
         except InputError as error:
             refused.append(str(error))
 
@@ -245,3 +277,56 @@ def test_of_two_that_begin_at_once_one_is_refused(left, url, server, monkeypatch
         thread.join()
     assert len(entered) == 1 and len(refused) == 3
     assert all("being written by" in one or "same moment" in one for one in refused)
+
+
+WRONG = """
+import sys, time
+real, ahead = time.time, float(sys.argv[2])
+time.time = lambda: real() + ahead
+import test_store
+test_store.write(sys.argv[1], test_store.TOP, pause=60)
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_with_a_wrong_clock_keeps_others_out_as_long_as_any(url, top, monkeypatch):
+    urls = {f"{url}/a-day-ahead": 86400, f"{url}/a-day-behind": -86400}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRONG, one, str(ahead)], env=child())
+        for one, ahead in urls.items()
+    ]
+    said = []
+    try:
+        for one in urls:
+            test_store.wait_for(
+                lambda one=one: any("/score/zarr.json" in name for name in names(one))
+            )
+            with pytest.raises(InputError, match="being written by process") as caught:
+                write(one, TOP)
+            said.append(str(caught.value))
+    finally:
+        for process in processes:
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+    for one in said:
+        assert 580 < float(re.search(r"if it is gone, (\d+) s", one)[1]) <= 600
+    monkeypatch.setattr(place, "_LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
+    time.sleep(2.6)
+    for one in urls:
+        write(one, TOP)
+        assert tree(one) == top
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jump", [86400, -86400], ids=["a day on", "a day back"])
+def test_a_writer_whose_clock_jumps_ends_well(jump, url, top, monkeypatch):
+    real, ahead = time.time, 0
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    with writing(url, **arguments(TOP)):
+        ahead = jump
+        with pytest.raises(InputError, match="being written by process"):
+            write(url, TOP)
+    write(url, TOP)
+    assert tree(url) == top

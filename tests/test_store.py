@@ -25,6 +25,7 @@ import tiny
 import turnover
 from turnover import InputError
 from turnover.influence import place
+from turnover.influence.blocks import Blocks
 from turnover.influence.calibration import GhostPool, NoiseFloor
 from turnover.influence.result import Result
 from turnover.influence.store import Variable, read, save, writing
@@ -561,6 +562,65 @@ def test_a_damaged_block_is_named_when_going_on(damage, tmp_path):
     chunk.unlink()
     write(folder)
     tiny.assert_same(read(folder).load(), expected())
+
+
+REPLACING = """
+import sys, test_store
+every = [test_store.expected(v) for v in (test_store.DENSE, test_store.TOP)]
+while True:
+    for result in every:
+        test_store.save(sys.argv[1], result)
+"""
+
+
+def test_a_reader_gets_one_result_or_is_told_that_it_was_replaced(tmp_path):
+    folder = tmp_path / "result.zarr"
+    save(folder, expected())
+    whole = {"dense": expected(), "top": expected(TOP)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "tests"])}
+    command = [sys.executable, "-c", REPLACING, str(folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment)
+    found, refused = set(), 0
+    limit = time.monotonic() + 60
+    try:
+        while refused < 3 or len(found) < 2:
+            assert time.monotonic() < limit and process.poll() is None
+            try:
+                stored = read(folder)
+                tiny.assert_same(stored.load(), whole[stored.kind])
+                found.add(stored.kind)
+            except InputError as error:
+                gone = "was replaced or removed|there is no result|is not a turnover result"
+                assert re.search(gone, str(error)), error  # noqa: PT017
+                refused += 1
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_result_of_other_values_is_another_one_wherever_it_is(url):
+    other = expected(scores=expected().scores + 1)
+    save(url, expected())
+    stored = read(url)
+    save(url, other)
+    for again in (stored.load, lambda: stored.part("score"), lambda: stored.train_ids):
+        with pytest.raises(InputError, match="was replaced or removed after it was opened; open"):
+            again()
+    tiny.assert_same(read(url).load(), other)
+
+
+def test_a_chunk_that_goes_after_the_listing_is_not_read_as_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "result.zarr"
+    write(folder)
+    stored, fetch = read(folder), Blocks.fetch
+
+    def late(blocks, name, bounds):
+        (folder / "score" / "c" / "1" / "2").unlink(missing_ok=True)
+        return fetch(blocks, name, bounds)
+
+    monkeypatch.setattr(Blocks, "fetch", late)
+    with pytest.raises(InputError, match="score/c/1/2 is missing"):
+        stored.load()
 
 
 def test_what_is_not_a_result_is_refused_and_left_alone(tmp_path):

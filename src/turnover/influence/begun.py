@@ -67,7 +67,7 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
     return dict(document)
 
 
-def _digest(values: NDArray[Any]) -> str:
+def digest(values: NDArray[Any]) -> str:
     """A hash of an array: type, shape and contents."""
     hashed = hashlib.blake2b(f"{values.dtype.str}{values.shape}".encode(), digest_size=16)
     hashed.update(np.ascontiguousarray(values).tobytes())
@@ -110,7 +110,7 @@ def describe(
         "variables": {name: variable.to_dict() for name, variable in variables.items()},
         "sizes": known,
         "coordinates": {
-            name: [dim, _digest(values)] for name, (dim, values) in coordinates.items()
+            name: [dim, digest(values)] for name, (dim, values) in coordinates.items()
         },
     }
 
