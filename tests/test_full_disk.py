@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,9 @@ class Disk:
     def fill(self, *, leave: int = 0) -> None:
         """All but ``leave`` bytes, in whole pages."""
         with self._filler.open("wb", buffering=0) as file:
-            with pytest.raises(OSError, match="No space left"):
-                while True:
-                    file.write(bytes(4096))
+            with suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
             file.truncate(max(0, file.tell() - leave))
 
     def free(self) -> None:

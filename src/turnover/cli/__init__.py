@@ -20,6 +20,7 @@ except InputError as error:
     sys.exit(2)  # bad input, as everywhere
 
 from turnover.cli.labels import cleanse, predict, review
+from turnover.cli.places import anywhere
 from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
@@ -49,7 +50,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     demo: "turnover demo --out runs/demo",
 }
 for command, example in EXAMPLES.items():
-    app.command(epilog=f"Example: {example}")(command)
+    app.command(epilog=f"Example: {example}")(anywhere(command))
 
 
 @app.callback()

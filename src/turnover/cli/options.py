@@ -7,13 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
+from turnover.cli.places import place
+
 DATA = "Data"
 MODEL = "Model"
 IMAGES = "Images"
 TRAINING = "Training and masks"
 RUN = "Run and output"
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, as written by `turnover fit`.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a run, as written by `turnover fit`, or its URL on a store (s3://...).",
+        parser=place,
+        metavar="RUN",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(

@@ -37,6 +37,7 @@ from turnover.cli.options import (
     TextFile,
 )
 from turnover.cli.output import Output
+from turnover.cli.places import place
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,7 +75,15 @@ def fit(
             rich_help_panel=MODEL,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run to write.", rich_help_panel=RUN)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the run to write, or its URL on a store (s3://...).",
+            parser=place,
+            metavar="PATH",
+            rich_help_panel=RUN,
+        ),
+    ],
     test: TestData = None,
     text_column: TextColumn = "text",
     image_column: ImageColumn = "image",

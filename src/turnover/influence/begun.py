@@ -109,9 +109,7 @@ def describe(
         "identity": plain(identity),
         "variables": {name: variable.to_dict() for name, variable in variables.items()},
         "sizes": known,
-        "coordinates": {
-            name: [dim, digest(values)] for name, (dim, values) in coordinates.items()
-        },
+        "coordinates": {name: [dim, digest(values)] for name, (dim, values) in coordinates.items()},
     }
 
 
