@@ -101,9 +101,12 @@ class Run:
             InputError: another one does, or the run was replaced since it was loaded.
         """
         with alone(_lock(self.folder), str(self.folder)):
-            if _fitted(self.folder) != self._fitted:
-                raise InputError(f"{self.folder} was fitted again since it was loaded; run again")
-            yield
+            try:
+                if _fitted(self.folder) != self._fitted:
+                    raise InputError(f"{self.folder} was fitted again since it was loaded; run again")
+                yield
+            finally:
+                _lock(self.folder).unlink(missing_ok=True)
 
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
