@@ -186,6 +186,26 @@ def test_a_result_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path):
     assert sum(path.stat().st_mtime_ns == time for path, time in written.items()) >= 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ray", "process"])
+def test_of_two_drivers_on_one_result_the_second_is_refused(first, cluster, tmp_path):
+    influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
+    many = tmp_path / "many"
+    script = SCRIPT.replace('engine="ray"', f'engine="{first}"')
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(many)], env=os.environ | {"PYTHONPATH": PATHS}
+    )
+    limit = time.monotonic() + 120
+    while not list(many.glob("score/c/*/*")):
+        assert driver.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    for engine in ("ray", "process"):
+        with pytest.raises(InputError, match="is being written by another process; wait for it"):
+            influence("exact").estimate(batches(), IDS, out=many, engine=engine)
+    assert driver.wait(120) == 0
+    assert tree(many) == tree(tmp_path / "one")
+
+
 def test_what_ray_cannot_do_is_refused_before_anything_is_written(tmp_path):
     make = influence()
     with pytest.raises(InputError, match="unknown engine 'dask'; there are: process, ray"):
