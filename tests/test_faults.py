@@ -19,7 +19,7 @@ from documents import ROOT
 from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import InputError
-from turnover.run import DIGESTS, Run, read_json
+from turnover.run import DIGESTS, Run, read_json, write_json
 
 FITTED = [
     *(
@@ -120,6 +120,14 @@ def test_a_run_without_digests_is_loaded_with_a_note(copy: Path) -> None:
 def test_an_empty_list_of_digests_does_not_pass(copy: Path) -> None:
     (copy / DIGESTS).write_text("{}")
     with pytest.raises(InputError, match=r"digests\.json: damaged"):
+        Run.load(copy)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/hostname", "encoder/../../elsewhere"])
+def test_digests_of_files_outside_the_run_are_refused(name: str, copy: Path) -> None:
+    digests = read_json(copy / DIGESTS)["blake2b"]
+    write_json(copy / DIGESTS, {"blake2b": {**digests, name: "0" * 32}}, sealed=True)
+    with pytest.raises(InputError, match=r"digests\.json: .* leads out of the run"):
         Run.load(copy)
 
 

@@ -103,7 +103,9 @@ class Run:
         with alone(_lock(self.folder), str(self.folder)):
             try:
                 if _fitted(self.folder) != self._fitted:
-                    raise InputError(f"{self.folder} was fitted again since it was loaded; run again")
+                    raise InputError(
+                        f"{self.folder} was fitted again since it was loaded; run again"
+                    )
                 yield
             finally:
                 _lock(self.folder).unlink(missing_ok=True)
@@ -230,6 +232,8 @@ def _check_digests(folder: Path) -> None:
     if not isinstance(noted, dict):
         raise InputError(f"{folder / DIGESTS}: damaged, it lists no digests")
     for name, digest in noted.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / DIGESTS}: {name!r} leads out of the run; restore it")
         path = folder / name
         try:
             found = _digest(path)
