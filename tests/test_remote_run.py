@@ -26,7 +26,7 @@ from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from test_remote_store import child, names, server, tree, url  # noqa: F401 - likewise: an S3 server
 from turnover import InputError
-from turnover.remote import mirrored
+from turnover.remote import _Mirror, mirrored
 from turnover.run import Run
 
 TIMED = {"metrics.json", "fit.toml"}
@@ -183,6 +183,31 @@ def test_a_store_that_fails_now_and_then_gives_the_same_run(
     server.fault = lambda number, method, path: None
     assert server.faults > before + 4
     same(tree(stored), contents(run))
+
+
+@pytest.mark.parametrize("where", ["push", "_put"])
+def test_a_fit_that_was_not_copied_back_is_by_the_next_command(
+    where: str, url: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, of = [], getattr(_Mirror, where)
+
+    def fail(*given: Any) -> None:
+        calls.append(given)
+        if where == "push" or len(calls) == 2:
+            raise KeyboardInterrupt
+        of(*given)
+
+    def fit() -> None:
+        with mirrored(url, new=True) as folder:
+            shutil.copytree(run, folder, dirs_exist_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Mirror, where, fail)
+        with pytest.raises(KeyboardInterrupt):
+            fit()
+    assert "digests.json" not in tree(url)
+    with mirrored(url, new=True):
+        same(tree(url), contents(run), but=set())
 
 
 SCORING = """

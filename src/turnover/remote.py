@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -28,7 +27,8 @@ def mirrored(url: str, *, new: bool = False) -> Iterator[Path]:
 
     The folder is kept in ``~/.cache/turnover`` (or ``$XDG_CACHE_HOME/turnover``), and what has not
     changed is not copied again. Where the body fails nothing is copied back, and the next one goes on
-    with the folder as it is. ``digests.json`` and the ``zarr.json`` of results are copied last.
+    with the folder as it is. Copying back that was cut off is ended by the next one. ``digests.json`` and
+    the ``zarr.json`` of results are copied last.
 
     Args:
         url: fsspec URL of the run.
@@ -70,6 +70,8 @@ class _Mirror:
 
     def fetch(self, *, new: bool) -> None:
         """Copy what is another one there, and remove what is not there any more."""
+        if any(state == _PUSHING for _, state in self._noted().values()):
+            self.push()  # the end of what was cut off
         there = self._there()
         if DIGESTS not in there and not new:
             raise InputError(
@@ -80,6 +82,8 @@ class _Mirror:
             self._copy(there)
             before, there = there, self._there()
             if before == there:
+                if DIGESTS not in there and (self.folder / DIGESTS).exists():
+                    self.push()  # a fit that was cut off before it was copied back
                 return
         raise InputError(f"{self._url} is being written to; run again when that has ended")
 
@@ -147,7 +151,6 @@ class _Mirror:
                 self._put(sorted(names))
         there = self._there()
         self._write_note({name: [there[name], here[name]] for name in here.keys() & there.keys()})
-        sys.stderr.write(f"{self._url}: {len(changed)} files copied back\n")
 
     def _put(self, names: list[str]) -> None:
         if names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +20,16 @@ def anywhere(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def on_copies(**options: Any) -> None:
+        urls = []
         with ExitStack() as copies:
             for name, value in options.items():
                 if name in {"run", "out"} and isinstance(value, str):
                     from turnover.remote import mirrored
 
+                    urls.append(value)
                     options[name] = copies.enter_context(mirrored(value, new=name == "out"))
             command(**options)
+        for url in urls:
+            sys.stderr.write(f"what was written in the run is in {url}\n")
 
     return on_copies
