@@ -210,6 +210,34 @@ def test_a_fit_that_was_not_copied_back_is_by_the_next_command(
         same(tree(url), contents(run), but=set())
 
 
+@pytest.mark.parametrize("what", ["changed", "removed"])
+def test_a_copy_that_is_deleted_removes_nothing_there(
+    what: str, stored: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, interrupted = tree(stored), pytest.raises(KeyboardInterrupt)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        with mirrored(stored) as folder:
+            if what == "changed":
+                (folder / "metrics.json").write_text("{}")
+            else:
+                shutil.rmtree(folder / "results" / "gram.zarr")
+
+    with monkeypatch.context() as patch, interrupted:
+        patch.setattr(_Mirror, "_remove", fail)
+        work()
+    for folder in cache.glob("turnover/*/result"):
+        shutil.rmtree(folder)
+    with mirrored(stored):
+        pass
+    there = tree(stored)
+    gone = {n for n in before if what == "removed" and n.startswith("results/gram.zarr/")}
+    same(there, {name: raw for name, raw in before.items() if name not in gone}, but=set())
+
+
 SCORING = """
 import sys, turnover.remote
 put, left = turnover.remote._Mirror._put, int(sys.argv[2])

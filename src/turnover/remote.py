@@ -17,8 +17,8 @@ from turnover.run import DIGESTS, read_json, write_json
 _ATTEMPTS = 3
 """Copies of a run that somebody is writing to."""
 _LAST = "metrics.json"
-_PUSHING = "being copied back"
-"""State of a file that may be there already or not: if that was cut off, the one here is the one."""
+_PUSHING, _REMOVING = "being copied back", "being removed"
+"""States of a file that may be there already or not: if that was cut off, what is here counts."""
 
 
 @contextmanager
@@ -70,8 +70,9 @@ class _Mirror:
 
     def fetch(self, *, new: bool) -> None:
         """Copy what is another one there, and remove what is not there any more."""
-        if any(state == _PUSHING for _, state in self._noted().values()):
-            self.push()  # the end of what was cut off
+        pending = {name for name, (_, state) in self._noted().items() if state == _REMOVING}
+        if pending or any(state == _PUSHING for _, state in self._noted().values()):
+            self._push(gone=pending)  # the end of what was cut off
         there = self._there()
         if DIGESTS not in there and not new:
             raise InputError(
@@ -83,7 +84,7 @@ class _Mirror:
             before, there = there, self._there()
             if before == there:
                 if DIGESTS not in there and (self.folder / DIGESTS).exists():
-                    self.push()  # a fit that was cut off before it was copied back
+                    self._push(gone=set())  # a fit that was cut off before it was copied back
                 return
         raise InputError(f"{self._url} is being written to; run again when that has ended")
 
@@ -93,7 +94,7 @@ class _Mirror:
         wanted = []
         for name, stamp in there.items():
             known, state = noted.get(name, ["", ""])
-            if state == _PUSHING or (stamp == known and name in here):
+            if stamp == known and name in here:
                 continue  # or changed here, by a command that was cut off: that goes on
             if state and name in here and here[name] != state:
                 raise InputError(
@@ -110,7 +111,6 @@ class _Mirror:
                     path = path.parent
                     path.rmdir()
         kept = {name: noted[name] for name in noted.keys() & there.keys() - set(wanted)}
-        kept |= {name: noted[name] for name in noted if noted[name][1] == _PUSHING}
         self._write_note(kept)  # if it is cut off now, what came is no change of ours
         self._get(wanted)
         here = self._here()
@@ -135,14 +135,18 @@ class _Mirror:
 
     def push(self) -> None:
         """Copy back what is another one here, and remove there what was removed here."""
+        # All that is noted was here after fetch().
+        self._push(gone=self._noted().keys() - self._here().keys())
+
+    def _push(self, *, gone: set[str]) -> None:
         noted, here = self._noted(), self._here()
         changed = {n for n, state in here.items() if noted.get(n, ["", ""])[1] != state}
-        gone = noted.keys() - here.keys()
         if not changed and not gone:
             return
         with Place(f"{self._url}/results").locked() as renew:
             self._compare(noted, changed | gone)
-            self._write_note(noted | {name: ["", _PUSHING] for name in changed | gone})
+            pending = {name: ["", _PUSHING] for name in changed}
+            self._write_note(noted | pending | {name: ["", _REMOVING] for name in gone})
             marks = _marks(changed | gone)
             self._remove(marks & noted.keys())
             self._remove(gone - marks)
@@ -160,7 +164,7 @@ class _Mirror:
     def _compare(self, noted: dict[str, Any], names: Iterable[str]) -> None:
         there = self._there()
         for name in (DIGESTS, *names):
-            if noted.get(name, ["", ""])[1] == _PUSHING:
+            if noted.get(name, ["", ""])[1] in {_PUSHING, _REMOVING}:
                 continue
             if there.get(name, "") != noted.get(name, ["", ""])[0]:
                 raise InputError(
