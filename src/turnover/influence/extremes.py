@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,24 @@ class Extremes:
         positions = np.concatenate([high[0][:, :most], low[0][:, :least][:, ::-1]], axis=1)
         scores = np.concatenate([high[1][:, :most], -low[1][:, :least][:, ::-1]], axis=1)
         return positions, scores
+
+
+Found = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Positions and scores, as :meth:`Extremes.result`."""
+
+
+def merged(parts: Sequence[Found], count: int) -> Found:
+    """The extremes of all ids, from those of parts of them.
+
+    Args:
+        parts: results for the same targets, of disjoint ids, with positions among all.
+        count: ids on each side, as in every part.
+    """
+    positions, scores = (np.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+    order = np.lexsort((positions, -scores), axis=1)
+    if order.shape[1] > 2 * count:
+        order = np.concatenate([order[:, :count], order[:, -count:]], axis=1)
+    return np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 class _Side:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.errors import InputError, needing
 from turnover.influence.engine import TargetBlock
+from turnover.influence.extremes import Found
 from turnover.influence.sinks import StoreSink
 from turnover.influence.store import Writer, joining
 from turnover.influence.walk import Walk
@@ -55,13 +56,24 @@ class _Task:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """The Ray that this process is connected to; else that of ``RAY_ADDRESS``, else one of this machine."""
+def connected(address: str | None = None) -> Iterator[None]:
+    """The Ray that this process is connected to; else one that is there, or one of this machine.
+
+    Args:
+        address: of the one that is there, host:port; ``None``: that of ``RAY_ADDRESS``, if it is set.
+
+    Raises:
+        InputError: there is none.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
+    options = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"no connection to Ray at {address}: {error}") from error
     try:
         yield
     finally:
@@ -103,7 +115,9 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     url, columns = writer.place.address, walk.grid(len(ids))[1]
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     broadcast = ray.put(_packed(walk, ids))
-    fill = _fill.options(num_cpus=threads, max_retries=_RETRIES)
+    options = {"num_cpus": threads, "max_retries": _RETRIES}
+    fill, settle = _fill.options(**options), _settle.options(**options)
+    scan = _scan.options(**options, num_returns=2)
     flight: dict[Any, int] = {}
     count = 0
 
@@ -120,13 +134,21 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     try:
         for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
             count += (many := rows.stop - rows.start)
-            block = ray.put(batches)
+            # References in a list are not fetched before the task asks for them.
+            block = [broadcast], [ray.put(batches)]
+            scanned = []
             for part in walk.parts(len(ids), columns):
                 while len(flight) >= _WAITING * max(1, _places()):
                     land()
                 task = _Task(rows, part, columns, url, writer.manifest, threads, precision)
-                # References in a list are not fetched before the task asks for them.
-                flight[fill.remote(task, [broadcast], [block])] = many * walk.pairs(len(ids), part)
+                if walk.scans:
+                    ended, found = scan.remote(task, *block)
+                    scanned.append(found)
+                else:
+                    ended = fill.remote(task, *block)
+                flight[ended] = many * walk.pairs(len(ids), part)
+            if scanned:  # begins when all of them have ended
+                flight[settle.remote(task, *block, *scanned)] = 0
         while flight:
             land()
     finally:
@@ -148,6 +170,27 @@ _held: dict[str, Any] = {}
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def _scan(task: _Task, broadcast: list[Any], targets: list[Any]) -> tuple[None, Found | None]:
+    """What the part has, apart from whether it has ended: that alone goes to the driver."""
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        return None, walk.scan(block, task.rows, ids, sink, task.columns, task.part)
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def _settle(task: _Task, broadcast: list[Any], targets: list[Any], *parts: Found | None) -> None:
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        walk.settle(block, task.rows, ids, sink, task.columns, parts)
+
+
+@contextmanager
+def _begun(
+    task: _Task, broadcast: list[Any], targets: list[Any]
+) -> Iterator[tuple[Walk, TargetBlock, Tensor, StoreSink]]:
     torch.set_num_threads(task.threads)
     torch.set_float32_matmul_precision(task.precision)
     walk, ids = _kept("walk", broadcast[0], _unpacked)
@@ -156,7 +199,7 @@ def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
     with ExitStack() as stack:
         for engine in walk.engines:
             stack.enter_context(engine.evaluating())
-        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+        yield walk, block, ids, sink
 
 
 def _kept(name: str, reference: Any, make: Any) -> Any:
