@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,6 +54,20 @@ def influence(
         bool,
         typer.Option(help="Also estimate by gram, which takes a pass over the training data."),
     ] = True,
+    engine: Annotated[
+        Literal["process", "ray"],
+        typer.Option(
+            help="What computes the influence on the errors: this process, or the workers of a Ray cluster, "
+            "in the same bits."
+        ),
+    ] = "process",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of the Ray cluster, whose nodes share the run's folder; without it "
+            "RAY_ADDRESS, or this machine."
+        ),
+    ] = None,
     config: Annotated[Path | None, config_option()] = None,  # noqa: ARG001 - its callback reads it
     as_json: Json = False,
 ) -> None:
@@ -67,6 +82,8 @@ def influence(
     output = Output(as_json=as_json)
     sites = tuple(site) if site else None
     task = ScoreConfig(method, objective, ghosts, sites, seconds, gram)
+    if address is not None and engine != "ray":
+        raise InputError("--address is that of a Ray cluster: give --engine ray as well")
     loaded = Run.load(run)
     if explain_plan:
         plan = explained(loaded, task)
@@ -74,10 +91,19 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    metrics = score(loaded, task)
+    with _connected(engine, address):
+        metrics = score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
     output.document({"run": str(run), "metrics": metrics})
+
+
+def _connected(engine: str, address: str | None) -> AbstractContextManager[None]:
+    if engine != "ray":
+        return nullcontext()
+    from turnover.integrations.ray import connected
+
+    return connected(address)
 
 
 def explain(
