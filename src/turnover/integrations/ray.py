@@ -55,13 +55,24 @@ class _Task:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """The Ray that this process is connected to; else that of ``RAY_ADDRESS``, else one of this machine."""
+def connected(address: str | None = None) -> Iterator[None]:
+    """The Ray that this process is connected to; else one that is there, or one of this machine.
+
+    Args:
+        address: of the one that is there, host:port; ``None``: that of ``RAY_ADDRESS``, if it is set.
+
+    Raises:
+        InputError: there is none.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
+    options = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"no connection to Ray at {address}: {error}") from error
     try:
         yield
     finally:
