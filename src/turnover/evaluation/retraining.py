@@ -60,7 +60,8 @@ def retrain(
         ids: int64 (N,), what masks depend on; ``None``: 0 to N - 1.
         masked: train under turn-over masks.
         cache: folder that keeps the outputs of every finished training under a hash of all that they
-            depend on, so that a run that was cut off goes on, and one that is finished is read.
+            depend on, so that a run that was cut off goes on, and one that is finished is read. Small
+            networks are trained together, and in another company may differ in their last bits.
         progress: show a progress bar.
         engine: what trains the networks, as :func:`~turnover.evaluation.train` takes it; this process
             alone writes to the cache.
@@ -69,8 +70,8 @@ def retrain(
         float32 (subsets, seeds, targets, classes), of whole networks in eval mode.
 
     Raises:
-        InputError: shapes that do not fit, a seed given twice, or a training that fails (see
-            :func:`~turnover.evaluation.train`).
+        InputError: shapes that do not fit, a seed given twice, an unknown engine, or a training that fails
+            (see :func:`~turnover.evaluation.train`).
     """
     check_engine(engine)
     if subsets.keep.shape[1] != len(inputs):
