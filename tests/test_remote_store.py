@@ -245,3 +245,19 @@ def test_of_two_that_begin_at_once_one_is_refused(left, url, server, monkeypatch
         thread.join()
     assert len(entered) == 1 and len(refused) == 3
     assert all("being written by" in one or "same moment" in one for one in refused)
+
+
+@pytest.mark.slow
+def test_workers_write_to_one_store_that_fails_now_and_then(server, url):
+    pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
+    import test_ray
+
+    test_ray.influence("exact").estimate(test_ray.batches(), test_ray.IDS, out=f"{url}-one")
+    server.fault = lambda number, method, path: 503 if number % 7 == 0 else None
+    before = server.faults
+    with test_ray.connected():
+        many = test_ray.influence("exact")
+        many.estimate(test_ray.batches(), test_ray.IDS, out=f"{url}-many", engine="ray")
+    assert server.faults > before
+    server.fault = lambda number, method, path: None
+    assert tree(f"{url}-many") == tree(f"{url}-one")

@@ -49,7 +49,7 @@ def sweeping(engine: str) -> Iterator[Sweep]:
     from turnover.integrations import ray, ray_tasks
 
     with ray.connected(), ExitStack() as under_way:
-        ray_tasks.check()
+        ray.Settings.here()
         yield lambda *given: under_way.enter_context(closing(ray_tasks.sweep(*given)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ import typer
 from rich.table import Table
 
 from turnover.cli.config import config_option
+from turnover.cli.engines import connecting
 from turnover.cli.options import Json, Objective, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.errors import InputError
@@ -64,7 +64,7 @@ def influence(
     address: Annotated[
         str | None,
         typer.Option(
-            help="host:port of the Ray cluster, whose nodes share the run's folder; without it "
+            help="Host and port of the Ray cluster, host:port; its nodes share the run's folder. Without it "
             "RAY_ADDRESS, or this machine."
         ),
     ] = None,
@@ -82,8 +82,7 @@ def influence(
     output = Output(as_json=as_json)
     sites = tuple(site) if site else None
     task = ScoreConfig(method, objective, ghosts, sites, seconds, gram)
-    if address is not None and engine != "ray":
-        raise InputError("--address is that of a Ray cluster: give --engine ray as well")
+    connection = connecting(engine, address)
     loaded = Run.load(run)
     if explain_plan:
         plan = explained(loaded, task)
@@ -91,19 +90,11 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    with _connected(engine, address):
+    with connection:
         metrics = score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
     output.document({"run": str(run), "metrics": metrics})
-
-
-def _connected(engine: str, address: str | None) -> AbstractContextManager[None]:
-    if engine != "ray":
-        return nullcontext()
-    from turnover.integrations.ray import connected
-
-    return connected(address)
 
 
 def explain(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,19 @@ Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Positions and scores, as :meth:`Extremes.result`."""
 
 
-def merged(parts: Sequence[Found], count: int) -> Found:
-    """The extremes of all ids, from those of parts of them.
+def merged(parts: Iterable[Found], count: int) -> Found:
+    """The extremes of all ids, from those of parts of them; two parts at a time are in memory.
 
     Args:
-        parts: results for the same targets, of disjoint ids, with positions among all.
+        parts: at least one, for the same targets, of disjoint ids, with positions among all.
         count: ids on each side, as in every part.
     """
-    positions, scores = (np.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+    return reduce(partial(_of_two, count), parts)
+
+
+def _of_two(count: int, one: Found, other: Found) -> Found:
+    positions = np.concatenate([one[0], other[0]], axis=1)
+    scores = np.concatenate([one[1], other[1]], axis=1)
     order = np.lexsort((positions, -scores), axis=1)
     if order.shape[1] > 2 * count:
         order = np.concatenate([order[:, :count], order[:, -count:]], axis=1)

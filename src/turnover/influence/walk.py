@@ -25,7 +25,7 @@ _MOST_TARGETS = 1024
 _EXACT_BLOCK = (16, 1024)
 """Targets and ids between two saves of exact scores: minutes of a small BERT."""
 _RERANKED = 32
-_SCANNED, _MOST_PARTS = 16, 64
+_SCANNED, _MOST_PARTS = 16, 32
 """Blocks of ids looked through at once for their extremes, and parts of which extremes are held, at most."""
 _RECALLED = 10
 

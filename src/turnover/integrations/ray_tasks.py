@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import socket
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,34 +20,10 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from turnover.errors import InputError
-from turnover.integrations.ray import _RETRIES, _WAITING, _kept, _places, _tensor
+from turnover.integrations.ray import WAITING, Settings, kept, places, tensor_of
 from turnover.sweep import Work
 
 _Packed = tuple[bytes, list[tuple[NDArray[np.uint8], torch.dtype, torch.Size]]]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """Of this process, and of its tasks."""
-
-    threads: int
-    precision: str
-    dtype: torch.dtype
-
-
-def check() -> None:
-    """Whether tasks would compute what this process would.
-
-    Raises:
-        InputError: autocast, or threads that no node has.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        raise InputError('engine="ray" leaves autocast behind: open it within the model\'s forward')
-    if not _places():
-        raise InputError(
-            f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so many "
-            f"CPUs: call torch.set_num_threads"
-        )
 
 
 def sweep(
@@ -66,10 +41,8 @@ def sweep(
         ray.exceptions.RayError: a job lost its worker again and again.
     """
     shared = ray.put(_packed(work, data))
-    settings = _Settings(
-        torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    )
-    task = _done.options(num_cpus=settings.threads, max_retries=_RETRIES)
+    settings = Settings.here()
+    task = settings.task(_done)
     flight: dict[Any, int] = {}
 
     def landed() -> list[tuple[int, Any]]:
@@ -81,7 +54,7 @@ def sweep(
 
     try:
         for number, job in enumerate(jobs):
-            while len(flight) >= _WAITING * max(1, _places()):
+            while len(flight) >= WAITING * max(1, places()):
                 yield from landed()
             # A reference in a list is not fetched before the task asks for it.
             flight[task.remote(settings, [shared], job)] = number
@@ -93,11 +66,9 @@ def sweep(
 
 
 @ray.remote  # type: ignore[untyped-decorator]
-def _done(settings: _Settings, shared: list[Any], job: Any) -> Any:
-    torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision(settings.precision)
-    torch.set_default_dtype(settings.dtype)
-    work, data = _kept("sweep", shared[0], _unpacked)
+def _done(settings: Settings, shared: list[Any], job: Any) -> Any:
+    settings.take()
+    work, data = kept("sweep", shared[0], _unpacked)
     return work(*data, job)
 
 
@@ -126,4 +97,4 @@ def _unpacked(packed: _Packed) -> tuple[Work, list[Tensor]]:
             f"a Ray worker on {socket.gethostname()} cannot import {error.name}, which what builds the "
             f"networks is of: install it there, or name its folder in PYTHONPATH before Ray starts"
         ) from error
-    return work, [_tensor(raw).view(dtype).reshape(shape) for raw, dtype, shape in arrays]
+    return work, [tensor_of(raw).view(dtype).reshape(shape) for raw, dtype, shape in arrays]
