@@ -51,7 +51,7 @@ def test_two_nodes_write_what_one_process_does_though_one_is_killed(cluster, dri
 @pytest.mark.slow
 def test_memory_of_a_worker_does_not_grow_with_ids_and_targets(cluster, tmp_path):
     peaks = []
-    for ids, targets in ((150_000, 1024), (600_000, 2048)):
+    for ids, targets in ((140_000, 1024), (420_000, 2048)):
         driver = Driver(cluster, tmp_path)
         driver.estimate({**TOP, "ids": ids, "targets": targets, "small": True}, "r")
         workers = [w for node in (cluster.head, cluster.other) for w in node.workers()]
