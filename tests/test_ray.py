@@ -81,6 +81,7 @@ def blocks(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(walk, "_MOST_TARGETS", 32)
     monkeypatch.setattr(walk, "_SCORE_BYTES", 2**17)
+    monkeypatch.setattr(walk, "_SCANNED", 1)
     yield
     torch.set_num_threads(threads)
 

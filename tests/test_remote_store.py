@@ -330,3 +330,19 @@ def test_a_writer_whose_clock_jumps_ends_well(jump, url, top, monkeypatch):
             write(url, TOP)
     write(url, TOP)
     assert tree(url) == top
+
+
+@pytest.mark.slow
+def test_workers_write_to_one_store_that_fails_now_and_then(server, url):
+    pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
+    import test_ray
+
+    test_ray.influence("exact").estimate(test_ray.batches(), test_ray.IDS, out=f"{url}-one")
+    server.fault = lambda number, method, path: 503 if number % 7 == 0 else None
+    before = server.faults
+    with test_ray.connected():
+        many = test_ray.influence("exact")
+        many.estimate(test_ray.batches(), test_ray.IDS, out=f"{url}-many", engine="ray")
+    assert server.faults > before
+    server.fault = lambda number, method, path: None
+    assert tree(f"{url}-many") == tree(f"{url}-one")

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from turnover.cli.config import config_option
+from turnover.cli.engines import connecting
 from turnover.cli.options import ImageColumn, Json, LabelColumn, RunFolder, Split, TextColumn
 from turnover.cli.output import Output, check_folder, in_results
 from turnover.errors import InputError
@@ -150,6 +151,18 @@ def cleanse(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Heads trained without each share.")] = 3,
+    engine: Annotated[
+        Literal["process", "ray"],
+        typer.Option(
+            help="What trains the heads: this process, or the workers of a Ray cluster, in the same bits."
+        ),
+    ] = "process",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Host and port of the Ray cluster, host:port; without it RAY_ADDRESS, or this machine."
+        ),
+    ] = None,
     text_column: TextColumn = "text",
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
@@ -170,6 +183,7 @@ def cleanse(
     if ranking is not None and scores is not None:
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
+    connection = connecting(engine, address)
     output = Output(as_json=as_json)
     loaded = Run.load(run)
     given = None if scores is None else read_scores(loaded, scores)
@@ -181,14 +195,16 @@ def cleanse(
     else:
         columns = Columns(text_column, label_column)
         held = read(validation, columns, classes=classes, split=split)
-    found = cleanse(
-        loaded,
-        held,
-        ranking=ranking or "gram",
-        scores=given,
-        fractions=fraction or FRACTIONS,
-        seeds=seeds,
-    )
+    with connection:
+        found = cleanse(
+            loaded,
+            held,
+            ranking=ranking or "gram",
+            scores=given,
+            fractions=fraction or FRACTIONS,
+            seeds=seeds,
+            engine=engine,
+        )
     removed = in_results(run, "removed.csv")
     write_cleansed(loaded, found, out, removed)
     write_json(in_results(run, "cleanse.json"), found.to_dict())

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from turnover.cli.config import config_option
+from turnover.cli.engines import connecting
 from turnover.cli.options import Json, Objective, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.errors import InputError
@@ -53,6 +54,20 @@ def influence(
         bool,
         typer.Option(help="Also estimate by gram, which takes a pass over the training data."),
     ] = True,
+    engine: Annotated[
+        Literal["process", "ray"],
+        typer.Option(
+            help="What computes the influence on the errors: this process, or the workers of a Ray cluster, "
+            "in the same bits."
+        ),
+    ] = "process",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Host and port of the Ray cluster, host:port; its nodes share the run's folder. Without it "
+            "RAY_ADDRESS, or this machine."
+        ),
+    ] = None,
     config: Annotated[Path | None, config_option()] = None,  # noqa: ARG001 - its callback reads it
     as_json: Json = False,
 ) -> None:
@@ -67,6 +82,7 @@ def influence(
     output = Output(as_json=as_json)
     sites = tuple(site) if site else None
     task = ScoreConfig(method, objective, ghosts, sites, seconds, gram)
+    connection = connecting(engine, address)
     loaded = Run.load(run)
     if explain_plan:
         plan = explained(loaded, task)
@@ -74,7 +90,8 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    metrics = score(loaded, task)
+    with connection:
+        metrics = score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
     output.document({"run": str(run), "metrics": metrics})

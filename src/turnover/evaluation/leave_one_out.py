@@ -55,6 +55,7 @@ def leave_one_out(
     masked: Masked | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
+    engine: str = "process",
 ) -> LeaveOneOut:
     """Retrain without each of some instances, and compare with their scores.
 
@@ -73,6 +74,7 @@ def leave_one_out(
         masked: train under turn-over masks.
         cache: folder that keeps finished trainings.
         progress: show a progress bar.
+        engine: what trains the networks, as :func:`~turnover.evaluation.train` takes it.
 
     Raises:
         InputError: too few, repeated or unknown instances, or shapes that do not fit.
@@ -97,6 +99,7 @@ def leave_one_out(
         masked=masked,
         cache=cache,
         progress=progress,
+        engine=engine,
     )
     outputs = minus_cost(logits, on_labels, objective)
     effects = (outputs[0] - outputs[1:]).transpose(1, 2, 0)  # (seeds, targets, instances)

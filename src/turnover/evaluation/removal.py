@@ -62,6 +62,7 @@ def removal_curve(
     masked: Masked | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
+    engine: str = "process",
 ) -> Removal:
     """Remove the most helpful (or harmful) instances, retrain, and see what the targets cost.
 
@@ -87,6 +88,7 @@ def removal_curve(
         masked: train under turn-over masks.
         cache: folder that keeps finished trainings.
         progress: show a progress bar.
+        engine: what trains the networks, as :func:`~turnover.evaluation.train` takes it.
 
     Raises:
         InputError: an unknown side, counts that leave nothing to train on, or shapes that do not fit.
@@ -120,6 +122,7 @@ def removal_curve(
         masked=masked,
         cache=cache,
         progress=progress,
+        engine=engine,
     )
     outputs = minus_cost(logits, on_labels, objective).astype(np.float64)
     rise = (outputs[0] - outputs[1:]).reshape(len(counts), len(gone[0]), len(seeds), targets)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from turnover.evaluation.subsets import Subsets
 from turnover.evaluation.training import batch_of_models, train
 from turnover.files import replacing, writing_to
 from turnover.objectives import Objective, costs
+from turnover.sweep import check_engine, evenly, sweeping
 
 _FORMAT = "turnover retraining, version 1"
 
@@ -40,6 +42,7 @@ def retrain(
     masked: Masked | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
+    engine: str = "process",
 ) -> NDArray[np.float32]:
     """Outputs of networks trained on every subset, with every seed.
 
@@ -57,16 +60,20 @@ def retrain(
         ids: int64 (N,), what masks depend on; ``None``: 0 to N - 1.
         masked: train under turn-over masks.
         cache: folder that keeps the outputs of every finished training under a hash of all that they
-            depend on, so that a run that was cut off goes on, and one that is finished is read.
+            depend on, so that a run that was cut off goes on, and one that is finished is read. Small
+            networks are trained together, and in another company may differ in their last bits.
         progress: show a progress bar.
+        engine: what trains the networks, as :func:`~turnover.evaluation.train` takes it; this process
+            alone writes to the cache.
 
     Returns:
         float32 (subsets, seeds, targets, classes), of whole networks in eval mode.
 
     Raises:
-        InputError: shapes that do not fit, a seed given twice, or a training that fails (see
-            :func:`~turnover.evaluation.train`).
+        InputError: shapes that do not fit, a seed given twice, an unknown engine, or a training that fails
+            (see :func:`~turnover.evaluation.train`).
     """
+    check_engine(engine)
     if subsets.keep.shape[1] != len(inputs):
         raise InputError(
             f"the subsets are of {subsets.keep.shape[1]} instances, but there are {len(inputs)} inputs"
@@ -78,41 +85,37 @@ def retrain(
         described = _described(build, inputs, labels, recipe, on, ids, masked)
         store = _Store(Path(cache), described)
     found: dict[tuple[int, int], Tensor] = {}
-    missing: dict[int, list[tuple[int, int]]] = {}
-    sizes = subsets.keep.sum(axis=1)
-    # Networks that share a seed share its masks, and a batch of networks has one number of rows.
-    for seed in seeds:
-        for subset, keep in enumerate(subsets.keep):
-            stored = store.read(keep, seed) if store else None
-            if stored is None:
-                missing.setdefault(int(sizes[subset]), []).append((subset, seed))
-            else:
-                found[subset, seed] = stored
+    missing: list[list[tuple[int, int]]] = []
     # The example's width in units is left out: masks of a retraining share their seeds.
     at_once = batch_of_models(build(seeds[0]), len(inputs))
+    # What is trained together does not depend on what is cached, and so neither do the last bits.
+    for together in _together(subsets, seeds, at_once):
+        for subset, seed in together:
+            stored = store.read(subsets.keep[subset], seed) if store else None
+            if stored is not None:
+                found[subset, seed] = stored
+        missing.append([one for one in together if one not in found])
+    missing = [chunk for chunk in missing if chunk]
+
+    def rows(chunk: list[tuple[int, int]]) -> NDArray[np.int64]:
+        return np.stack([np.flatnonzero(subsets.keep[subset]) for subset, _ in chunk])
+
     total = len(subsets) * len(seeds)
-    with tqdm(
-        desc="retraining", total=total, initial=len(found), unit="network", disable=not progress
-    ) as bar:
-        for jobs in missing.values():
-            for first in range(0, len(jobs), at_once):
-                chunk = jobs[first : first + at_once]
-                rows = np.stack([np.flatnonzero(subsets.keep[subset]) for subset, _ in chunk])
-                trained = train(
-                    build,
-                    inputs,
-                    labels,
-                    recipe,
-                    [seed for _, seed in chunk],
-                    rows=rows,
-                    ids=ids,
-                    masked=masked,
-                )
-                for (subset, seed), logits in zip(chunk, trained.logits(on), strict=True):
-                    found[subset, seed] = logits
-                    if store:
-                        store.write(subsets.keep[subset], seed, logits)
-                bar.update(len(chunk))
+    with (
+        sweeping(engine) as sweep,
+        tqdm(
+            desc="retraining", total=total, initial=len(found), unit="network", disable=not progress
+        ) as bar,
+    ):
+        work = partial(_outputs, build, recipe, masked)
+        data = (inputs, labels, torch.arange(len(inputs)) if ids is None else ids, on)
+        jobs = (([seed for _, seed in chunk], rows(chunk)) for chunk in missing)
+        for number, logits in sweep(work, data, jobs):
+            for (subset, seed), one in zip(missing[number], logits, strict=True):
+                found[subset, seed] = one
+                if store:
+                    store.write(subsets.keep[subset], seed, one)
+            bar.update(len(missing[number]))
     return np.stack(
         [
             np.stack([found[subset, seed].cpu().numpy() for seed in seeds])
@@ -145,6 +148,38 @@ def minus_cost(
     cost = costs(objective, flat, Batch(flat, repeated))
     values: NDArray[np.float32] = -cost.numpy().reshape(*leading, targets)
     return values
+
+
+def _together(
+    subsets: Subsets, seeds: Sequence[int], at_once: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Subsets and seeds whose networks are trained as one.
+
+    Networks that share a seed share its masks, and a batch of networks has one number of rows.
+    """
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    for seed in seeds:
+        for subset, size in enumerate(subsets.keep.sum(axis=1)):
+            sizes.setdefault(int(size), []).append((subset, seed))
+    for alike in sizes.values():
+        yield from (alike[part] for part in evenly(len(alike), at_once))
+
+
+def _outputs(
+    build: Build,
+    recipe: Recipe,
+    masked: Masked | None,
+    inputs: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    on: Tensor,
+    job: tuple[list[int], NDArray[np.int64]],
+) -> Tensor:
+    """Outputs (models, targets, classes) of networks trained with a job's seeds on its rows."""
+    seeds, rows = job
+    trained = train(build, inputs, labels, recipe, seeds, rows=rows, ids=ids, masked=masked)
+    # A network may write into its inputs, and those of a task are not its own.
+    return trained.logits(on.clone())
 
 
 def _described(

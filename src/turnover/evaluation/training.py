@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.masks import check_training_ids
 from turnover.network import attach
 from turnover.sites import ResolvedSite, resolve
+from turnover.sweep import check_engine, evenly, sweeping
 
 State = dict[str, Tensor]
 Rows = Tensor | NDArray[np.int64]
@@ -33,6 +35,8 @@ Rows = Tensor | NDArray[np.int64]
 # thousand 0.7 to 0.8 of it, and of 200 thousand or more the same or longer.
 _BATCHED_PARAMETERS = 1_000_000
 _FEWEST_BATCHED = 8
+# More than these gain little, and would be one task where there are workers for several.
+_MOST_BATCHED = 64
 _MASK_BYTES = 256_000_000
 _ROWS_AT_ONCE = 500
 
@@ -139,6 +143,7 @@ def train(
     masked: Masked | None = None,
     checkpoints: Sequence[int] = (),
     progress: bool = False,
+    engine: str = "process",
 ) -> Trained:
     """Train one network for each seed.
 
@@ -157,11 +162,15 @@ def train(
             at ``sites`` with ``MaskSpec(keep, seed=seed)``; ``None``: plainly.
         checkpoints: epochs after which the weights are kept; 0 is the initialisation.
         progress: show a progress bar.
+        engine: what trains the networks: this ``"process"``, or ``"ray"``, the workers of a Ray cluster
+            (the one this process is connected to, else that of ``RAY_ADDRESS``, else one of this
+            machine), with as many threads each as this process and in the same bits. On CPUs alone.
 
     Raises:
-        InputError: shapes that do not fit, dropout in the network, or a loss that is not finite (the
-            network and the recipe are named).
+        InputError: shapes that do not fit, dropout in the network, a loss that is not finite (the
+            network and the recipe are named), an unknown engine, or a ``build`` that does not pickle.
     """
+    check_engine(engine)
     start = time.perf_counter()
     count = len(inputs)
     every = torch.arange(count) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
@@ -178,19 +187,23 @@ def train(
     )
     example = _example(jobs)
     at_once = batch_of_models(example, count, _units(example, jobs))
-    states: list[State] = []
-    kept: dict[int, list[State]] = {epoch: [] for epoch in sorted(jobs.checkpoints)}
-    with tqdm(desc="training", total=len(seeds), unit="network", disable=not progress) as bar:
-        for first in range(0, len(seeds), at_once):
-            models = slice(first, min(first + at_once, len(seeds)))
-            epochs = _alone(jobs, first) if at_once == 1 else _together(jobs, models)
-            for epoch, after in epochs:
-                if epoch in kept:
-                    kept[epoch] += after
-                if epoch == recipe.epochs:
-                    states += after
-            bar.update(models.stop - models.start)
-    return Trained(states, kept, time.perf_counter() - start, build)
+    chunks = evenly(len(seeds), at_once)
+    names = ("build", "recipe", "masked", "seeds", "checkpoints")
+    work = partial(_chunk, {name: getattr(jobs, name) for name in names}, at_once == 1)
+    found: dict[int, dict[int, list[State]]] = {}
+    with (
+        sweeping(engine) as sweep,
+        tqdm(desc="training", total=len(seeds), unit="network", disable=not progress) as bar,
+    ):
+        for number, states in sweep(work, (inputs, labels, jobs.ids, jobs.rows), chunks):
+            found[number] = states
+            bar.update(chunks[number].stop - chunks[number].start)
+
+    def after(epoch: int) -> list[State]:
+        return [state for number in range(len(chunks)) for state in found[number][epoch]]
+
+    kept = {epoch: after(epoch) for epoch in sorted(jobs.checkpoints)}
+    return Trained(after(recipe.epochs), kept, time.perf_counter() - start, build)
 
 
 def batch_of_models(model: nn.Module, train: int, units: int = 0) -> int:
@@ -214,7 +227,7 @@ def batch_of_models(model: nn.Module, train: int, units: int = 0) -> int:
     several = _BATCHED_PARAMETERS // max(sum(p.numel() for p in parameters), 1)
     if several < _FEWEST_BATCHED:
         return 1
-    return max(1, min(several, _MASK_BYTES // max(train * units, 1)))
+    return max(1, min(several, _MOST_BATCHED, _MASK_BYTES // max(train * units, 1)))
 
 
 def permutations(count: int, seed: int) -> Iterator[Tensor]:
@@ -275,6 +288,20 @@ def _widths(model: nn.Module, jobs: _Jobs) -> dict[str, int]:
         model.to(jobs.inputs.device)(jobs.inputs[:1])
     network.detach()
     return network.known_units()
+
+
+def _chunk(
+    settings: dict[str, Any],
+    alone: bool,
+    inputs: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    models: slice,
+) -> dict[int, list[State]]:
+    """Train some of the networks: epoch to their weights, at every checkpoint and at the end."""
+    jobs = _Jobs(inputs=inputs, labels=labels, ids=ids, rows=rows, **settings)
+    return dict(_alone(jobs, models.start) if alone else _together(jobs, models))
 
 
 def _optimiser(recipe: Recipe, parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -26,13 +26,13 @@ from turnover.influence.walk import Walk
 from turnover.masks import check_ids, ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, margin
+from turnover.sweep import check_engine
 
 if TYPE_CHECKING:
     from turnover.influence.store import StoredResult, Writer
 
     Over = Callable[[Walk, Iterable[Batch], Tensor, Writer], int]
 
-ENGINES = ("process", "ray")
 METHODS = ("linear", "exact", "rerank", "auto", "gram")
 _OWN_GHOSTS = 20
 _TWICE = "training ids are given twice: {}; score each id (group) once"
@@ -531,8 +531,7 @@ class Influence:
 
 
 def _check_engine(engine: str, out: str | Path | None) -> None:
-    if engine not in ENGINES:
-        raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
+    check_engine(engine)
     if engine == "process":
         return
     if out is None:

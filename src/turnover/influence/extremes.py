@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,29 @@ class Extremes:
         positions = np.concatenate([high[0][:, :most], low[0][:, :least][:, ::-1]], axis=1)
         scores = np.concatenate([high[1][:, :most], -low[1][:, :least][:, ::-1]], axis=1)
         return positions, scores
+
+
+Found = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Positions and scores, as :meth:`Extremes.result`."""
+
+
+def merged(parts: Iterable[Found], count: int) -> Found:
+    """The extremes of all ids, from those of parts of them; two parts at a time are in memory.
+
+    Args:
+        parts: at least one, for the same targets, of disjoint ids, with positions among all.
+        count: ids on each side, as in every part.
+    """
+    return reduce(partial(_of_two, count), parts)
+
+
+def _of_two(count: int, one: Found, other: Found) -> Found:
+    positions = np.concatenate([one[0], other[0]], axis=1)
+    scores = np.concatenate([one[1], other[1]], axis=1)
+    order = np.lexsort((positions, -scores), axis=1)
+    if order.shape[1] > 2 * count:
+        order = np.concatenate([order[:, :count], order[:, -count:]], axis=1)
+    return np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 class _Side:

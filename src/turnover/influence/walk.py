@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turnover.batches import Batch, tensors
 from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
-from turnover.influence.extremes import Extremes
+from turnover.influence.extremes import Extremes, Found, merged
 from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
 from turnover.influence.sinks import Sink
 from turnover.masks import ghost_ids
@@ -25,6 +25,8 @@ _MOST_TARGETS = 1024
 _EXACT_BLOCK = (16, 1024)
 """Targets and ids between two saves of exact scores: minutes of a small BERT."""
 _RERANKED = 32
+_SCANNED, _MOST_PARTS = 16, 32
+"""Blocks of ids looked through at once for their extremes, and parts of which extremes are held, at most."""
 _RECALLED = 10
 
 
@@ -92,11 +94,19 @@ class Walk:
         size = max(1024, _SCORE_BYTES // (4 * rows))
         return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
 
+    @property
+    def scans(self) -> bool:
+        """Whether parts are not written, but :meth:`scan` gives what :meth:`settle` writes."""
+        return self.top is not None and self.method != "rerank"
+
     def parts(self, ids: int, columns: int) -> list[slice]:
-        """Parts of the ids that :meth:`fill` can score apart, ghosts with the first."""
-        if self.method == "rerank" or self.top is not None:
+        """Parts of the ids that can be scored apart, ghosts with the first."""
+        if self.method == "rerank":
             return [slice(0, ids)]
-        return [slice(start, min(start + columns, ids)) for start in range(0, ids, columns)]
+        size = columns
+        if self.scans:
+            size *= max(_SCANNED, -(-ids // (columns * _MOST_PARTS)))
+        return [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
 
     def grid(self, ids: int) -> tuple[int, int]:
         """Targets and ids in one block; whoever repeats it repeats the bits."""
@@ -126,26 +136,78 @@ class Walk:
         part: slice | None = None,
     ) -> None:
         """Put the scores of one block of targets where they belong: all, or one of :meth:`parts`."""
-        for engine in self.engines:
-            engine.forget()
-        ghosts = ghost_ids(self.ghosts)
         part = part or slice(0, len(ids))
+        if self.scans:
+            self.settle(
+                block, rows, ids, sink, columns, [self.scan(block, rows, ids, sink, columns, part)]
+            )
+            return
+        self._forget()
         if self.method == "rerank":
             self._rerank(block, rows, ids, sink, columns)
             return
+        score = self._floor(block, rows, sink, part)
+        for start in range(part.start, part.stop, columns):
+            some = slice(start, min(start + columns, part.stop))
+            several = len(self.engines) > 1
+            if sink.has("standard_error" if several else "score", rows, some):
+                self.advance((rows.stop - rows.start) * (some.stop - some.start))
+                continue
+            _put(sink, rows, score(ids[some]), some)
+
+    def scan(
+        self,
+        block: TargetBlock,
+        rows: slice,
+        ids: Tensor,
+        sink: Sink,
+        columns: int,
+        part: slice,
+    ) -> Found | None:
+        """The extremes of one of :meth:`parts`; ``None`` where the sink has those of all."""
+        self._forget()
+        score = self._floor(block, rows, sink, part)
+        if sink.has("train_id", rows):
+            return None
+        assert self.top is not None
+        extremes = Extremes(rows.stop - rows.start, self.top)
+        for some in torch.split(ids[part], columns):
+            extremes.add(score(some).mean)
+        positions, scores = extremes.result()
+        return positions + part.start, scores
+
+    def settle(
+        self,
+        block: TargetBlock,
+        rows: slice,
+        ids: Tensor,
+        sink: Sink,
+        columns: int,
+        parts: Sequence[Found | None],
+    ) -> None:
+        """Put the extremes of all parts where they belong."""
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return
+        assert self.top is not None
+        self._forget()
+        positions, scores = merged(found, self.top)
+        if len(self.engines) > 1:
+            # Few of them are wanted, but which is known only now.
+            sink.put("standard_error", rows, self._errors(block, ids, positions, columns))
+        sink.put("score", rows, scores)
+        sink.put("train_id", rows, ids.numpy()[positions])
+
+    def _floor(self, block: TargetBlock, rows: slice, sink: Sink, part: slice) -> Score:
+        """What scores the block; its ghosts go to the sink with the first part."""
         score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
         if part.start == 0 and not sink.has("ghost", rows):
-            sink.put("ghost", rows, to_numpy(score(ghosts).mean))
-        if self.top is None:
-            for start in range(part.start, part.stop, columns):
-                some = slice(start, min(start + columns, part.stop))
-                several = len(self.engines) > 1
-                if sink.has("standard_error" if several else "score", rows, some):
-                    self.advance((rows.stop - rows.start) * (some.stop - some.start))
-                    continue
-                _put(sink, rows, score(ids[some]), some)
-        elif not sink.has("train_id", rows):
-            self._extremes(block, score, rows, ids, sink, columns)
+            sink.put("ghost", rows, to_numpy(score(ghost_ids(self.ghosts)).mean))
+        return score
+
+    def _forget(self) -> None:
+        for engine in self.engines:
+            engine.forget()
 
     def _linear(self, block: TargetBlock, ids: Tensor) -> Scores:
         scores = block.linear(ids)
@@ -156,26 +218,6 @@ class Walk:
         """So many pairs more are scored, by each network."""
         for engine in self.engines:
             engine.advance(pairs)
-
-    def _extremes(
-        self,
-        block: TargetBlock,
-        score: Score,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-    ) -> None:
-        assert self.top is not None
-        extremes = Extremes(rows.stop - rows.start, self.top)
-        for part in torch.split(ids, columns):
-            extremes.add(score(part).mean)
-        positions, found = extremes.result()
-        if len(self.engines) > 1:
-            # Few of them are wanted, but which is known only now.
-            sink.put("standard_error", rows, self._errors(block, ids, positions, columns))
-        sink.put("score", rows, found)
-        sink.put("train_id", rows, ids.numpy()[positions])
 
     def _errors(self, block: TargetBlock, ids: Tensor, positions: Any, columns: int) -> Any:
         """Standard errors of the scores of the ids at some positions: float32, of their shape."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.errors import InputError, needing
 from turnover.influence.engine import TargetBlock
+from turnover.influence.extremes import Found
 from turnover.influence.sinks import StoreSink
 from turnover.influence.store import Writer, joining
 from turnover.influence.walk import Walk
@@ -34,11 +35,50 @@ with needing('engine="ray"', "turnover[ray]"):
     from ray.exceptions import RayTaskError
 
 _RETRIES = 5
-"""Workers that a block may lose: one that always takes its worker with it must end."""
-_WAITING = 2
-"""Blocks submitted for each place where one can run, so that none stands idle."""
+"""Workers that a task may lose: one that always takes its worker with it must end."""
+WAITING = 2
+"""Tasks submitted for each place where one can run, so that none stands idle."""
 _PATIENCE = 10.0
 """Seconds between two looks at the right to write."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of this process, and of its tasks: with others they would not compute the same bits."""
+
+    threads: int
+    precision: str
+    dtype: torch.dtype
+
+    @classmethod
+    def here(cls) -> Settings:
+        """Those of this process.
+
+        Raises:
+            InputError: autocast, or threads that no node has.
+        """
+        if torch.is_autocast_enabled("cpu"):
+            raise InputError(
+                'engine="ray" leaves autocast behind: open it within the model\'s forward'
+            )
+        if not places():
+            raise InputError(
+                f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so "
+                f"many CPUs: call torch.set_num_threads, or set OMP_NUM_THREADS"
+            )
+        return cls(
+            torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
+        )
+
+    def task(self, function: Any, **options: Any) -> Any:
+        """The remote function as a task that takes as many CPUs as it has threads."""
+        return function.options(num_cpus=self.threads, max_retries=_RETRIES, **options)
+
+    def take(self) -> None:
+        """Make them those of this process, which is a worker."""
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.precision)
+        torch.set_default_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -50,22 +90,51 @@ class _Task:
     columns: int
     url: str
     begun_with: Mapping[str, Any]
-    threads: int
-    precision: str
+    settings: Settings
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """The Ray that this process is connected to; else that of ``RAY_ADDRESS``, else one of this machine."""
+def connected(address: str | None = None) -> Iterator[None]:
+    """The Ray that this process is connected to; else one that is there, or one of this machine.
+
+    Args:
+        address: of the one that is there, host:port; ``None``: that of ``RAY_ADDRESS``, if it is set.
+
+    Raises:
+        InputError: there is none.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
+    if address is not None:
+        _probe(address)
+    try:
+        ray.init(address, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    # It also leaves by SystemExit, which would end the process without a word.
+    except (ConnectionError, ValueError, RuntimeError, ImportError, SystemExit) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise InputError(
+            f"no connection to Ray at {where}: {error}. A cluster that asks for a token wants "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here as well"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Whether anything answers there: Ray itself takes a minute to say no."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise InputError(f"the address of a Ray cluster is host:port, not {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no connection to Ray at {address}: {error}; is it running there (ray start --head)?"
+        ) from error
 
 
 def check(walk: Walk) -> None:
@@ -77,13 +146,7 @@ def check(walk: Walk) -> None:
     devices = {device_of(engine.network.model).type for engine in walk.engines}
     if devices != {"cpu"}:
         raise InputError(f'engine="ray" runs on CPUs, and a network is on {max(devices - {"cpu"})}')
-    if torch.is_autocast_enabled("cpu"):
-        raise InputError('engine="ray" leaves autocast behind: open it within the model\'s forward')
-    if not _places():
-        raise InputError(
-            f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so many "
-            f"CPUs: call torch.set_num_threads"
-        )
+    Settings.here()
 
 
 def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> int:
@@ -101,9 +164,10 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
         ray.exceptions.RayError: a block lost its worker again and again.
     """
     url, columns = writer.place.address, walk.grid(len(ids))[1]
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    settings = Settings.here()
     broadcast = ray.put(_packed(walk, ids))
-    fill = _fill.options(num_cpus=threads, max_retries=_RETRIES)
+    fill, settle = settings.task(_fill), settings.task(_settle)
+    scan = settings.task(_scan, num_returns=2)
     flight: dict[Any, int] = {}
     count = 0
 
@@ -120,13 +184,21 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     try:
         for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
             count += (many := rows.stop - rows.start)
-            block = ray.put(batches)
+            # References in a list are not fetched before the task asks for them.
+            block = [broadcast], [ray.put(batches)]
+            scanned = []
             for part in walk.parts(len(ids), columns):
-                while len(flight) >= _WAITING * max(1, _places()):
+                while len(flight) >= WAITING * max(1, places()):
                     land()
-                task = _Task(rows, part, columns, url, writer.manifest, threads, precision)
-                # References in a list are not fetched before the task asks for them.
-                flight[fill.remote(task, [broadcast], [block])] = many * walk.pairs(len(ids), part)
+                task = _Task(rows, part, columns, url, writer.manifest, settings)
+                if walk.scans:
+                    ended, found = scan.remote(task, *block)
+                    scanned.append(found)
+                else:
+                    ended = fill.remote(task, *block)
+                flight[ended] = many * walk.pairs(len(ids), part)
+            if scanned:  # begins when all of them have ended
+                flight[settle.remote(task, *block, *scanned)] = 0
         while flight:
             land()
     finally:
@@ -135,31 +207,51 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     return count
 
 
-def _places() -> int:
-    """Blocks that the cluster can run at once."""
+def places() -> int:
+    """Tasks that the cluster can run at once."""
     threads = torch.get_num_threads()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(int(resources.get("CPU", 0)) // threads for resources in alive)
 
 
 _held: dict[str, Any] = {}
-"""Of a worker: the networks, and the block of targets it scored last, whose derivatives serve again."""
+"""Of a worker: what it was sent, and the block of targets it scored last, whose derivatives serve again."""
 
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
-    torch.set_num_threads(task.threads)
-    torch.set_float32_matmul_precision(task.precision)
-    walk, ids = _kept("walk", broadcast[0], _unpacked)
-    block = _kept("block", targets[0], lambda batches: TargetBlock(walk.engines, batches))
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def _scan(task: _Task, broadcast: list[Any], targets: list[Any]) -> tuple[None, Found | None]:
+    """What the part has, apart from whether it has ended: that alone goes to the driver."""
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        return None, walk.scan(block, task.rows, ids, sink, task.columns, task.part)
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def _settle(task: _Task, broadcast: list[Any], targets: list[Any], *parts: Found | None) -> None:
+    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
+        walk.settle(block, task.rows, ids, sink, task.columns, parts)
+
+
+@contextmanager
+def _begun(
+    task: _Task, broadcast: list[Any], targets: list[Any]
+) -> Iterator[tuple[Walk, TargetBlock, Tensor, StoreSink]]:
+    task.settings.take()
+    walk, ids = kept("walk", broadcast[0], _unpacked)
+    block = kept("block", targets[0], lambda batches: TargetBlock(walk.engines, batches))
     sink = StoreSink(joining(task.url, task.begun_with, task.rows.stop))
     with ExitStack() as stack:
         for engine in walk.engines:
             stack.enter_context(engine.evaluating())
-        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+        yield walk, block, ids, sink
 
 
-def _kept(name: str, reference: Any, make: Any) -> Any:
+def kept(name: str, reference: Any, make: Any) -> Any:
     """What is made of an object, made once as long as the object is the same."""
     found = _held.get(name)
     if found is None or found[0] != reference:
@@ -216,7 +308,7 @@ def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
     pickled, arrays, ids = packed
     parameters = []
     for raw, dtype, shape, trained in arrays:
-        values = _tensor(raw).view(dtype).reshape(shape)
+        values = tensor_of(raw).view(dtype).reshape(shape)
         parameters.append(nn.Parameter(values, requires_grad=trained))
     try:
         walk = _Unpickler(io.BytesIO(pickled), parameters).load()
@@ -225,10 +317,10 @@ def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
             f"a Ray worker on {socket.gethostname()} cannot import {error.name}, which the network or the "
             f"objective is of: install it there, or name its folder in PYTHONPATH before Ray starts"
         ) from error
-    return walk, _tensor(ids)
+    return walk, tensor_of(ids)
 
 
-def _tensor(values: np.ndarray[Any, Any]) -> Tensor:
+def tensor_of(values: np.ndarray[Any, Any]) -> Tensor:
     """An array as a tensor in the same memory, where that begins as torch's own does."""
     if values.ctypes.data % 64:
         return torch.tensor(values)

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from turnover import objectives
 from turnover.batches import Batch
@@ -31,25 +30,16 @@ from turnover.influence import Influence
 from turnover.influence.result import Result
 from turnover.network import Network
 from turnover.run import Run
-from turnover.tasks.frozen import (
-    Calibrated,
-    Frozen,
-    frozen,
-    logits_of,
-    train_head,
-    train_masked_head,
-)
+from turnover.sweep import Sweep, sweeping
+from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of
 from turnover.tasks.review import check_rows, read_column
+from turnover.tasks.sweeps import figures_without, masked_heads, ranking_heads
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
 _NOTHING = np.empty(0, dtype=np.int64)
-_RANKING_HEADS = 5
-MASKED_HEADS = 2
-_RANKING_SEED = 2**20
-"""Heads that rank are not those that are trained without what they ranked."""
 _ROWS = 250
 
 
@@ -137,6 +127,7 @@ def cleanse(
     scores: NDArray[np.floating] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     seeds: int = 3,
+    engine: str = "process",
 ) -> Cleansing:
     """Rank the training rows of a run, and train heads without the lowest of them.
 
@@ -150,42 +141,40 @@ def cleanse(
         scores: a ranking of the user's in place of these, float (train,), positive = helpful.
         fractions: shares of the training rows to take out, each in (0, 1).
         seeds: heads trained without each.
+        engine: what trains the heads: this ``"process"``, or ``"ray"``, the workers of a Ray cluster (the
+            one this process is connected to, else that of ``RAY_ADDRESS``, else one of this machine),
+            with as many threads each as this process and in the same bits.
 
     Raises:
-        InputError: an unknown ranking, fractions outside (0, 1), seeds below 1, scores that do not
+        InputError: an unknown ranking or engine, fractions outside (0, 1), seeds below 1, scores that do not
             fit, training rows in groups, validation rows of one class or that are in the run, or a
             fraction that leaves nothing of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
     known = _known(run, ranking, scores)
-    train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
-    heads = ranking_heads(train)
-    if known is None:
-        # The plain loss of another domain is largely that of a threshold and a confidence that do not
-        # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
-        if ranking == "turn-over":
-            result = by_masks(masked_heads(train), train, held)
-        else:
-            result = by_gram(heads, train, held)
-        known = Ranking(ranking, result.scores, result.z, result.q)
-    ranked = known
-    orders = {ranked.name: np.argsort(ranked.scores, kind="stable"), LOSS: by_loss(heads, train)}
-    gone = {
-        (name, fraction): [
-            taken_out(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
-        ]
-        for name in (ranked.name, RANDOM, LOSS)
-        for fraction in sorted(set(fractions))
-    }
-    _check_classes(run.train, gone)
-    curve, tested = _retrained({(NONE, 0.0): [_NOTHING] * seeds, **gone}, train, held, test)
-    fraction = _best(curve, ranked.name)
+    with sweeping(engine) as sweep:
+        train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
+        heads = ranking_heads(train, sweep)
+        if known is None:
+            known = _estimated(ranking, heads, train, held, sweep)
+        orders = {known.name: np.argsort(known.scores, kind="stable"), LOSS: by_loss(heads, train)}
+        gone = {
+            (name, fraction): [
+                taken_out(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
+            ]
+            for name in (known.name, RANDOM, LOSS)
+            for fraction in sorted(set(fractions))
+        }
+        _check_classes(run.train, gone)
+        every = {(NONE, 0.0): [_NOTHING] * seeds, **gone}
+        curve, tested = _retrained(every, train, held, test, sweep)
+    fraction = _best(curve, known.name)
     return Cleansing(
-        ranked,
+        known,
         tuple(curve),
         tuple(one for one in tested if one.fraction in (0, fraction)),
         fraction,
-        gone[ranked.name, fraction][0] if fraction else _NOTHING,
+        gone[known.name, fraction][0] if fraction else _NOTHING,
     )
 
 
@@ -238,14 +227,6 @@ def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None
         for row in gone
     ]
     write_csv(removed, ("key", "label", "reason", "score", "z", "q", "text"), lines)
-
-
-def ranking_heads(train: Frozen) -> list[WideHead]:
-    """Heads trained on all rows, of other seeds than any that is trained without some."""
-    return [
-        train_head(train, range(len(train)), _RANKING_SEED + seed)
-        for seed in tqdm(range(_RANKING_HEADS), desc="heads for ranking", unit="head")
-    ]
 
 
 def by_gram(heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Result:
@@ -312,6 +293,18 @@ def _check(
             )
 
 
+def _estimated(
+    name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen, sweep: Sweep
+) -> Ranking:
+    # The plain loss of another domain is largely that of a threshold and a confidence that do not
+    # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
+    if name == "turn-over":
+        result = by_masks(masked_heads(train, sweep), train, held)
+    else:
+        result = by_gram(heads, train, held)
+    return Ranking(name, result.scores, result.z, result.q)
+
+
 def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking | None:
     """A ranking that is there already."""
     if scores is not None:
@@ -322,14 +315,6 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
     order = np.argsort(stored.train_ids)
     place = order[np.searchsorted(stored.train_ids, run.train.ids.numpy(), sorter=order)]
     return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
-
-
-def masked_heads(train: Frozen) -> list[Network]:
-    """Wide heads trained on all rows under masks, each row's number being its id."""
-    return [
-        train_masked_head(train, _RANKING_SEED + seed)
-        for seed in tqdm(range(MASKED_HEADS), desc="masked heads", unit="head")
-    ]
 
 
 def by_masks(networks: Sequence[Network], train: Frozen, held: Frozen) -> Result:
@@ -372,29 +357,19 @@ def _retrained(
     train: Frozen,
     held: Frozen,
     test: Frozen,
+    sweep: Sweep,
 ) -> tuple[list[Point], list[Point]]:
-    """Heads trained without rows, one seed after the other: on the validation and on the test rows."""
+    """Heads trained without rows: on the validation and on the test rows."""
     curve: list[Point] = []
     tested: list[Point] = []
-    total = sum(map(len, gone.values()))
-    with tqdm(desc="cleansing", total=total, unit="head") as bar:
-        for (name, fraction), draws in gone.items():
-            figures = []
-            for seed, rows in enumerate(draws):
-                kept = np.delete(np.arange(len(train)), rows)
-                head = train_head(train, torch.from_numpy(kept), seed)
-                figures.append([_figures(head, data) for data in (held, test)])
-                bar.update()
-            for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
-                points.append(Point(name, fraction, len(draws[0]), *zip(*side, strict=True)))
+    every = [(rows, seed) for draws in gone.values() for seed, rows in enumerate(draws)]
+    found = figures_without(every, train, held, test, sweep)
+    for name, fraction in gone:
+        draws = gone[name, fraction]
+        figures, found = found[: len(draws)], found[len(draws) :]
+        for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
+            points.append(Point(name, fraction, len(draws[0]), *zip(*side, strict=True)))
     return curve, tested
-
-
-def _figures(head: WideHead, data: Frozen) -> tuple[float, float]:
-    """Accuracy and mean loss."""
-    logits = logits_of(head, data)
-    loss = functional.cross_entropy(logits, data.labels)
-    return float((logits.argmax(dim=1) == data.labels).float().mean()), float(loss)
 
 
 def _best(curve: Sequence[Point], name: str) -> float:

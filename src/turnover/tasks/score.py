@@ -67,13 +67,16 @@ class ScoreConfig:
             )
 
 
-def score(run: Run, config: ScoreConfig) -> dict[str, Any]:
+def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str, Any]:
     """Estimate, store the results in the run, and add what was found to its metrics.
 
     Stores ``results/errors`` (misclassified test rows x training ids), ``results/gram`` (their extremes
     by gram, with row numbers of the training data as ids), ``results/aggregate`` (mean over all test
     rows), ``results/self`` (training ids) and ``results/targets.json``. Where it is cut off, the same
     call goes on with the errors.
+
+    Args:
+        engine: what computes the influence on the errors (:meth:`turnover.Influence.estimate`).
 
     Returns:
         the run's metrics, complete.
@@ -103,7 +106,8 @@ def _score(run: Run, config: ScoreConfig) -> dict[str, Any]:
         kept = {key: value for key, value in asdict(config).items() if key != "gram"}
         settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
         with run.draft("errors", settings) as draft:
-            errors = influence.estimate(batches(test, wrong, _BATCH), ids, out=draft).load()
+            targets = batches(test, wrong, _BATCH)
+            errors = influence.estimate(targets, ids, out=draft, engine=engine).load()
         found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
         found |= _agreement(run, influence, test, wrong, ids, errors)
     run.remove_result("gram")

@@ -1,0 +1,77 @@
+"""Estimates what it is told on stdin, a JSON object per line, and prints what each took.
+
+Stays connected between them, so that the workers are warm from the second on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import turnover
+from benchmarks.scale.model import GHOSTS
+from benchmarks.speed import Perceptron
+from turnover import Batch, Influence, MaskSpec
+from turnover.objectives import margin
+
+_BATCH = 64
+
+
+def influence(method: str, *, small: bool) -> Influence:
+    """Of a network with random weights: what is computed does not depend on what it has learned."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = Perceptron().eval()
+        if small:
+            model = nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
+    network = turnover.attach(model, ["1"] if small else ["act1", "act3"], MaskSpec(seed=0))
+    return Influence(network, margin, method, ghosts=GHOSTS)
+
+
+def targets(count: int) -> Iterator[Batch]:
+    """Random inputs, made as they are asked for."""
+    for start in range(0, count, _BATCH):
+        rows = min(_BATCH, count - start)
+        generator = torch.Generator().manual_seed(start)
+        labels = torch.randint(0, 10, (rows,), generator=generator)
+        yield Batch(torch.randn(rows, 784, generator=generator), labels)
+
+
+def estimate(told: dict[str, Any]) -> dict[str, Any]:
+    """One result; ``engine``, ``method``, ``ids``, ``targets``, ``top``, ``small`` and ``out`` are told."""
+    ids = torch.arange(told["ids"])
+    scoring = influence(told["method"], small=told.get("small", False))
+    start, busy = time.perf_counter(), time.process_time()
+    scoring.estimate(
+        targets(told["targets"]), ids, top=told.get("top"), out=told["out"], engine=told["engine"]
+    )
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - busy,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def main() -> None:
+    """Connect to the cluster named on the command line, and obey."""
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints is no answer
+    import ray
+
+    ray.init(sys.argv[1], include_dashboard=False, configure_logging=False, log_to_driver=False)
+    print(json.dumps({"pid": os.getpid()}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(estimate(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Two nodes, each with a network of its own where root may make one."""
+
+import shutil
+import time
+
+import pytest
+
+pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
+
+from benchmarks.scale.cluster import Cluster
+from benchmarks.scale.run import Driver, peak_gib, same, wait_for
+
+EXACT = {"method": "exact", "ids": 3072, "targets": 48}
+TOP = {"method": "linear", "ids": 20_000, "targets": 40, "top": 5}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as cluster:
+        cluster.join()
+        yield cluster
+
+
+@pytest.fixture
+def driver(cluster, tmp_path):
+    driver = Driver(cluster, tmp_path)
+    yield driver
+    driver.close()
+
+
+@pytest.mark.slow
+def test_two_nodes_write_what_one_process_does_though_one_is_killed(cluster, driver, tmp_path):
+    for asked in (EXACT, TOP):
+        driver.estimate(asked, "one", engine="process")
+        driver.estimate(asked, "many")
+        assert same(tmp_path / "many", tmp_path / "one")
+        shutil.rmtree(tmp_path / "many")
+    assert all(node.workers() for node in (cluster.head, cluster.other))
+    driver.estimate(EXACT, "one", engine="process")
+    chunks = len(list((tmp_path / "one").glob("score/c/*/*")))
+    out = driver.begin(EXACT, "many")
+    while (written := len(list(out.glob("score/c/*/*")))) < chunks // 3:
+        time.sleep(0.01)
+    cluster.other.kill()
+    driver.end()
+    assert 0 < written < chunks
+    assert same(out, tmp_path / "one")
+    wait_for(cluster, 1)
+
+
+@pytest.mark.slow
+def test_memory_of_a_worker_does_not_grow_with_ids_and_targets(cluster, tmp_path):
+    peaks = []
+    for ids, targets in ((140_000, 1024), (420_000, 2048)):
+        driver = Driver(cluster, tmp_path)
+        driver.estimate({**TOP, "ids": ids, "targets": targets, "small": True}, "r")
+        workers = [w for node in (cluster.head, cluster.other) for w in node.workers()]
+        peaks.append(max(peak_gib(worker.pid) for worker in workers))
+        driver.close()
+    assert peaks[1] < 1.1 * peaks[0]
