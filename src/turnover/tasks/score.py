@@ -86,10 +86,10 @@ def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str
             process scores.
     """
     with run.scoring():
-        return _score(run, config)
+        return _score(run, config, engine)
 
 
-def _score(run: Run, config: ScoreConfig) -> dict[str, Any]:
+def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     start = time.perf_counter()
     network = run.network
     scoring = _Scoring(run, config)
