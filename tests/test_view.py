@@ -354,8 +354,9 @@ def test_decisions_that_cannot_be_meant_change_nothing(viewed: Viewed) -> None:
     ):
         answer = server.decide(row, decision)
         assert answer.status == 400 and said in answer.json["error"]
+    headers = {"Origin": server.origin, "Content-Type": "application/json"}
     for body in (b"", b"keep", b"[]", b'{"decision": 1}', b'{"decision": "' + b"x" * 5000 + b'"}'):
-        answer = server.ask(path, "PUT", body, Origin=server.origin)
+        answer = server.ask(path, "PUT", body, **headers)
         assert answer.status == 400 and "the body must be JSON" in answer.json["error"]
     assert not (viewed.run / "results" / "decisions.csv").exists()
     assert server.ask(f"/{server.token}/decisions.csv").status == 400

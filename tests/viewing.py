@@ -69,7 +69,7 @@ class Server:
 
     def decide(self, row: int, decision: str | None, **headers: str) -> Answer:
         body = json.dumps({"decision": decision}).encode()
-        headers = {"Origin": self.origin} | headers
+        headers = {"Origin": self.origin, "Content-Type": "application/json"} | headers
         return self.ask(f"/{self.token}/train/{row}/decision", "PUT", body, **headers)
 
 
@@ -85,7 +85,7 @@ def serving(run: Path) -> Iterator[Server]:
 
     loaded = Run.load(run)
     contents = Contents(loaded)
-    app = application(contents, Decisions(loaded, contents.self_influence), "token")
+    app = application(contents, Decisions(loaded, contents.self_influence), "token", "once")
     config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -20,6 +20,7 @@ except InputError as error:
     sys.exit(2)  # bad input, as everywhere
 
 from turnover.cli.labels import cleanse, predict, review
+from turnover.cli.output import visible
 from turnover.cli.places import anywhere
 from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
@@ -98,5 +99,6 @@ def _usage(error: Exception) -> str:
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"turnover: {' '.join(line.strip() for line in message.splitlines())}\n")
+    line = " ".join(line.strip() for line in message.splitlines())
+    sys.stderr.write(f"turnover: {visible(line)}\n")
     sys.exit(code)

@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from turnover.errors import InputError
 from turnover.files import writing_to
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+"""Control characters but line ends and tabs, halves of characters, and marks that turn the order around."""
+
+
+def visible(text: str) -> str:
+    r"""A text of which a terminal obeys nothing: an escape, say, is written as ``\x1b``."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Console(Console):
+    """One on which texts of the data are shown as they are: nothing in them means anything."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What Rich makes of every string, those in tables too."""
+        return super().render_str(visible(text), **options)
 
 
 class Output:
@@ -25,8 +43,8 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        # Texts of the data are shown as they are: brackets and colons in them mean nothing.
-        self._console = Console(stderr=as_json, markup=False, emoji=False)
+        # Neither brackets nor colons.
+        self._console = _Console(stderr=as_json, markup=False, emoji=False)
 
     def say(self, what: str | Table, *, style: str | None = None, highlight: bool = True) -> None:
         """Print for people; lines are broken for a terminal alone, so that paths stay whole in a file."""

@@ -19,6 +19,7 @@ from turnover.errors import InputError, needing
 from turnover.heads import WideHead
 
 SITES = ("lora", "head")
+_ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,21 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
+    from safetensors import SafetensorError
+
     transformers = _transformers()
     try:
-        encoder = transformers.AutoModel.from_pretrained(config.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
+        _check_no_adapter(config.model)
+        shape = _data_alone(transformers.AutoConfig, config.model)
+        _check_attention(shape, config.model)
+        # A missing safetensors file is an error, and not made good for by a pickle.
+        encoder = _data_alone(
+            transformers.AutoModel, config.model, config=shape, use_safetensors=True
+        )
+        tokenizer = _data_alone(transformers.AutoTokenizer, config.model)
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
@@ -136,11 +147,11 @@ def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
     try:
         shape = json.loads((folder / "classifier.json").read_text())
         config = ClassifierConfig(**shape["classifier"])
-        encoder_config = transformers.AutoConfig.from_pretrained(folder / "encoder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "encoder")
-        model = _assemble(
-            transformers.AutoModel.from_config(encoder_config), config, int(shape["classes"])
-        )
+        encoder_config = _data_alone(transformers.AutoConfig, folder / "encoder")
+        _check_attention(encoder_config, folder / "encoder")
+        tokenizer = _data_alone(transformers.AutoTokenizer, folder / "encoder")
+        encoder = transformers.AutoModel.from_config(encoder_config, trust_remote_code=False)
+        model = _assemble(encoder, config, int(shape["classes"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
@@ -151,6 +162,42 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
     """Token ids of each text, not padded."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)
     return list(encoded["input_ids"])
+
+
+def _data_alone(kind: Any, source: str | Path, **options: Any) -> Any:
+    """What a Hugging Face name or folder holds of a kind, none of its code run and none offered to be."""
+    return kind.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _check_no_adapter(source: str) -> None:
+    """Transformers would load an adapter's weights too, which may be a pickle.
+
+    Raises:
+        InputError: an adapter.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(source) is not None:
+        raise InputError(
+            f"model {source!r} is or holds a PEFT adapter (adapter_config.json): merge it into its model "
+            f"(merge_and_unload), save that and give its folder"
+        )
+
+
+def _check_attention(config: Any, source: str | Path) -> None:
+    """Transformers takes the name of a repository for an attention, and runs the code in it.
+
+    Raises:
+        InputError: another attention than those of torch.
+    """
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        asked = getattr(part, "_attn_implementation", None)
+        if asked not in _ATTENTIONS:
+            raise InputError(
+                f"{source}: config.json asks for the attention {asked!r}, which may be code from elsewhere: "
+                f"take attn_implementation out of it"
+            )
 
 
 def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClassifier:

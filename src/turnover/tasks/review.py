@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,9 @@ _COLUMNS = (
     *("key", "label", "suggested", "probability_of_label", "probability_of_suggested"),
     *("self_influence_z", "self_influence_q", "influencers", "decision", "text"),
 )
+_BEGINNING = r"[=+\-@\t\r\n]"
+_FORMULA = re.compile(rf"'*{_BEGINNING}(?![0-9.]+$)")
+_TEXT = re.compile(rf"'+{_BEGINNING}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def write_review(flagged: list[Flagged], out: Path) -> None:
         numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
         numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
         lines.append([one.key, one.label, one.suggested, *numbers, said, "", one.text])
-    write_csv(out, _COLUMNS, lines)
+    _write_list(out, lines)
 
 
 def write_decisions(
@@ -132,7 +136,23 @@ def write_decisions(
         numbers = ["", ""] if own is None else [f"{own[0]:.2f}", f"{own[1]:.3g}"]
         label = train.classes[train.labels[row]]
         lines.append([train.keys[row], label, "", "", "", *numbers, "", decision, train.shown(row)])
-    write_csv(out, _COLUMNS, lines)
+    _write_list(out, lines)
+
+
+def _write_list(out: Path, lines: list[list[str]]) -> None:
+    """Write a list that is filled in by people, in a spreadsheet that would run a text for a formula."""
+    write_csv(out, _COLUMNS, ([_as_text(cell) for cell in line] for line in lines))
+
+
+def _as_text(cell: str) -> str:
+    """A cell that a spreadsheet takes for a text, or a number: before what is a formula an apostrophe."""
+    return f"'{cell}" if _FORMULA.match(cell) else cell
+
+
+def _meant(cell: str, known: Container[str]) -> str:
+    """What was written as a cell, or stands in one that was written by hand."""
+    bare = cell[1:] if _TEXT.match(cell) else cell
+    return bare if bare in known else cell
 
 
 def read_decisions(run: Run, path: Path) -> dict[int, str]:
@@ -144,11 +164,12 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
         InputError: no such file, a missing column, an unknown or repeated key, or another decision.
     """
     decisions: dict[int, str] = {}
-    for number, row, decision in read_column(run, path, "decision"):
-        decision = decision.strip()
+    known = (KEEP, REMOVE, *run.train.classes)
+    for number, row, written in read_column(run, path, "decision"):
+        decision = _meant(written.strip(), known)
         if not decision:
             continue
-        if decision not in (KEEP, REMOVE, *run.train.classes):
+        if decision not in known:
             raise InputError(
                 f"{path}: line {number}: unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class: "
                 f"{', '.join(run.train.classes)}"
@@ -175,6 +196,7 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         key, value = line.get("key"), line.get(column)
         if key is None or value is None:
             raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
+        key = _meant(key, row_of)
         if key not in row_of:
             raise InputError(f"{path}: line {number}: no training row has the key {key!r}")
         if key in seen:

@@ -2,7 +2,7 @@
 
 Other accounts on this machine, and pages of other sites in the user's browser, can reach a port of
 it. So every address begins with a secret, a request must name this host (no rebinding of a foreign
-name), and what writes must come from the page itself.
+name), and what another page sends is refused.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+_ELSEWHERE = "open the address that `turnover view` printed: it ends with a secret"
 _MOST_LISTED = 500
 _BODY_BYTES = 4096
 
@@ -85,45 +86,64 @@ def open_view(
     with contextlib.closing(listening):
         contents = Contents(run)
         decisions = Decisions(run, contents.self_influence)
-        token = secrets.token_urlsafe(24)
+        token, once = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(contents, decisions, token),
+            application(contents, decisions, token, once),
             log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=1,
         )
-        address = f"http://{_HOST}:{listening.getsockname()[1]}/{token}/"
-        show(address)
+        origin = f"http://{_HOST}:{listening.getsockname()[1]}"
+        show(f"{origin}/{token}/")
         if browser:
+            # Other accounts can list the browser's command line, so what stands there works once.
+            door = (f"{origin}/{once}",)
             # A browser of the terminal would hold this thread until it is left.
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=door, daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
 
 
-def application(contents: Contents, decisions: Decisions, token: str) -> Starlette:
+def application(contents: Contents, decisions: Decisions, token: str, once: str) -> Starlette:
     """The web application: everything under ``/token/``.
 
     Args:
         contents: what is read.
         decisions: what is written.
         token: the secret that every address begins with.
+        once: another one, which leads there the first time it is asked for.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.routing import Mount
+    from starlette.routing import Mount, Route
 
     return Starlette(
-        routes=[Mount(f"/{token}", routes=_routes(contents, decisions))],
+        routes=[
+            Route(f"/{once}", _door(f"/{token}/")),
+            Mount(f"/{token}", routes=_routes(contents, decisions)),
+        ],
         middleware=[
-            Middleware(_Guard, token=token),
+            Middleware(_Guard, known=(token, once)),
             Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False),
         ],
         exception_handlers={InputError: _refused},
     )
+
+
+def _door(page: str) -> Callable[[Request], Response]:
+    """What leads to the page once."""
+    from starlette.responses import RedirectResponse
+
+    left = iter([page])
+
+    def enter(_: Request) -> Response:
+        to = next(left, None)
+        return _json({"error": _ELSEWHERE}, 403) if to is None else RedirectResponse(to, 303)
+
+    return enter
 
 
 def _routes(contents: Contents, decisions: Decisions) -> list[Any]:
@@ -185,10 +205,10 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Any]:
 
 
 class _Guard:
-    """Lets through what knows the secret and, where it writes, comes from the page itself."""
+    """Lets through what knows a secret and does not come from another page."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token
+    def __init__(self, app: ASGIApp, known: tuple[str, ...]) -> None:
+        self._app, self._known = app, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.datastructures import Headers, MutableHeaders
@@ -209,12 +229,12 @@ class _Guard:
     def _refusal(self, scope: Scope, headers: Any) -> str | None:
         first = str(scope["path"]).split("/")[1:2]
         given = (first[0] if first else "").encode()
-        if not hmac.compare_digest(given, self._token.encode()):
-            return "open the address that `turnover view` printed: it ends with a secret"
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        if headers.get("origin") != f"http://{headers.get('host')}":
-            return "decisions are taken from the page itself alone"
+        if not any(hmac.compare_digest(given, one.encode()) for one in self._known):
+            return _ELSEWHERE
+        reading = scope["method"] in ("GET", "HEAD")
+        own = f"http://{headers.get('host')}"
+        if headers.get("origin", own if reading else "") != own:
+            return "this is for the page itself alone"
         return None
 
 
@@ -225,6 +245,8 @@ async def _decision(request: Request) -> str | None:
         InputError: another body.
     """
     wrong = 'the body must be JSON: {"decision": a word or null}'
+    if request.headers.get("content-type") != "application/json":  # no form can send that
+        raise InputError(wrong)
     body = b""
     async for part in request.stream():
         body += part
