@@ -80,7 +80,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_influence_killed_between_two_stages_ends_as_if_never_cut_off(
     copy: Path, tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_influence_killed_between_two_stages_ends_as_if_never_cut_off(
     same(contents(copy), contents(whole))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_that_score_one_run_one_is_refused(copy: Path, tmp_path: Path) -> None:
     whole = contents(copy)
     first = paused("turnover.tasks.score:_fresh:0", "influence", copy, "--ghosts", 1000)
@@ -120,7 +120,7 @@ def test_of_two_that_score_one_run_one_is_refused(copy: Path, tmp_path: Path) ->
 FIT = ("--model", "vgg11", "--width", 4, "--hidden", 64, "--epochs", 1, "--batch-size", 12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fit_replaces_a_run_when_nobody_scores_it_any_more(
     copy: Path, folders: tuple[Path, Path]
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_fit_replaces_a_run_when_nobody_scores_it_any_more(
     assert not list((copy / "results").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_fits_of_one_run_one_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     fit = ("fit", folders[0], "--test", folders[1], *FIT, "--no-compare")
     turnover(*fit, "--out", tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_of_two_fits_of_one_run_one_is_refused(folders: tuple[Path, Path], tmp_p
     assert made["model.safetensors"] == whole["model.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "name"),
     [

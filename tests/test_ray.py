@@ -86,7 +86,7 @@ def blocks(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("top", [None, 4])
 @pytest.mark.parametrize("method", ["linear", "exact", "rerank"])
@@ -114,7 +114,7 @@ class Deadly:
         return objectives.margin(outputs, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_block_whose_worker_is_killed_is_computed_again(cluster, tmp_path):
     (tmp_path / "deaths").mkdir()
     influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
@@ -125,7 +125,7 @@ def test_a_block_whose_worker_is_killed_is_computed_again(cluster, tmp_path):
     tiny.assert_same(many, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
     wrong = [Batch(torch.full((2, 6), float("nan")), tiny.labels(2))]
     for engine in ("process", "ray"):
@@ -133,7 +133,7 @@ def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
             influence().estimate(wrong, IDS, out=tmp_path / engine, engine=engine)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_block_is_named_when_going_on(cluster, tmp_path):
     with pytest.raises(ZeroDivisionError):
         influence().estimate(
@@ -167,7 +167,7 @@ with test_ray.connected():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_result_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path):
     influence("exact").estimate(batches(), IDS, out=tmp_path / "one")
     many = tmp_path / "many"
@@ -187,7 +187,7 @@ def test_a_result_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path):
     assert sum(path.stat().st_mtime_ns == time for path, time in written.items()) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["ray", "process"])
 def test_of_two_drivers_on_one_result_the_second_is_refused(first, cluster, tmp_path):
     influence("exact").estimate(batches(), IDS, out=tmp_path / "one")

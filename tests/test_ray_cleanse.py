@@ -13,7 +13,7 @@ from test_cleanse import SHARE, harmed, validation  # noqa: F401 - fixtures
 from test_cli import encoder, turnover, turnover_process  # noqa: F401 - a fixture
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cleansing_by_many_workers_writes_the_same_files(
     harmed,  # noqa: F811
     validation,  # noqa: F811

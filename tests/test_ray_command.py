@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 from test_cli import data, encoder, run, turnover, turnover_process  # noqa: F401 - fixtures
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_influence_by_many_workers_stores_the_same_scores(run, tmp_path):  # noqa: F811
     def arguments(name):
         return "influence", shutil.copytree(run, tmp_path / name), "--ghosts", 100, "--no-gram"

@@ -28,7 +28,7 @@ def driver(cluster, tmp_path):
     driver.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_write_what_one_process_does_though_one_is_killed(cluster, driver, tmp_path):
     for asked in (EXACT, TOP):
         driver.estimate(asked, "one", engine="process")
@@ -48,7 +48,7 @@ def test_two_nodes_write_what_one_process_does_though_one_is_killed(cluster, dri
     wait_for(cluster, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_worker_does_not_grow_with_ids_and_targets(cluster, tmp_path):
     peaks = []
     for ids, targets in ((140_000, 1024), (420_000, 2048)):

@@ -60,7 +60,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("masked", [None, Masked(("1", "3"))], ids=["plain", "masked"])
 def test_networks_retrained_by_many_workers_are_those_of_one_process(
     masked, cluster, tmp_path, capsys
@@ -78,7 +78,7 @@ def test_networks_retrained_by_many_workers_are_those_of_one_process(
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_ensemble_of_many_workers_is_that_of_one_process(cluster):
     one, many = (
         train(mlp, X, Y, RECIPE, range(7), checkpoints=(0, 2), engine=engine)
@@ -90,7 +90,7 @@ def test_an_ensemble_of_many_workers_is_that_of_one_process(cluster):
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_leaving_out_and_removing_are_judged_alike(cluster):
     scores = tiny.features(2 * ROWS)[:, 0].view(2, ROWS).numpy()
     given = (scores, convolution, X, Y, RECIPE)
@@ -120,7 +120,7 @@ class Deadly:
         return convolution(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_whose_worker_is_killed_is_trained_again(cluster, tmp_path):
     deaths = tmp_path / "deaths"
     deaths.mkdir()
@@ -153,7 +153,7 @@ def some(build, cache, engine):
     return retrain(build, *given, on=X[:3], cache=cache, engine=engine)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_retraining_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path):
     many = tmp_path / "many"
     driver = subprocess.Popen(
@@ -174,7 +174,7 @@ def test_a_retraining_whose_driver_was_killed_is_gone_on_with(cluster, tmp_path)
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_more_jobs_are_taken_than_workers_will_soon_do(cluster):
     taken, results, waiting = [], {}, []
     jobs = (taken.append(number) or number for number in range(12))
@@ -186,7 +186,7 @@ def test_no_more_jobs_are_taken_than_workers_will_soon_do(cluster):
     assert 2 <= max(waiting) <= 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobs_under_way_are_given_up_with_the_sweep(cluster):
     start = time.monotonic()
     with sweeping("ray") as sweep:
@@ -196,7 +196,7 @@ def test_jobs_under_way_are_given_up_with_the_sweep(cluster):
     assert time.monotonic() - start < 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
     keep = draw_subsets(ROWS, 4).keep
     keep[:, 5] = [False, False, True, False]
@@ -215,7 +215,7 @@ def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
     assert all(name.endswith(".safetensors") for name in kept[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_does_not_pickle_is_refused(cluster, tmp_path):
     lock = threading.Lock()
 
@@ -227,7 +227,7 @@ def test_what_does_not_pickle_is_refused(cluster, tmp_path):
         train(build, X, Y, RECIPE, [1], engine="ray")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_that_are_not_on_the_cpu_are_refused(cluster):
     with (
         pytest.raises(InputError, match="runs on CPUs, and data are on meta"),

@@ -60,7 +60,7 @@ def same(left: dict[str, bytes], right: dict[str, bytes], *, but: set[str] = TIM
     assert [name for name in left.keys() - but if left[name] != right[name]] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_fitted_scored_and_explained_on_the_store_as_in_a_folder(
     url: str,
     folders: tuple[Path, Path],
@@ -169,7 +169,7 @@ def test_what_is_not_a_whole_run_is_refused(url: str, stored: str) -> None:
     assert "cannot be opened" in turnover("report", "nosuch://x/run", expect=2).stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [503, "cut", "lost"])
 def test_a_store_that_fails_now_and_then_gives_the_same_run(
     fault: Any,
@@ -256,7 +256,7 @@ cli.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_while_copying_back_the_same_command_ends_it(
     stored: str,
     run: Path,

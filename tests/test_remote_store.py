@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -110,6 +111,10 @@ def server():
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield faulty
+        # What moto holds outlives its server; another one in this process begins with nothing.
+        faulty.fault = lambda number, method, path: None
+        reset = f"{settings['AWS_ENDPOINT_URL']}/moto-api/reset"
+        urllib.request.urlopen(urllib.request.Request(reset, method="POST")).close()
     served.shutdown()
     thread.join()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -172,7 +177,7 @@ def child():
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_on_s3_it_ends_as_if_never_cut_off(url, top, monkeypatch):
     monkeypatch.setattr(place, "_LEASE_SECONDS", 0)
     monkeypatch.setattr(place, "_SETTLE_SECONDS", 0)
@@ -192,7 +197,7 @@ def test_killed_on_s3_it_ends_as_if_never_cut_off(url, top, monkeypatch):
     assert tree(url) == top
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [500, 503, "cut", "lost", 0.1])
 def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, top, server):
     before = server.faults
@@ -204,7 +209,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, top, se
     assert tree(url) == top
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [500, 503, "cut", "lost"])
 def test_a_store_that_only_fails_ends_in_an_error_and_is_gone_on_with(
     fault, url, top, server, monkeypatch
@@ -288,7 +293,7 @@ test_store.write(sys.argv[1], test_store.TOP, pause=60)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_writer_with_a_wrong_clock_keeps_others_out_as_long_as_any(url, top, monkeypatch):
     urls = {f"{url}/a-day-ahead": 86400, f"{url}/a-day-behind": -86400}
     processes = [
@@ -319,7 +324,7 @@ def test_a_writer_with_a_wrong_clock_keeps_others_out_as_long_as_any(url, top, m
         assert tree(one) == top
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("jump", [86400, -86400], ids=["a day on", "a day back"])
 def test_a_writer_whose_clock_jumps_ends_well(jump, url, top, monkeypatch):
     real, ahead = time.time, 0
@@ -332,7 +337,7 @@ def test_a_writer_whose_clock_jumps_ends_well(jump, url, top, monkeypatch):
     assert tree(url) == top
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_write_to_one_store_that_fails_now_and_then(server, url):
     pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
     import test_ray

@@ -52,9 +52,12 @@ def parts(asked: Json) -> dict[str, float]:
     pairs = asked["targets"] * asked["ids"]
     scored = asked["targets"] * (asked["ids"] + GHOSTS)
     linear, top = asked["method"] == "linear", "top" in asked
-    units = 8 if asked.get("small") else UNITS
+    small = asked.get("small", False)
+    units = 8 if small else UNITS
     return {
-        "backward": asked["targets"] * linear,
+        "backward": asked["targets"]
+        * linear
+        * (not small),  # next to nothing through a small network
         "product": scored * units * linear,
         "kept": pairs * linear * top,
         "written": pairs * (not top),
@@ -197,10 +200,12 @@ FITTED: list[Json] = [
     {"method": "linear", "ids": 65_536, "targets": 2048},
     {"method": "linear", "ids": 65_536, "targets": 1024, "top": 100},
     {"method": "linear", "ids": 262_144, "targets": 1024, "top": 100},
+    {"method": "linear", "ids": 131_072, "targets": 2048, "small": True},
+    {"method": "linear", "ids": 262_144, "targets": 1024, "top": 100, "small": True},
     {"method": "exact", "ids": 1024, "targets": 16},
     {"method": "exact", "ids": 4096, "targets": 32},
 ]
-"""Of one process, small."""
+"""Of one process, small; two numbers of mask units tell the products from what is written or kept."""
 HELD_OUT: list[Json] = [
     {"method": "linear", "ids": 131_072, "targets": 3072},
     {"method": "linear", "ids": 1_000_000, "targets": 2048, "top": 100},
