@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from test_cli import data, encoder, fit_arguments, turnover  # noqa: F401 - fixt
 from test_cli import run as text_run  # noqa: F401 - a fixture
 from test_images import arrays, folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
-from turnover import InputError, open_result
+from turnover import InputError
 from turnover.data import load_table
 from turnover.images import read_images
 from turnover.integrations.transformers import ClassifierConfig, build
@@ -290,79 +289,3 @@ def test_a_data_set_that_is_a_script_is_refused(tmp_path: Path, marker: Path) ->
     as_pickle(tmp_path / "train.pkl", marker)
     with pytest.raises(InputError, match=r"cannot read \.pkl"):
         load_table(str(tmp_path / "train.pkl"), "train")
-
-
-_OPENED: list[str] = []
-_LISTENING = False
-
-
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    if _LISTENING and event == "open" and isinstance(arguments[0], str | bytes):
-        _OPENED.append(arguments[0] if isinstance(arguments[0], str) else arguments[0].decode())
-
-
-sys.addaudithook(_note)  # there is no taking it off again
-
-
-@contextmanager
-def opening() -> Iterator[list[str]]:
-    """The names of files that Python opens while the body runs."""
-    global _LISTENING
-    _OPENED.clear()
-    _LISTENING = True
-    try:
-        yield _OPENED
-    finally:
-        _LISTENING = False
-
-
-@pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    path = tmp_path / "elsewhere" / "secret.json"
-    path.parent.mkdir()
-    path.write_text('{"model_type": "bert", "architectures": ["secret"]}')
-    return path
-
-
-@pytest.mark.parametrize("absolute", [True, False])
-def test_a_path_in_the_description_of_a_model_is_not_followed(
-    absolute: bool, copy: Path, copy_of_images: Path, secret: Path
-) -> None:
-    for folder in (copy, copy_of_images):
-        path = str(secret) if absolute else f"../../{secret.parent.name}/{secret.name}"
-        described = json.loads((folder / "classifier.json").read_text())
-        field = "weights" if folder == copy_of_images else "model"
-        described["classifier"][field] = path
-        (folder / "classifier.json").write_text(json.dumps(described))
-        write_digests(folder)
-        with opening() as opened:
-            if field == "weights":  # weights were none: the network is another one
-                with pytest.raises(InputError, match="missing or damaged"):
-                    Run.load(folder)
-            else:
-                Run.load(folder)
-        assert opened and not any("secret.json" in one for one in opened)
-
-
-@pytest.mark.parametrize("name", ["../../elsewhere/secret.json", "score/../../x", "/etc", ".."])
-def test_an_array_that_lies_outside_its_result_is_not_read(
-    name: str, copy: Path, secret: Path
-) -> None:
-    path = copy / "results" / "aggregate.zarr" / "zarr.json"
-    described = json.loads(path.read_text())
-    arrays = described["consolidated_metadata"]["metadata"]
-    arrays[name] = arrays["score"]
-    path.write_text(json.dumps(described))
-    with opening() as opened:
-        try:
-            result = open_result(path.parent)
-            result.part(name)
-            result.dataset.load()
-        except (InputError, ValueError):
-            pass
-        else:
-            raise AssertionError("it was read as a part of the result")
-    inside = str(copy.resolve())
-    assert not any("secret" in one for one in opened)
-    zarrs = [one for one in opened if ".zarr" in one]
-    assert zarrs and all(str(Path(one).resolve()).startswith(inside) for one in zarrs)

@@ -205,6 +205,14 @@ def _in_folder(folder: Path, columns: Columns, ids_needed: bool) -> _Found:
             f"({', '.join(ENDINGS)})"
         )
 
+    home, known = (
+        folder.resolve(),
+        {parent: parent.resolve() for parent in {p.parent for p in paths}},
+    )
+    for path in paths:
+        whole = path.resolve() if path.is_symlink() else known[path.parent] / path.name
+        _check_inside(whole, (home,), str(path))
+
     def read(row: int) -> tuple[bytes, Any]:
         raw = _bytes(paths[row])
         return raw, _opened(raw, str(paths[row]))
@@ -261,13 +269,17 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
         import datasets
 
         table = table.cast_column(columns.input, datasets.Image(decode=False))
+    homes = _homes(Path(source))
 
     def read(row: int) -> tuple[bytes, Any]:
         cell = table[row][columns.input]
         where = f"{source}: row {row + 1}"
         if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
             raise InputError(f"{where} has no image in column {columns.input!r}")
-        raw = cell.get("bytes") or _bytes(Path(cell["path"]))
+        raw = cell.get("bytes")
+        if not raw:
+            _check_inside(Path(cell["path"]).resolve(), homes, f"{where}: {cell['path']}")
+            raw = _bytes(Path(cell["path"]))
         return raw, _opened(raw, where)
 
     return _Found(
@@ -277,6 +289,29 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
         keys_and_ids(table, columns, source),
         read,
     )
+
+
+def _homes(source: Path) -> tuple[Path, ...]:
+    """Where the images that a table names by path may lie: beside its file, or in a data set's caches."""
+    if source.is_file():
+        return (source.parent.resolve(),)
+    import datasets
+    from huggingface_hub import constants
+
+    caches = (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    return tuple(Path(cache).resolve() for cache in caches)
+
+
+def _check_inside(whole: Path, homes: Sequence[Path], named: str) -> None:
+    """A data set of somebody else's may not take in images of the user's.
+
+    Raises:
+        InputError: it lies elsewhere.
+    """
+    if not any(whole.is_relative_to(home) for home in homes):
+        raise InputError(
+            f"{named} leads out of {homes[0]}: copy there what it leads to (cp -rL), or take it out"
+        )
 
 
 def _bytes(path: Path) -> bytes:
