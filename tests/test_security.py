@@ -192,7 +192,11 @@ def test_a_checkpoint_that_is_a_pickle_is_refused(
 
 
 @pytest.fixture
-def pretrained(encoder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def pretrained(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr(torch, "load", refuse)
     return Path(shutil.copytree(encoder, tmp_path / "pretrained"))
 
 
@@ -218,6 +222,46 @@ def test_pretrained_weights_that_are_a_pickle_are_refused(
     assert "no file named model.safetensors" in refusal(pretrained), "whatever is in it"
     write(pretrained / "model.safetensors", marker)
     assert "cannot be loaded" in refusal(pretrained)
+
+
+@pytest.mark.parametrize(
+    "where", ["config.json", "model.safetensors.index.json", "its.safetensors.index.json"]
+)
+def test_weights_that_the_model_names_are_safetensors_too(
+    where: str, pretrained: Path, marker: Path
+) -> None:
+    as_torch(pretrained / "adapter_model.bin", marker)
+    if where == "config.json":
+        change(pretrained / where, transformers_weights="adapter_model.bin")
+    else:
+        index = {"metadata": {}, "weight_map": {"embeddings.weight": "adapter_model.bin"}}
+        (pretrained / where).write_text(json.dumps(index))
+        (pretrained / "model.safetensors").unlink()
+        if where.startswith("its"):
+            change(pretrained / "config.json", transformers_weights=where)
+    assert "'adapter_model.bin' as its weights" in refusal(pretrained)
+
+
+def test_weights_in_shards_are_read(pretrained: Path) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(pretrained, trust_remote_code=False)
+    (pretrained / "model.safetensors").unlink()
+    model.save_pretrained(pretrained, max_shard_size="20KB")
+    assert len(list(pretrained.glob("model-*.safetensors"))) > 1
+    build(ClassifierConfig(str(pretrained), 8, 2), 2)
+
+
+def test_a_list_of_weights_that_is_damaged_is_refused_in_a_line(pretrained: Path) -> None:
+    for damaged in ("{", "{}", '{"weight_map": []}', "[]"):
+        (pretrained / "model.safetensors.index.json").write_text(damaged)
+        assert "cannot be loaded: " in refusal(pretrained)
+
+
+def test_a_model_that_needs_another_package_is_refused_in_a_line(pretrained: Path) -> None:
+    quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    change(pretrained / "config.json", quantization_config=quantised)
+    assert "cannot be loaded: " in refusal(pretrained)
 
 
 def test_an_adapter_is_refused_before_its_weights_are_looked_at(

@@ -19,6 +19,8 @@ from turnover.errors import InputError, needing
 from turnover.heads import WideHead
 
 SITES = ("lora", "head")
+_INDEX = ".safetensors.index.json"
+_OF_A_BAD_MODEL = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 
 
@@ -105,6 +107,7 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
         _check_no_adapter(config.model)
         shape = _data_alone(transformers.AutoConfig, config.model)
         _check_attention(shape, config.model)
+        _check_weights(shape, config.model)
         # A missing safetensors file is an error, and not made good for by a pickle.
         encoder = _data_alone(
             transformers.AutoModel, config.model, config=shape, use_safetensors=True
@@ -112,9 +115,10 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
         tokenizer = _data_alone(transformers.AutoTokenizer, config.model)
     except InputError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*_OF_A_BAD_MODEL, ImportError, SafetensorError) as error:
+        said = str(error).strip() or repr(error)
         raise InputError(
-            f"model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}"
+            f"model {config.model!r} cannot be loaded: {said.splitlines()[0]}"
         ) from error
     return _assemble(encoder, config, classes), tokenizer
 
@@ -153,7 +157,7 @@ def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
         encoder = transformers.AutoModel.from_config(encoder_config, trust_remote_code=False)
         model = _assemble(encoder, config, int(shape["classes"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (*_OF_A_BAD_MODEL, SafetensorError) as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     return model.eval(), tokenizer, config
 
@@ -197,6 +201,27 @@ def _check_attention(config: Any, source: str | Path) -> None:
             raise InputError(
                 f"{source}: config.json asks for the attention {asked!r}, which may be code from elsewhere: "
                 f"take attn_implementation out of it"
+            )
+
+
+def _check_weights(config: Any, source: str) -> None:
+    """Transformers takes names of weights from files of the model, and those may be of pickles.
+
+    Raises:
+        InputError: a name of something else than safetensors.
+    """
+    from transformers.utils import cached_file
+
+    own = getattr(config, "transformers_weights", None)
+    index = own if str(own).endswith(_INDEX) else f"model{_INDEX}"
+    path = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
+    names = {own} - {None}
+    if path is not None:
+        names |= set(json.loads(Path(path).read_text())["weight_map"].values())
+    for name in names:
+        if not str(name).endswith((".safetensors", _INDEX)):
+            raise InputError(
+                f"model {source!r} names {name!r} as its weights, which is not safetensors"
             )
 
 
