@@ -1,4 +1,9 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,3 +37,36 @@ def test_they_are_the_two_ends_of_the_sorted_scores(
     ends = order if ids <= 2 * count else np.delete(order, np.s_[count:-count], axis=1)
     assert np.array_equal(positions, ends)
     assert np.array_equal(found, np.take_along_axis(scores.numpy(), ends, axis=1))
+
+
+HELD = """
+import sys
+import torch
+from turnover.influence.extremes import Extremes
+
+def held():
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2**10
+
+extremes = Extremes(512, 50)
+generator = torch.Generator().manual_seed(0)
+for block in range(120):
+    # A product of matrices, as linear scores are: the memory of each block is its own.
+    extremes.add(torch.randn(512, 16, generator=generator) @ torch.randn(16, 8192, generator=generator))
+    if block == 20:
+        early = held()
+print(held() - early)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_held_between_blocks_keeps_none_of_their_memory():
+    run = subprocess.run(
+        [sys.executable, "-c", HELD],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"},
+    )
+    assert float(run.stdout) < 48, "MiB, of which a block has 16"

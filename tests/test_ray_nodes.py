@@ -53,7 +53,7 @@ def test_memory_of_a_worker_does_not_grow_with_ids_and_targets(cluster, tmp_path
     peaks = []
     for ids, targets in ((140_000, 1024), (420_000, 2048)):
         driver = Driver(cluster, tmp_path)
-        driver.estimate({**TOP, "ids": ids, "targets": targets, "small": True}, "r")
+        driver.estimate({**TOP, "ids": ids, "targets": targets, "units": 8}, "r")
         workers = [w for node in (cluster.head, cluster.other) for w in node.workers()]
         peaks.append(max(peak_gib(worker.pid) for worker in workers))
         driver.close()

@@ -25,14 +25,20 @@ from turnover.objectives import margin
 _BATCH = 64
 
 
-def influence(method: str, *, small: bool) -> Influence:
-    """Of a network with random weights: what is computed does not depend on what it has learned."""
+def influence(method: str, units: int | None) -> Influence:
+    """Of a network with random weights: what is computed does not depend on what it has learned.
+
+    Args:
+        method: of the estimate.
+        units: of a network with one hidden layer; ``None``: of the perceptron of all benchmarks.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = Perceptron().eval()
-        if small:
-            model = nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
-    network = turnover.attach(model, ["1"] if small else ["act1", "act3"], MaskSpec(seed=0))
+        if units is not None:
+            model = nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10)).eval()
+    sites = ["act1", "act3"] if units is None else ["1"]
+    network = turnover.attach(model, sites, MaskSpec(seed=0))
     return Influence(network, margin, method, ghosts=GHOSTS)
 
 
@@ -46,9 +52,9 @@ def targets(count: int) -> Iterator[Batch]:
 
 
 def estimate(told: dict[str, Any]) -> dict[str, Any]:
-    """One result; ``engine``, ``method``, ``ids``, ``targets``, ``top``, ``small`` and ``out`` are told."""
+    """One result; ``engine``, ``method``, ``ids``, ``targets``, ``top``, ``units`` and ``out`` are told."""
     ids = torch.arange(told["ids"])
-    scoring = influence(told["method"], small=told.get("small", False))
+    scoring = influence(told["method"], told.get("units"))
     start, busy = time.perf_counter(), time.process_time()
     scoring.estimate(
         targets(told["targets"]), ids, top=told.get("top"), out=told["out"], engine=told["engine"]

@@ -52,12 +52,11 @@ def parts(asked: Json) -> dict[str, float]:
     pairs = asked["targets"] * asked["ids"]
     scored = asked["targets"] * (asked["ids"] + GHOSTS)
     linear, top = asked["method"] == "linear", "top" in asked
-    small = asked.get("small", False)
-    units = 8 if small else UNITS
+    units = asked.get("units", UNITS)
     return {
         "backward": asked["targets"]
         * linear
-        * (not small),  # next to nothing through a small network
+        * (units == UNITS),  # next to nothing through a small network
         "product": scored * units * linear,
         "kept": pairs * linear * top,
         "written": pairs * (not top),
@@ -200,8 +199,8 @@ FITTED: list[Json] = [
     {"method": "linear", "ids": 65_536, "targets": 2048},
     {"method": "linear", "ids": 65_536, "targets": 1024, "top": 100},
     {"method": "linear", "ids": 262_144, "targets": 1024, "top": 100},
-    {"method": "linear", "ids": 131_072, "targets": 2048, "small": True},
-    {"method": "linear", "ids": 262_144, "targets": 1024, "top": 100, "small": True},
+    {"method": "linear", "ids": 131_072, "targets": 2048, "units": 256},
+    {"method": "linear", "ids": 262_144, "targets": 1024, "top": 100, "units": 256},
     {"method": "exact", "ids": 1024, "targets": 16},
     {"method": "exact", "ids": 4096, "targets": 32},
 ]
@@ -212,5 +211,5 @@ HELD_OUT: list[Json] = [
     {"method": "exact", "ids": 16_384, "targets": 64},
 ]
 """Four to sixteen times as large, by one process, one worker and two."""
-MANY_TASKS: Json = {"method": "exact", "ids": 102_400, "targets": 320, "small": True}
+MANY_TASKS: Json = {"method": "exact", "ids": 102_400, "targets": 320, "units": 8}
 """2,000 tasks of which each takes next to nothing."""

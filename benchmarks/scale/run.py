@@ -250,6 +250,7 @@ def main() -> None:
         folder = Path(name)
         driver = Driver(cluster, folder)
         if "scaling" in options.only:
+            found["machine"] = {**machine(), "load": os.getloadavg()}  # of what is timed
             found["scaling"] = scaling(cluster, driver)
             found["scaling_2"] = found["scaling"]["exact"]
             print(found["scaling"])
@@ -278,7 +279,6 @@ def main() -> None:
         if "model" in options.only:
             found["model"] = modelled(cluster, folder)
         found["namespaces"] = cluster.namespaces
-    found["machine"] = {**machine(), "load": os.getloadavg()}
     options.write.write_text(json.dumps(found, indent=2) + "\n")
     table.write(found)
 

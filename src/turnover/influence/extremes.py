@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial, reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +48,8 @@ class Extremes:
         return positions, scores
 
 
+_Hits = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+"""Targets, positions of ids, and scores."""
 Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Positions and scores, as :meth:`Extremes.result`."""
 
@@ -78,8 +79,15 @@ class _Side:
     def __init__(self, targets: int, count: int, *, last_first: bool = False) -> None:
         self._targets, self._count, self._last_first = targets, count, last_first
         self._threshold: Tensor | None = None
-        self._found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
-        self._pending = 0
+        # Written into, not collected: what is kept between two blocks of scores would lie in the memory
+        # that these leave, so that the next ones would not fit there.
+        size = 2 * targets * count
+        self._kept = (
+            np.empty(size, np.int64),
+            np.empty(size, np.int64),
+            np.empty(size, np.float32),
+        )
+        self._filled = 0
 
     def add(self, scores: Tensor, start: int) -> None:
         if self._threshold is None:
@@ -93,36 +101,40 @@ class _Side:
         else:
             hits = scores > self._threshold
         rows, columns = hits.nonzero(as_tuple=True)
-        if not len(rows):
-            return
         values = scores[rows, columns]
-        self._found.append(
-            (rows.cpu().numpy(), (columns + start).cpu().numpy(), values.cpu().numpy())
-        )
-        self._pending += len(rows)
-        if self._pending > 2 * self._targets * self._count:
-            self._prune(scores)
+        found = (rows.cpu().numpy(), (columns + start).cpu().numpy(), values.cpu().numpy())
+        if self._filled + len(rows) > len(self._kept[0]):
+            self._prune(found, scores)
+        else:
+            self._keep(found)
 
-    def _prune(self, like: Tensor) -> None:
-        rows, positions, values = self._best()
-        self._found, self._pending = [(rows, positions, values)], 0
+    def _keep(self, found: _Hits) -> None:
+        end = self._filled + len(found[0])
+        some = slice(self._filled, end)
+        rows, positions, values = self._kept
+        rows[some], positions[some], values[some] = found
+        self._filled = end
+
+    def _prune(self, found: _Hits, like: Tensor) -> None:
+        rows, positions, values = self._best(found)
+        self._filled = 0
+        self._keep((rows, positions, values))
         counts = np.bincount(rows, minlength=self._targets)
         if counts.min() >= self._count:
             last = values[np.cumsum(counts) - 1]
             self._threshold = torch.from_numpy(last).to(like.device)[:, None]
 
-    def _best(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        rows, positions, values = (
-            np.concatenate(parts) for parts in zip(*self._found, strict=True)
-        )
+    def _best(self, *more: _Hits) -> _Hits:
+        kept = tuple(array[: self._filled] for array in self._kept)
+        rows, positions, values = (np.concatenate(parts) for parts in zip(kept, *more, strict=True))
         order = np.lexsort((-positions if self._last_first else positions, -values, rows))
         rows, positions, values = rows[order], positions[order], values[order]
         starts = np.searchsorted(rows, np.arange(self._targets))
-        kept = np.arange(len(rows)) - starts[rows] < self._count
-        return rows[kept], positions[kept], values[kept]
+        best = np.arange(len(rows)) - starts[rows] < self._count
+        return rows[best], positions[best], values[best]
 
     def sorted(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rows, positions, values = self._best()
         ranks = len(rows) // self._targets  # every target has seen the same ids
         shape = (self._targets, ranks)
-        return positions.reshape(shape).astype(np.int64), values.reshape(shape).astype(np.float32)
+        return positions.reshape(shape), values.reshape(shape)
