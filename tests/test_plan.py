@@ -21,7 +21,7 @@ pytest.importorskip("typer")
 
 from turnover import Influence, InputError, MaskSpec, WideHead, attach
 from turnover.influence.calibration import q_values
-from turnover.tasks.plan import Pilot, Setting, measure, pilot_training, without_noise, z_asked
+from turnover.tasks.pilot import Pilot, Setting, measure, pilot_training, without_noise, z_asked
 from turnover.tasks.training import TrainingConfig
 
 SETTINGS = st.builds(Setting, st.integers(1000, 10**6), st.integers(64, 10**6), st.integers(1, 100))

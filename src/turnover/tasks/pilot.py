@@ -1,0 +1,399 @@
+"""A training on a part of the data, and what it says of single influence scores of the whole.
+
+The measurements behind it are in docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from turnover.data import TextData
+from turnover.encoded import Encoded, batches
+from turnover.errors import InputError
+from turnover.influence import Influence
+from turnover.integrations.transformers import ClassifierConfig
+from turnover.masks import MaskSpec
+from turnover.network import Network, attach
+from turnover.objectives import margin
+from turnover.pipelines import build
+from turnover.tasks.explain import SIGNIFICANT_Q
+from turnover.tasks.fit import FitConfig
+from turnover.tasks.score import choose_sites
+from turnover.tasks.training import TrainingConfig, train
+
+Floats = NDArray[np.float64]
+
+PILOT_ROWS = 800
+_MIN_PILOT_ROWS = 50
+_TARGETS = 200
+_BATCH = 32
+_GHOSTS = 1000
+_SITE_ROWS, _SITE_GHOSTS = 64, 200
+_GRID, _BINS, _ROUNDS = 80, 1500, 300
+_SMALLEST = 0.1
+"""Noise standard deviations: smaller influences are counted as none or as this."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the signal to noise of single scores.
+
+    Attributes:
+        instances: distinct training ids.
+        units: mask units of the wide head.
+        seeds: networks (other seeds) whose scores are averaged.
+    """
+
+    instances: int
+    units: int
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "units", "seeds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    def over(self, other: Setting) -> float:
+        """Signal to noise of this setting over that of another one, by the law."""
+        return math.sqrt(
+            (self.seeds * self.units * other.instances)
+            / (other.seeds * other.units * self.instances)
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What single scores will be like in a setting.
+
+    Attributes:
+        noise_floor: standard deviation of a ghost's score, nats of margin.
+        signal: standard deviation of influences without the noise, nats of margin.
+        signal_to_noise: their ratio.
+        top: rank k that the next two are about.
+        top_size: size of the k-th strongest influence on a target, without the noise, nats of margin.
+        top_z: the same in noise floors.
+        significant: expected instances with q <= 0.05 for each target.
+    """
+
+    noise_floor: float
+    signal: float
+    signal_to_noise: float
+    top: int
+    top_size: float
+    top_z: float
+    significant: float
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot training showed, and what follows for other settings.
+
+    Attributes:
+        setting: of the pilot itself.
+        rows: training rows.
+        targets: held-out rows that were scored.
+        sites: the sites that were scored.
+        noise_floor: ghosts' standard deviation (root mean square over targets), nats of margin.
+        signal: standard deviation of the scores beyond that of ghosts, nats of margin; 0 where it is
+            not more than chance gives.
+        sizes: float64, ascending from 0: absolute influences without noise, in noise floors.
+        shares: float64, of the shape of ``sizes``: their shares of all pairs.
+        seconds: what it took.
+    """
+
+    setting: Setting
+    rows: int
+    targets: int
+    sites: tuple[str, ...]
+    noise_floor: float
+    signal: float
+    sizes: Floats
+    shares: Floats
+    seconds: float
+
+    def predict(self, setting: Setting, top: int) -> Prediction:
+        """What to expect of a setting.
+
+        Raises:
+            InputError: ``top`` is not between 1 and the instances.
+        """
+        _check_top(top, setting.instances)
+        over = setting.over(self.setting)
+        units = setting.units * setting.seeds / (self.setting.units * self.setting.seeds)
+        floor = self.noise_floor / math.sqrt(units)
+        ratio = self.signal / self.noise_floor * over
+        top_z = self._strongest(top / setting.instances) * over
+        return Prediction(
+            noise_floor=floor,
+            signal=ratio * floor,
+            signal_to_noise=ratio,
+            top=top,
+            top_size=top_z * floor,
+            top_z=top_z,
+            significant=self._significant(over, setting.instances),
+        )
+
+    def needed_units(self, setting: Setting, top: int) -> int | None:
+        """Mask units at the setting's seeds for the ``top`` strongest to reach the z that q <= 0.05 asks.
+
+        ``None`` where the pilot saw no influence beyond chance at that rank.
+
+        Raises:
+            InputError: ``top`` is not between 1 and the instances.
+        """
+        return self._times(setting, top, setting.units)
+
+    def needed_seeds(self, setting: Setting, top: int) -> int | None:
+        """Networks to average at the setting's width, likewise."""
+        return self._times(setting, top, setting.seeds)
+
+    def _times(self, setting: Setting, top: int, now: int) -> int | None:
+        needed_z = z_asked(top, setting.instances)
+        reached = self._strongest(top / setting.instances) * setting.over(self.setting)
+        if reached == 0:
+            return None
+        needed = now * (needed_z / reached) ** 2
+        return max(1, math.ceil(needed * (1 - 1e-12)))  # rounding errors are no reason for one more
+
+    def _strongest(self, share: float) -> float:
+        """Size that this share of the influences reaches, in noise floors of the pilot."""
+        reaching = np.cumsum(self.shares[::-1])[::-1][1:]  # the first size is 0
+        if not len(reaching) or share > reaching[0]:
+            return 0.0
+        logarithms = -np.log(np.maximum(reaching, np.finfo(np.float64).tiny))
+        return float(np.exp(np.interp(-math.log(share), logarithms, np.log(self.sizes[1:]))))
+
+    def _significant(self, over: float, instances: int) -> float:
+        """Where Benjamini-Hochberg stops for ids with these influences and Gaussian noise."""
+        z = np.linspace(0.5, 40, 8000)
+        sizes = self.sizes * over
+        found = np.zeros_like(z)
+        for size, share in zip(sizes, self.shares, strict=True):
+            found += share * (_survival(z - size) + _survival(z + size))
+        allowed = (2 * _survival(z) <= SIGNIFICANT_Q * found) & (found * instances >= 0.5)
+        return float(instances * found[allowed][0]) if allowed.any() else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured, as plain JSON values."""
+        return {
+            **asdict(self.setting),
+            "rows": self.rows,
+            "targets": self.targets,
+            "sites": list(self.sites),
+            "noise_floor": self.noise_floor,
+            "signal": self.signal,
+            "signal_to_noise": self.signal / self.noise_floor,
+            "seconds": self.seconds,
+        }
+
+
+def z_asked(top: int, instances: int) -> float:
+    """The z from which the ``top``-th of so many instances has q <= 0.05 (Gaussian, two-sided).
+
+    Raises:
+        InputError: ``top`` is not between 1 and ``instances``.
+    """
+    _check_top(top, instances)
+    return -NormalDist().inv_cdf(SIGNIFICANT_Q * top / instances / 2)
+
+
+def _check_top(top: int, instances: int) -> None:
+    if not 1 <= top <= instances:
+        raise InputError(f"top must lie between 1 and the {instances} instances, got {top}")
+
+
+def run_pilot(
+    config: FitConfig, train_data: TextData, test_data: TextData, rows: int = PILOT_ROWS
+) -> Pilot:
+    """Train on a part of the data as the whole would be trained, and measure its scores.
+
+    Everything is as in the real training (encoder, width, learning rates, epochs, number of
+    optimiser steps) but the rows, and with them the rows in a step.
+
+    Args:
+        rows: about how many training rows; instances that share an id come together.
+
+    Raises:
+        InputError: too few rows, a part without all classes, a model that cannot be loaded, a loss
+            that is NaN.
+    """
+    if rows < _MIN_PILOT_ROWS:
+        raise InputError(f"a pilot needs {_MIN_PILOT_ROWS} rows or more, got {rows} (--pilot-rows)")
+    start = time.perf_counter()
+    part = _part(train_data, rows)
+    # The weights' randomness, without moving the caller's generator.
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(config.training.seed)
+        pipeline, model = build(config.classifier, train_data)
+        training, test = pipeline.encode(part), pipeline.encode(test_data)
+        pipeline.prepare(model, training)
+        network = attach(model, config.sites, config.masks)
+        train(
+            model,
+            training,
+            pilot_training(config.training, len(train_data), len(part)),
+            network.exposed,
+            name="the pilot",
+            checkpoint=Path(folder) / "pilot.checkpoint",
+            identity="pilot",
+        )
+    sites = _scored_sites(network, training)
+    targets = _sample(len(test), _TARGETS)
+    influence = Influence(network, margin, "linear", ghosts=_GHOSTS, sites=sites, progress=True)
+    ids = torch.unique(part.ids)
+    result = influence.estimate(batches(test, targets, _BATCH), ids)
+    setting = Setting(len(ids), mask_units(config))
+    elapsed = time.perf_counter() - start
+    floor = result.noise_floor.astype(np.float64)
+    return measure(result.z, floor, setting, rows=len(part), sites=sites, seconds=elapsed)
+
+
+def measure(
+    z: NDArray[np.floating],
+    noise_floor: NDArray[np.floating],
+    setting: Setting,
+    *,
+    rows: int,
+    sites: tuple[str, ...] = (),
+    seconds: float = 0.0,
+) -> Pilot:
+    """A pilot from standardised scores.
+
+    Args:
+        z: scores in noise floors, (targets, ids).
+        noise_floor: of each target (targets,), nats of margin.
+        setting: that the scores were made in.
+
+    Raises:
+        InputError: no noise at all, so that there is nothing to compare with.
+    """
+    squares = z.astype(np.float64) ** 2
+    floors = noise_floor.astype(np.float64) ** 2
+    noise = float(floors.mean()) ** 0.5
+    if noise == 0:
+        raise InputError("the pilot's scores are all 0: its network did not learn anything")
+    # Targets share the ids' masks, so the ids are what is independent. The ghosts behind the noise
+    # floors are no better known than the ids' mean: together some 1.4 standard errors.
+    beyond = ((squares - 1) * floors[:, None]).mean(axis=0)
+    signal, error = float(beyond.mean()), float(beyond.std(ddof=1)) / math.sqrt(len(beyond))
+    if signal <= 3 * error:
+        signal, sizes, shares = 0.0, np.zeros(1), np.ones(1)
+    else:
+        sizes, shares = without_noise(np.sqrt(squares))
+    return Pilot(setting, rows, len(z), sites, noise, math.sqrt(signal), sizes, shares, seconds)
+
+
+def pilot_training(config: TrainingConfig, rows: int, pilot_rows: int) -> TrainingConfig:
+    """The training of a pilot on some of the rows: as many epochs and steps, fewer rows in a step.
+
+    With Adam, how far the weights move is a matter of steps and learning rates, and an instance's
+    share of it one of how often it is seen. Where even single rows make too few steps, the learning
+    rates grow with the square root of what is missing (Malladi et al. 2022, the square root scaling
+    rule for Adam), which keeps the noise.
+    """
+    size = max(1, round(config.batch_size * pilot_rows / rows))
+    steps, pilot_steps = -(-rows // config.batch_size), -(-pilot_rows // size)
+    factor = math.sqrt(steps / pilot_steps)
+    return replace(
+        config,
+        batch_size=size,
+        learning_rate=config.learning_rate * factor,
+        head_learning_rate=config.head_learning_rate * factor,
+    )
+
+
+def without_noise(z: Floats) -> tuple[Floats, Floats]:
+    """Absolute influences behind noisy scores: sizes, and the share of the pairs that has each.
+
+    The maximum likelihood mixture (Kiefer and Wolfowitz 1956) of symmetric influences under Gaussian
+    noise of 1, by expectation-maximisation. The largest *scores* are large by luck too; the largest of
+    these sizes are not.
+
+    Args:
+        z: absolute scores in noise floors, any shape.
+
+    Returns:
+        float64 ascending from 0, and float64 of the same shape with sum 1.
+    """
+    largest = float(z.max())
+    sizes = np.concatenate([[0.0], np.geomspace(_SMALLEST, max(largest, 4.0), _GRID)])
+    counts, edges = np.histogram(z, np.linspace(0, largest * (1 + 1e-9) + 1e-9, _BINS))
+    centres = (edges[1:] + edges[:-1])[:, None] / 2
+    likelihood = np.exp(-((centres - sizes) ** 2) / 2) + np.exp(-((centres + sizes) ** 2) / 2)
+    filled = counts > 0
+    weights, likelihood = counts[filled] / counts.sum(), likelihood[filled]
+    shares = np.full(len(sizes), 1 / len(sizes))
+    for _ in range(_ROUNDS):
+        shares = shares * (likelihood.T @ (weights / (likelihood @ shares)))
+    return sizes, shares / shares.sum()
+
+
+def _survival(z: Floats) -> Floats:
+    """P(standard normal >= z)."""
+    return np.asarray(torch.special.ndtr(torch.from_numpy(-z)).numpy())
+
+
+def mask_units(config: FitConfig) -> int:
+    """Mask units of the training that is planned.
+
+    Raises:
+        InputError: its network is not a text classifier.
+    """
+    if not isinstance(config.classifier, ClassifierConfig):
+        raise InputError(
+            "planning is for text classifiers: what was measured is of their wide head"
+        )
+    return config.classifier.head_units
+
+
+def _sample(count: int, wanted: int) -> list[int]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:wanted].tolist())
+
+
+def _part(data: TextData, wanted: int) -> TextData:
+    """About so many rows, with whole groups of rows that share an id.
+
+    Which ids are taken follows a mask, so that re-sorting the data changes nothing.
+    """
+    bits = MaskSpec(balanced=False).exposed(data.ids, "pilot", 64)
+    weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)
+    order = torch.argsort(bits.double() @ weights, stable=True).tolist()
+    last = data.ids[order[min(wanted, len(order)) - 1]]
+    chosen = set(order[:wanted]) | set(torch.nonzero(data.ids == last).flatten().tolist())
+    rows = sorted(chosen)
+    chosen_data = data.take(rows)
+    there = set(chosen_data.labels)
+    missing = [name for index, name in enumerate(data.classes) if index not in there]
+    if missing:
+        raise InputError(
+            f"the pilot's {len(rows)} rows hold none of class {missing[0]!r}; give it more "
+            f"(--pilot-rows)"
+        )
+    return chosen_data
+
+
+def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:
+    """The sites that `turnover influence` would score, told from a few self-influences."""
+    if len(network.sites) == 1:
+        return tuple(network.sites)
+    first_rows = {int(key): row for row, key in enumerate(training.ids.tolist())}
+    rows = [list(first_rows.values())[i] for i in _sample(len(first_rows), _SITE_ROWS)]
+    sample = batches(training, rows, _BATCH)
+    by_site = {}
+    for site in network.sites:
+        influence = Influence(network, margin, "linear", ghosts=_SITE_GHOSTS, sites=[site])
+        own = influence.self_influence(sample)
+        noise = float((own.noise_floor.astype(np.float64) ** 2).mean()) ** 0.5
+        by_site[site] = {"signal": float(own.scores.mean()), "noise": noise}
+    return tuple(choose_sites(by_site))
