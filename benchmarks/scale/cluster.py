@@ -18,6 +18,8 @@ from typing import Self
 
 import psutil
 
+from benchmarks.scale.namespaces import Namespaces
+
 ROOT = Path(__file__).resolve().parents[2]
 _STORE_BYTES = 100 * 2**20
 _PATIENCE = 60.0
@@ -88,13 +90,14 @@ class Cluster:
         self._closing = ExitStack()
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self._closing.callback(shutil.rmtree, self._folder, ignore_errors=True)
-        self._names = [f"ray-{os.getpid()}-{index}" for index in range(2)]
-        self.namespaces = os.geteuid() == 0 and shutil.which("ip") is not None and self._connect()
-        hosts = ["10.77.0.1", "10.77.0.2"] if self.namespaces else ["127.0.0.1", "127.0.0.1"]
+        self._networks = Namespaces("ray")
+        self._closing.callback(self._networks.close)
+        self.namespaces = self._networks.made
         self.head, self.other = (
-            Node(self._inside(index), host) for index, host in enumerate(hosts)
+            Node(self._networks.inside(index), host)
+            for index, host in enumerate(self._networks.hosts)
         )
-        self.address = f"{hosts[0]}:{6379 if self.namespaces else _free_port()}"
+        self.address = f"{self.head.address}:{6379 if self.namespaces else _free_port()}"
         # Drivers and nodes must show each other the token: whoever reaches a Ray cluster can run code on it.
         self._environment = {
             **os.environ,
@@ -104,34 +107,6 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]),
         }
-
-    def _inside(self, index: int) -> list[str]:
-        return ["ip", "netns", "exec", self._names[index]] if self.namespaces else []
-
-    def _connect(self) -> bool:
-        first, second = self._names
-        # Names of links are short.
-        links = [f"ray{os.getpid()}{end}"[-15:] for end in "ab"]
-        commands = [
-            *(f"netns add {name}" for name in self._names),
-            f"link add {links[0]} netns {first} type veth peer name {links[1]} netns {second}",
-        ]
-        for index, (name, link) in enumerate(zip(self._names, links, strict=True)):
-            commands += [
-                f"-n {name} addr add 10.77.0.{index + 1}/24 dev {link}",
-                f"-n {name} link set lo up",
-                f"-n {name} link set {link} up",
-            ]
-        self._link = (second, links[1])
-        for name in self._names:
-            self._closing.callback(
-                subprocess.run, ["ip", "netns", "delete", name], capture_output=True, check=False
-            )
-        return all(
-            subprocess.run(["ip", *command.split()], capture_output=True, check=False).returncode
-            == 0
-            for command in commands
-        )
 
     def __enter__(self) -> Self:
         port = self.address.split(":")[1]
@@ -163,15 +138,11 @@ class Cluster:
 
     def cut(self) -> None:
         """Take the other node's network away, and leave its processes at work."""
-        self._set_link("down")
+        self._networks.set_link(1, "down")
 
     def mend(self) -> None:
         """Give it back."""
-        self._set_link("up")
-
-    def _set_link(self, state: str) -> None:
-        name, link = self._link
-        subprocess.run(["ip", "-n", name, "link", "set", link, state], check=True)
+        self._networks.set_link(1, "up")
 
     def driver(self, *command: str, **options: object) -> subprocess.Popen[str]:
         """A Python process on the head node.
@@ -181,7 +152,7 @@ class Cluster:
             options: of ``subprocess.Popen``.
         """
         process: subprocess.Popen[str] = subprocess.Popen(
-            [*self._inside(0), sys.executable, *command],
+            [*self._networks.inside(0), sys.executable, *command],
             env=self._environment,
             cwd=ROOT,
             text=True,
