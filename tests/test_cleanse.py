@@ -132,10 +132,11 @@ def test_a_ranking_of_the_users_own_is_followed(
     lines = [(i, -1.0 if str(i) in HARMFUL_KEYS else i) for i in range(ROWS)]
     scores = write_csv(tmp_path / "scores.csv", lines, "key,score")
     out = tmp_path / "cleaned.jsonl"
-    turnover(
+    said = turnover(
         *("cleanse", run, "--validation", validation, "--scores", scores, "--out", out),
         *("--fraction", SHARE, "--fraction", 0.01, "--seeds", 1),
     )
+    assert "±" not in said.stdout and "one seed" in said.stdout
     assert set(keys_of(run / "results" / "removed.csv")) == HARMFUL_KEYS
     kept = [json.loads(line) for line in out.read_text().splitlines()]
     assert {one["key"] for one in kept} == {str(i) for i in range(ROWS)} - HARMFUL_KEYS

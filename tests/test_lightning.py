@@ -295,6 +295,21 @@ def test_a_collate_function_of_ones_own_sees_the_items_it_knows():
     assert ids.tolist() == [0, 1, 2] and ids.dtype == torch.int64
 
 
+def test_rows_are_fetched_at_once_where_the_data_set_can():
+    asked = []
+
+    class Rows(TensorDataset):
+        def __getitems__(self, rows):
+            asked.append(list(rows))
+            return [self[row] for row in rows]
+
+    loader = DataLoader(WithIds(Rows(X, Y), IDS), sampler=[3, 1, 2, 0], batch_size=3)
+    batches = [turnover.batches.as_batch(batch) for batch in loader]
+    assert asked == [[3, 1, 2], [0]]
+    assert torch.equal(torch.cat([batch.ids for batch in batches]), IDS[[3, 1, 2, 0]])
+    assert torch.equal(torch.cat([batch.inputs for batch in batches]), X[[3, 1, 2, 0]])
+
+
 def test_ids_that_do_not_fit_the_rows_are_refused():
     class Stream(IterableDataset):
         def __iter__(self):

@@ -133,10 +133,21 @@ class WithIds(Dataset[Identified]):
     def __getitem__(self, row: int) -> Identified:
         return Identified(self.dataset[row], int(self.ids[row]))
 
+    def __getitems__(self, rows: Sequence[int]) -> list[Identified]:
+        """Items of a batch, fetched at once where the data set can."""
+        items = zip(fetched(self.dataset, rows), self.ids[list(rows)].tolist(), strict=True)
+        return [Identified(*item) for item in items]
+
     @staticmethod
     def collate(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Identified]], Identified]:
         """A collate function of items with ids, from one of items without."""
         return partial(_collate, collate_fn)
+
+
+def fetched(dataset: Any, rows: Sequence[int]) -> Any:
+    """Rows of a data set: at once where it can, as a ``DataLoader`` would ask it."""
+    at_once = getattr(dataset, "__getitems__", None)
+    return at_once(rows) if at_once else [dataset[row] for row in rows]
 
 
 def _collate(collate_fn: Callable[[list[Any]], Any], items: list[Identified]) -> Identified:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, pstdev
@@ -225,11 +226,18 @@ def _print_cleansing(output: Output, found: Cleansing) -> None:
             title_justify="left",
         )
         for one in points:
-            figures = (f"{mean(v):.3f} ± {pstdev(v):.3f}" for v in (one.accuracy, one.loss))
+            figures = (_over_seeds(values) for values in (one.accuracy, one.loss))
             table.add_row(one.removal, f"{100 * one.fraction:g}%", str(one.removed), *figures)
         output.say(table)
+    seeds = len(found.curve[0].loss)
+    several = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     output.say(
-        f"heads on the pretrained encoder's features, mean ± standard deviation over "
-        f"{len(found.curve[0].loss)} seeds; on the test rows at the share with the ranking's lowest "
-        f"loss on the validation rows"
+        f"heads on the pretrained encoder's features, {several}; on the test rows at the share with the "
+        f"ranking's lowest loss on the validation rows"
     )
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """One seed says nothing of the spread."""
+    spread = f" ± {pstdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"

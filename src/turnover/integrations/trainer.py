@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from turnover.batches import fetched
 from turnover.errors import InputError
 from turnover.integrations.pretrained import check_masks, save_masks
 from turnover.masks import MaskSpec, check_training_ids, string_ids
@@ -183,8 +184,7 @@ class _Identified(Dataset[Any]):
         return self._identified(row, self._dataset[row])
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        at_once = getattr(self._dataset, "__getitems__", None)
-        items = at_once(rows) if at_once else [self._dataset[row] for row in rows]
+        items = fetched(self._dataset, rows)
         return [self._identified(row, item) for row, item in zip(rows, items, strict=True)]
 
     def _identified(self, row: int, item: Any) -> dict[str, Any]:
