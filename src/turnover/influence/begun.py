@@ -14,18 +14,20 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.influence.blocks import Variable
 from turnover.influence.place import Place
+from turnover.reading import json_of
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 FORMAT = 1
 ROOT = "zarr.json"
 BEGUN = "progress/zarr.json"
 MARK = "turnover"
-_AGAIN = "delete it and estimate again"
+AGAIN = "delete it and estimate again"
 
 
 def manifest(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a store was begun with."""
-    return dict(document["attributes"][MARK]["manifest"])
+    found: dict[str, Any] = document["attributes"][MARK]["manifest"]
+    return dict(found)
 
 
 def seal(document: dict[str, Any], begun_with: Mapping[str, Any]) -> bytes:
@@ -48,9 +50,9 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
         return None
     foreign = f"{place.url} is not a turnover result; give another place"
     try:
-        document = json.loads(raw)
+        document = json_of(raw)
     except ValueError as error:
-        raise InputError(f"{place.url}: {key} is damaged ({error}); {_AGAIN}") from error
+        raise InputError(f"{place.url}: {key} is damaged ({error}); {AGAIN}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     mark = attributes.get(MARK) if isinstance(attributes, dict) else None
     if not isinstance(mark, dict):
@@ -58,11 +60,11 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
     if mark.get("format") != FORMAT:
         raise InputError(
             f"{place.url} has format {mark.get('format')!r}, this version reads {FORMAT}; upgrade "
-            f"turnover, or {_AGAIN}"
+            f"turnover, or {AGAIN}"
         )
-    if mark.get("checksum") != _checksum(document):
+    if not isinstance(mark.get("manifest"), dict) or mark.get("checksum") != _checksum(document):
         raise InputError(
-            f"{place.url}: {key} is damaged, or was changed after it was written; {_AGAIN}"
+            f"{place.url}: {key} is damaged, or was changed after it was written; {AGAIN}"
         )
     return dict(document)
 

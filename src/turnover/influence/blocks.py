@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.files import writing_to
 from turnover.influence.place import Place
+from turnover.reading import as_written
 
 Region = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
@@ -146,7 +147,7 @@ class Blocks:
         """
         try:
             return self._read(name, bounds)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise self._broken(name, bounds, error) from error
 
     def write(self, name: str, region: Region, values: NDArray[Any]) -> None:
@@ -235,7 +236,7 @@ class Blocks:
             part = tuple((max(i * n, lo), min((i + 1) * n, hi)) for i, (lo, hi), n in pairs)
             try:
                 self._read(name, part)
-            except (ValueError, RuntimeError):
+            except (ValueError, RuntimeError, MemoryError):
                 return "/".join((name, "c", *map(str, index)))
         return name
 
@@ -244,7 +245,8 @@ class Blocks:
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            self._arrays[name] = self._open(name)
+            with as_written(f"{self.place.url}: the description of {name}", self._mend()):
+                self._arrays[name] = self._open(name)
         return self._arrays[name]
 
     def _open(self, name: str) -> Any:

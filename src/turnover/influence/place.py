@@ -15,6 +15,7 @@ from typing import Any
 
 from turnover.errors import InputError, needing
 from turnover.files import alone, replace_folder, writing_to
+from turnover.reading import check_within
 
 LEASE = "progress/lease"
 _LEASE_SECONDS = 600.0
@@ -24,6 +25,8 @@ _SETTLE_SECONDS = 2.0
 """Those who take over from one that is gone wait for each other this long: the last to write it has it."""
 _PARTIAL = ".partial"
 """How the names of cut-off writes end: zarr's and ours."""
+_MOST_BYTES = 2**28
+"""Of a description."""
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -74,12 +77,28 @@ class Place:
         """The folder as zarr sees it."""
         from zarr.storage import FsspecStore, LocalStore
 
+        from turnover.influence.chunks import Checked
+
         if self.local is not None:
-            return LocalStore(self.local, read_only=not writable)
-        return FsspecStore.from_url(self.url, read_only=not writable)
+            return Checked(LocalStore(self.local, read_only=not writable), self)
+        return Checked(FsspecStore.from_url(self.url, read_only=not writable), self)
+
+    def check(self, key: str, most: int = _MOST_BYTES) -> None:
+        """Whether an object may be read: a local file could be a link that leads elsewhere, or have no end.
+
+        Raises:
+            InputError: it may not.
+        """
+        if self.local is not None:
+            check_within(self.local / key, self.local, most)
 
     def get(self, key: str) -> bytes | None:
-        """An object's bytes, ``None`` where there is none."""
+        """An object's bytes, ``None`` where there is none.
+
+        Raises:
+            InputError: what is there locally is no file of the folder.
+        """
+        self.check(key)
         try:
             return bytes(self._files.cat_file(self._path(key)))
         except _ABSENT:
