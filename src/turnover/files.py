@@ -109,6 +109,28 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         held.release()
 
 
+def check_links(folder: Path) -> None:
+    """Whether all links in a folder stay in it.
+
+    Raises:
+        InputError: one leads out of it, or nowhere; or the folder cannot be listed.
+    """
+    home, folders = folder.resolve(), [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                for entry in found:
+                    if entry.is_symlink():
+                        if not Path(entry).resolve().is_relative_to(home):
+                            raise InputError(
+                                f"{entry.path} leads out of {folder}: put there what it leads to (cp -rL)"
+                            )
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be listed: {error}") from error
+
+
 def write_array(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[NDArray[Any]]
 ) -> None:

@@ -25,14 +25,13 @@ from turnover.data import (
     indexed,
     keys_and_ids,
     label_names,
-    load_table,
     present,
-    table_of,
     write,
 )
 from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids
+from turnover.tables import load_table, table_of
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = Columns("image", "label")

@@ -22,6 +22,7 @@ from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG
+from turnover.reading import field, read_object, read_objects
 from turnover.sites import device_of
 
 _STANDARDISED_ROWS = 1000
@@ -347,12 +348,8 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        shape = json.loads((folder / "classifier.json").read_text())
-        is_image = shape.get("kind") == "image"
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    if not is_image:
+    shape = read_object(folder / "classifier.json")
+    if shape.get("kind") != "image":
         text_model, tokenizer, text_config = transformers.load(folder)
         return TextPipeline(text_config, tokenizer), text_model
     try:
@@ -389,14 +386,19 @@ def _read_lines(
     path: Path, classes: Sequence[str], what: str
 ) -> tuple[list[int], torch.Tensor, list[str], list[str]]:
     """Labels, ids, keys, and texts or names."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        index = {name: position for position, name in enumerate(classes)}
-        return (
-            [index[row["label"]] for row in rows],
-            torch.tensor([row["id"] for row in rows], dtype=torch.int64),
-            [row["key"] for row in rows],
-            [row[what] for row in rows],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged ({error!r})") from error
+    index = {name: position for position, name in enumerate(classes)}
+    labels, ids, keys, held = [], [], [], []
+    for number, row in enumerate(read_objects(path), start=1):
+        where = f"{path}: line {number}"
+        label, one = field(row, "label", str, where), field(row, "id", int, where)
+        if label not in index:
+            raise InputError(f"{where}: damaged, {label!r} is no class of the run")
+        if not 0 <= one < 2**63:
+            raise InputError(f"{where}: damaged, the id {one} is no number of 63 bits")
+        labels.append(index[label])
+        ids.append(one)
+        keys.append(field(row, "key", str, where))
+        held.append(field(row, what, str, where))
+    if not labels:
+        raise InputError(f"{path}: missing or damaged (no rows)")
+    return labels, torch.tensor(ids, dtype=torch.int64), keys, held

@@ -23,12 +23,13 @@ from torch import nn
 from turnover.data import Data
 from turnover.encoded import Encoded
 from turnover.errors import InputError, WriteError
-from turnover.files import alone, replace_folder, replacing, writing_to
+from turnover.files import alone, check_links, replace_folder, replacing, writing_to
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import StoredResult, open_result
 from turnover.network import Network
 from turnover.pipelines import Pipeline, load
+from turnover.reading import check_file, read_object, strings
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"
@@ -66,6 +67,7 @@ class Run:
             raise InputError(
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
             )
+        check_links(folder)
         fitted = _fitted(folder)
         if (folder / DIGESTS).exists():
             _check_digests(folder)
@@ -77,7 +79,7 @@ class Run:
         config = read_json(folder / "config.json")
         pipeline, model = load(folder)
         network = Network.from_dict(model, read_json(folder / "masks.json"))
-        classes = list(config["classes"])
+        classes = strings(config, "classes", folder / "config.json")
         return cls(
             folder,
             config,
@@ -175,12 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not a JSON object, or not what its checksum is of.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: damaged, not a JSON object")
+    values = read_object(path, finite=False)
     checksum = values.pop(_CHECKSUM, None)
     if checksum is not None and checksum != _checksum(values):
         raise InputError(
@@ -232,9 +229,10 @@ def _check_digests(folder: Path) -> None:
     if not isinstance(noted, dict):
         raise InputError(f"{folder / DIGESTS}: damaged, it lists no digests")
     for name, digest in noted.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise InputError(f"{folder / DIGESTS}: {name!r} leads out of the run; restore it")
         path = folder / name
+        check_file(path)
         try:
             found = _digest(path)
         except OSError as error:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.influence.blocks import Variable
 from turnover.influence.place import Place
+from turnover.reading import parse_json
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 FORMAT = 1
@@ -48,9 +49,9 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
         return None
     foreign = f"{place.url} is not a turnover result; give another place"
     try:
-        document = json.loads(raw)
-    except ValueError as error:
-        raise InputError(f"{place.url}: {key} is damaged ({error}); {_AGAIN}") from error
+        document = parse_json(raw, f"{place.url}: {key}")
+    except InputError as error:
+        raise InputError(f"{error}; {_AGAIN}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     mark = attributes.get(MARK) if isinstance(attributes, dict) else None
     if not isinstance(mark, dict):
@@ -64,6 +65,8 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
         raise InputError(
             f"{place.url}: {key} is damaged, or was changed after it was written; {_AGAIN}"
         )
+    if not isinstance(mark.get("manifest"), dict):
+        raise InputError(f"{place.url}: {key} is damaged, it has no manifest; {_AGAIN}")
     return dict(document)
 
 

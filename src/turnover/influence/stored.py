@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.influence.begun import BEGUN, MARK, ROOT, manifest, marked
-from turnover.influence.blocks import CODECS, DTYPES, Blocks, Variable
+from turnover.influence.begun import BEGUN, ROOT, marked
+from turnover.influence.blocks import Blocks
 from turnover.influence.calibration import NoiseFloor, NullDistribution, StudentNull
+from turnover.influence.layout import attributes_of, layout
 from turnover.influence.place import Place
 from turnover.influence.result import Result
 
 if TYPE_CHECKING:
     import xarray
-
-DESCRIBED = ("method", "objective", "sites", "network", "considered")
 
 
 @dataclass(frozen=True)
@@ -207,17 +206,6 @@ def open_result(url: str | Path) -> StoredResult:
         if place.vacant():
             raise InputError(f"{url}: there is no result; check the path, or estimate with out=")
         raise InputError(f"{url} is not a turnover result: it has no {ROOT}")
-    arrays = root["consolidated_metadata"]["metadata"]
-    variables: dict[str, Variable] = {}
-    sizes: dict[str, int] = {}
-    for name, metadata in arrays.items():
-        codecs = {codec["name"] for codec in metadata["codecs"]}
-        if str(metadata["data_type"]) not in DTYPES or not codecs <= CODECS:
-            raise InputError(f"{url} is not a turnover result: {name} is {metadata['data_type']}")
-        dims = tuple(metadata.get("dimension_names", ()))
-        chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        variables[name] = Variable(dims, metadata["data_type"], tuple(chunks))
-        sizes |= dict(zip(dims, metadata["shape"], strict=True))
+    kind, variables, sizes = layout(root, str(url))
     blocks = Blocks(place, variables, sizes, finished=True)
-    attributes = {k: v for k, v in root["attributes"].items() if k not in {MARK, "coordinates"}}
-    return StoredResult(str(url), manifest(root)["kind"], attributes, blocks, stamp)
+    return StoredResult(str(url), kind, attributes_of(root), blocks, stamp)

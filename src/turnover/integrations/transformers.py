@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from turnover.errors import InputError, needing
 from turnover.heads import WideHead
+from turnover.reading import read_object
 
 SITES = ("lora", "head")
 _INDEX = ".safetensors.index.json"
@@ -149,7 +150,7 @@ def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
 
     transformers = _transformers()
     try:
-        shape = json.loads((folder / "classifier.json").read_text())
+        shape = read_object(folder / "classifier.json")
         config = ClassifierConfig(**shape["classifier"])
         encoder_config = _data_alone(transformers.AutoConfig, folder / "encoder")
         _check_attention(encoder_config, folder / "encoder")

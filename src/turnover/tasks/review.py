@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
@@ -17,6 +16,7 @@ from turnover.data import Data
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
+from turnover.reading import read_table
 from turnover.run import Run, read_json
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
@@ -185,14 +185,9 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
     """
     check_rows(run)
-    try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
     row_of = {key: row for row, key in enumerate(run.train.keys)}
     seen: set[str] = set()
-    for number, line in enumerate(lines, start=2):
+    for number, line in read_table(path):
         key, value = line.get("key"), line.get(column)
         if key is None or value is None:
             raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
