@@ -229,7 +229,9 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
             columns = present(file.files, columns, str(path), ids_needed=ids_needed)
             wanted = (columns.input, columns.label, columns.id, columns.group)
             arrays = {name: file[name] for name in wanted if name is not None}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # numpy reads headers as Python does, and zipfile as it comes
         raise InputError(f"{path}: cannot be read as arrays: {error}") from error
     images = arrays.pop(columns.input)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):

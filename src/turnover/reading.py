@@ -160,12 +160,10 @@ def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except _DAMAGE as error:
-        if isinstance(error, InputError) and str(path) in str(error):
-            raise
-        raise InputError(
-            f"{path}: damaged, or of another version ({_said(error)}); {mend}"
-        ) from error
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
@@ -229,10 +227,6 @@ def _check_objects(rows: Iterable[tuple[int, Any]], where: str) -> None:
     for number, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where} {number}: damaged, not a JSON object")
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else repr(error)
 
 
 def _deep(where: object) -> str:

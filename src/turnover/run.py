@@ -29,7 +29,7 @@ from turnover.influence.store import save
 from turnover.influence.stored import StoredResult, open_result
 from turnover.network import Network
 from turnover.pipelines import Pipeline, load
-from turnover.reading import check_file, read_object, strings
+from turnover.reading import check_file, damage, field, read_object, strings
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"
@@ -78,7 +78,7 @@ class Run:
             )
         config = read_json(folder / "config.json")
         pipeline, model = load(folder)
-        network = Network.from_dict(model, read_json(folder / "masks.json"))
+        network = _masked(model, folder / "masks.json")
         classes = strings(config, "classes", folder / "config.json")
         return cls(
             folder,
@@ -111,6 +111,20 @@ class Run:
                 yield
             finally:
                 _lock(self.folder).unlink(missing_ok=True)
+
+    def scored_sites(self) -> tuple[str, ...]:
+        """Where `turnover influence` flipped masks; all sites where it has not run.
+
+        Raises:
+            InputError: damaged ``metrics.json``.
+        """
+        path = self.folder / "metrics.json"
+        metrics = read_json(path)
+        found = field({"influence": {}, **metrics}, "influence", dict, path)
+        sites = strings({"scored_sites": list(self.network.sites), **found}, "scored_sites", path)
+        if not sites or not set(sites) <= set(self.network.sites):
+            raise InputError(f"{path}: damaged, the run has other sites than {sites}; restore it")
+        return tuple(sites)
 
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
@@ -169,6 +183,15 @@ class Run:
 
     def _result(self, name: str) -> Path:
         return self.folder / "results" / f"{name}.zarr"
+
+
+def _masked(model: nn.Module, path: Path) -> Network:
+    values = read_json(path)
+    try:
+        with damage(path):
+            return Network.from_dict(model, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -89,8 +89,11 @@ class Subsets:
             keep = np.zeros((len(indices), train), dtype=np.bool_)
             for row, members in zip(keep, indices, strict=True):
                 row[np.asarray(members, dtype=np.int64)] = True
-            subsets = cls(keep, values["fraction"], values["seed"])
-            stored = values["sha256"]
+            fraction, seed, stored = (values[name] for name in ("fraction", "seed", "sha256"))
+        try:
+            subsets = cls(keep, fraction, seed)
+        except InputError as error:
+            raise InputError(f"{path}: damaged: {error}") from error
         if subsets.sha256 != stored:
             raise InputError(
                 f"{path}: its indices have the hash {subsets.sha256}, but it says {stored}: the "

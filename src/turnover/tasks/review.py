@@ -17,7 +17,7 @@ from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
 from turnover.reading import read_table
-from turnover.run import Run, read_json
+from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
 
@@ -259,8 +259,7 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
     """Labels of the strongest influencers of each row, the row itself left out."""
     encoded = run.encode(run.train)
-    found = read_json(run.folder / "metrics.json").get("influence", {})
-    sites = found.get("scored_sites", run.network.sites)
+    sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
     result = influence.estimate(batches, run.train.ids)
