@@ -164,3 +164,30 @@ def test_paths_in_a_table_that_lead_out_of_its_folder_are_refused(
             read_images(str(table), 32)
         assert "leads out of" in str(refused.value)
         assert not any("mine.png" in one or "/dev/zero" in one for one in opened)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("name", ["fit.toml", "encoder", "results/aggregate.zarr/score", "new"])
+def test_links_out_of_a_run_are_refused(
+    name: str,
+    absolute: bool,
+    copy: Path,  # noqa: F811
+    secret: Path,
+) -> None:
+    link = copy / name
+    target = secret if name == "fit.toml" else secret.parent
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target if absolute else os.path.relpath(target, link.parent))
+    with opening() as opened, pytest.raises(InputError, match="leads out of") as refused:
+        Run.load(copy)
+    assert str(link) in str(refused.value)
+    assert not any("secret" in one for one in opened)
+
+
+def test_links_within_a_run_are_followed(copy: Path) -> None:  # noqa: F811
+    (copy / "test.jsonl").rename(copy / "results" / "held.jsonl")
+    (copy / "test.jsonl").symlink_to("results/held.jsonl")
+    (copy.parent / "link").symlink_to(copy)
+    Run.load(copy.parent / "link")

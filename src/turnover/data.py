@@ -16,17 +16,11 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from turnover.errors import InputError, needing
+from turnover.errors import InputError
 from turnover.files import replacing
 from turnover.masks import MaskSpec, content_ids, string_ids
+from turnover.tables import column_of, load_table, table_of
 
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("from_csv", {"keep_default_na": False}),
-    ".tsv": ("from_csv", {"keep_default_na": False, "sep": "\t"}),
-    ".json": ("from_json", {}),
-    ".jsonl": ("from_json", {}),
-    ".parquet": ("from_parquet", {}),
-}
 _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("to_csv", {"index": False}),
     ".tsv": ("to_csv", {"index": False, "sep": "\t"}),
@@ -34,6 +28,7 @@ _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("to_parquet", {}),
 }
 _MISSING = (None, "")
+_LARGEST_ID = 2**63 - 1
 
 
 class Data(Protocol):
@@ -167,7 +162,7 @@ def read(
     columns = present(table.column_names, columns, source, ids_needed=ids_needed)
     if not len(table):
         raise InputError(f"{source}: the file has no rows")
-    texts = list(table[columns.input])
+    texts = column_of(table, columns.input, source)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{source}: row {row + 1} has no text in column {columns.input!r}")
@@ -232,8 +227,7 @@ def write(data: Data, out: Path) -> None:
         InputError: another ending, or a folder that does not exist.
     """
     check_writable(out)
-    datasets = _datasets()
-    table = datasets.Dataset.from_dict(data.table())
+    table = table_of(data.table())
     method, options = _WRITERS[out.suffix]
     with replacing(out) as draft:
         getattr(table, method)(str(draft), **options)
@@ -252,53 +246,6 @@ def check_writable(out: Path, *others: str) -> None:
         raise InputError(f"{out.parent} does not exist: make the folder first")
 
 
-def load_table(source: str, split: str) -> Any:
-    """A file or Hugging Face data set as a ``datasets.Dataset``.
-
-    Raises:
-        InputError: neither, or one that cannot be read.
-    """
-    datasets = _datasets()
-    path = Path(source)
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise InputError(f"{source}: the file is empty")
-        if path.suffix not in _READERS:
-            raise InputError(
-                f"{source}: cannot read {path.suffix or 'files without an ending'}; use "
-                f"{', '.join(_READERS)} or the name of a Hugging Face data set"
-            )
-        method, options = _READERS[path.suffix]
-        try:
-            return getattr(datasets.Dataset, method)(str(path), keep_in_memory=True, **options)
-        except ValueError as error:
-            if "corresponds to no data" not in str(error):
-                raise InputError(f"{source}: cannot be read: {error}") from error
-            raise InputError(f"{source}: the file has no rows") from error
-        except Exception as error:  # the readers raise many kinds for damaged files
-            raise InputError(f"{source}: cannot be read as {path.suffix[1:]}: {error}") from error
-    if path.suffix in _READERS or path.is_absolute():
-        raise InputError(f"{source}: no such file")
-    try:
-        return datasets.load_dataset(source, split=split)
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(
-            f"{source}: neither a file here nor a Hugging Face data set that can be loaded ({error})"
-        ) from error
-
-
-def table_of(columns: dict[str, list[Any]]) -> Any:
-    """Columns in memory as a ``datasets.Dataset``."""
-    return _datasets().Dataset.from_dict(columns)
-
-
-def _datasets() -> Any:
-    with needing("reading data", "turnover[text]", "turnover[images]"):
-        import datasets
-    datasets.disable_progress_bars()
-    return datasets
-
-
 def label_names(table: Any, column: str, source: str) -> list[str]:
     """The labels of a table as class names.
 
@@ -306,9 +253,16 @@ def label_names(table: Any, column: str, source: str) -> list[str]:
         InputError: missing ones, or a regression or multi-label target.
     """
     feature = table.features[column]
-    values = list(table[column])
+    values = column_of(table, column, source)
     if hasattr(feature, "int2str"):
-        return [feature.int2str(value) for value in values]
+        return _names_of_indexes(feature.names, values, column, source)
+    if any(isinstance(value, str) for value in values):
+        other = next((v for v in values if isinstance(v, bool | int | float)), None)
+        if other is not None:
+            raise InputError(
+                f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
+                f"of them as texts"
+            )
     names = []
     for row, value in enumerate(values):
         if isinstance(value, list | dict | tuple):
@@ -327,6 +281,18 @@ def label_names(table: Any, column: str, source: str) -> list[str]:
     return names
 
 
+def _names_of_indexes(
+    classes: Sequence[str], values: Sequence[Any], column: str, source: str
+) -> list[str]:
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or not 0 <= value < len(classes):
+            raise InputError(
+                f"{source}: row {row + 1} has no label in column {column!r}: {value} is none of its "
+                f"{len(classes)} classes"
+            )
+    return [classes[value] for value in values]
+
+
 def _sorted_classes(names: Sequence[str]) -> list[str]:
     distinct = set(names)
     if all(name.lstrip("-").isdigit() for name in distinct):
@@ -343,9 +309,9 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
     column = columns.id or columns.group
     if column is None:
         return None
-    values = list(table[column])
+    values = column_of(table, column, source)
     for row, value in enumerate(values):
-        if value in _MISSING:
+        if value in _MISSING or isinstance(value, list | dict):
             raise InputError(f"{source}: row {row + 1} has no id in column {column!r}")
     keys = [str(value) for value in values]
     if columns.id is not None:
@@ -361,6 +327,11 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
             raise InputError(
                 f"{source}: id {min(values)} in column {column!r} is negative; ids must be >= 0, "
                 f"because negative ones are ghosts, which are never trained on"
+            )
+        if max(values) > _LARGEST_ID:
+            raise InputError(
+                f"{source}: id {max(values)} in column {column!r} does not fit 64 signed bits; write ids as "
+                f"texts"
             )
         return keys, torch.tensor(values, dtype=torch.int64)
     if any(integers):

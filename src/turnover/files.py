@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,52 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def check_within(path: Path, folder: Path, most: int) -> None:
+    """Whether a file, if it is there, is a plain one of a folder, of at most so many bytes.
+
+    Raises:
+        InputError: a link leads out of the folder, it is a device or a pipe, which has no end, or larger.
+    """
+    try:
+        # The folder itself may be reached by links.
+        real, home = os.path.realpath(path), os.path.realpath(folder)
+        found = Path(real).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not Path(real).is_relative_to(home):
+        raise InputError(
+            f"{path} leads out of {folder}: put there what it leads to, or take it out"
+        )
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path} is a device or a pipe, not a file; take it out")
+    if found.st_size > most:
+        raise InputError(f"{path} has {found.st_size} bytes, where {most} is the most; restore it")
+
+
+def check_links(folder: Path) -> None:
+    """Whether all links in a folder stay in it.
+
+    Raises:
+        InputError: one leads out of it, or nowhere; or the folder cannot be listed.
+    """
+    home, folders = folder.resolve(), [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                for entry in found:
+                    if entry.is_symlink():
+                        if not Path(entry).resolve().is_relative_to(home):
+                            raise InputError(
+                                f"{entry.path} leads out of {folder}: put there what it leads to (cp -rL)"
+                            )
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be listed: {error}") from error
 
 
 def write_array(

@@ -25,14 +25,13 @@ from turnover.data import (
     indexed,
     keys_and_ids,
     label_names,
-    load_table,
     present,
-    table_of,
     write,
 )
 from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids
+from turnover.tables import load_table, table_of
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = Columns("image", "label")
@@ -230,7 +229,9 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
             columns = present(file.files, columns, str(path), ids_needed=ids_needed)
             wanted = (columns.input, columns.label, columns.id, columns.group)
             arrays = {name: file[name] for name in wanted if name is not None}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # numpy reads headers as Python does, and zipfile as it comes
         raise InputError(f"{path}: cannot be read as arrays: {error}") from error
     images = arrays.pop(columns.input)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):

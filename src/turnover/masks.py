@@ -154,7 +154,7 @@ class MaskSpec:
         digest.update(json.dumps(self.to_dict(), sort_keys=True).encode())
         for site in sorted(units):
             digest.update(f"{site}\0{units[site]}\0".encode())
-            digest.update(bytes(self.exposed(probe, site, units[site]).flatten().tolist()))
+            digest.update(self.exposed(probe, site, units[site]).numpy().tobytes())
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, object]:

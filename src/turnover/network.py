@@ -29,6 +29,9 @@ from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
 
 _REMEMBERED_BINDINGS = 256
+_MOST_UNITS = 2**26
+"""Of a stored site; masks of more would be made only to be compared."""
+_SHOWN = 200
 
 Ids = Tensor | Sequence[int]
 """Int64 ids, one for each row."""
@@ -520,6 +523,11 @@ def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
+def _short(values: Mapping[str, Any]) -> str:
+    text = repr(values)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[str, int]]:
     """Spec, sites and widths of a stored description whose fingerprint is that of its masks."""
     try:
@@ -528,10 +536,14 @@ def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[st
         units = {s["name"]: int(s["units"]) for s in values["sites"]}
         layout = {s["name"]: (int(s["axis"]), int(s["unit_size"])) for s in values["sites"]}
         stored = values["fingerprint"]
+        if not all(0 < width <= _MOST_UNITS for width in units.values()):
+            raise ValueError(f"sites have 1 to {_MOST_UNITS} units")
+        if sum(units.values()) > 2 * _MOST_UNITS or len(sites) != len(units):
+            raise ValueError("more units than masks are made for, or a site twice")
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"damaged mask description: {error!r} in {values!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"damaged mask description: {error!r} in {_short(values)}") from error
     if _fingerprint(spec, units, layout) != stored:
         raise InputError(
             f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "

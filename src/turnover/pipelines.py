@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG
+from turnover.reading import check_file, damage, field, read_object
+from turnover.rows import read_rows, write_rows
 from turnover.sites import device_of
+from turnover.weights import check_finite, check_shapes, opened, read_weights, shapes
 
 _STANDARDISED_ROWS = 1000
 _WRITTEN_ROWS = 1000
@@ -102,23 +106,17 @@ class ImageClassifier(nn.Module):
         Raises:
             InputError: no such file, not safetensors, or weights of another shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+        given, prefix = Path(path), "features."
         of_layers = {
-            name.removeprefix("features."): value
-            for name, value in tensors.items()
-            if name.startswith("features.")
+            name.removeprefix(prefix): shape
+            for name, shape in shapes(given).items()
+            if name.startswith(prefix)
         }
         own = self.encoder.state_dict()
         for name, value in own.items():
             found = of_layers.get(name)
-            if found is None or found.shape != value.shape:
-                has = "is missing" if found is None else f"is {tuple(found.shape)}"
+            if found != tuple(value.shape):
+                has = "is missing" if found is None else f"is {found}"
                 raise InputError(
                     f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
                     f"--model and --width that the weights are of"
@@ -128,7 +126,11 @@ class ImageClassifier(nn.Module):
                 f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
                 f"give the --model that the weights are of, without batch normalisation"
             )
-        self.encoder.load_state_dict(of_layers)
+        with opened(given) as tensors:
+            taken = {name: tensors.get_tensor(prefix + name) for name in own}
+        for name, value in taken.items():
+            check_finite(given, prefix + name, value)
+        self.encoder.load_state_dict(taken)
 
 
 Config = ClassifierConfig | ImageClassifierConfig
@@ -222,11 +224,11 @@ class TextPipeline:
 
     def write(self, folder: Path, name: str, data: TextData) -> None:
         """JSON lines with key, id, label and text."""
-        _write_lines(folder / f"{name}.jsonl", data, "text")
+        write_rows(folder / f"{name}.jsonl", data, "text")
 
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
         """Texts of a run."""
-        labels, ids, keys, texts = _read_lines(folder / f"{name}.jsonl", classes, "text")
+        labels, ids, keys, texts = read_rows(folder / f"{name}.jsonl", classes, "text")
         return TextData(texts, labels, ids, keys, classes)
 
 
@@ -294,7 +296,7 @@ class ImagePipeline:
 
     def write(self, folder: Path, name: str, data: ImageData) -> None:
         """JSON lines with key, id, label and name, and the pixels beside them."""
-        _write_lines(folder / f"{name}.jsonl", data, "image")
+        write_rows(folder / f"{name}.jsonl", data, "image")
         shape = (len(data), *data.pixels.shape[1:])
         starts = range(0, len(data), _WRITTEN_ROWS)
         parts = (data.pixels[data.rows[start : start + _WRITTEN_ROWS]] for start in starts)
@@ -302,11 +304,12 @@ class ImagePipeline:
 
     def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
         """Images of a run; their pixels stay on disk."""
-        labels, ids, keys, names = _read_lines(folder / f"{name}.jsonl", classes, "image")
+        labels, ids, keys, names = read_rows(folder / f"{name}.jsonl", classes, "image")
         path, size = folder / f"{name}.npy", self.config.size
+        check_file(path)
         try:
             pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy reads the header as Python does
             raise InputError(f"{path}: missing or damaged ({error})") from error
         if pixels.shape != (len(names), size, size, 3) or pixels.dtype != np.uint8:
             raise InputError(f"{path}: damaged, not {len(names)} images of {size} x {size}")
@@ -344,25 +347,33 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     Raises:
         InputError: a missing or damaged file, or weights that do not fit the shapes.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        shape = json.loads((folder / "classifier.json").read_text())
-        is_image = shape.get("kind") == "image"
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    if not is_image:
+    shape = read_object(folder / "classifier.json")
+    if shape.get("kind") != "image":
         text_model, tokenizer, text_config = transformers.load(folder)
         return TextPipeline(text_config, tokenizer), text_model
+    where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
-        config = ImageClassifierConfig(**shape["classifier"])
-        mean, deviation = (tuple(map(float, shape[name])) for name in ("mean", "deviation"))
-        image_model = config.network(int(shape["classes"]))
-        image_model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        with damage(where):
+            config = ImageClassifierConfig(**field(shape, "classifier", dict, where))
+            mean, deviation = (_colours(shape, name, where) for name in ("mean", "deviation"))
+            classes = field(shape, "classes", int, where)
+            with torch.device("meta"):  # no memory is taken for what the file does not hold
+                check_shapes(path, config.network(classes).state_dict())
+            image_model = config.network(classes)
+        image_model.load_state_dict(read_weights(path, image_model.state_dict()))
+    except InputError as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     return ImagePipeline(config, mean, deviation), image_model.eval()
+
+
+def _colours(shape: Mapping[str, Any], name: str, where: Path) -> tuple[float, ...]:
+    """Three numbers, one for each colour."""
+    values = field(shape, name, list, where)
+    if len(values) != 3 or not all(type(one) in (int, float) for one in values):
+        raise InputError(f"{where}: damaged, {name!r} must be three numbers, got {values}")
+    if not all(math.isfinite(one) for one in values) or (name == "deviation" and min(values) <= 0):
+        raise InputError(f"{where}: damaged, {name!r} cannot be {values}")
+    return tuple(map(float, values))
 
 
 def _standardise(
@@ -375,28 +386,3 @@ def _standardise(
     with torch.no_grad():
         found = [features(batch.to(device).inputs) for batch in some]
     model.head.standardise(torch.cat(found))
-
-
-def _write_lines(path: Path, data: Data, what: str) -> None:
-    with path.open("w") as file:
-        for row, key in enumerate(data.keys):
-            label = data.classes[data.labels[row]]
-            line = {"key": key, "id": int(data.ids[row]), "label": label, what: data.shown(row)}
-            file.write(json.dumps(line) + "\n")
-
-
-def _read_lines(
-    path: Path, classes: Sequence[str], what: str
-) -> tuple[list[int], torch.Tensor, list[str], list[str]]:
-    """Labels, ids, keys, and texts or names."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        index = {name: position for position, name in enumerate(classes)}
-        return (
-            [index[row["label"]] for row in rows],
-            torch.tensor([row["id"] for row in rows], dtype=torch.int64),
-            [row["key"] for row in rows],
-            [row[what] for row in rows],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged ({error!r})") from error

@@ -1,76 +1,245 @@
-"""What files hold that somebody else may have written: data of the right kind, or a refusal in one line."""
+"""Text files in: JSON, JSON lines, TOML and CSV that anybody may have written.
+
+Whatever is in a file, what comes back is plain values or an :class:`InputError` that names it.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
-import os
-import stat
-from collections.abc import Iterator
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from turnover.errors import InputError
 
-_WRONG = (
-    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError),
-    *(TypeError, ValueError, ZeroDivisionError),
+DEPTH = 64
+"""Lists and objects within one another."""
+_LARGEST_TOML = 2**20
+_DAMAGE = (
+    *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError),
+    *(ArithmeticError, RuntimeError, AssertionError, MemoryError),
 )
 
 
-def json_of(raw: bytes | str) -> Any:
-    """Values of a JSON text.
+def check_file(path: Path) -> None:
+    """Whether what is there, if anything, is a file, and no pipe or device that never ends.
 
     Raises:
-        ValueError: not JSON, nested too deeply, or half a character pair, which no file can hold again.
+        InputError: it is something else.
     """
-    text = raw.decode() if isinstance(raw, bytes) else raw
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: missing or damaged (not a file)")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8; the line is named.
+    """
+    check_file(path)
     try:
-        values = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(values, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a character pair (surrogate)") from None
-    return values
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from error
+    text = _decoded(raw, path, lambda start: raw.count(b"\n", 0, start) + 1)
+    return text.removeprefix("\ufeff")
+
+
+def check_utf8(path: Path) -> None:
+    """Whether a file is UTF-8, line by line.
+
+    Raises:
+        InputError: it is not; the line is named.
+    """
+    for _ in _lines(path):
+        pass
+
+
+def parse_json(raw: str | bytes, where: object, *, finite: bool = True) -> Any:
+    """A JSON value.
+
+    Args:
+        raw: the text.
+        where: what it is of, for messages.
+        finite: refuse NaN and infinities, which JSON does not know and Python writes.
+
+    Raises:
+        InputError: not JSON, nested too deep, numbers that are refused, or halves of characters.
+    """
+    try:
+        text = raw if isinstance(raw, str) else raw.decode()
+        value = json.loads(text, **(_FINITE if finite else {}))
+        if "\\u" in text:  # a half of a character ("\ud800") is no text, and no file takes it
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: damaged, a text holds half a character ({error})") from error
+    except ValueError as error:
+        raise InputError(f"{where}: missing or damaged ({error})") from error
+    except RecursionError as error:
+        raise InputError(_deep(where)) from error
+    if text.count("[") + text.count("{") > DEPTH and _too_deep(value):
+        raise InputError(_deep(where))
+    return value
+
+
+def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: missing, not a JSON object, or as :func:`parse_json`.
+    """
+    value = parse_json(read_text(path), path, finite=finite)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged, not a JSON object")
+    return value
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """JSON objects, one a line, or in one JSON list.
+
+    Raises:
+        InputError: missing, or not that; the line is named.
+    """
+    rows: list[Any] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        if not rows and line.lstrip()[0] == "[":
+            rows = parse_json(read_text(path), path)
+            _check_objects(enumerate(rows, start=1), f"{path}: row")
+            break
+        rows.append(parse_json(line, f"{path}: line {number}"))
+        _check_objects([(number, rows[-1])], f"{path}: line")
+    return rows
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Values of a TOML file.
+
+    Raises:
+        InputError: no such file, larger than 1 MiB, or not TOML.
+    """
+    if path.is_file() and path.stat().st_size > _LARGEST_TOML:
+        raise InputError(f"{path}: cannot be read as TOML: larger than 1 MiB, too much for options")
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise InputError(_deep(path)) from error
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number (the header's is 1) and cells of each row of a CSV file; a row may lack some.
+
+    Raises:
+        InputError: no such file, or not CSV.
+    """
+    try:
+        lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        for number, row in enumerate(lines, start=2):
+            yield number, {key: cell for key, cell in row.items() if isinstance(cell, str)}
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
 
 
 @contextmanager
-def as_written(where: Path | str, mend: str = "restore it, or make it again") -> Iterator[None]:
-    """The body takes values of a file for what was written there.
+def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
+    """The body takes values out of a file that was written by us, and stumbles where it was not.
 
     Raises:
-        InputError: they are something else.
+        InputError: the body failed.
     """
     try:
         yield
     except InputError:
         raise
-    except _WRONG as error:
-        said = " ".join(repr(error).split())[:300]
-        raise InputError(f"{where}: damaged, or not as it was written ({said}); {mend}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
 
 
-def check_within(path: Path, folder: Path, most: int) -> None:
-    """Whether a file, if it is there, is a plain one of a folder, of at most so many bytes.
+def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
+    """A value of an object, of the type it must have: an int is a float too, and a bool neither.
 
     Raises:
-        InputError: a link leads out of the folder, it is a device or a pipe, which has no end, or larger.
+        InputError: missing, or of another type.
     """
+    value = values.get(name)
+    wanted = (int, float) if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{where}: damaged, {name!r} must be of the type {kind.__name__}")
+    return value
+
+
+def strings(values: Mapping[str, Any], name: str, where: object) -> list[str]:
+    """A list of texts in an object.
+
+    Raises:
+        InputError: missing, or something else.
+    """
+    found = field(values, name, list, where)
+    if not all(isinstance(one, str) for one in found):
+        raise InputError(f"{where}: damaged, {name!r} must hold texts")
+    return list(found)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    check_file(path)
     try:
-        # The folder itself may be reached by links.
-        real, home = os.path.realpath(path), os.path.realpath(folder)
-        found = Path(real).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not Path(real).is_relative_to(home):
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                yield _decoded(line, path, lambda _, number=number: number)  # type: ignore[misc]
+    except OSError as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from error
+
+
+def _decoded(raw: bytes, path: Path, line: Callable[[int], int]) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} leads out of {folder}: put there what it leads to, or take it out"
-        )
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path} is a device or a pipe, not a file; take it out")
-    if found.st_size > most:
-        raise InputError(f"{path} has {found.st_size} bytes, where {most} is the most; restore it")
+            f"{path}: line {line(error.start)}: not UTF-8 ({error.reason}); restore it, or write it as UTF-8"
+        ) from error
+
+
+def _refuse(number: str) -> float:
+    raise ValueError(f"{number} is no number that JSON knows")
+
+
+def _float(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+_FINITE: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _float}
+
+
+def _check_objects(rows: Iterable[tuple[int, Any]], where: str) -> None:
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{where} {number}: damaged, not a JSON object")
+
+
+def _deep(where: object) -> str:
+    return f"{where}: damaged, more than {DEPTH} lists and objects within one another"
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)

@@ -23,12 +23,13 @@ from torch import nn
 from turnover.data import Data
 from turnover.encoded import Encoded
 from turnover.errors import InputError, WriteError
-from turnover.files import alone, replace_folder, replacing, writing_to
+from turnover.files import alone, check_links, replace_folder, replacing, writing_to
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import StoredResult, open_result
 from turnover.network import Network
 from turnover.pipelines import Pipeline, load
+from turnover.reading import check_file, damage, field, read_object, strings
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"
@@ -66,6 +67,7 @@ class Run:
             raise InputError(
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
             )
+        check_links(folder)
         fitted = _fitted(folder)
         if (folder / DIGESTS).exists():
             _check_digests(folder)
@@ -76,8 +78,8 @@ class Run:
             )
         config = read_json(folder / "config.json")
         pipeline, model = load(folder)
-        network = Network.from_dict(model, read_json(folder / "masks.json"))
-        classes = list(config["classes"])
+        network = _masked(model, folder / "masks.json")
+        classes = strings(config, "classes", folder / "config.json")
         return cls(
             folder,
             config,
@@ -109,6 +111,20 @@ class Run:
                 yield
             finally:
                 _lock(self.folder).unlink(missing_ok=True)
+
+    def scored_sites(self) -> tuple[str, ...]:
+        """Where `turnover influence` flipped masks; all sites where it has not run.
+
+        Raises:
+            InputError: damaged ``metrics.json``.
+        """
+        path = self.folder / "metrics.json"
+        metrics = read_json(path)
+        found = field({"influence": {}, **metrics}, "influence", dict, path)
+        sites = strings({"scored_sites": list(self.network.sites), **found}, "scored_sites", path)
+        if not sites or not set(sites) <= set(self.network.sites):
+            raise InputError(f"{path}: damaged, the run has other sites than {sites}; restore it")
+        return tuple(sites)
 
     def write_result(self, name: str, result: Result) -> None:
         """Store a result, in place of an earlier one, with the digest of its network."""
@@ -169,18 +185,22 @@ class Run:
         return self.folder / "results" / f"{name}.zarr"
 
 
+def _masked(model: nn.Module, path: Path) -> Network:
+    values = read_json(path)
+    try:
+        with damage(path):
+            return Network.from_dict(model, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, without its checksum where it has one.
 
     Raises:
         InputError: missing, not a JSON object, or not what its checksum is of.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: damaged, not a JSON object")
+    values = read_object(path, finite=False)
     checksum = values.pop(_CHECKSUM, None)
     if checksum is not None and checksum != _checksum(values):
         raise InputError(
@@ -232,9 +252,10 @@ def _check_digests(folder: Path) -> None:
     if not isinstance(noted, dict):
         raise InputError(f"{folder / DIGESTS}: damaged, it lists no digests")
     for name, digest in noted.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise InputError(f"{folder / DIGESTS}: {name!r} leads out of the run; restore it")
         path = folder / name
+        check_file(path)
         try:
             found = _digest(path)
         except OSError as error:

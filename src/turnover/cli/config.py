@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +15,7 @@ import typer
 from turnover.cli.options import RUN
 from turnover.errors import InputError
 from turnover.origin import versions
+from turnover.reading import read_toml
 
 _MADE = "made"
 """The table of what made a run: read for a note alone."""
@@ -58,10 +58,7 @@ def read_config(path: Path, options: Mapping[str, Any], others: set[str]) -> dic
     Raises:
         InputError: no such file, not TOML, an unknown option, or a value of another type.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as TOML: {error}") from error
+    values = read_toml(path)
     made = values.pop(_MADE, {})
     for key, value in values.items():
         if key in options:

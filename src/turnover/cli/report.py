@@ -119,6 +119,7 @@ def demo(
 
 
 def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
+    from turnover.reading import damage
     from turnover.report.from_run import content
     from turnover.report.render import write
 
@@ -127,5 +128,6 @@ def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
         for command in ("influence", "explain", "report")
     )
     title = f"{run.folder.resolve().name}: which training instances are behind its errors"
-    write(content(run, title=title, commands=commands), out, texts=texts)
+    with damage(run.folder / "metrics.json"):
+        write(content(run, title=title, commands=commands), out, texts=texts)
     output.say(f"report: {out}")

@@ -25,6 +25,7 @@ from turnover.evaluation.training import batch_of_models, train
 from turnover.files import replacing, writing_to
 from turnover.objectives import Objective, costs
 from turnover.sweep import check_engine, evenly, sweeping
+from turnover.weights import opened
 
 _FORMAT = "turnover retraining, version 1"
 
@@ -219,16 +220,14 @@ class _Store:
 
     def read(self, keep: NDArray[np.bool_], seed: int) -> Tensor | None:
         """The outputs, if they are there; a damaged file is named, and then trained anew."""
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(keep, seed)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 logits: Tensor = file.get_tensor("logits")
                 intact = (file.metadata() or {}).get("sha256") == _digest(logits)
-        except (SafetensorError, OSError, KeyError):
+        except InputError:
             intact = False
         if not intact:
             warnings.warn(f"{path} is damaged: that network is trained again", stacklevel=3)

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from turnover.errors import InputError
 from turnover.files import replacing
+from turnover.reading import damage, field, read_object
 
 _FORMAT = "turnover subsets, version 1"
+_MOST = 2**33
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,24 @@ class Subsets:
         """Read a manifest.
 
         Raises:
-            InputError: it is not one, or its indices are not those that were written.
-            OSError: the file cannot be read.
+            InputError: no such file, it is not one, or its indices are not those that were written.
         """
+        values = read_object(Path(path))
+        if values.get("format") != _FORMAT:
+            raise InputError(f"{path}: format {values.get('format')!r} is not {_FORMAT!r}")
+        train, indices = field(values, "train", int, path), field(values, "indices", list, path)
+        # A number alone would make as many zeros.
+        if not 0 < train <= _MOST or len(indices) * train > _MOST:
+            raise InputError(f"{path}: damaged, {len(indices)} subsets of {train} instances")
+        with damage(path):
+            keep = np.zeros((len(indices), train), dtype=np.bool_)
+            for row, members in zip(keep, indices, strict=True):
+                row[np.asarray(members, dtype=np.int64)] = True
+            fraction, seed, stored = (values[name] for name in ("fraction", "seed", "sha256"))
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values["format"] != _FORMAT:
-                raise InputError(f"{path}: format {values['format']!r} is not {_FORMAT!r}")
-            keep = np.zeros((len(values["indices"]), values["train"]), dtype=np.bool_)
-            for row, indices in zip(keep, values["indices"], strict=True):
-                row[np.asarray(indices, dtype=np.int64)] = True
-            subsets = cls(keep, values["fraction"], values["seed"])
-            stored = values["sha256"]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise InputError(f"{path} is no manifest of subsets, or is damaged: {error}") from error
+            subsets = cls(keep, fraction, seed)
+        except InputError as error:
+            raise InputError(f"{path}: damaged: {error}") from error
         if subsets.sha256 != stored:
             raise InputError(
                 f"{path}: its indices have the hash {subsets.sha256}, but it says {stored}: the "

@@ -14,20 +14,19 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.influence.blocks import Variable
 from turnover.influence.place import Place
-from turnover.reading import json_of
+from turnover.reading import parse_json
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 FORMAT = 1
 ROOT = "zarr.json"
 BEGUN = "progress/zarr.json"
 MARK = "turnover"
-AGAIN = "delete it and estimate again"
+_AGAIN = "delete it and estimate again"
 
 
 def manifest(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a store was begun with."""
-    found: dict[str, Any] = document["attributes"][MARK]["manifest"]
-    return dict(found)
+    return dict(document["attributes"][MARK]["manifest"])
 
 
 def seal(document: dict[str, Any], begun_with: Mapping[str, Any]) -> bytes:
@@ -50,9 +49,9 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
         return None
     foreign = f"{place.url} is not a turnover result; give another place"
     try:
-        document = json_of(raw)
-    except ValueError as error:
-        raise InputError(f"{place.url}: {key} is damaged ({error}); {AGAIN}") from error
+        document = parse_json(raw, f"{place.url}: {key}")
+    except InputError as error:
+        raise InputError(f"{error}; {_AGAIN}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     mark = attributes.get(MARK) if isinstance(attributes, dict) else None
     if not isinstance(mark, dict):
@@ -60,12 +59,14 @@ def marked(place: Place, key: str) -> dict[str, Any] | None:
     if mark.get("format") != FORMAT:
         raise InputError(
             f"{place.url} has format {mark.get('format')!r}, this version reads {FORMAT}; upgrade "
-            f"turnover, or {AGAIN}"
+            f"turnover, or {_AGAIN}"
         )
-    if not isinstance(mark.get("manifest"), dict) or mark.get("checksum") != _checksum(document):
+    if mark.get("checksum") != _checksum(document):
         raise InputError(
-            f"{place.url}: {key} is damaged, or was changed after it was written; {AGAIN}"
+            f"{place.url}: {key} is damaged, or was changed after it was written; {_AGAIN}"
         )
+    if not isinstance(mark.get("manifest"), dict):
+        raise InputError(f"{place.url}: {key} is damaged, it has no manifest; {_AGAIN}")
     return dict(document)
 
 

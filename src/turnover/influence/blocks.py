@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.files import writing_to
 from turnover.influence.place import Place
-from turnover.reading import as_written
+from turnover.reading import damage
 
 Region = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
@@ -245,7 +245,7 @@ class Blocks:
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            with as_written(f"{self.place.url}: the description of {name}", self._mend()):
+            with damage(f"{self.place.url}: the description of {name}", self._mend()):
                 self._arrays[name] = self._open(name)
         return self._arrays[name]
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from zarr.storage import WrapperStore
 
 from turnover.errors import InputError
-from turnover.influence.described import MOST_BYTES
 
 if TYPE_CHECKING:
     from turnover.influence.place import Place
 
+MOST_BYTES = 2**30
+"""Of a chunk, packed or unpacked."""
 _MAGIC = bytes.fromhex("28b52ffd")
 _SIZES = (0, 2, 4, 8)
 

@@ -28,9 +28,10 @@ from turnover.influence.begun import (
 )
 from turnover.influence.blocks import Variable
 from turnover.influence.calibration import NullDistribution, StudentNull
+from turnover.influence.layout import DESCRIBED
 from turnover.influence.place import Place
 from turnover.influence.result import Result
-from turnover.influence.stored import DESCRIBED, StoredResult
+from turnover.influence.stored import StoredResult
 from turnover.influence.stored import open_result as read
 from turnover.influence.writer import Writer
 

@@ -13,18 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.influence import described
-from turnover.influence.begun import AGAIN, BEGUN, MARK, ROOT, manifest, marked
+from turnover.influence.begun import BEGUN, ROOT, marked
 from turnover.influence.blocks import Blocks
 from turnover.influence.calibration import NoiseFloor, NullDistribution, StudentNull
+from turnover.influence.layout import attributes_of, layout
 from turnover.influence.place import Place
 from turnover.influence.result import Result
-from turnover.reading import as_written
 
 if TYPE_CHECKING:
     import xarray
-
-DESCRIBED = ("method", "objective", "sites", "network", "considered")
 
 
 @dataclass(frozen=True)
@@ -209,10 +206,6 @@ def open_result(url: str | Path) -> StoredResult:
         if place.vacant():
             raise InputError(f"{url}: there is no result; check the path, or estimate with out=")
         raise InputError(f"{url} is not a turnover result: it has no {ROOT}")
-    with as_written(f"{url}: {ROOT}", AGAIN):
-        attributes = {k: v for k, v in root["attributes"].items() if k not in {MARK, "coordinates"}}
-        kind = manifest(root)["kind"]
-        variables, sizes = described.arrays(root)
-        described.check_result(kind, variables, attributes)
+    kind, variables, sizes = layout(root, str(url))
     blocks = Blocks(place, variables, sizes, finished=True)
-    return StoredResult(str(url), kind, attributes, blocks, stamp)
+    return StoredResult(str(url), kind, attributes_of(root), blocks, stamp)

@@ -24,8 +24,8 @@ from turnover.influence.begun import (
 )
 from turnover.influence.blocks import MISSING, Blocks, Region, Variable, documents
 from turnover.influence.calibration import GhostPool
+from turnover.influence.layout import DESCRIBED
 from turnover.influence.place import Place
-from turnover.influence.stored import DESCRIBED
 
 _DIGEST = "progress/digest"
 _ROWS = 2**14

@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError, needing
 from turnover.heads import WideHead
+from turnover.reading import damage, field, read_object
+from turnover.weights import check_shapes, read_weights, shapes
 
 SITES = ("lora", "head")
 _INDEX = ".safetensors.index.json"
-_OF_A_BAD_MODEL = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_MOST_LABELS = 2**20
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 
 
@@ -100,8 +103,6 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
-    from safetensors import SafetensorError
-
     transformers = _transformers()
     try:
         _check_no_adapter(config.model)
@@ -115,7 +116,7 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
         tokenizer = _data_alone(transformers.AutoTokenizer, config.model)
     except InputError:
         raise
-    except (*_OF_A_BAD_MODEL, ImportError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many kinds for files that are not its own
         said = str(error).strip() or repr(error)
         raise InputError(
             f"model {config.model!r} cannot be loaded: {said.splitlines()[0]}"
@@ -144,20 +145,22 @@ def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
     Raises:
         InputError: a missing or damaged file, or weights that do not fit the shapes.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     transformers = _transformers()
+    where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
-        shape = json.loads((folder / "classifier.json").read_text())
-        config = ClassifierConfig(**shape["classifier"])
+        shape = read_object(where)
+        with damage(where):
+            config = ClassifierConfig(**field(shape, "classifier", dict, where))
+            classes = field(shape, "classes", int, where)
+        _check_lengths(folder / "encoder" / "config.json", len(shapes(path)))
         encoder_config = _data_alone(transformers.AutoConfig, folder / "encoder")
         _check_attention(encoder_config, folder / "encoder")
         tokenizer = _data_alone(transformers.AutoTokenizer, folder / "encoder")
-        encoder = transformers.AutoModel.from_config(encoder_config, trust_remote_code=False)
-        model = _assemble(encoder, config, int(shape["classes"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (*_OF_A_BAD_MODEL, SafetensorError) as error:
+        with torch.device("meta"):  # no memory is taken for what the file does not hold
+            check_shapes(path, _anew(encoder_config, config, classes).state_dict())
+        model = _anew(encoder_config, config, classes)
+        model.load_state_dict(read_weights(path, model.state_dict()))
+    except Exception as error:  # of transformers and its libraries, whose validators have their own
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     return model.eval(), tokenizer, config
 
@@ -223,6 +226,29 @@ def _check_weights(config: Any, source: str) -> None:
             raise InputError(
                 f"model {source!r} names {name!r} as its weights, which is not safetensors"
             )
+
+
+def _anew(encoder_config: Any, config: ClassifierConfig, classes: int) -> TextClassifier:
+    """A classifier of that shape, of new weights."""
+    encoder = _transformers().AutoModel.from_config(encoder_config, trust_remote_code=False)
+    return _assemble(encoder, config, classes)
+
+
+def _check_lengths(path: Path, tensors: int) -> None:
+    """Whether an encoder can have the layers its shape says, each of which has weights.
+
+    Raises:
+        InputError: more layers than the file has tensors, or labels by the million.
+    """
+    values = [read_object(path)]
+    while values:
+        for name, value in values.pop().items():
+            if isinstance(value, dict):
+                values.append(value)
+            elif isinstance(value, int) and "layer" in name and value > tensors:
+                raise InputError(f"{path}: {name} is {value}, of {tensors} tensors of weights")
+            elif isinstance(value, int) and name == "num_labels" and value > _MOST_LABELS:
+                raise InputError(f"{path}: {name} is {value}; take it out, as the head is another")
 
 
 def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClassifier:

@@ -18,6 +18,7 @@ from turnover.report.content import (
 from turnover.report.pictures import Shelf
 from turnover.run import Run, read_json
 from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
+from turnover.tasks.targets import read_targets
 
 _OVERALL = 50
 _OBJECTIVES = {
@@ -34,16 +35,16 @@ def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[
     Raises:
         InputError: the run has not been scored, or its results belong to another model.
     """
-    targets = read_json(run.folder / "results" / "targets.json")
-    if not targets["rows"]:
+    rows, predicted, confidence = read_targets(run)
+    if not len(rows):
         return []
     return explain(
         run.read_result("errors"),
         run.train,
         run.test,
-        targets["rows"],
-        targets["predicted"],
-        targets["confidence"],
+        rows.tolist(),
+        predicted.tolist(),
+        confidence.tolist(),
         top=top,
         among=among,
         gram=run.read_result("gram") if run.has_result("gram") else None,

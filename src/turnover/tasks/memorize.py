@@ -19,6 +19,7 @@ from turnover.files import replacing, write_csv
 from turnover.network import Network
 from turnover.run import Run
 from turnover.tasks.training import evaluate, under_masks
+from turnover.weights import check_finite, opened
 
 FILE = "memorization.safetensors"
 SHARE = 0.1
@@ -93,7 +94,8 @@ def memorization(run: Run) -> Memorization:
         )
     tensors = _tensors(path)
     shape = tensors["exposed"].shape
-    if len(shape) != 2 or shape != tensors["hidden"].shape or shape[1] != len(run.train):
+    known = all(value.dtype == torch.float32 for value in tensors.values()) and len(shape) == 2
+    if not known or 0 in shape or tensors["hidden"].shape != shape or shape[1] != len(run.train):
         raise InputError(f"{path}: damaged, or of other training data than the run's")
     return Memorization(tensors["exposed"].numpy(), tensors["hidden"].numpy())
 
@@ -112,11 +114,8 @@ def write_memorization(run: Run, found: Memorization, out: Path) -> None:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-        return {name: tensors[name] for name in ("exposed", "hidden")}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{path}: missing or damaged: {error!r}") from error
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in ("exposed", "hidden")}
+    for name, value in tensors.items():
+        check_finite(path, name, value)
+    return tensors

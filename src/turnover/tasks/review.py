@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
@@ -17,7 +16,8 @@ from turnover.data import Data
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
-from turnover.run import Run, read_json
+from turnover.reading import read_table
+from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
 
@@ -185,14 +185,9 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
     """
     check_rows(run)
-    try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
     row_of = {key: row for row, key in enumerate(run.train.keys)}
     seen: set[str] = set()
-    for number, line in enumerate(lines, start=2):
+    for number, line in read_table(path):
         key, value = line.get("key"), line.get(column)
         if key is None or value is None:
             raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
@@ -264,8 +259,7 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
     """Labels of the strongest influencers of each row, the row itself left out."""
     encoded = run.encode(run.train)
-    found = read_json(run.folder / "metrics.json").get("influence", {})
-    sites = found.get("scored_sites", run.network.sites)
+    sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
     result = influence.estimate(batches, run.train.ids)

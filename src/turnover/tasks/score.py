@@ -24,6 +24,7 @@ from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
 from turnover.objectives import Objective
+from turnover.reading import field
 from turnover.run import Run, read_json, write_json
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
 from turnover.tasks.training import evaluate
@@ -91,6 +92,7 @@ def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str
 
 def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     start = time.perf_counter()
+    _measured(run)  # refused now, and not when all is computed
     network = run.network
     scoring = _Scoring(run, config)
     test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
@@ -124,13 +126,25 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
             "self", own.self_influence(batches(training, range(len(training)), _BATCH))
         )
     write_json(run.folder / "results" / "targets.json", scoring.targets, sealed=True)
-    metrics = read_json(run.folder / "metrics.json")
+    metrics = _measured(run)
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
     for key in ("ghost_false_positive_rate", "significant_pairs"):
         metrics[key] = found.pop(key, None)
     metrics["influence"] = found
     write_json(run.folder / "metrics.json", metrics, sealed=True)
+    return metrics
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    """What the fit measured, to which scoring adds.
+
+    Raises:
+        InputError: damaged.
+    """
+    path = run.folder / "metrics.json"
+    metrics = read_json(path)
+    field(metrics, "seconds", dict, path)
     return metrics
 
 
@@ -249,8 +263,7 @@ def explain_input(
     if label is None:
         data = data.relabelled([predicted])
         encoded = run.encode(data)
-    found = read_json(run.folder / "metrics.json").get("influence", {})
-    sites = found.get("scored_sites", run.network.sites)
+    sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
     result = influence.estimate([encoded.batch([0])], torch.unique(run.train.ids))
     confidence = [float(prediction.confidence[0])]

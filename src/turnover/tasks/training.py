@@ -21,9 +21,13 @@ from turnover.errors import InputError
 from turnover.files import replacing
 from turnover.heads import WideHead
 from turnover.network import Network
+from turnover.reading import damage, parse_json
 from turnover.sites import device_of, resolve
+from turnover.weights import check_finite, opened
 
 _CHECK_EVERY = 10
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
+"""Of AdamW, for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -292,27 +296,32 @@ def _restore(
     """Put a checkpoint of the same training back; epochs done, 0 where there is none."""
     if not path.exists():
         return 0
-    from safetensors import SafetensorError, safe_open
-
+    mend = "delete it to start again"
     try:
-        with safe_open(path, framework="pt") as file:
+        with damage(path, mend), opened(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("digest") != digest:
                 return 0
             for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"value/{name}"))
-                optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{key}/{name}").to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-    except SafetensorError as error:
-        raise InputError(
-            f"{path}: damaged checkpoint ({error}); delete it to start again"
-        ) from error
-    steps, losses = json.loads(metadata["curves"])
-    curves.steps = steps
-    curves.losses = {name: [(m, h) for m, h in values] for name, values in losses.items()}
-    return int(metadata["epochs"])
+                if parameter.requires_grad:
+                    _restore_one(path, file, name, parameter, optimizer)
+            steps, losses = parse_json(metadata["curves"], path, finite=False)
+            curves.steps = [int(step) for step in steps]
+            curves.losses = {name: [(m + 0.0, h + 0.0) for m, h in v] for name, v in losses.items()}
+            return int(metadata["epochs"])
+    except InputError as error:
+        raise InputError(f"{path}: damaged checkpoint ({error}); {mend}") from error
+
+
+def _restore_one(
+    path: Path, file: Any, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> None:
+    """A parameter and what the optimizer knows of it."""
+    kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *_KEPT)}
+    for key, value in kept.items():
+        if value.shape != (torch.Size() if key == "step" else parameter.shape):
+            raise InputError(f"{path}: {key}/{name} is {tuple(value.shape)}")
+        check_finite(path, f"{key}/{name}", value)
+    with torch.no_grad():
+        parameter.copy_(kept["value"])
+    optimizer.state[parameter] = {key: kept[key].to(parameter.device) for key in _KEPT}

@@ -19,7 +19,7 @@ from turnover.errors import InputError
 from turnover.images import ImageData
 from turnover.influence.calibration import NoiseFloor
 from turnover.influence.result import Result
-from turnover.run import Run, read_json
+from turnover.run import Run
 from turnover.tasks.explain import (
     GRAM_MEANS,
     NOT_SIGNIFICANT,
@@ -28,6 +28,7 @@ from turnover.tasks.explain import (
     rows_by_id,
 )
 from turnover.tasks.review import KEEP, REMOVE
+from turnover.tasks.targets import read_targets
 from turnover.view.columns import open_columns, open_errors
 from turnover.view.filters import (
     PAGE,
@@ -57,7 +58,11 @@ class Contents:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._rows, self._predicted, self._confidence = _targets(run)
+        self._rows, self._predicted, self._confidence = read_targets(run)
+        if not len(self._rows):
+            raise InputError(
+                f"{run.folder} has no misclassified test rows: there is nothing to view"
+            )
         self._errors = open_errors(run)
         if len(self._errors) != len(self._rows):
             raise InputError(
@@ -338,27 +343,3 @@ class Contents:
             f"{key}\n{train.classes[train.labels[row]]}\n{train.shown(row)}".lower()
             for row, key in enumerate(train.keys)
         ]
-
-
-def _targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Test row, predicted class and confidence of every error: (errors,) each."""
-    path = run.folder / "results" / "targets.json"
-    if not path.exists():
-        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
-    targets = read_json(path)
-    try:
-        rows, predicted = (
-            np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")
-        )
-        confidence = np.array(targets["confidence"], dtype=np.float64)
-        whole = rows.shape == predicted.shape == confidence.shape
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error!r})") from error
-    if not len(rows):
-        raise InputError(f"{run.folder} has no misclassified test rows: there is nothing to view")
-    within = whole and 0 <= rows.min() <= rows.max() < len(run.test)
-    if not within or not 0 <= predicted.min() <= predicted.max() < len(run.test.classes):
-        raise InputError(
-            f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
-        )
-    return rows, predicted, confidence

@@ -1,0 +1,37 @@
+"""Which test rows of a scored run are its targets: the errors, in ``results/targets.json``."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnover.errors import InputError
+from turnover.run import Run, read_json
+
+
+def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Test row, predicted class and confidence of every error: (errors,) each.
+
+    Raises:
+        InputError: the run has not been scored, or the file is damaged or of another run.
+    """
+    path = run.folder / "results" / "targets.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
+    targets = read_json(path)
+    try:
+        rows, predicted = (
+            np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")
+        )
+        confidence = np.array(targets["confidence"], dtype=np.float64)
+        whole = rows.shape == predicted.shape == confidence.shape and rows.ndim == 1
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: damaged ({error!r})") from error
+    if whole and not len(rows):
+        return rows, predicted, confidence
+    within = whole and 0 <= rows.min() <= rows.max() < len(run.test)
+    if not within or not 0 <= predicted.min() <= predicted.max() < len(run.test.classes):
+        raise InputError(
+            f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
+        )
+    return rows, predicted, confidence

@@ -1,0 +1,275 @@
+"""Runs that somebody else made or damaged: loaded as they were, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+pytest.importorskip("PIL")
+
+from safetensors.torch import load_file, save_file
+
+import fuzzing
+from test_cli import data, encoder  # noqa: F401 - fixtures
+from test_cli import run as text_run  # noqa: F401 - a fixture
+from test_images import folders  # noqa: F401 - a fixture
+from test_images import run as image_run  # noqa: F401 - a fixture
+from turnover import InputError
+from turnover.cli.output import Output
+from turnover.cli.report import _write_report
+from turnover.run import DIGESTS, Run
+from turnover.tasks.memorize import memorization
+from turnover.weights import opened, read_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no digests:UserWarning")
+DESCRIBED = ["config.json", "masks.json", "classifier.json"]
+MEASURED = ["metrics.json", "results/targets.json"]
+BYTES = [*DESCRIBED, "model.safetensors", "test.jsonl", "test.npy"]
+
+
+@pytest.fixture(scope="module")
+def images(image_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A copy without digests, so that what is in the files is looked at."""
+    out = Path(shutil.copytree(image_run, tmp_path_factory.mktemp("images") / "run"))
+    (out / DIGESTS).unlink()
+    return out
+
+
+@pytest.fixture(scope="module")
+def texts(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    out = Path(shutil.copytree(text_run, tmp_path_factory.mktemp("texts") / "run"))
+    (out / DIGESTS).unlink()
+    return out
+
+
+@pytest.fixture
+def restored() -> Iterator[list[Path]]:
+    """Files that are as they were when the test ends."""
+    held: list[Path] = []
+    whole: dict[Path, bytes] = {}
+
+    class Held(list[Path]):
+        def append(self, path: Path) -> None:
+            whole[path] = path.read_bytes()
+
+    yield Held(held)
+    for path, raw in whole.items():
+        path.write_bytes(raw)
+
+
+def used(folder: Path) -> None:
+    """What commands do with a run."""
+    run = Run.load(folder)
+    batch = run.encode(run.test).batch([0])
+    with torch.no_grad():
+        logits = batch.call(run.model)
+    assert logits.shape == (1, len(run.test.classes)) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_damaged_bytes_of_a_run_are_read_or_refused(
+    name: str, images: Path, restored: list[Path]
+) -> None:
+    path = images / name
+    restored.append(path)
+    whole = path.read_bytes()
+
+    @fuzzing.bounded(15)
+    @given(raw=fuzzing.damaged(whole))
+    def any_damage(raw: bytes) -> None:
+        path.write_bytes(raw)
+        fuzzing.refused(lambda: used(images), str(images))
+
+    any_damage()
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_another_description_of_a_run_is_read_or_refused(
+    name: str, images: Path, restored: list[Path]
+) -> None:
+    path = images / name
+    restored.append(path)
+    whole = json.loads(path.read_text())
+
+    @fuzzing.bounded(25)
+    @given(values=fuzzing.changed(whole))
+    def any_values(values: Any) -> None:
+        path.write_bytes(fuzzing.json_text(values))
+        fuzzing.refused(lambda: used(images), str(images))
+
+    any_values()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_other_measurements_are_reported_or_refused(
+    name: str, images: Path, restored: list[Path]
+) -> None:
+    path, run = images / name, Run.load(images)
+    restored.append(path)
+    whole = json.loads(path.read_text())
+    del whole["checksum"]
+
+    def report() -> None:
+        _write_report(Output(as_json=True), run, images / "report.html", texts=True)
+
+    @fuzzing.bounded(40)
+    @given(values=fuzzing.changed(whole))
+    def any_values(values: Any) -> None:
+        path.write_bytes(fuzzing.json_text(values))
+        fuzzing.refused(report, str(images))
+
+    any_values()
+
+
+@pytest.mark.parametrize("name", ["classifier.json", "masks.json", "encoder/config.json"])
+def test_another_description_of_a_model_of_texts_is_read_or_refused(
+    name: str, texts: Path, restored: list[Path]
+) -> None:
+    path = texts / name
+    restored.append(path)
+    whole = json.loads(path.read_text())
+
+    @fuzzing.bounded(12)
+    @given(values=fuzzing.changed(whole))
+    def any_values(values: Any) -> None:
+        path.write_bytes(fuzzing.json_text(values))
+        fuzzing.refused(lambda: used(texts), str(texts))
+
+    any_values()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("classifier.json", {"classifier": {"model": "x", "head_units": 10**10}}),
+        ("classifier.json", {"classes": 10**9}),
+        ("encoder/config.json", {"num_hidden_layers": 10**9}),
+        ("encoder/config.json", {"vocab_size": 10**11}),
+        ("encoder/config.json", {"hidden_size": 2**30}),
+        ("encoder/config.json", {"num_labels": 10**9}),
+    ],
+)
+def test_a_model_larger_than_its_weights_is_refused_at_once(
+    name: str, change: dict[str, Any], texts: Path, restored: list[Path]
+) -> None:
+    path = texts / name
+    restored.append(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert fuzzing.refused(lambda: Run.load(texts), str(texts))
+
+
+def test_an_image_model_larger_than_its_weights_is_refused_at_once(
+    images: Path, restored: list[Path]
+) -> None:
+    path = images / "classifier.json"
+    restored.append(path)
+    whole = json.loads(path.read_text())
+    for change in ({"width": 10**6}, {"hidden": 10**9}, {"size": 32 * 10**8}):
+        other = whole | {"classifier": whole["classifier"] | change}
+        path.write_text(json.dumps(other))
+        assert fuzzing.refused(lambda: Run.load(images), str(images))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(
+    bad: float, images: Path, texts: Path, restored: list[Path]
+) -> None:
+    for folder in (images, texts):
+        path = folder / "model.safetensors"
+        restored.append(path)
+        tensors = load_file(path)
+        name = next(name for name, value in tensors.items() if value.is_floating_point())
+        tensors[name] = tensors[name].clone().fill_(bad)
+        save_file(tensors, path)
+        said = fuzzing.refused(lambda folder=folder: Run.load(folder), str(path))
+        assert said is not None and name in said and "NaN or infinite" in said
+
+
+def test_losses_over_training_that_are_none_are_named(images: Path, restored: list[Path]) -> None:
+    path, run = images / "memorization.safetensors", Run.load(images)
+    restored.append(path)
+    whole = load_file(path)
+    shape = whole["exposed"].shape
+    for values in (
+        {"exposed": whole["exposed"]},
+        {name: torch.zeros(shape, dtype=torch.int64) for name in whole},
+        {name: torch.zeros(0, shape[1]) for name in whole},
+        {name: torch.full(shape, torch.nan) for name in whole},
+        {"exposed": whole["exposed"], "hidden": torch.zeros(1, 1)},
+    ):
+        save_file(values, path)
+        assert fuzzing.refused(lambda: memorization(run), str(path))
+
+
+MODEL = torch.nn.Linear(3, 2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(MODEL.state_dict(), path)
+    return path
+
+
+def header(values: Any, held: bytes = b"\0" * 64) -> bytes:
+    raw = fuzzing.json_text(values)
+    return struct.pack("<Q", len(raw)) + raw + held
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        header({"weight": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 24]}}),
+        header({"weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 2**40]}}),
+        header({"weight": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}}, b"\0" * 3),
+        header({"weight": {"dtype": "I32", "shape": [2, 3], "data_offsets": [0, 24]}}, b"\0" * 24),
+        header([[]] * 100),
+        b"",
+        b"\x80\x02}q\x00.",
+    ],
+)
+def test_headers_that_lie_are_refused(raw: bytes, small: Path) -> None:
+    path = small.with_name("lying.safetensors")
+    path.write_bytes(raw)
+    assert fuzzing.refused(lambda: read_weights(path, MODEL.state_dict()), str(path))
+
+
+@fuzzing.bounded(200)
+@given(drawn=st.data())
+def test_damaged_weights_fit_or_are_refused(small: Path, drawn: st.DataObject) -> None:
+    path = small.with_name("damaged.safetensors")
+    path.write_bytes(drawn.draw(fuzzing.damaged(small.read_bytes())))
+    own = MODEL.state_dict()
+
+    def load() -> None:
+        found = read_weights(path, own)
+        assert {name: value.shape for name, value in found.items()} == {
+            name: value.shape for name, value in own.items()
+        }
+        assert all(torch.isfinite(value).all() for value in found.values())
+
+    fuzzing.refused(load, str(path))
+
+
+def test_a_tensor_that_is_not_there_is_refused(small: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"model\.safetensors: missing or damaged"),
+        opened(small) as tensors,
+    ):
+        tensors.get_tensor("another")
+    assert np.isfinite(read_weights(small, MODEL.state_dict())["weight"].numpy()).all()
