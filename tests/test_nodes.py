@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is without gloo"),
 ]
 HERE = Path(__file__).parent
-SECONDS = 240
+SCRIPT = HERE / "nodes.py"
+PATHS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE)]),
+}
+SECONDS, GRACE = 240, 60
 KINDS = {"loop": (), "accelerate": ("accelerate",), "lightning": ("lightning",)}
 KINDS["trainer"] = ("accelerate", "datasets", "transformers")
 
@@ -40,60 +46,79 @@ def networks():
 
 
 class Nodes:
-    """The same script on both nodes, by torchrun."""
+    """The same command on both nodes: by torchrun, or by ``accelerate launch``."""
 
-    def __init__(self, networks, *arguments, restarts=0, **environment):
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-            *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "nodes"),
-            *("--rdzv-endpoint", f"{networks.hosts[0]}:29400", "--max-restarts", str(restarts)),
-        ]
-        # Both networks have this machine's name, by which torchrun would tell who is the first.
-        own = [
-            ["--local-addr", host, "--rdzv-conf", f"is_host={int(index == 0)}"]
-            for index, host in enumerate(networks.hosts)
-        ]
-        self.processes = [
-            subprocess.Popen(
-                [*networks.inside(index), *command, *own[index], *map(str, arguments)],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": networks.links[index],
-                    "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE)]),
-                    **environment,
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for index in range(2)
-        ]
+    def __init__(self, networks, folder, kind, *, launcher="torchrun", restarts=0, **environment):
+        self._networks = networks
+        self.logs = [folder / f"log-{index}" for index in range(2)]
+        self.processes = []
+        for index in range(2):
+            launched = LAUNCHERS[launcher](networks.hosts, index, restarts)
+            with self.logs[index].open("w") as log:
+                process = subprocess.Popen(
+                    [
+                        *networks.inside(index),
+                        sys.executable,
+                        "-m",
+                        *launched,
+                        SCRIPT,
+                        kind,
+                        folder,
+                    ],
+                    env={
+                        **os.environ,
+                        **PATHS,
+                        "GLOO_SOCKET_IFNAME": networks.links[index],
+                        "ACCELERATE_USE_CPU": "1",
+                        **environment,
+                    },
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.processes.append(process)
 
     def ended(self):
         """Exit codes; what they said is shown where they are not as expected."""
         limit = time.monotonic() + SECONDS
-        try:
-            said = [p.communicate(timeout=max(1, limit - time.monotonic())) for p in self.processes]
-        finally:
-            for index in range(2):
-                self.kill(index)
-        sys.stdout.write("\n=====\n".join(text[-3000:] for text, _ in said))
-        return [process.returncode for process in self.processes]
+        while None in (codes := [process.poll() for process in self.processes]):
+            # torchrun waits five minutes for a node that is no more.
+            if any(codes):
+                limit = min(limit, time.monotonic() + GRACE)
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.05)
+        for index, log in enumerate(self.logs):
+            self.kill(index)
+            sys.stdout.write(f"===== node {index}\n{log.read_text()[-3000:]}\n")
+        return [process.wait() for process in self.processes]
 
     def kill(self, index):
-        """Everything of a node at once."""
-        try:
-            first = psutil.Process(self.processes[index].pid)
-            everything = [first, *first.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in everything:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        """Everything of a node at once, as when its power fails."""
+        for process in self._networks.processes(index):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def torchrun(hosts, index, restarts):
+    return [
+        *("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", f"{hosts[0]}:29400"),
+        *("--max-restarts", str(restarts)),
+        # Both networks have this machine's name, by which torchrun would tell who is the first.
+        *("--local-addr", hosts[index], "--rdzv-conf", f"is_host={int(index == 0)}"),
+    ]
+
+
+def accelerate_launch(hosts, index, _):
+    return [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"),
+        *("--num_processes", "2", "--machine_rank", str(index), "--main_process_ip", hosts[0]),
+        *("--main_process_port", "29400", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    ]
+
+
+LAUNCHERS = {"torchrun": torchrun, "accelerate": accelerate_launch}
 
 
 def begun(folder):
@@ -112,11 +137,10 @@ def alone(tmp_path_factory):
         folder = folders.get(kind)
         if folder is None:
             folder = folders[kind] = tmp_path_factory.mktemp(f"alone-{kind}")
-            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-            path = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
+            outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
             subprocess.run(
-                [sys.executable, HERE / "nodes.py", kind, folder],
-                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                [sys.executable, SCRIPT, kind, folder],
+                env={**outside, **PATHS, "ACCELERATE_USE_CPU": "1"},
                 check=True,
                 timeout=SECONDS,
             )
@@ -126,8 +150,42 @@ def alone(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def together(networks, tmp_path_factory):
+    """What two nodes make, by kind and launcher."""
+
+    def made(kind, launcher="torchrun"):
+        if (kind, launcher) not in folders:
+            folder = tmp_path_factory.mktemp(f"{launcher}-{kind}")
+            assert Nodes(networks, folder, kind, launcher=launcher).ended() == [0, 0]
+            folders[kind, launcher] = folder
+        return folders[kind, launcher]
+
+    folders = {}
+    return made
+
+
 def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def seen(folder, rank=0):
+    return load_file(folder / f"seen-{rank}.safetensors")
+
+
+def units_of(ids, units):
+    """The one set of units that each id ran under."""
+    found = {}
+    for one, under in zip(ids.tolist(), units.tolist(), strict=True):
+        assert found.setdefault(one, under) == under
+    return found
+
+
+def network_of(kind, folder):
+    model = nodes.processes.build()
+    missing = model.load_state_dict(load_file(folder / f"{kind}.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    return turnover.Network.from_dict(model.eval(), read(folder, kind))
 
 
 def assert_trained_alike(folder, alone, kind):
@@ -138,40 +196,60 @@ def assert_trained_alike(folder, alone, kind):
     assert read(folder, kind) == read(alone, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_nodes_train_what_one_process_trains(networks, alone, tmp_path, kind):
+def assert_ran_alike(folder, alone):
+    """Each row under the masks of its id on either node, and global batches with the same losses."""
+    parts, whole = [seen(folder, rank) for rank in range(2)], seen(alone)
+    ids, units = (torch.cat([part[name] for part in parts]) for name in ("ids", "units"))
+    assert len(parts[0]["ids"]) == len(parts[1]["ids"])
+    assert sorted(ids.tolist()) == sorted(whole["ids"].tolist())
+    assert units_of(ids, units) == units_of(whole["ids"], whole["units"])
+    losses = torch.stack([part["losses"] for part in parts]).mean(0)
+    torch.testing.assert_close(losses, whole["losses"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [
+        ("loop", "torchrun"),
+        ("lightning", "torchrun"),
+        ("trainer", "torchrun"),
+        ("accelerate", "accelerate"),
+    ],
+)
+def test_two_nodes_train_what_one_process_trains(kind, launcher, together, alone):
     for package in KINDS[kind]:
         pytest.importorskip(package)
-    run = Nodes(networks, HERE / "nodes.py", kind, tmp_path, ACCELERATE_USE_CPU="1")
-    assert run.ended() == [0, 0]
-    assert_trained_alike(tmp_path, alone(kind), kind)
-    parts = [read(tmp_path, f"ids-{rank}") for rank in range(2)]
-    whole = read(alone(kind), "ids-0")
-    assert len(parts[0]) == len(parts[1]) and sorted(parts[0] + parts[1]) == sorted(whole)
+    two, one = together(kind, launcher), alone(kind)
+    assert_ran_alike(two, one)
+    assert_trained_alike(two, one, kind)
 
 
-def test_a_checkpoint_of_two_nodes_is_loaded_and_scored_in_one_process(networks, alone, tmp_path):
-    run = Nodes(networks, HERE / "nodes.py", "loop", tmp_path)
-    assert run.ended() == [0, 0]
-    scores = []
-    for folder in (tmp_path, alone("loop")):
-        model = nodes.processes.build()
-        model.load_state_dict(load_file(folder / f"epoch-{nodes.EPOCHS - 1}.safetensors"))
-        network = turnover.Network.from_dict(model.eval(), read(folder, "masks"))
-        scores.append(torch.tensor(nodes.processes.scores(network, "linear")))
-    torch.testing.assert_close(*scores, atol=1e-4, rtol=0)
-    assert scores[0].abs().max() > 1e-3
+def test_a_row_that_both_nodes_get_is_trained_under_one_mask(together):
+    epoch = len(nodes.X) // 2
+    parts = [seen(together("loop"), rank) for rank in range(2)]
+    ids, units = (torch.cat([p[name][:epoch] for p in parts]) for name in ("ids", "units"))
+    assert len(units_of(ids, units)) == len(ids) - 1
+
+
+def test_what_two_nodes_save_one_process_loads_and_scores_the_same(together, alone):
+    two, one = (network_of("loop", made("loop")) for made in (together, alone))
+    assert two.digest() == (together("loop") / "digest").read_text()
+    assert two.fingerprint() == one.fingerprint()
+    for method in nodes.processes.METHODS:
+        scores, expected = (nodes.processes.scores(network, method) for network in (two, one))
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+        assert np.abs(expected).max() > 1e-3
 
 
 def test_a_node_that_is_killed_and_started_anew_ends_what_was_begun(networks, alone, tmp_path):
     (tmp_path / "wait").touch()
-    run = Nodes(networks, HERE / "nodes.py", "loop", tmp_path)
+    run = Nodes(networks, tmp_path, "loop")
     begun(tmp_path)
     run.kill(1)
     (tmp_path / "wait").unlink()
     assert all(run.ended())
     assert not (tmp_path / "loop.safetensors").exists()
-    assert Nodes(networks, HERE / "nodes.py", "loop", tmp_path).ended() == [0, 0]
+    assert Nodes(networks, tmp_path, "loop").ended() == [0, 0]
     assert_trained_alike(tmp_path, alone("loop"), "loop")
 
 
@@ -179,7 +257,7 @@ def test_a_process_that_is_killed_is_started_anew_by_torchrun(networks, alone, t
     (tmp_path / "wait").touch()
     # Without it, torch 2.13 tells the nodes different addresses when it starts them anew.
     share = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    run = Nodes(networks, HERE / "nodes.py", "loop", tmp_path, restarts=1, **share)
+    run = Nodes(networks, tmp_path, "loop", restarts=1, **share)
     begun(tmp_path)
     os.kill(int((tmp_path / "at-1").read_text()), signal.SIGKILL)
     (tmp_path / "wait").unlink()

@@ -31,6 +31,11 @@ class Namespaces:
         """What a command begins with that runs in one of them."""
         return ["ip", "netns", "exec", self._names[index]] if self.made else []
 
+    def processes(self, index: int) -> list[int]:
+        """Ids of the processes that run in one of them."""
+        command = ["ip", "netns", "pids", self._names[index]]
+        return [int(one) for one in subprocess.check_output(command, text=True).split()]
+
     def set_link(self, index: int, state: str) -> None:
         """Take the network of one away (``"down"``), or give it back (``"up"``)."""
         self._ip(f"-n {self._names[index]} link set {self.links[index]} {state}", check=True)
