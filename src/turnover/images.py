@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +32,17 @@ from turnover.data import (
 from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids
-from turnover.tables import load_table, table_of
+from turnover.reading import check_file
+from turnover.tables import load_table, table_of, undecoded
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = Columns("image", "label")
 _MANY = 1000
+_PLAIN = "biufU"
+_LARGEST = 2**26
+"""Pixels of an image: a small file can hold more than a machine has memory for."""
+_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+"""Of Pillow's. It hands others (EPS) to other programs."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def read_images(
     contents = []
     for row in tqdm(range(count), "reading images", unit="image", disable=count < _MANY):
         raw, image = found.read(row)
-        pixels[row] = _square(image, size)
+        pixels[row] = _square(image, size, f"{source}: {found.names[row]}")
         contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
     keys, ids = found.given or (found.names, content_ids(contents))
     return ImageData(pixels, list(range(count)), found.names, labels, ids, keys, known)
@@ -164,7 +171,7 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     Raises:
         InputError: no such file, or not an image.
     """
-    return _square(_opened(_bytes(path), str(path)), size)
+    return _square(_opened(_bytes(path), str(path)), size, str(path))
 
 
 def write_images(data: ImageData, out: Path) -> None:
@@ -234,7 +241,8 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
     except Exception as error:  # numpy reads headers as Python does, and zipfile as it comes
         raise InputError(f"{path}: cannot be read as arrays: {error}") from error
     images = arrays.pop(columns.input)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
+    shaped = images.ndim in (3, 4) and images.shape[3:] in ((), (3,)) and 0 not in images.shape[1:]
+    if images.dtype != np.uint8 or not shaped:
         raise InputError(
             f"{path}: {columns.input!r} must be uint8 (images, height, width) or (images, height, "
             f"width, 3), got {images.dtype} {images.shape}"
@@ -244,9 +252,14 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
             raise InputError(
                 f"{path}: {name!r} must be ({len(images)},), one for each image, got {values.shape}"
             )
+        if values.dtype.kind not in _PLAIN:
+            raise InputError(f"{path}: {name!r} must be numbers or texts, got {values.dtype}")
     if not len(images):
         raise InputError(f"{path}: no images")
-    table = table_of({name: values.tolist() for name, values in arrays.items()})
+    try:
+        table = table_of({name: values.tolist() for name, values in arrays.items()})
+    except (ValueError, OverflowError) as error:  # halves of characters, numbers of another size
+        raise InputError(f"{path}: cannot be read as arrays: {error}") from error
 
     def read(row: int) -> tuple[bytes, Any]:
         return images[row].tobytes(), _pillow().fromarray(images[row]).convert("RGB")
@@ -265,22 +278,19 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
     columns = present(table.column_names, columns, source, ids_needed=ids_needed)
     if not len(table):
         raise InputError(f"{source}: the file has no rows")
-    # Undecoded: this is how the bytes are had that ids are made of, and without torch's decoder.
-    if hasattr(table.features[columns.input], "decode_example"):
-        import datasets
-
-        table = table.cast_column(columns.input, datasets.Image(decode=False))
+    images = undecoded(table, columns.input, source)
     homes = _homes(Path(source))
 
     def read(row: int) -> tuple[bytes, Any]:
-        cell = table[row][columns.input]
-        where = f"{source}: row {row + 1}"
-        if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
+        cell, where = images(row), f"{source}: row {row + 1}"
+        raw, path = (
+            (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
+        )
+        if not raw and isinstance(path, str) and path and "\0" not in path:
+            _check_inside(Path(path).resolve(), homes, f"{where}: {path}")
+            raw = _bytes(Path(path))
+        if not isinstance(raw, bytes) or not raw:
             raise InputError(f"{where} has no image in column {columns.input!r}")
-        raw = cell.get("bytes")
-        if not raw:
-            _check_inside(Path(cell["path"]).resolve(), homes, f"{where}: {cell['path']}")
-            raw = _bytes(Path(cell["path"]))
         return raw, _opened(raw, where)
 
     return _Found(
@@ -316,6 +326,7 @@ def _check_inside(whole: Path, homes: Sequence[Path], named: str) -> None:
 
 
 def _bytes(path: Path) -> bytes:
+    check_file(path)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -323,13 +334,25 @@ def _bytes(path: Path) -> bytes:
 
 
 def _opened(raw: bytes, where: str) -> Any:
+    pillow = _pillow()
+    pillow.init()
+    known = [one for one in _FORMATS if one in pillow.OPEN]
     try:
-        return _pillow().open(io.BytesIO(raw)).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below, or does no harm
+            image = pillow.open(io.BytesIO(raw), formats=known)
+            if image.width * image.height > _LARGEST:
+                raise InputError(
+                    f"{where}: {image.width} x {image.height} pixels, more than {_LARGEST}: make it smaller"
+                )
+            return image.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise InputError(f"{where}: not an image that can be read: {error}") from error
 
 
-def _square(image: Any, size: int) -> NDArray[np.uint8]:
+def _square(image: Any, size: int, where: str) -> NDArray[np.uint8]:
     """The image with its shorter side at ``size``, and its middle."""
     width, height = image.size
     shorter = min(width, height)
@@ -338,6 +361,10 @@ def _square(image: Any, size: int) -> NDArray[np.uint8]:
             max(size, round(width * size / shorter)),
             max(size, round(height * size / shorter)),
         )
+        if shape[0] * shape[1] > _LARGEST:
+            raise InputError(
+                f"{where}: {width} x {height} pixels, too long and narrow to be brought to {size}: cut it"
+            )
         image = image.resize(shape, _pillow().Resampling.BILINEAR, reducing_gap=2.0)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -6,6 +6,7 @@ dates for dates, and does not survive all that is in a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,38 @@ def column_of(table: Any, name: str, source: str) -> list[Any]:
     Raises:
         InputError: they cannot be read.
     """
+    if hasattr(table.features[name], "decode_example"):
+        raise InputError(
+            f"{source}: column {name!r} holds {table.features[name]}, and no plain values"
+        )
     try:
         return list(table[name])
     except Exception as error:  # what they are of is read now, and Arrow raises many kinds
         raise InputError(f"{source}: column {name!r} cannot be read: {error}") from error
+
+
+def undecoded(table: Any, name: str, source: str) -> Callable[[int], Any]:
+    """A column of images as they lie in the file, by row; no other column is decoded.
+
+    Raises:
+        InputError: it cannot be read, now or then.
+    """
+    refused = f"{source}: column {name!r} cannot be read"
+    held = table
+    try:
+        if hasattr(table.features[name], "decode_example"):
+            image = _datasets().Image(decode=False)
+            held = table.select_columns([name]).cast_column(name, image)
+    except Exception as error:  # a column of something else
+        raise InputError(f"{refused} as images: {error}") from error
+
+    def read(row: int) -> Any:
+        try:
+            return held[row][name]
+        except Exception as error:  # Arrow raises many kinds
+            raise InputError(f"{refused}: row {row + 1}: {error}") from error
+
+    return read
 
 
 def table_of(columns: dict[str, list[Any]]) -> Any:
