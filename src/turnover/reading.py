@@ -143,6 +143,8 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         InputError: no such file, or not CSV.
     """
+    if not path.exists():
+        raise InputError(f"{path}: cannot be read: there is no such file")
     try:
         lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
         for number, row in enumerate(lines, start=2):
