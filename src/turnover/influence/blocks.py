@@ -244,7 +244,13 @@ class Blocks:
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            self._arrays[name] = self._open(name)
+            try:
+                self._arrays[name] = self._open(name)
+            except (TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise InputError(
+                    f"{self.place.url}: zarr.json describes {name} as no array of ours ({error}); "
+                    f"{self._mend()}"
+                ) from error
         return self._arrays[name]
 
     def _open(self, name: str) -> Any:
