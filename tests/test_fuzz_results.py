@@ -184,3 +184,27 @@ def test_a_mark_without_a_manifest_is_refused(copies: dict[str, Path]) -> None:
         raw = seal(document, {}) if begun_with == {} else json.dumps(document).encode()
         (path / "zarr.json").write_bytes(raw)
         assert fuzzing.refused(lambda: open_result(path), str(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fill_value": None},
+        {"storage_transformers": True},
+        {"chunk_key_encoding": None},
+        {"codecs": [{"name": "bytes", "configuration": 1}]},
+        {"node_type": "group"},
+        {"zarr_format": 2},
+    ],
+)
+def test_an_array_that_zarr_does_not_open_is_named(
+    change: dict[str, Any], copies: dict[str, Path]
+) -> None:
+    path = copies["dense"]
+    document = described(path)
+    whole = (path / "zarr.json").read_bytes()
+    document["consolidated_metadata"]["metadata"]["score"] |= change
+    reseal(path, document)
+    found = fuzzing.refused(lambda: open_result(path).load(), str(path))
+    (path / "zarr.json").write_bytes(whole)
+    assert found is not None

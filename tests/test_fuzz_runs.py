@@ -273,3 +273,33 @@ def test_a_tensor_that_is_not_there_is_refused(small: Path) -> None:
     ):
         tensors.get_tensor("another")
     assert np.isfinite(read_weights(small, MODEL.state_dict())["weight"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"classes": ["blue", "green"]}),
+        ("config.json", {"classes": ["blue", "green", "red", "blue"]}),
+        ("config.json", {"classes": "blue"}),
+        ("classifier.json", {"mean": [0.5, 1e308, 0.5]}),
+        ("classifier.json", {"deviation": [0.5, 0, 0.5]}),
+        ("classifier.json", {"deviation": [0.5, 0.5]}),
+        ("metrics.json", {"curves": {"steps": [0], "losses": {"train": [[1, 2], [3, 4]]}}}),
+        ("metrics.json", {"seconds": None}),
+    ],
+)
+def test_values_that_do_not_fit_the_model_are_refused(
+    name: str, change: dict[str, Any], images: Path, restored: list[Path]
+) -> None:
+    path = images / name
+    restored.append(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    def report() -> None:
+        run = Run.load(images)
+        _write_report(Output(as_json=True), run, images / "report.html", texts=True)
+
+    values = json.loads(path.read_text())
+    values.pop("checksum", None)
+    path.write_text(json.dumps(values))
+    assert fuzzing.refused(report, str(path))

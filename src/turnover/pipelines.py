@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -63,8 +62,16 @@ class ImageClassifierConfig:
             )
         if self.head_units < 1:
             raise InputError(f"head_units must be >= 1, got {self.head_units}")
-        with torch.device("meta"):
-            self.network(2)  # raises what cannot be
+        try:
+            with torch.device("meta"):
+                self.network(2)  # raises what cannot be
+        except InputError:
+            raise
+        except (TypeError, RuntimeError, OverflowError) as error:
+            raise InputError(
+                f"no {self.model} of width {self.width}, {self.hidden} hidden units and images of "
+                f"{self.size} can be built: {str(error).splitlines()[0]}"
+            ) from error
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -371,7 +378,8 @@ def _colours(shape: Mapping[str, Any], name: str, where: Path) -> tuple[float, .
     values = field(shape, name, list, where)
     if len(values) != 3 or not all(type(one) in (int, float) for one in values):
         raise InputError(f"{where}: damaged, {name!r} must be three numbers, got {values}")
-    if not all(math.isfinite(one) for one in values) or (name == "deviation" and min(values) <= 0):
+    least = 0.0 if name == "mean" else 1e-6
+    if not all(least <= one <= 1 for one in values):
         raise InputError(f"{where}: damaged, {name!r} cannot be {values}")
     return tuple(map(float, values))
 

@@ -37,6 +37,7 @@ CHECKPOINT = ".checkpoint"
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
 """What changes after the fit, and what no command loads a run from."""
 _CHECKSUM = "checksum"
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class Run:
         pipeline, model = load(folder)
         network = _masked(model, folder / "masks.json")
         classes = strings(config, "classes", folder / "config.json")
+        known = read_object(folder / "classifier.json").get("classes")
+        if len(classes) != known or len(set(classes)) < len(classes):
+            raise InputError(
+                f"{folder / 'config.json'}: damaged, the model is of {known} classes, and not of these: "
+                f"{', '.join(classes[:_SHOWN])}"
+            )
         return cls(
             folder,
             config,

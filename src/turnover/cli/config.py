@@ -61,6 +61,10 @@ def read_config(path: Path, options: Mapping[str, Any], others: set[str]) -> dic
     values = read_toml(path)
     made = values.pop(_MADE, {})
     for key, value in values.items():
+        if "\0" in str(value):
+            raise InputError(
+                f"{path}: {key!r} holds a zero character, and no name may: take it out"
+            )
         if key in options:
             if not _fits(value, options[key]):
                 raise InputError(

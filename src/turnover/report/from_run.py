@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from turnover.errors import InputError
 from turnover.images import ImageData
 from turnover.report.content import (
     AccuracyRow,
@@ -66,7 +68,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         title=title,
         objective=_OBJECTIVES.get(found["objective"], found["objective"]),
         classes=tuple(run.train.classes),
-        curves=_curves(metrics["curves"]),
+        curves=_curves(run.folder / "metrics.json", metrics["curves"]),
         accuracy=_accuracy(metrics),
         deploy=_deploy(metrics),
         errors=errors,
@@ -93,7 +95,14 @@ def _images(
     return Shelf(run.train).links(keys), Shelf(run.test).links([error.key for error in errors])
 
 
-def _curves(curves: dict[str, Any]) -> tuple[Curve, ...]:
+def _curves(path: Path, curves: dict[str, Any]) -> tuple[Curve, ...]:
+    try:
+        return _drawn(curves)
+    except InputError as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+
+
+def _drawn(curves: dict[str, Any]) -> tuple[Curve, ...]:
     return tuple(
         Curve(
             name.replace("_", " "),
