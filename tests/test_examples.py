@@ -14,6 +14,7 @@ NEEDED = {
     "lightning_trainer": ("lightning", "sklearn"),
     "peft_lora": ("accelerate", "datasets", "peft", "transformers"),
     "pytorch": ("sklearn",),
+    "several_nodes": ("sklearn",),
     "sklearn_classifier": ("sklearn",),
     "transformers_trainer": ("accelerate", "datasets", "transformers"),
 }

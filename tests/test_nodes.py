@@ -48,7 +48,7 @@ def networks():
 class Nodes:
     """The same command on both nodes: by torchrun, or by ``accelerate launch``."""
 
-    def __init__(self, networks, folder, kind, *, launcher="torchrun", restarts=0, **environment):
+    def __init__(self, networks, folder, *command, launcher="torchrun", restarts=0, **environment):
         self._networks = networks
         self.logs = [folder / f"log-{index}" for index in range(2)]
         self.processes = []
@@ -61,9 +61,7 @@ class Nodes:
                         sys.executable,
                         "-m",
                         *launched,
-                        SCRIPT,
-                        kind,
-                        folder,
+                        *command,
                     ],
                     env={
                         **os.environ,
@@ -157,7 +155,10 @@ def together(networks, tmp_path_factory):
     def made(kind, launcher="torchrun"):
         if (kind, launcher) not in folders:
             folder = tmp_path_factory.mktemp(f"{launcher}-{kind}")
-            assert Nodes(networks, folder, kind, launcher=launcher).ended() == [0, 0]
+            assert Nodes(networks, folder, SCRIPT, kind, folder, launcher=launcher).ended() == [
+                0,
+                0,
+            ]
             folders[kind, launcher] = folder
         return folders[kind, launcher]
 
@@ -243,13 +244,13 @@ def test_what_two_nodes_save_one_process_loads_and_scores_the_same(together, alo
 
 def test_a_node_that_is_killed_and_started_anew_ends_what_was_begun(networks, alone, tmp_path):
     (tmp_path / "wait").touch()
-    run = Nodes(networks, tmp_path, "loop")
+    run = Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path)
     begun(tmp_path)
     run.kill(1)
     (tmp_path / "wait").unlink()
     assert all(run.ended())
     assert not (tmp_path / "loop.safetensors").exists()
-    assert Nodes(networks, tmp_path, "loop").ended() == [0, 0]
+    assert Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path).ended() == [0, 0]
     assert_trained_alike(tmp_path, alone("loop"), "loop")
 
 
@@ -257,9 +258,26 @@ def test_a_process_that_is_killed_is_started_anew_by_torchrun(networks, alone, t
     (tmp_path / "wait").touch()
     # Without it, torch 2.13 tells the nodes different addresses when it starts them anew.
     share = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    run = Nodes(networks, tmp_path, "loop", restarts=1, **share)
+    run = Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path, restarts=1, **share)
     begun(tmp_path)
     os.kill(int((tmp_path / "at-1").read_text()), signal.SIGKILL)
     (tmp_path / "wait").unlink()
     assert run.ended() == [0, 0]
     assert_trained_alike(tmp_path, alone("loop"), "loop")
+
+
+def test_the_example_says_on_two_nodes_what_it_says_alone(networks, tmp_path):
+    pytest.importorskip("sklearn")
+    script = HERE.parent / "examples" / "several_nodes.py"
+    alone = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, **PATHS},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=SECONDS,
+    )
+    run = Nodes(networks, tmp_path, script)
+    assert run.ended() == [0, 0]
+    assert "helped most by rows" in alone.stdout
+    assert [alone.stdout in log.read_text() for log in run.logs] == [True, False]
