@@ -1,6 +1,6 @@
 """What a process runs under a trainer on several nodes, or alone: training that goes on from its checkpoints.
 
-``nodes.py KIND FOLDER``; the process of rank 0 writes ``FOLDER/KIND``, each what its rows ran under.
+``nodes.py FOLDER KIND...``; the process of rank 0 writes ``FOLDER/KIND``, each what its rows ran under.
 """
 
 import json
@@ -249,17 +249,16 @@ def by_trainer(folder):
     return parameters(trainer.model), network, seen
 
 
-def main(kind, folder):
-    torch.set_num_threads(1)
+def main(folder, kind):
     rank, world = rank_and_world()
     if world > 1 and kind == "loop":
         dist.init_process_group("gloo")
     weights, network, seen = globals()[f"by_{kind}"](folder)
-    seen.save(folder / f"seen-{rank}.safetensors")
+    seen.save(folder / f"{kind}-{rank}.safetensors")
     if rank == 0:
         save_file(weights, folder / f"{kind}.safetensors")
         (folder / f"{kind}.json").write_text(json.dumps(network.to_dict()))
-        (folder / "digest").write_text(network.digest())
+        (folder / f"{kind}.digest").write_text(network.digest())
     if dist.is_initialized():
         # Who leaves before the others have come so far may break their connections.
         dist.barrier()
@@ -267,4 +266,6 @@ def main(kind, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    torch.set_num_threads(1)
+    for kind in sys.argv[2:]:
+        main(Path(sys.argv[1]), kind)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -42,27 +43,23 @@ def networks():
         made.close()
         pytest.skip("two networks cannot be made here (only root can)")
     yield made
+    for index in range(2):
+        kill(made, index)
     made.close()
 
 
 class Nodes:
     """The same command on both nodes: by torchrun, or by ``accelerate launch``."""
 
-    def __init__(self, networks, folder, *command, launcher="torchrun", restarts=0, **environment):
+    def __init__(self, networks, folder, *command, launcher=None, restarts=0, **environment):
         self._networks = networks
         self.logs = [folder / f"log-{index}" for index in range(2)]
         self.processes = []
         for index in range(2):
-            launched = LAUNCHERS[launcher](networks.hosts, index, restarts)
+            launched = (launcher or torchrun)(networks.hosts, index, restarts)
             with self.logs[index].open("w") as log:
                 process = subprocess.Popen(
-                    [
-                        *networks.inside(index),
-                        sys.executable,
-                        "-m",
-                        *launched,
-                        *command,
-                    ],
+                    [*networks.inside(index), sys.executable, "-m", *launched, *command],
                     env={
                         **os.environ,
                         **PATHS,
@@ -93,9 +90,13 @@ class Nodes:
 
     def kill(self, index):
         """Everything of a node at once, as when its power fails."""
-        for process in self._networks.processes(index):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        kill(self._networks, index)
+
+
+def kill(networks, index):
+    for process in networks.processes(index):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def torchrun(hosts, index, restarts):
@@ -116,7 +117,7 @@ def accelerate_launch(hosts, index, _):
     ]
 
 
-LAUNCHERS = {"torchrun": torchrun, "accelerate": accelerate_launch}
+LAUNCHERS = {"accelerate": accelerate_launch}
 
 
 def begun(folder):
@@ -129,38 +130,30 @@ def begun(folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes, by kind."""
-
-    def made(kind):
-        folder = folders.get(kind)
-        if folder is None:
-            folder = folders[kind] = tmp_path_factory.mktemp(f"alone-{kind}")
-            outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-            subprocess.run(
-                [sys.executable, SCRIPT, kind, folder],
-                env={**outside, **PATHS, "ACCELERATE_USE_CPU": "1"},
-                check=True,
-                timeout=SECONDS,
-            )
-        return folder
-
-    folders = {}
-    return made
+    """What one process makes, of every kind whose packages are there."""
+    folder = tmp_path_factory.mktemp("alone")
+    kinds = [kind for kind, packages in KINDS.items() if all(map(find_spec, packages))]
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    subprocess.run(
+        [sys.executable, SCRIPT, folder, *kinds],
+        env={**outside, **PATHS, "ACCELERATE_USE_CPU": "1"},
+        check=True,
+        timeout=SECONDS,
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
 def together(networks, tmp_path_factory):
-    """What two nodes make, by kind and launcher."""
+    """What two nodes make, by kind."""
 
-    def made(kind, launcher="torchrun"):
-        if (kind, launcher) not in folders:
-            folder = tmp_path_factory.mktemp(f"{launcher}-{kind}")
-            assert Nodes(networks, folder, SCRIPT, kind, folder, launcher=launcher).ended() == [
-                0,
-                0,
-            ]
-            folders[kind, launcher] = folder
-        return folders[kind, launcher]
+    def made(kind):
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp(kind)
+            run = Nodes(networks, folder, SCRIPT, folder, kind, launcher=LAUNCHERS.get(kind))
+            assert run.ended() == [0, 0]
+            folders[kind] = folder
+        return folders[kind]
 
     folders = {}
     return made
@@ -170,8 +163,8 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def seen(folder, rank=0):
-    return load_file(folder / f"seen-{rank}.safetensors")
+def seen(folder, kind, rank=0):
+    return load_file(folder / f"{kind}-{rank}.safetensors")
 
 
 def units_of(ids, units):
@@ -197,9 +190,9 @@ def assert_trained_alike(folder, alone, kind):
     assert read(folder, kind) == read(alone, kind)
 
 
-def assert_ran_alike(folder, alone):
+def assert_ran_alike(folder, alone, kind):
     """Each row under the masks of its id on either node, and global batches with the same losses."""
-    parts, whole = [seen(folder, rank) for rank in range(2)], seen(alone)
+    parts, whole = [seen(folder, kind, rank) for rank in range(2)], seen(alone, kind)
     ids, units = (torch.cat([part[name] for part in parts]) for name in ("ids", "units"))
     assert len(parts[0]["ids"]) == len(parts[1]["ids"])
     assert sorted(ids.tolist()) == sorted(whole["ids"].tolist())
@@ -208,33 +201,25 @@ def assert_ran_alike(folder, alone):
     torch.testing.assert_close(losses, whole["losses"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "launcher"),
-    [
-        ("loop", "torchrun"),
-        ("lightning", "torchrun"),
-        ("trainer", "torchrun"),
-        ("accelerate", "accelerate"),
-    ],
-)
-def test_two_nodes_train_what_one_process_trains(kind, launcher, together, alone):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_nodes_train_what_one_process_trains(kind, together, alone):
     for package in KINDS[kind]:
         pytest.importorskip(package)
-    two, one = together(kind, launcher), alone(kind)
-    assert_ran_alike(two, one)
-    assert_trained_alike(two, one, kind)
+    two = together(kind)
+    assert_ran_alike(two, alone, kind)
+    assert_trained_alike(two, alone, kind)
 
 
 def test_a_row_that_both_nodes_get_is_trained_under_one_mask(together):
     epoch = len(nodes.X) // 2
-    parts = [seen(together("loop"), rank) for rank in range(2)]
+    parts = [seen(together("loop"), "loop", rank) for rank in range(2)]
     ids, units = (torch.cat([p[name][:epoch] for p in parts]) for name in ("ids", "units"))
     assert len(units_of(ids, units)) == len(ids) - 1
 
 
 def test_what_two_nodes_save_one_process_loads_and_scores_the_same(together, alone):
-    two, one = (network_of("loop", made("loop")) for made in (together, alone))
-    assert two.digest() == (together("loop") / "digest").read_text()
+    two, one = (network_of("loop", folder) for folder in (together("loop"), alone))
+    assert two.digest() == (together("loop") / "loop.digest").read_text()
     assert two.fingerprint() == one.fingerprint()
     for method in nodes.processes.METHODS:
         scores, expected = (nodes.processes.scores(network, method) for network in (two, one))
@@ -244,26 +229,26 @@ def test_what_two_nodes_save_one_process_loads_and_scores_the_same(together, alo
 
 def test_a_node_that_is_killed_and_started_anew_ends_what_was_begun(networks, alone, tmp_path):
     (tmp_path / "wait").touch()
-    run = Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path)
+    run = Nodes(networks, tmp_path, SCRIPT, tmp_path, "loop")
     begun(tmp_path)
     run.kill(1)
     (tmp_path / "wait").unlink()
     assert all(run.ended())
     assert not (tmp_path / "loop.safetensors").exists()
-    assert Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path).ended() == [0, 0]
-    assert_trained_alike(tmp_path, alone("loop"), "loop")
+    assert Nodes(networks, tmp_path, SCRIPT, tmp_path, "loop").ended() == [0, 0]
+    assert_trained_alike(tmp_path, alone, "loop")
 
 
 def test_a_process_that_is_killed_is_started_anew_by_torchrun(networks, alone, tmp_path):
     (tmp_path / "wait").touch()
     # Without it, torch 2.13 tells the nodes different addresses when it starts them anew.
     share = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    run = Nodes(networks, tmp_path, SCRIPT, "loop", tmp_path, restarts=1, **share)
+    run = Nodes(networks, tmp_path, SCRIPT, tmp_path, "loop", restarts=1, **share)
     begun(tmp_path)
     os.kill(int((tmp_path / "at-1").read_text()), signal.SIGKILL)
     (tmp_path / "wait").unlink()
     assert run.ended() == [0, 0]
-    assert_trained_alike(tmp_path, alone("loop"), "loop")
+    assert_trained_alike(tmp_path, alone, "loop")
 
 
 def test_the_example_says_on_two_nodes_what_it_says_alone(networks, tmp_path):
