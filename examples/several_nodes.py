@@ -23,7 +23,7 @@ optimizer = torch.optim.AdamW(ddp.parameters(), lr=3e-4, weight_decay=0.0)
 data = TensorDataset(images[:1200], labels[:1200], torch.arange(1200))
 sampler = DistributedSampler(data)
 loader = DataLoader(data, 32 // get_world_size(), sampler=sampler)
-for epoch in range(10):
+for epoch in range(5):
     sampler.set_epoch(epoch)
     for inputs, targets, ids in loader:
         with net.exposed(ids):  # turn-over
