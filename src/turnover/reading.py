@@ -62,13 +62,14 @@ def check_utf8(path: Path) -> None:
         pass
 
 
-def parse_json(raw: str | bytes, where: object, *, finite: bool = True) -> Any:
+def parse_json(raw: str | bytes, where: object, *, finite: bool = True, whole: bool = True) -> Any:
     """A JSON value.
 
     Args:
         raw: the text.
         where: what it is of, for messages.
         finite: refuse NaN and infinities, which JSON does not know and Python writes.
+        whole: refuse halves of characters, which file names may hold where they are not UTF-8.
 
     Raises:
         InputError: not JSON, nested too deep, numbers that are refused, or halves of characters.
@@ -76,7 +77,9 @@ def parse_json(raw: str | bytes, where: object, *, finite: bool = True) -> Any:
     try:
         text = raw if isinstance(raw, str) else raw.decode()
         value = json.loads(text, **(_FINITE if finite else {}))
-        if "\\u" in text:  # a half of a character ("\ud800") is no text, and no file takes it
+        if (
+            whole and "\\u" in text
+        ):  # a half of a character ("\ud800") is no text, and no file takes it
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: damaged, a text holds half a character ({error})") from error
@@ -89,20 +92,27 @@ def parse_json(raw: str | bytes, where: object, *, finite: bool = True) -> Any:
     return value
 
 
-def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, *, finite: bool = True, whole: bool = True) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        finite: as in :func:`parse_json`.
+        whole: likewise.
 
     Raises:
         InputError: missing, not a JSON object, or as :func:`parse_json`.
     """
-    value = parse_json(read_text(path), path, finite=finite)
+    value = parse_json(read_text(path), path, finite=finite, whole=whole)
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged, not a JSON object")
     return value
 
 
-def read_objects(path: Path) -> list[dict[str, Any]]:
+def read_objects(path: Path, *, whole: bool = True) -> list[dict[str, Any]]:
     """JSON objects, one a line, or in one JSON list.
+
+    Args:
+        whole: as in :func:`parse_json`.
 
     Raises:
         InputError: missing, or not that; the line is named.
@@ -112,10 +122,10 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         if not rows and line.lstrip()[0] == "[":
-            rows = parse_json(read_text(path), path)
+            rows = parse_json(read_text(path), path, whole=whole)
             _check_objects(enumerate(rows, start=1), f"{path}: row")
             break
-        rows.append(parse_json(line, f"{path}: line {number}"))
+        rows.append(parse_json(line, f"{path}: line {number}", whole=whole))
         _check_objects([(number, rows[-1])], f"{path}: line")
     return rows
 

@@ -207,7 +207,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not a JSON object, or not what its checksum is of.
     """
-    values = read_object(path, finite=False)
+    values = read_object(path, finite=False, whole=False)
     checksum = values.pop(_CHECKSUM, None)
     if checksum is not None and checksum != _checksum(values):
         raise InputError(

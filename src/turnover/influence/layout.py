@@ -27,8 +27,10 @@ _DIMS = {
     "top": ("target", "rank"),
     "aggregate": ("train",),
     "self": ("train",),
+    "columns": ("train", "target"),
 }
 """Dimensions of the scores, by kind."""
+_INTEGERS = frozenset({"train", "train_id", "significant", "helped", "hurt"})
 
 
 def layout(root: Mapping[str, Any], url: str) -> tuple[str, dict[str, Variable], dict[str, int]]:
@@ -103,14 +105,19 @@ def _check_needed(
     dims = _DIMS.get(kind)
     if dims is None:
         raise InputError(f"{where}: unknown kind {kind!r}; there are {', '.join(_DIMS)}")
-    # Aggregate has one noise floor; the others one for each score of their first dimension.
-    floor = () if kind == "aggregate" else dims[:1]
-    needed = {"score": dims, "ghost_mean": floor, "noise_floor": floor}
+    needed = {"score": dims}
     needed |= {"train_id": dims} if kind == "top" else {"train": ("train",)}
-    needed |= {} if "freedom" in attributes else {"null": ("pool",)}
+    if kind == "columns":
+        needed |= {"q": dims, "smallest_q": ("target",), "largest_z": ("target",)}
+        needed |= {"significant": ("target",), "helped": ("train",), "hurt": ("train",)}
+    else:
+        # Aggregate has one noise floor; the others one for each score of their first dimension.
+        floor = () if kind == "aggregate" else dims[:1]
+        needed |= {"ghost_mean": floor, "noise_floor": floor}
+        needed |= {} if "freedom" in attributes else {"null": ("pool",)}
     for name, its in needed.items():
         found = variables.get(name)
-        numbers = "i" if name in {"train", "train_id"} else "f"
+        numbers = "i" if name in _INTEGERS else "f"
         if found is None or found.dims != its or found.dtype == "string":
             raise InputError(f"{where}: {name} must have the dimensions {its}")
         if np.dtype(found.dtype).kind != numbers:

@@ -86,8 +86,8 @@ def _write(errors: StoredResult, key: str, url: str) -> None:
         "significant": Variable(("target",), "int64", (rows,)),
         "smallest_q": Variable(("target",), "float32", (rows,)),
         "largest_z": Variable(("target",), "float32", (rows,)),
-        "helped": Variable(("train",), "int64", (len(train_ids),)),
-        "hurt": Variable(("train",), "int64", (len(train_ids),)),
+        "helped": Variable(("train",), "int64", (min(len(train_ids), _CHUNK),)),
+        "hurt": Variable(("train",), "int64", (min(len(train_ids), _CHUNK),)),
     }
     identity = {"source": key}
     described = {
