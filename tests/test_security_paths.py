@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from test_images import run as image_run  # noqa: F401 - a fixture
 from test_security import copy, copy_of_images  # noqa: F401 - fixtures
 from turnover import InputError, open_result
 from turnover.images import read_images
-from turnover.run import Run, write_digests
+from turnover.run import Run, write_digests, write_json
 
 _OPENED: list[str] = []
 _LISTENING = False
@@ -191,3 +192,11 @@ def test_links_within_a_run_are_followed(copy: Path) -> None:  # noqa: F811
     (copy / "test.jsonl").symlink_to("results/held.jsonl")
     (copy.parent / "link").symlink_to(copy)
     Run.load(copy.parent / "link")
+
+
+def test_a_pipe_or_device_is_not_written_over(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="a device or a pipe; give the path of a file"):
+        write_json(pipe, {"a": 1})
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and list(tmp_path.iterdir()) == [pipe]

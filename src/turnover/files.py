@@ -55,8 +55,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write what becomes ``path`` when the body ends; nothing stays if it fails.
 
     Raises:
+        InputError: a device or a pipe is there, which a file would take the place of.
         WriteError: the disk is full, or nothing can be written there.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a device or a pipe; give the path of a file")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with writing_to(path):
         try:
