@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,38 @@ def texts(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 
 
 @pytest.fixture
-def restored() -> Iterator[list[Path]]:
-    """Files that are as they were when the test ends."""
-    held: list[Path] = []
+def restored() -> Iterator[Callable[[Path], None]]:
+    """Takes a file that is as it was when the test ends."""
     whole: dict[Path, bytes] = {}
-
-    class Held(list[Path]):
-        def append(self, path: Path) -> None:
-            whole[path] = path.read_bytes()
-
-    yield Held(held)
+    yield lambda path: whole.update({path: path.read_bytes()})
     for path, raw in whole.items():
         path.write_bytes(raw)
+
+
+def any_of(
+    others: st.SearchStrategy[bytes],
+    path: Path,
+    folder: Path,
+    act: Callable[[], object],
+    count: int,
+) -> None:
+    """With any other bytes in a file what is done with the run succeeds, or is refused by name."""
+
+    @fuzzing.bounded(count)
+    @given(raw=others)
+    def each(raw: bytes) -> None:
+        path.write_bytes(raw)
+        fuzzing.refused(act, str(folder))
+
+    each()
+
+
+def values_like(path: Path, *without: str) -> st.SearchStrategy[bytes]:
+    """JSON of which something is another than in the file."""
+    whole = json.loads(path.read_text())
+    for key in without:
+        del whole[key]
+    return fuzzing.changed(whole).map(fuzzing.json_text)
 
 
 def used(folder: Path) -> None:
@@ -80,74 +100,42 @@ def used(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", BYTES)
 def test_damaged_bytes_of_a_run_are_read_or_refused(
-    name: str, images: Path, restored: list[Path]
+    name: str, images: Path, restored: Callable[[Path], None]
 ) -> None:
     path = images / name
-    restored.append(path)
-    whole = path.read_bytes()
-
-    @fuzzing.bounded(15)
-    @given(raw=fuzzing.damaged(whole))
-    def any_damage(raw: bytes) -> None:
-        path.write_bytes(raw)
-        fuzzing.refused(lambda: used(images), str(images))
-
-    any_damage()
+    restored(path)
+    any_of(fuzzing.damaged(path.read_bytes()), path, images, lambda: used(images), 15)
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_another_description_of_a_run_is_read_or_refused(
-    name: str, images: Path, restored: list[Path]
+    name: str, images: Path, restored: Callable[[Path], None]
 ) -> None:
     path = images / name
-    restored.append(path)
-    whole = json.loads(path.read_text())
-
-    @fuzzing.bounded(25)
-    @given(values=fuzzing.changed(whole))
-    def any_values(values: Any) -> None:
-        path.write_bytes(fuzzing.json_text(values))
-        fuzzing.refused(lambda: used(images), str(images))
-
-    any_values()
+    restored(path)
+    any_of(values_like(path), path, images, lambda: used(images), 25)
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_other_measurements_are_reported_or_refused(
-    name: str, images: Path, restored: list[Path]
+    name: str, images: Path, restored: Callable[[Path], None]
 ) -> None:
     path, run = images / name, Run.load(images)
-    restored.append(path)
-    whole = json.loads(path.read_text())
-    del whole["checksum"]
+    restored(path)
 
     def report() -> None:
         _write_report(Output(as_json=True), run, images / "report.html", texts=True)
 
-    @fuzzing.bounded(40)
-    @given(values=fuzzing.changed(whole))
-    def any_values(values: Any) -> None:
-        path.write_bytes(fuzzing.json_text(values))
-        fuzzing.refused(report, str(images))
-
-    any_values()
+    any_of(values_like(path, "checksum"), path, images, report, 40)
 
 
 @pytest.mark.parametrize("name", ["classifier.json", "masks.json", "encoder/config.json"])
 def test_another_description_of_a_model_of_texts_is_read_or_refused(
-    name: str, texts: Path, restored: list[Path]
+    name: str, texts: Path, restored: Callable[[Path], None]
 ) -> None:
     path = texts / name
-    restored.append(path)
-    whole = json.loads(path.read_text())
-
-    @fuzzing.bounded(12)
-    @given(values=fuzzing.changed(whole))
-    def any_values(values: Any) -> None:
-        path.write_bytes(fuzzing.json_text(values))
-        fuzzing.refused(lambda: used(texts), str(texts))
-
-    any_values()
+    restored(path)
+    any_of(values_like(path), path, texts, lambda: used(texts), 12)
 
 
 @pytest.mark.parametrize(
@@ -162,19 +150,19 @@ def test_another_description_of_a_model_of_texts_is_read_or_refused(
     ],
 )
 def test_a_model_larger_than_its_weights_is_refused_at_once(
-    name: str, change: dict[str, Any], texts: Path, restored: list[Path]
+    name: str, change: dict[str, Any], texts: Path, restored: Callable[[Path], None]
 ) -> None:
     path = texts / name
-    restored.append(path)
+    restored(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert fuzzing.refused(lambda: Run.load(texts), str(texts))
 
 
 def test_an_image_model_larger_than_its_weights_is_refused_at_once(
-    images: Path, restored: list[Path]
+    images: Path, restored: Callable[[Path], None]
 ) -> None:
     path = images / "classifier.json"
-    restored.append(path)
+    restored(path)
     whole = json.loads(path.read_text())
     for change in ({"width": 10**6}, {"hidden": 10**9}, {"size": 32 * 10**8}):
         other = whole | {"classifier": whole["classifier"] | change}
@@ -184,11 +172,11 @@ def test_an_image_model_larger_than_its_weights_is_refused_at_once(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(
-    bad: float, images: Path, texts: Path, restored: list[Path]
+    bad: float, images: Path, texts: Path, restored: Callable[[Path], None]
 ) -> None:
     for folder in (images, texts):
         path = folder / "model.safetensors"
-        restored.append(path)
+        restored(path)
         tensors = load_file(path)
         name = next(name for name, value in tensors.items() if value.is_floating_point())
         tensors[name] = tensors[name].clone().fill_(bad)
@@ -197,9 +185,11 @@ def test_weights_that_are_no_numbers_are_named(
         assert said is not None and name in said and "NaN or infinite" in said
 
 
-def test_losses_over_training_that_are_none_are_named(images: Path, restored: list[Path]) -> None:
+def test_losses_over_training_that_are_none_are_named(
+    images: Path, restored: Callable[[Path], None]
+) -> None:
     path, run = images / "memorization.safetensors", Run.load(images)
-    restored.append(path)
+    restored(path)
     whole = load_file(path)
     shape = whole["exposed"].shape
     for values in (
@@ -289,10 +279,10 @@ def test_a_tensor_that_is_not_there_is_refused(small: Path) -> None:
     ],
 )
 def test_values_that_do_not_fit_the_model_are_refused(
-    name: str, change: dict[str, Any], images: Path, restored: list[Path]
+    name: str, change: dict[str, Any], images: Path, restored: Callable[[Path], None]
 ) -> None:
     path = images / name
-    restored.append(path)
+    restored(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
     def report() -> None:
