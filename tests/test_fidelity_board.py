@@ -74,7 +74,7 @@ def test_what_lies_between_markers_is_replaced():
         table.replaced(text, "ghosts", "new")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 def test_the_board_of_a_problem_is_written_with_its_subsets(tmp_path):
     write = tmp_path / "board.json"

@@ -386,7 +386,7 @@ def test_a_pilot_without_all_classes_asks_for_more_rows(
     assert "--pilot-rows" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pilot_on_real_sentences_predicts_the_whole_training(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

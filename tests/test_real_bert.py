@@ -90,6 +90,7 @@ def test_hidden_networks_of_a_real_bert_did_not_learn_their_instances(clean: Fit
     assert clean.claim_holds()
 
 
+@pytest.mark.long
 def test_a_leaky_control_fails_the_claim(
     sentences: tuple[TextData, TextData], tmp_path: Path
 ) -> None:

@@ -505,7 +505,7 @@ def started(method, top, out, pause):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "top", "pause"),
     [
@@ -612,7 +612,7 @@ def peak(call, method, count, networks, folder):
     return int(run.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("call", "method", "networks"),
     [

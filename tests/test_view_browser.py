@@ -383,7 +383,7 @@ def slowdown() -> float:
     return (time.perf_counter() - wall) / 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_large_run_answers_within_200_ms(visit: Any, large_run: Path) -> None:
     for _ in range(3):  # other work on this machine comes and goes, and only ever adds
         slow = too_slow(*timings(visit, large_run))
