@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from turnover.data import (
-    Columns,
-    check_writable,
-    indexed,
-    keys_and_ids,
-    label_names,
-    present,
-    write,
-)
+from turnover.classes import indexed, label_names
+from turnover.data import Columns, check_writable, keys_and_ids, present, write
 from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids

@@ -16,7 +16,7 @@ from turnover.data import Data
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
-from turnover.reading import read_table
+from turnover.delimited import read_table
 from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
