@@ -17,8 +17,8 @@ pytest.importorskip("datasets")
 import fuzzing
 from turnover import InputError
 from turnover.data import Columns, TextData, read
-from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.delimited import read_table
+from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.reading import DEPTH, damage, parse_json, read_objects, read_toml
 from turnover.run import read_json, write_json
 

@@ -16,6 +16,7 @@ from turnover.tables import column_of
 _NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?", re.ASCII)
 _MANY_NUMBERS = 20
+_NOT_MEASURED = {"nan", "na", "n/a", "none", "null", "-", "?"}
 _LONGEST_NUMBER = 100
 """Digits of a label that are compared as a number."""
 _SHOWN = 20
@@ -116,15 +117,15 @@ def check_alike(names: Iterable[str], source: str, what: str) -> None:
     names = sorted(names)
     for one, other in _pairs(names, _without_blanks)[:1]:
         raise InputError(
-            f"{source}: {what}: {one!r} and {other!r} differ by blanks alone; write them alike"
+            f"{source}: {what}: {one!r} and {other!r} differ in blanks alone; write them alike"
         )
     pairs = _pairs(names, _loosely)
     if pairs:
         listed = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:3])
         more = f" and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
         warnings.warn(
-            f"{source}: {what} that differ by case alone, or as numbers do not differ, are kept apart: "
-            f"{listed}{more}",
+            f"{source}: {what}: {listed}{more} are kept apart, though they differ in case alone or are "
+            f"one number",
             stacklevel=2,
         )
 
@@ -162,18 +163,30 @@ def _names_of_texts(
     if classes is not None and distinct <= set(classes):
         return list(values)
     real = [one for one in distinct if _is_real(one)]
-    if real and (
-        all(_NUMBER.fullmatch(one) for one in distinct)
-        or (len(real) > _MANY_NUMBERS and 2 * len(real) > len(distinct))
-    ):
+    if real and _are_measured(distinct, real):
         raise InputError(_regression(min(real), column, source))
     whole = {one: found[1] for one in distinct if (found := _WHOLE.fullmatch(one))}
     if len(whole) == len(distinct):
         return [whole[one] for one in values]
-    if classes is not None and {one.lower() for one in distinct} <= {"true", "false"}:
-        known = {one.lower(): one for one in reversed(classes)}
-        return [known.get(one.lower(), one) for one in values]
+    if {one.lower() for one in distinct} <= {"true", "false"}:
+        return _names_of_booleans(values, classes)
     return list(values)
+
+
+def _names_of_booleans(values: Sequence[str], classes: Sequence[str] | None) -> list[str]:
+    """As written, or as the classes are; alike where one file writes them in several ways."""
+    if classes is None and len(set(values)) <= 2:
+        return list(values)
+    known = {one.lower(): one for one in classes or ("True", "False")}
+    return [known.get(one.lower(), one) for one in values]
+
+
+def _are_measured(labels: set[str], real: Sequence[str]) -> bool:
+    """Whether labels of which some are real numbers are a regression target, and no codes."""
+    others = {one.casefold() for one in labels if not _NUMBER.fullmatch(one)}
+    if len(real) > _MANY_NUMBERS:
+        return others <= _NOT_MEASURED
+    return not others and any("," not in one for one in real)
 
 
 def _is_real(cell: str) -> bool:

@@ -283,7 +283,7 @@ def _check_spelling(keys: Sequence[str], columns: Columns, source: str) -> None:
         bare = key.strip()
         if bare != key and bare in known:
             raise InputError(
-                f"{source}: the ids {bare!r} and {key!r} in column {columns.id!r} differ by blanks alone; "
+                f"{source}: the ids {bare!r} and {key!r} in column {columns.id!r} differ in blanks alone; "
                 f"ids name one row each"
             )
 

@@ -79,9 +79,12 @@ def read_data_set(source: str, split: str, needed: Sequence[str], wanted: Sequen
     except InputError:
         raise
     except Exception as error:  # the hub client raises many kinds
-        what = "a folder" if Path(source).is_dir() else "neither a file here nor"
+        what = "file here"
+        if Path(source).is_dir():
+            what = f"folder with a file such as {split}.csv or {split}.parquet"
         raise InputError(
-            f"{source}: {what} a Hugging Face data set that can be loaded ({cause_of(error)})"
+            f"{source}: neither a {what} nor a Hugging Face data set that can be loaded "
+            f"({cause_of(error)})"
         ) from error
 
 

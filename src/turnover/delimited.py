@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ _LONGEST = 2**28
 """Characters of a cell."""
 _UNPACKED, _RATIO = 2**30, 200
 """A gzip file may unpack to so many bytes, or to so many times its size."""
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -113,6 +116,8 @@ def read_texts(
     dialect = _dialect(path, separators, needed)
     records = _records(path, dialect)
     names = _names(next(records, (0, []))[1])
+    if not names:
+        raise InputError(f"{path}: the file is empty")
     asked = {*needed, *wanted}
     for name in asked:
         _check_once(path, names, name)
@@ -146,6 +151,12 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
     for line, cells in records:
         if any(cell.strip() for cell in cells):
             yield line, dict(zip(names, cells, strict=False))
+
+
+def finite_number(cell: str) -> float | None:
+    """The number a cell holds, written with a decimal point; ``None`` where it holds none."""
+    value = float(cell) if _NUMBER.fullmatch(cell.strip()) else math.inf
+    return value if math.isfinite(value) else None
 
 
 def write_texts(path: Path, columns: dict[str, list[Any]], *, tabs: bool = False) -> None:
@@ -240,12 +251,16 @@ def _records(
     Args:
         short: rows may have fewer.
     """
-    quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
     # The limit is of the whole process, and too low for long texts. It is raised once and stays.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     width, row, line = 0, 0, 1
     with _reading(path) as file:
-        lines = csv.reader(file, delimiter=dialect.separator, quoting=quoting, strict=True)
+        lines = csv.reader(
+            file,
+            delimiter=dialect.separator,
+            quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE,
+            strict=True,
+        )
         try:
             for cells in lines:
                 if cells and (len(cells) > 1 or width == 1 or cells[0].strip()):
