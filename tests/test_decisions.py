@@ -16,10 +16,14 @@ from turnover.tasks.review import Flagged, read_decisions, write_decisions, writ
 from turnover.view.decisions import Decisions
 
 
-def run_of(folder: Path, keys: list[str], classes: list[str], texts: list[str] | None = None) -> Any:
+def run_of(
+    folder: Path, keys: list[str], classes: list[str], texts: list[str] | None = None
+) -> Any:
     """What reading decisions takes of a run."""
     labels = [row % len(classes) for row in range(len(keys))]
-    data = TextData(texts or [f"text {key}" for key in keys], labels, string_ids(keys), keys, classes)
+    data = TextData(
+        texts or [f"text {key}" for key in keys], labels, string_ids(keys), keys, classes
+    )
     return SimpleNamespace(train=data, folder=folder)
 
 
@@ -62,7 +66,10 @@ def test_decisions_are_read_as_a_spreadsheet_saves_them(
         ("key;decision\n7.000;remove\n", "line 2: no training row has the key '7.000'"),
         ("key,decision\n007,remove\n", "no training row has the key '007'$"),
         ("key,decision\n,remove\n", "no training row has the key ''"),
-        ("key,decision\n7,maybe\n", "line 2: unknown decision 'maybe'; use keep, remove or a class"),
+        (
+            "key,decision\n7,maybe\n",
+            "line 2: unknown decision 'maybe'; use keep, remove or a class",
+        ),
         ("key,decision,decision\n7,keep,remove\n", "the header has 'decision' twice"),
         ("key,label,decision\n7,a, b,keep\n", r"row 1 \(line 2\) has 4 fields, the header has 3"),
         ('key,decision\n7,"keep\n', r"row 1 \(line 2\): a quote mark"),
@@ -158,5 +165,7 @@ def test_a_score_that_is_no_number_is_named(score: str, run: Any) -> None:
 
 def test_scores_of_a_spreadsheet_are_read(run: Any) -> None:
     path = run.folder / "s.csv"
-    path.write_text("\ufeffkey;score;note\r\n7.0; 1.5;\r\n38;-2e-3;\r\n'0038;+.5;\r\nx;3;\r\n;;\r\n")
+    path.write_text(
+        "\ufeffkey;score;note\r\n7.0; 1.5;\r\n38;-2e-3;\r\n'0038;+.5;\r\nx;3;\r\n;;\r\n"
+    )
     assert read_scores(run, path).tolist() == [1.5, -0.002, 0.5, 3.0]

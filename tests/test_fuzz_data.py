@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -69,6 +70,27 @@ def test_json_of_other_rows_is_read_or_refused(folder: Path, rows: Any) -> None:
 @given(raw=fuzzing.damaged(CSV.encode()))
 def test_damaged_csv_is_read_or_refused(folder: Path, raw: bytes) -> None:
     table(folder / "a.csv", raw)
+    table(folder / "a.tsv", raw.replace(b",", b"\t"))
+
+
+@fuzzing.bounded(60)
+@given(raw=fuzzing.damaged(gzip.compress(CSV.encode(), mtime=0)))
+def test_damaged_gzip_is_read_or_refused(folder: Path, raw: bytes) -> None:
+    table(folder / "a.csv.gz", raw)
+
+
+@fuzzing.bounded(60)
+@given(given_data=st.data())
+def test_a_damaged_data_set_is_read_or_refused(folder: Path, given_data: st.DataObject) -> None:
+    import datasets
+
+    saved = folder / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(saved)
+    name = given_data.draw(st.sampled_from(sorted(one.name for one in saved.iterdir())))
+    raw = (saved / name).read_bytes()
+    (saved / name).unlink()
+    (saved / name).write_bytes(given_data.draw(fuzzing.damaged(raw)))
+    fuzzing.refused(lambda: check(read(str(saved), COLUMNS)), str(saved))
 
 
 def parquet(folder: Path) -> Path:

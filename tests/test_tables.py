@@ -109,7 +109,10 @@ def test_groups_written_in_two_ways_are_pointed_out(table: Table) -> None:
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ("text,label\na,pos,ann1\nb,neg,ann2\n", r"row 1 \(line 2\) has 3 fields, the header has 2"),
+        (
+            "text,label\na,pos,ann1\nb,neg,ann2\n",
+            r"row 1 \(line 2\) has 3 fields, the header has 2",
+        ),
         ("text,label\na,pos\n\nfun\n", r"row 2 \(line 4\) has 1 field, the header has 2"),
         ('text,label\n"a\nb",pos\nx,y,z\n', r"row 2 \(line 4\) has 3 fields"),
         ('text,label\na,pos\n"b,neg\nc,pos\n', r"row 2 \(line 3\): a quote mark .* none closes it"),
@@ -215,7 +218,9 @@ def test_tsv_of_a_spreadsheet_is_read_as_it_wrote_it(
     path = tmp_path / "written.tsv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t", quoting=quoting)  # type: ignore[call-overload]
-        writer.writerows([["text", "label"], *([text, "ab"[i % 2]] for i, text in enumerate(texts))])
+        writer.writerows(
+            [["text", "label"], *([text, "ab"[i % 2]] for i, text in enumerate(texts))]
+        )
     assert table(path.read_bytes(), name="a.tsv").texts == texts
 
 
@@ -320,7 +325,9 @@ def test_unknown_labels_are_named_with_the_class_meant(
 
 
 def test_numbers_in_place_of_texts_are_named_as_what_they_are(table: Table) -> None:
-    with pytest.raises(InputError, match=r"row 1 has no text in column 'text', but '12' of the type int"):
+    with pytest.raises(
+        InputError, match=r"row 1 has no text in column 'text', but '12' of the type int"
+    ):
         table('{"text": 12, "label": 1}\n{"text": "a", "label": 2}\n', name="a.jsonl")
 
 

@@ -141,7 +141,8 @@ def read(
     """Read labelled texts.
 
     Args:
-        source: a CSV, TSV, JSON, JSONL or Parquet file, or the name of a Hugging Face data set.
+        source: a CSV, TSV (also gzip), JSON, JSONL or Parquet file, the name of a Hugging Face data set, or
+            a folder that holds one: written by ``save_to_disk``, or with a file for each split.
         columns: which columns to read.
         classes: the classes of the training data, for data that must not have others; ``None`` takes
             them from the labels.
@@ -151,8 +152,9 @@ def read(
 
     Raises:
         InputError: no such file, another format, no rows, a missing column (with those there are), a
-            missing value, duplicate ids, an unknown label, fewer than two classes, or a label column
-            that is a regression or multi-label target.
+            missing value, a row that cannot be read, duplicate ids, an unknown label, fewer than two
+            classes, two that differ in blanks alone, or a label column that is a regression or multi-label
+            target.
     """
     needed = (columns.input, columns.label)
     wanted = [name for name in (columns.id, columns.group) if name is not None]

@@ -64,7 +64,7 @@ def fit(
         str,
         typer.Argument(
             help="Texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with a folder for each "
-            "class, or an .npz or Parquet file. Or a Hugging Face data set."
+            "class, or an .npz or Parquet file. Or a Hugging Face data set, or a folder of one."
         ),
     ],
     model: Annotated[
