@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
+
+import datasets
 
 from turnover import InputError
 from turnover.data import Columns, TextData, read
@@ -39,7 +41,7 @@ def test_a_folder_of_splits_in_files_is_read(ending: str, tmp_path: Path) -> Non
     check(read(str(tmp_path), IDS))
     assert read(str(tmp_path), IDS, split="test", classes=["neg", "pos"]).texts == ["c"]
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "pos"}')
-    with pytest.raises(InputError, match="holds train.*train.*: give the file"):
+    with pytest.raises(InputError, match=r"holds train.*train.*: give the file"):
         read(str(tmp_path), IDS)
 
 

@@ -110,7 +110,7 @@ def test_a_decision_is_the_one_name_it_can_mean(
     run = run_of(tmp_path, ["7", "8"], classes)
     (tmp_path / "results").mkdir()
     if meant is None:
-        with pytest.raises(InputError, match="line 2: decision .* is the name of several"):
+        with pytest.raises(InputError, match=r"line 2: decision .* is the name of several"):
             written(run, f"key,decision\n7,{decision}\n")
         with pytest.raises(InputError, match="is the name of several"):
             Decisions(run, {}).set(0, decision)
@@ -159,7 +159,7 @@ def test_lists_that_are_written_are_read_again(tmp_path: Path) -> None:
 def test_a_score_that_is_no_number_is_named(score: str, run: Any) -> None:
     path = run.folder / "s.csv"
     path.write_text(f'key;score\n7;1.5\n38;"{score}"\n')
-    with pytest.raises(InputError, match="line 3: .* is not a finite number"):
+    with pytest.raises(InputError, match=r"line 3: .* is not a finite number"):
         read_scores(run, path)
 
 

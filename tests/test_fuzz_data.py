@@ -33,6 +33,7 @@ CSV = "text,label,n,id\n" + "".join(
     f'"{row["text"]}",{row["label"]},{row["n"]},{row["id"]}\n' for row in ROWS
 )
 COLUMNS = Columns("text", "label", "id")
+pytestmark = pytest.mark.filterwarnings("ignore:.*are kept apart")
 
 
 def table(path: Path, raw: bytes) -> str | None:

@@ -268,7 +268,7 @@ def test_what_is_written_is_read_again(ending: str, tmp_path: Path) -> None:
         (("1.5", "n/a"), ["1.5", "n/a"]),
         (("1,5", "1,2,3"), ["1,2,3", "1,5"]),
         (("1" * 5000, "2"), ["1" * 5000, "2"]),
-        (tuple(f"40{i}.9" for i in range(30)) + ("V58.61",), None),
+        ((*(f"40{i}.9" for i in range(30)), "V58.61"), None),
     ],
 )
 def test_labels_of_csv_are_the_classes_as_written(
@@ -334,5 +334,5 @@ def test_numbers_in_place_of_texts_are_named_as_what_they_are(table: Table) -> N
 def test_the_cause_of_an_error_of_a_library_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
-    with pytest.raises(InputError, match="Parquet|parquet magic|metadata|footer|thrift"):
+    with pytest.raises(InputError, match=r"Parquet|parquet magic|metadata|footer|thrift"):
         read(str(path), Columns())

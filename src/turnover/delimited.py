@@ -333,22 +333,22 @@ def _reading(path: Path) -> Iterator[Iterable[str]]:
         with _opened(path) as raw:
             check_utf8(path, raw)
         raise InputError(f"{path}: not UTF-8 ({error.reason}); write it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
 
 
 def _holds_quotes(path: Path) -> bool:
+    with _opened(path) as raw:
+        return any(b'"' in part for part in iter(lambda: raw.read(2**20), b""))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked."""
     try:
-        with _opened(path) as raw:
-            return any(b'"' in part for part in iter(lambda: raw.read(2**20), b""))
+        packed = path.suffix.lower() == ".gz"
+        with io.BufferedReader(_Unpacked(path)) if packed else path.open("rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: missing or damaged ({error})") from error
-
-
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix.lower() != ".gz":
-        return path.open("rb")
-    return io.BufferedReader(_Unpacked(path))
 
 
 class _Unpacked(io.RawIOBase):
