@@ -12,6 +12,7 @@ import pytest
 from turnover import InputError, string_ids
 from turnover.data import TextData
 from turnover.tasks.cleanse import read_scores
+from turnover.tasks.predict import id_of
 from turnover.tasks.review import Flagged, read_decisions, write_decisions, write_review
 from turnover.view.decisions import Decisions
 
@@ -74,13 +75,22 @@ def test_decisions_are_read_as_a_spreadsheet_saves_them(
         ("key,label,decision\n7,a, b,keep\n", r"row 1 \(line 2\) has 4 fields, the header has 3"),
         ('key,decision\n7,"keep\n', r"row 1 \(line 2\): a quote mark"),
         ('key,text,decision\n7,"a\nb",keep\n9,c,keep\n', "line 4: no training row has the key '9'"),
-        ("key,label\n7,pos\n", "line 2 lacks a column: key and decision are needed"),
+        ("key,label\n7,pos\n", "lacks a column: key and decision are needed; it has key, label"),
+        ("key;label\n7;a, b\n", "lacks a column: key and decision are needed; it has key;label"),
+        ("", "the header lacks a column: .* the file is empty"),
         ("key,decision\n7\n", "line 2 lacks a column"),
     ],
 )
 def test_decisions_that_cannot_be_meant_are_named(raw: str, said: str, run: Any) -> None:
     with pytest.raises(InputError, match=said):
         written(run, raw)
+
+
+def test_the_key_of_a_command_is_the_text_of_the_id(tmp_path: Path) -> None:
+    train = run_of(tmp_path, ["0007", "7", "1e5"], ["a", "b"]).train
+    assert [id_of(train, key) for key in ("0007", "7", "1e5")] == train.ids.tolist()
+    with pytest.raises(InputError, match="no training row has the key '07'; closest: 7, 0007"):
+        id_of(train, "07")
 
 
 def test_a_key_that_lost_its_zeros_is_named_with_the_row_meant(tmp_path: Path) -> None:

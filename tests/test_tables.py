@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import torch
 
-from turnover import InputError, string_ids
+from turnover import InputError, content_ids, string_ids
 from turnover.data import Columns, TextData, read, write
 
 IDS, GROUPS = Columns(id="id"), Columns(group="group")
@@ -121,6 +122,7 @@ def test_groups_written_in_two_ways_are_pointed_out(table: Table) -> None:
         ('"text,label\na,pos\n', r"the header \(line 1\): a quote mark"),
         ("text,label,label\na,pos,x\nb,neg,y\n", "the header has 'label' twice"),
         ("text,label\n", "the file has no rows"),
+        ("sentence;label\na, b;pos\n", "no column 'text'; it has sentence;label"),
         ("\n\n", "the file is empty"),
         ("text,label\n ,pos\n", "row 1 has no text"),
         ("text,label\na,pos\nb, \n", "row 2 has no label"),
@@ -322,6 +324,21 @@ def test_unknown_labels_are_named_with_the_class_meant(
 ) -> None:
     with pytest.raises(InputError, match=f"unknown label '{label}' in row 1.*{hint}"):
         table(f"text,label\na,{label}\nb,x\n", classes=classes)
+
+
+def test_numbers_as_labels_keep_the_ids_of_rows(table: Table) -> None:
+    for raw in ("text,label\na,1\nb,2\n", "text,label\na,1.0\nb,2\n"):
+        assert torch.equal(table(raw).ids, content_ids("\0".join(one) for one in ("a1", "b2")))
+
+
+def test_decimal_numbers_are_a_regression_target_too(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"text": ["a", "b"], "label": [Decimal("0.73"), Decimal("1.00")]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"holds real numbers such as 0\.73"):
+        read(str(tmp_path / "a.parquet"), Columns())
 
 
 def test_numbers_in_place_of_texts_are_named_as_what_they_are(table: Table) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from turnover.delimited import Texts
@@ -57,7 +58,7 @@ def label_names(
                 f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
                 f"of them as texts"
             )
-    real = next((v for v in values if isinstance(v, float) and not v.is_integer()), None)
+    real = next((v for v in values if isinstance(v, float | Decimal) and v % 1), None)
     if real is not None:
         raise InputError(_regression(real, column, source))
     return [str(int(value)) if isinstance(value, float) else str(value) for value in values]

@@ -102,7 +102,7 @@ def read_texts(
 
     Args:
         path: the file.
-        needed: columns that the file must have.
+        needed: columns that the file must have; of one without them the names alone are read.
         wanted: other columns to keep, if they are there; with neither all are kept.
         separators: what may separate the cells, in place of what the file's name says.
 
@@ -118,6 +118,8 @@ def read_texts(
     names = _names(next(records, (0, []))[1])
     if not names:
         raise InputError(f"{path}: the file is empty")
+    if not set(needed) <= set(names):  # cells cannot be told apart
+        return Texts(names, {})
     asked = {*needed, *wanted}
     for name in asked:
         _check_once(path, names, name)
@@ -139,7 +141,7 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
     without any text is none.
 
     Raises:
-        InputError: no such file, not CSV, or two columns needed have one name.
+        InputError: no such file, not CSV, or a column needed is missing or there twice.
     """
     if not path.exists():
         raise InputError(f"{path}: cannot be read: there is no such file")
@@ -148,6 +150,11 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
     names = [name.strip() for name in next(records, (0, []))[1]]
     for name in needed:
         _check_once(path, names, name)
+        if name not in names:
+            listed = f"it has {', '.join(names)}" if names else "the file is empty"
+            raise InputError(
+                f"{path}: the header lacks a column: {' and '.join(needed)} are needed; {listed}"
+            )
     for line, cells in records:
         if any(cell.strip() for cell in cells):
             yield line, dict(zip(names, cells, strict=False))
