@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ def check(data: TextData) -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "CSV.gz"])
 def test_a_folder_of_splits_in_files_is_read(ending: str, tmp_path: Path) -> None:
-    import gzip
-
     raw = csv_text(separator="\t" if ending == "tsv" else ",").encode()
     name = f"train.{ending.lower()}"
     (tmp_path / name).write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
@@ -113,10 +112,15 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_csv_files_of_a_data_set_are_read_as_texts(shards: Path) -> None:
     check(read(str(shards), IDS))
+    for file in (shards / "data").iterdir():
+        file.with_suffix(".csv.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    check(read(str(shards), IDS))
     part = read(str(shards), IDS, split="train[1:]", classes=["neg", "pos"])
     assert part.keys == ["7"]
-    (shards / "data" / "train-00001-of-00002.csv").write_text("id,text,label\n1,a,x,more\n")
-    with pytest.raises(InputError, match=r"00001-of-00002.csv: row 1 \(line 2\) has 4 fields"):
+    file = shards / "data" / "train-00001-of-00002.csv.gz"
+    file.write_bytes(gzip.compress(b"id,text,label\n1,a,x,more\n"))
+    with pytest.raises(InputError, match=r"00001-of-00002.csv.gz: row 1 \(line 2\) has 4 fields"):
         read(str(shards), IDS)
 
 

@@ -51,6 +51,7 @@ def written(run: Any, raw: str) -> dict[int, str]:
         ("Nr,key,decision,note\n1,'0038,remove,\n2,38,keep,\n", {2: "remove", 1: "keep"}),
         ('key,influencers,decision,text\n7,"3 pos, 1 neg",keep,"a\nb"\n', {0: "keep"}),
         (f"key,decision,text\n7,remove,{'long ' * 40_000}\n", {0: "remove"}),
+        ("key; decision\n7; keep\n", {0: "keep"}),
         ("key,decision\n\n\n", {}),
     ],
 )

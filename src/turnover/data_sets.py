@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from turnover.delimited import Texts, read_texts
+from turnover.delimited import ENDINGS, Texts, read_texts
 from turnover.errors import InputError, needing
 from turnover.files import check_links
 from turnover.reading import field, read_object, strings
@@ -92,6 +92,9 @@ def _is_plain_csv(builder: Any) -> bool:
     """Whether a data set is of CSV files, and says nothing about their types."""
     if builder.name != "csv" or builder.info.features is not None:
         return False
+    files = [str(path) for paths in builder.config.data_files.values() for path in paths]
+    if not all(path.lower().endswith(ENDINGS) for path in files):  # in archives, say
+        return False
     plain = type(builder.config)(sep=builder.config.sep)
     names = {one.name for one in fields(plain)} - _PLACES
     return all(getattr(builder.config, name) == getattr(plain, name) for name in names)
@@ -104,7 +107,7 @@ def _read_csv(
     separators = "\t" if builder.config.sep == "\t" else ",;"
 
     def whole(name: str) -> Texts:
-        paths = datasets.DownloadManager().download_and_extract(files[name])
+        paths = datasets.DownloadManager().download(files[name])
         parts = [read_texts(Path(path), needed, wanted, separators=separators) for path in paths]
         return Texts.joined(parts, files[name])
 

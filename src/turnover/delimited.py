@@ -215,7 +215,7 @@ def _dialect(path: Path, separators: str, needed: Sequence[str]) -> _Dialect:
 
 def _has(path: Path, separator: str, needed: Sequence[str]) -> bool:
     try:
-        return set(needed) <= set(_header(path, separator))
+        return set(needed) <= {name.strip() for name in _names(_header(path, separator))}
     except _MalformedError:
         return False
 
