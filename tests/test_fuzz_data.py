@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -17,8 +18,9 @@ pytest.importorskip("datasets")
 import fuzzing
 from turnover import InputError
 from turnover.data import Columns, TextData, read
+from turnover.delimited import read_table
 from turnover.evaluation.subsets import Subsets, draw_subsets
-from turnover.reading import DEPTH, damage, parse_json, read_objects, read_table, read_toml
+from turnover.reading import DEPTH, damage, parse_json, read_objects, read_toml
 from turnover.run import read_json, write_json
 
 ROWS = [
@@ -31,6 +33,7 @@ CSV = "text,label,n,id\n" + "".join(
     f'"{row["text"]}",{row["label"]},{row["n"]},{row["id"]}\n' for row in ROWS
 )
 COLUMNS = Columns("text", "label", "id")
+pytestmark = pytest.mark.filterwarnings("ignore:.*are kept apart")
 
 
 def table(path: Path, raw: bytes) -> str | None:
@@ -68,6 +71,27 @@ def test_json_of_other_rows_is_read_or_refused(folder: Path, rows: Any) -> None:
 @given(raw=fuzzing.damaged(CSV.encode()))
 def test_damaged_csv_is_read_or_refused(folder: Path, raw: bytes) -> None:
     table(folder / "a.csv", raw)
+    table(folder / "a.tsv", raw.replace(b",", b"\t"))
+
+
+@fuzzing.bounded(60)
+@given(raw=fuzzing.damaged(gzip.compress(CSV.encode(), mtime=0)))
+def test_damaged_gzip_is_read_or_refused(folder: Path, raw: bytes) -> None:
+    table(folder / "a.csv.gz", raw)
+
+
+@fuzzing.bounded(60)
+@given(given_data=st.data())
+def test_a_damaged_data_set_is_read_or_refused(folder: Path, given_data: st.DataObject) -> None:
+    import datasets
+
+    saved = folder / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(saved)
+    name = given_data.draw(st.sampled_from(sorted(one.name for one in saved.iterdir())))
+    raw = (saved / name).read_bytes()
+    (saved / name).unlink()
+    (saved / name).write_bytes(given_data.draw(fuzzing.damaged(raw)))
+    fuzzing.refused(lambda: check(read(str(saved), COLUMNS)), str(saved))
 
 
 def parquet(folder: Path) -> Path:

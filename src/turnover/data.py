@@ -5,8 +5,7 @@ Reading and checking only; nothing is repaired or dropped in silence.
 
 from __future__ import annotations
 
-import difflib
-import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +15,16 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from turnover.classes import check_alike, closest, indexed, is_missing, label_names
+from turnover.delimited import Texts, write_texts
 from turnover.errors import InputError
 from turnover.files import replacing
 from turnover.masks import MaskSpec, content_ids, string_ids
 from turnover.tables import column_of, load_table, table_of
 
-_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("to_csv", {"index": False}),
-    ".tsv": ("to_csv", {"index": False, "sep": "\t"}),
-    ".jsonl": ("to_json", {"force_ascii": False}),
-    ".parquet": ("to_parquet", {}),
-}
-_MISSING = (None, "")
+_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 _LARGEST_ID = 2**63 - 1
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 
 
 class Data(Protocol):
@@ -145,7 +141,8 @@ def read(
     """Read labelled texts.
 
     Args:
-        source: a CSV, TSV, JSON, JSONL or Parquet file, or the name of a Hugging Face data set.
+        source: a CSV, TSV (also gzip), JSON, JSONL or Parquet file, the name of a Hugging Face data set, or
+            a folder that holds one: written by ``save_to_disk``, or with a file for each split.
         columns: which columns to read.
         classes: the classes of the training data, for data that must not have others; ``None`` takes
             them from the labels.
@@ -155,18 +152,25 @@ def read(
 
     Raises:
         InputError: no such file, another format, no rows, a missing column (with those there are), a
-            missing value, duplicate ids, an unknown label, fewer than two classes, or a label column
-            that is a regression or multi-label target.
+            missing value, a row that cannot be read, duplicate ids, an unknown label, fewer than two
+            classes, two that differ in blanks alone, or a label column that is a regression or multi-label
+            target.
     """
-    table = load_table(source, split)
+    needed = (columns.input, columns.label)
+    wanted = [name for name in (columns.id, columns.group) if name is not None]
+    table = load_table(source, split, needed, wanted)
     columns = present(table.column_names, columns, source, ids_needed=ids_needed)
     if not len(table):
         raise InputError(f"{source}: the file has no rows")
     texts = column_of(table, columns.input, source)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{source}: row {row + 1} has no text in column {columns.input!r}")
-    names = label_names(table, columns.label, source)
+            found = "" if isinstance(text, str) or text is None else f", but {str(text)[:50]!r}"
+            mend = f" of the type {type(text).__name__}: write it as a text" if found else ""
+            raise InputError(
+                f"{source}: row {row + 1} has no text in column {columns.input!r}{found}{mend}"
+            )
+    names = label_names(table, columns.label, source, classes)
     labels, known = indexed(names, classes, source, f"column {columns.label!r}")
     keys, ids = keys_and_ids(table, columns, source) or (
         [str(row + 1) for row in range(len(texts))],
@@ -185,39 +189,10 @@ def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: 
         columns = Columns(columns.input, columns.label)
     for column in (columns.input, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
-            close = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{source}: no column {column!r}; it has {', '.join(names)}{hint}")
-    return columns
-
-
-def indexed(
-    names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
-) -> tuple[list[int], list[str]]:
-    """Class index of each label, and the classes.
-
-    Args:
-        names: the labels.
-        classes: those there may be; ``None`` takes them from the labels.
-        source: what the labels are of, for messages.
-        where: where in it they stand, likewise.
-
-    Raises:
-        InputError: an unknown label, or fewer than two classes.
-    """
-    known = list(classes) if classes is not None else _sorted_classes(names)
-    index = {name: position for position, name in enumerate(known)}
-    for row, name in enumerate(names):
-        if name not in index:
             raise InputError(
-                f"{source}: unknown label {name!r} in row {row + 1}; the classes are "
-                f"{', '.join(known)}"
+                f"{source}: no column {column!r}; it has {', '.join(names)}{closest(column, names)}"
             )
-    if len(known) < 2:
-        raise InputError(
-            f"{source}: {where} holds the one class {known[0]!r}; a classifier needs two or more"
-        )
-    return [index[name] for name in names], known
+    return columns
 
 
 def write(data: Data, out: Path) -> None:
@@ -227,10 +202,14 @@ def write(data: Data, out: Path) -> None:
         InputError: another ending, or a folder that does not exist.
     """
     check_writable(out)
-    table = table_of(data.table())
-    method, options = _WRITERS[out.suffix]
+    columns = data.table()
     with replacing(out) as draft:
-        getattr(table, method)(str(draft), **options)
+        if out.suffix == ".jsonl":
+            table_of(columns).to_json(str(draft), force_ascii=False)
+        elif out.suffix == ".parquet":
+            table_of(columns).to_parquet(str(draft))
+        else:
+            write_texts(draft, columns, tabs=out.suffix == ".tsv")
 
 
 def check_writable(out: Path, *others: str) -> None:
@@ -239,80 +218,28 @@ def check_writable(out: Path, *others: str) -> None:
     Raises:
         InputError: another ending, or a folder that does not exist.
     """
-    endings = (*_WRITERS, *others)
+    endings = (*_ENDINGS, *others)
     if out.suffix not in endings:
         raise InputError(f"{out}: cannot write that format; use {', '.join(endings)}")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist: make the folder first")
 
 
-def label_names(table: Any, column: str, source: str) -> list[str]:
-    """The labels of a table as class names.
-
-    Raises:
-        InputError: missing ones, or a regression or multi-label target.
-    """
-    feature = table.features[column]
-    values = column_of(table, column, source)
-    if hasattr(feature, "int2str"):
-        return _names_of_indexes(feature.names, values, column, source)
-    if any(isinstance(value, str) for value in values):
-        other = next((v for v in values if isinstance(v, bool | int | float)), None)
-        if other is not None:
-            raise InputError(
-                f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
-                f"of them as texts"
-            )
-    names = []
-    for row, value in enumerate(values):
-        if isinstance(value, list | dict | tuple):
-            raise InputError(
-                f"{source}: column {column!r} holds lists, a multi-label target, which is not "
-                f"supported: give one class per row"
-            )
-        if value in _MISSING or (isinstance(value, float) and math.isnan(value)):
-            raise InputError(f"{source}: row {row + 1} has no label in column {column!r}")
-        if isinstance(value, float) and not value.is_integer():
-            raise InputError(
-                f"{source}: column {column!r} holds real numbers such as {value}, a regression target, "
-                f"which is not supported: give one class per row"
-            )
-        names.append(str(int(value)) if isinstance(value, float) else str(value))
-    return names
-
-
-def _names_of_indexes(
-    classes: Sequence[str], values: Sequence[Any], column: str, source: str
-) -> list[str]:
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < len(classes):
-            raise InputError(
-                f"{source}: row {row + 1} has no label in column {column!r}: {value} is none of its "
-                f"{len(classes)} classes"
-            )
-    return [classes[value] for value in values]
-
-
-def _sorted_classes(names: Sequence[str]) -> list[str]:
-    distinct = set(names)
-    if all(name.lstrip("-").isdigit() for name in distinct):
-        return sorted(distinct, key=int)
-    return sorted(distinct)
-
-
 def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
     """What the id or group column calls each row, and int64 ids (rows,); ``None`` without one.
 
     Raises:
-        InputError: missing, repeated, negative or mixed ids.
+        InputError: missing, repeated, negative or mixed ids, or some that differ by blanks alone.
     """
     column = columns.id or columns.group
     if column is None:
         return None
     values = column_of(table, column, source)
     for row, value in enumerate(values):
-        if value in _MISSING or isinstance(value, list | dict):
+        if is_missing(value) or isinstance(value, list | dict):
             raise InputError(f"{source}: row {row + 1} has no id in column {column!r}")
+    if isinstance(table, Texts):
+        values = _integers(values) or values
     keys = [str(value) for value in values]
     if columns.id is not None:
         twice = [key for key, count in Counter(keys).items() if count > 1]
@@ -321,6 +248,7 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
                 f"{source}: duplicate ids in column {column!r}: {', '.join(twice[:5])}; ids name one "
                 f"row each (rows that are to share a mask belong to a group column)"
             )
+    _check_spelling(keys, columns, source)
     integers = [isinstance(value, int) and not isinstance(value, bool) for value in values]
     if all(integers):
         if min(values) < 0:
@@ -337,6 +265,29 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
     if any(integers):
         raise InputError(f"{source}: column {column!r} mixes integers and strings as ids")
     return keys, string_ids(keys)
+
+
+def _integers(cells: Sequence[str]) -> list[int] | None:
+    """The ids of a CSV file, where each is an integer as Python writes it, that fits an id."""
+    if not all(_INTEGER.fullmatch(cell) for cell in cells):
+        return None
+    values = [int(cell) for cell in cells]
+    return values if max(values) <= _LARGEST_ID else None
+
+
+def _check_spelling(keys: Sequence[str], columns: Columns, source: str) -> None:
+    """Whether no two ids or groups are meant to be one, and are written in two ways."""
+    if columns.group is not None:
+        check_alike(set(keys), source, f"groups of column {columns.group!r}")
+        return
+    known = set(keys)
+    for key in known:
+        bare = key.strip()
+        if bare != key and bare in known:
+            raise InputError(
+                f"{source}: the ids {bare!r} and {key!r} in column {columns.id!r} differ in blanks alone; "
+                f"ids name one row each"
+            )
 
 
 def read_both(

@@ -20,15 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from turnover.data import (
-    Columns,
-    check_writable,
-    indexed,
-    keys_and_ids,
-    label_names,
-    present,
-    write,
-)
+from turnover.classes import indexed, label_names
+from turnover.data import Columns, check_writable, keys_and_ids, present, write
+from turnover.data_sets import is_saved
 from turnover.errors import InputError, needing
 from turnover.files import replacing
 from turnover.masks import content_ids
@@ -145,7 +139,7 @@ def read_images(
             than two classes.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_saved(path):
         found = _in_folder(path, columns, ids_needed)
     elif path.suffix == ".npz":
         found = _in_arrays(path, columns, ids_needed)
@@ -163,6 +157,11 @@ def read_images(
         contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
     keys, ids = found.given or (found.names, content_ids(contents))
     return ImageData(pixels, list(range(count)), found.names, labels, ids, keys, known)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a folder has image files in the folders of classes."""
+    return any(path.suffix.lower() in ENDINGS for path in folder.glob("*/**/*"))
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:

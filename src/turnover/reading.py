@@ -1,4 +1,4 @@
-"""Text files in: JSON, JSON lines, TOML and CSV that anybody may have written.
+"""Text files in: JSON, JSON lines and TOML that anybody may have written.
 
 Whatever is in a file, what comes back is plain values or an :class:`InputError` that names it.
 """
@@ -6,8 +6,6 @@ Whatever is in a file, what comes back is plain values or an :class:`InputError`
 from __future__ import annotations
 
 import codecs
-import csv
-import io
 import json
 import math
 import tomllib
@@ -52,14 +50,14 @@ def read_text(path: Path) -> str:
     return text.removeprefix("\ufeff")
 
 
-def check_utf8(path: Path) -> None:
-    """Whether a file is UTF-8, line by line.
+def check_utf8(path: Path, lines: Iterable[bytes]) -> None:
+    """Whether the lines of a file are UTF-8.
 
     Raises:
-        InputError: it is not; the line is named.
+        InputError: one is not; it is named.
     """
-    for _ in _lines(path):
-        pass
+    for number, line in enumerate(lines, start=1):
+        _decoded(line, path, lambda _, number=number: number)  # type: ignore[misc]
 
 
 def parse_json(raw: str | bytes, where: object, *, finite: bool = True, whole: bool = True) -> Any:
@@ -145,22 +143,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(_deep(path)) from error
     except ValueError as error:
         raise InputError(f"{path}: cannot be read as TOML: {error}") from error
-
-
-def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number (the header's is 1) and cells of each row of a CSV file; a row may lack some.
-
-    Raises:
-        InputError: no such file, or not CSV.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: cannot be read: there is no such file")
-    try:
-        lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        for number, row in enumerate(lines, start=2):
-            yield number, {key: cell for key, cell in row.items() if isinstance(cell, str)}
-    except csv.Error as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
 
 
 @contextmanager

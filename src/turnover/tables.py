@@ -1,25 +1,22 @@
 """Tables of files and Hugging Face data sets, read as they are: columns by name, of plain values.
 
-CSV and Parquet are read by ``datasets``. JSON is read here: Arrow's reader takes texts that look like
-dates for dates, and does not survive all that is in a file.
+Parquet is read by ``datasets``. JSON and CSV are read here: Arrow's and pandas' readers take texts that
+look like dates or numbers for these, and do not survive all that is in a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from turnover.errors import InputError, needing
-from turnover.reading import check_utf8, read_objects
+from turnover import delimited
+from turnover.data_sets import cause_of, datasets_library, is_saved, read_data_set, read_saved
+from turnover.errors import InputError
+from turnover.reading import read_objects
 
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("from_csv", {"keep_default_na": False}),
-    ".tsv": ("from_csv", {"keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("from_parquet", {}),
-}
 _OF_OBJECTS = (".json", ".jsonl")
-ENDINGS = (*_READERS, *_OF_OBJECTS)
+ENDINGS = (*delimited.ENDINGS, ".parquet", *_OF_OBJECTS)
 
 
 class Objects:
@@ -39,31 +36,35 @@ class Objects:
         return [row.get(which) for row in self._rows]
 
 
-def load_table(source: str, split: str) -> Any:
-    """A file or Hugging Face data set as a ``datasets.Dataset``, or :class:`Objects`.
+def load_table(
+    source: str, split: str, needed: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> Any:
+    """A file, folder or Hugging Face data set as a ``datasets.Dataset``, :class:`Objects` or texts.
+
+    Args:
+        source: where it is.
+        split: split of a data set, or beginning of a file's name in a folder.
+        needed: columns it must have; they tell how the cells of a CSV file are separated.
+        wanted: others that are read if they are there; with neither all are read.
 
     Raises:
-        InputError: neither, or one that cannot be read.
+        InputError: nothing is there, or it cannot be read.
     """
     path = Path(source)
+    if path.is_dir():
+        if is_saved(path):
+            return read_saved(path, split)
+        found = sorted(path / f"{split}{ending}" for ending in ENDINGS)
+        found = [file for file in found if file.is_file()]
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise InputError(f"{source} holds {names}: give the file of them that is meant")
+        path = found[0] if found else path
     if path.is_file():
-        if path.stat().st_size == 0:
-            raise InputError(f"{source}: the file is empty")
-        if path.suffix not in ENDINGS:
-            raise InputError(
-                f"{source}: cannot read {path.suffix or 'files without an ending'}; use "
-                f"{', '.join(ENDINGS)} or the name of a Hugging Face data set"
-            )
-        return Objects(read_objects(path)) if path.suffix in _OF_OBJECTS else _read(path)
-    if path.suffix in ENDINGS or path.is_absolute():
+        return _read(path, needed, wanted)
+    if not path.is_dir() and (_ending(path) or path.is_absolute()):
         raise InputError(f"{source}: no such file")
-    datasets = _datasets()
-    try:
-        return datasets.load_dataset(source, split=split)
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(
-            f"{source}: neither a file here nor a Hugging Face data set that can be loaded ({error})"
-        ) from error
+    return read_data_set(source, split, needed, wanted)
 
 
 def column_of(table: Any, name: str, source: str) -> list[Any]:
@@ -79,7 +80,7 @@ def column_of(table: Any, name: str, source: str) -> list[Any]:
     try:
         return list(table[name])
     except Exception as error:  # what they are of is read now, and Arrow raises many kinds
-        raise InputError(f"{source}: column {name!r} cannot be read: {error}") from error
+        raise InputError(f"{source}: column {name!r} cannot be read: {cause_of(error)}") from error
 
 
 def undecoded(table: Any, name: str, source: str) -> Callable[[int], Any]:
@@ -92,42 +93,47 @@ def undecoded(table: Any, name: str, source: str) -> Callable[[int], Any]:
     held = table
     try:
         if hasattr(table.features[name], "decode_example"):
-            image = _datasets().Image(decode=False)
+            image = datasets_library().Image(decode=False)
             held = table.select_columns([name]).cast_column(name, image)
     except Exception as error:  # a column of something else
-        raise InputError(f"{refused} as images: {error}") from error
+        raise InputError(f"{refused} as images: {cause_of(error)}") from error
 
     def read(row: int) -> Any:
         try:
             return held[row][name]
         except Exception as error:  # Arrow raises many kinds
-            raise InputError(f"{refused}: row {row + 1}: {error}") from error
+            raise InputError(f"{refused}: row {row + 1}: {cause_of(error)}") from error
 
     return read
 
 
 def table_of(columns: dict[str, list[Any]]) -> Any:
     """Columns in memory as a ``datasets.Dataset``."""
-    return _datasets().Dataset.from_dict(columns)
+    return datasets_library().Dataset.from_dict(columns)
 
 
-def _read(path: Path) -> Any:
-    method, options = _READERS[path.suffix]
-    datasets = _datasets()
-    if path.suffix != ".parquet":
-        check_utf8(path)
+def _read(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Any:
+    ending = _ending(path)
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    if ending is None:
+        raise InputError(
+            f"{path}: cannot read {path.suffix or 'files without an ending'}; use "
+            f"{', '.join(ENDINGS)} or the name of a Hugging Face data set"
+        )
+    if ending in _OF_OBJECTS:
+        return Objects(read_objects(path))
+    if ending in delimited.ENDINGS:
+        return delimited.read_texts(path, needed, wanted)
     try:
-        return getattr(datasets.Dataset, method)(str(path), keep_in_memory=True, **options)
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise InputError(f"{path}: cannot be read: {error}") from error
-        raise InputError(f"{path}: the file has no rows") from error
+        return datasets_library().Dataset.from_parquet(str(path), keep_in_memory=True)
+    except InputError:
+        raise
     except Exception as error:  # the readers raise many kinds for damaged files
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+        if "corresponds to no data" in cause_of(error):
+            raise InputError(f"{path}: the file has no rows") from error
+        raise InputError(f"{path}: cannot be read as parquet: {cause_of(error)}") from error
 
 
-def _datasets() -> Any:
-    with needing("reading data", "turnover[text]", "turnover[images]"):
-        import datasets
-    datasets.disable_progress_bars()
-    return datasets
+def _ending(path: Path) -> str | None:
+    return next((one for one in ENDINGS if path.name.lower().endswith(one)), None)

@@ -15,6 +15,7 @@ from turnover.cli.config import config_option
 from turnover.cli.engines import connecting
 from turnover.cli.options import ImageColumn, Json, LabelColumn, RunFolder, Split, TextColumn
 from turnover.cli.output import Output, check_folder, in_results
+from turnover.cli.reading import reading, say_rows
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
@@ -190,12 +191,14 @@ def cleanse(
     given = None if scores is None else read_scores(loaded, scores)
     classes = loaded.train.classes
     held: Data
-    if isinstance(loaded.pipeline, ImagePipeline):
-        columns, size = Columns(image_column, label_column), loaded.pipeline.config.size
-        held = read_images(validation, size, columns, classes=classes, split=split)
-    else:
-        columns = Columns(text_column, label_column)
-        held = read(validation, columns, classes=classes, split=split)
+    with reading(output):
+        if isinstance(loaded.pipeline, ImagePipeline):
+            columns, size = Columns(image_column, label_column), loaded.pipeline.config.size
+            held = read_images(validation, size, columns, classes=classes, split=split)
+        else:
+            columns = Columns(text_column, label_column)
+            held = read(validation, columns, classes=classes, split=split)
+    say_rows(output, validation=held)
     with connection:
         found = cleanse(
             loaded,

@@ -41,7 +41,9 @@ Objective = Annotated[
 
 TextFile = Annotated[
     str,
-    typer.Argument(help="CSV, TSV, JSON(L) or Parquet file of texts, or Hugging Face data set."),
+    typer.Argument(
+        help="CSV, TSV, JSON(L) or Parquet file of texts, or Hugging Face data set or folder of one."
+    ),
 ]
 TestData = Annotated[
     str | None,

@@ -38,6 +38,7 @@ from turnover.cli.options import (
 )
 from turnover.cli.output import Output
 from turnover.cli.places import place
+from turnover.cli.reading import reading, say_rows
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def fit(
         str,
         typer.Argument(
             help="Texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with a folder for each "
-            "class, or an .npz or Parquet file. Or a Hugging Face data set."
+            "class, or an .npz or Parquet file. Or a Hugging Face data set, or a folder of one."
         ),
     ],
     model: Annotated[
@@ -181,7 +182,7 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
     from turnover.data import Columns, read, read_both
-    from turnover.images import read_images
+    from turnover.images import holds_images, read_images
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.origin import data_digest as digest_of
@@ -198,7 +199,7 @@ def fit(
             model, image_size, width, hidden, augment, file, head_units
         )
     else:
-        if Path(data).is_dir() or data.endswith(".npz"):
+        if data.endswith(".npz") or holds_images(Path(data)):
             raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
         shape = ClassifierConfig(model, head_units, lora_rank, max_tokens)
     passes = epochs if epochs is not None else (10 if of_images else 3)
@@ -214,7 +215,10 @@ def fit(
         image_column if of_images else text_column, label_column, id_column, group_column
     )
     reader: Callable[..., Data] = partial(read_images, size=image_size) if of_images else read
-    train_data, test_data = read_both(reader, data, test, columns, split, test_split)
+    output = Output(as_json=as_json)
+    with reading(output):
+        train_data, test_data = read_both(reader, data, test, columns, split, test_split)
+    say_rows(output, training=train_data, test=test_data)
     found = digest_of(train_data, test_data)
     if data_digest not in (None, found):
         raise InputError(
@@ -224,7 +228,6 @@ def fit(
     files = ("data", "test", "weights") if of_images else ("data", "test", "model")
     again = recipe({**settings, "epochs": passes, "data_digest": found}, files)
     metrics = fit(task, train_data, test_data, out, overwrite=overwrite, recipe=again)
-    output = Output(as_json=as_json)
     print_fit(output, metrics)
     output.say(f"run: {out}; next: turnover influence {out}")
     output.document({"run": str(out), "metrics": metrics})
@@ -284,10 +287,12 @@ def plan(
         MaskSpec(keep, seed),
     )
     columns = Columns(text_column, label_column, id_column, group_column)
-    train_data, test_data = read_both(read, data, test, columns, split, test_split)
+    output = Output(as_json=as_json)
+    with reading(output):
+        train_data, test_data = read_both(read, data, test, columns, split, test_split)
+    say_rows(output, training=train_data, test=test_data)
     rows = pilot_rows if pilot else None
     found = plan(task, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
-    output = Output(as_json=as_json)
     _print_plan(output, found)
     output.document(found.to_dict())
 

@@ -8,7 +8,6 @@ trained again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn import functional
 from turnover import objectives
 from turnover.batches import Batch
 from turnover.data import Data
+from turnover.delimited import finite_number
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.heads import WideHead
@@ -187,12 +187,12 @@ def read_scores(run: Run, path: Path) -> NDArray[np.float64]:
     """
     found: dict[int, float] = {}
     for number, row, score in read_column(run, path, "score"):
-        try:
-            found[row] = float(score)
-        except ValueError:
-            found[row] = math.nan
-        if not math.isfinite(found[row]):
-            raise InputError(f"{path}: line {number}: {score!r} is not a finite number")
+        value = finite_number(score)
+        if value is None:
+            raise InputError(
+                f"{path}: line {number}: {score!r} is not a finite number with a decimal point"
+            )
+        found[row] = value
     missing = [key for row, key in enumerate(run.train.keys) if row not in found]
     if missing:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 
 from turnover import objectives
 from turnover.data import Data
+from turnover.delimited import read_table
 from turnover.errors import InputError
 from turnover.files import write_csv
 from turnover.influence import Influence
-from turnover.reading import read_table
 from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
@@ -30,7 +30,12 @@ _COLUMNS = (
 )
 _BEGINNING = r"[=+\-@\t\r\n]"
 _FORMULA = re.compile(rf"'*{_BEGINNING}(?![0-9.]+$)")
-_TEXT = re.compile(rf"'+{_BEGINNING}")
+_CHANGED = re.compile(r"'*(?!(?:0|[1-9]\d{0,14})\Z)\d[\d.,:/+\- eE%]*", re.ASCII)
+"""Codes that a spreadsheet takes for a number or a date, and writes in another way: 0007, 1e5, 1-2."""
+_TEXT = re.compile(rf"'+(?:{_BEGINNING}|\d)")
+_AS_NUMBER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
+"""An integer as a spreadsheet may write it; three zeros would be of a separator of thousands."""
+_NAMES = {"key", "label", "suggested", "decision"}
 
 
 @dataclass(frozen=True)
@@ -141,18 +146,43 @@ def write_decisions(
 
 def _write_list(out: Path, lines: list[list[str]]) -> None:
     """Write a list that is filled in by people, in a spreadsheet that would run a text for a formula."""
-    write_csv(out, _COLUMNS, ([_as_text(cell) for cell in line] for line in lines))
+    write_csv(out, _COLUMNS, (list(map(_as_text, _COLUMNS, line)) for line in lines))
 
 
-def _as_text(cell: str) -> str:
-    """A cell that a spreadsheet takes for a text, or a number: before what is a formula an apostrophe."""
-    return f"'{cell}" if _FORMULA.match(cell) else cell
+def _as_text(column: str, cell: str) -> str:
+    """A cell that a spreadsheet leaves as it is: before a formula or a code an apostrophe."""
+    changed = _FORMULA.match(cell) or (column in _NAMES and _CHANGED.fullmatch(cell))
+    return f"'{cell}" if changed else cell
 
 
 def _meant(cell: str, known: Container[str]) -> str:
-    """What was written as a cell, or stands in one that was written by hand."""
+    """What was written as a cell, or stands in one that was written by hand or by a spreadsheet."""
     bare = cell[1:] if _TEXT.match(cell) else cell
-    return bare if bare in known else cell
+    number = _AS_NUMBER.fullmatch(cell.strip())
+    written = (bare, cell, bare.strip(), cell.strip(), number[1] if number else bare)
+    return next((one for one in written if one in known), cell)
+
+
+def check_decision(written: str, classes: Sequence[str]) -> str:
+    """The decision meant by a text: ``keep``, ``remove``, or a class, in upper or lower case.
+
+    Raises:
+        InputError: another one, or one that several have the name of.
+    """
+    known = (KEEP, REMOVE, *classes)
+    found = _meant(written, known)
+    exact = [one for one in known if one == found]
+    meant = exact or [one for one in known if one.casefold() == found.strip().casefold()]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise InputError(
+            f"decision {written!r} is the name of several: {KEEP}, {REMOVE} and the classes "
+            f"{', '.join(classes)}; rename the class in the data, or change its rows there"
+        )
+    raise InputError(
+        f"unknown decision {written.strip()!r}; use {KEEP}, {REMOVE} or a class: {', '.join(classes)}"
+    )
 
 
 def read_decisions(run: Run, path: Path) -> dict[int, str]:
@@ -164,17 +194,13 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
         InputError: no such file, a missing column, an unknown or repeated key, or another decision.
     """
     decisions: dict[int, str] = {}
-    known = (KEEP, REMOVE, *run.train.classes)
     for number, row, written in read_column(run, path, "decision"):
-        decision = _meant(written.strip(), known)
-        if not decision:
+        if not written.strip():
             continue
-        if decision not in known:
-            raise InputError(
-                f"{path}: line {number}: unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class: "
-                f"{', '.join(run.train.classes)}"
-            )
-        decisions[row] = decision
+        try:
+            decisions[row] = check_decision(written, run.train.classes)
+        except InputError as error:
+            raise InputError(f"{path}: line {number}: {error}") from error
     return decisions
 
 
@@ -186,18 +212,20 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
     """
     check_rows(run)
     row_of = {key: row for row, key in enumerate(run.train.keys)}
-    seen: set[str] = set()
-    for number, line in read_table(path):
+    seen: set[int] = set()
+    for number, line in read_table(path, ("key", column)):
         key, value = line.get("key"), line.get(column)
         if key is None or value is None:
             raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
-        key = _meant(key, row_of)
-        if key not in row_of:
-            raise InputError(f"{path}: line {number}: no training row has the key {key!r}")
-        if key in seen:
-            raise InputError(f"{path}: line {number}: a second {column} of {key!r}")
-        seen.add(key)
-        yield number, row_of[key], value
+        row = row_of.get(_meant(key, row_of))
+        if row is None:
+            close = next((one for one in row_of if one.lstrip("0") == key.strip()), None)
+            hint = "" if close is None else f"; {close!r} is one: import the column as text"
+            raise InputError(f"{path}: line {number}: no training row has the key {key!r}{hint}")
+        if row in seen:
+            raise InputError(f"{path}: line {number}: a second {column} of {run.train.keys[row]!r}")
+        seen.add(row)
+        yield number, row, value
 
 
 def decided(train: Data, decisions: dict[int, str]) -> Data:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from turnover.errors import InputError
 from turnover.run import Run
-from turnover.tasks.review import KEEP, REMOVE, check_rows, read_decisions, write_decisions
+from turnover.tasks.review import check_decision, check_rows, read_decisions, write_decisions
 
 _WAIT_SECONDS = 10.0
 
@@ -66,8 +66,8 @@ class Decisions:
         train = self._run.train
         if not 0 <= row < len(train):
             raise InputError(f"there are {len(train)} training rows, none is number {row}")
-        if decision is not None and decision not in (KEEP, REMOVE, *train.classes):
-            raise InputError(f"unknown decision {decision!r}; use {KEEP}, {REMOVE} or a class")
+        if decision is not None:
+            decision = check_decision(decision, train.classes)
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=_WAIT_SECONDS)
         try:
             with lock:

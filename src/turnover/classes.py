@@ -1,0 +1,225 @@
+"""Labels as classes: which there are, in what order, and which are written in several ways."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from turnover.delimited import Texts
+from turnover.errors import InputError
+from turnover.tables import column_of
+
+_NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?", re.ASCII)
+_MANY_NUMBERS = 20
+_NOT_MEASURED = {"nan", "na", "n/a", "none", "null", "-", "?"}
+_LONGEST_NUMBER = 100
+"""Digits of a label that are compared as a number."""
+_SHOWN = 20
+
+
+def label_names(
+    table: Any, column: str, source: str, classes: Sequence[str] | None = None
+) -> list[str]:
+    """The labels of a table as class names.
+
+    Args:
+        table: as :func:`turnover.tables.load_table` gives it.
+        column: of the labels.
+        source: of the table, for messages.
+        classes: those of the training data, which a CSV file may write in another way (1.0, TRUE).
+
+    Raises:
+        InputError: missing ones, or a regression or multi-label target.
+    """
+    feature = table.features[column]
+    values = column_of(table, column, source)
+    if hasattr(feature, "int2str"):
+        return _names_of_indexes(feature.names, values, column, source)
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict | tuple):
+            raise InputError(
+                f"{source}: column {column!r} holds lists, a multi-label target, which is not "
+                f"supported: give one class per row"
+            )
+        if is_missing(value):
+            raise InputError(f"{source}: row {row + 1} has no label in column {column!r}")
+    if isinstance(table, Texts):
+        return _names_of_texts(values, classes, column, source)
+    if any(isinstance(value, str) for value in values):
+        other = next((v for v in values if isinstance(v, bool | int | float)), None)
+        if other is not None:
+            raise InputError(
+                f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
+                f"of them as texts"
+            )
+    real = next((v for v in values if isinstance(v, float | Decimal) and v % 1), None)
+    if real is not None:
+        raise InputError(_regression(real, column, source))
+    return [str(int(value)) if isinstance(value, float) else str(value) for value in values]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: blanks are nothing, and so is what pandas writes for it."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def indexed(
+    names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
+) -> tuple[list[int], list[str]]:
+    """Class index of each label, and the classes.
+
+    Args:
+        names: the labels.
+        classes: those there may be; ``None`` takes them from the labels.
+        source: what the labels are of, for messages.
+        where: where in it they are, likewise.
+
+    Raises:
+        InputError: an unknown label, fewer than two classes, or two that differ by blanks alone.
+    """
+    if classes is None:
+        check_alike(set(names), source, f"classes of {where}")
+    known = list(classes) if classes is not None else _sorted_classes(names)
+    index = {name: position for position, name in enumerate(known)}
+    for row, name in enumerate(names):
+        if name not in index:
+            close = next((one for one in known if _loosely(one) == _loosely(name)), None)
+            hint = "" if close is None else f"; did you mean {close!r}?"
+            listed = ", ".join(known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
+            raise InputError(
+                f"{source}: unknown label {name!r} in row {row + 1}; the classes are {listed}{hint}"
+            )
+    if len(known) < 2:
+        raise InputError(
+            f"{source}: {where} holds the one class {known[0]!r}; a classifier needs two or more"
+        )
+    return [index[name] for name in names], known
+
+
+def check_alike(names: Iterable[str], source: str, what: str) -> None:
+    """Whether names are written in one way: one that differs by blanks is refused, by case warned of.
+
+    Args:
+        names: distinct ones.
+        source: where they are, for messages.
+        what: what they name, likewise.
+
+    Raises:
+        InputError: two of them differ by blanks alone.
+    """
+    names = sorted(names)
+    for one, other in _pairs(names, _without_blanks)[:1]:
+        raise InputError(
+            f"{source}: {what}: {one!r} and {other!r} differ in blanks alone; write them alike"
+        )
+    pairs = _pairs(names, _loosely)
+    if pairs:
+        listed = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:3])
+        more = f" and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
+        warnings.warn(
+            f"{source}: {what}: {listed}{more} are kept apart, though they differ in case alone or are "
+            f"one number",
+            stacklevel=2,
+        )
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """A hint at the name that may be meant, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _pairs(names: Iterable[str], alike: Callable[[str], object]) -> list[tuple[str, str]]:
+    first: dict[object, str] = {}
+    met = ((first.setdefault(alike(name), name), name) for name in names)
+    return [(one, other) for one, other in met if one != other]
+
+
+def _without_blanks(name: str) -> str:
+    return " ".join(name.split())
+
+
+def _loosely(name: str) -> str | float:
+    """Equal for names that differ by case or blanks, or are the same number."""
+    bare = _without_blanks(name)
+    if len(bare) <= _LONGEST_NUMBER and _NUMBER.fullmatch(bare) and "," not in bare:
+        value = float(bare)
+        return value if abs(value) < 2**53 else bare
+    return bare.casefold()
+
+
+def _names_of_texts(
+    values: Sequence[str], classes: Sequence[str] | None, column: str, source: str
+) -> list[str]:
+    """Labels of a CSV file: as written, apart from whole numbers that were written as 1.0."""
+    distinct = set(values)
+    if classes is not None and distinct <= set(classes):
+        return list(values)
+    real = [one for one in distinct if _is_real(one)]
+    if real and _are_measured(distinct, real):
+        raise InputError(_regression(min(real), column, source))
+    whole = {one: found[1] for one in distinct if (found := _WHOLE.fullmatch(one))}
+    if len(whole) == len(distinct):
+        return [whole[one] for one in values]
+    if {one.lower() for one in distinct} <= {"true", "false"}:
+        return _names_of_booleans(values, classes)
+    return list(values)
+
+
+def _names_of_booleans(values: Sequence[str], classes: Sequence[str] | None) -> list[str]:
+    """As written, or as the classes are; alike where one file writes them in several ways."""
+    if classes is None and len(set(values)) <= 2:
+        return list(values)
+    known = {one.lower(): one for one in classes or ("True", "False")}
+    return [known.get(one.lower(), one) for one in values]
+
+
+def _are_measured(labels: set[str], real: Sequence[str]) -> bool:
+    """Whether labels of which some are real numbers are a regression target, and no codes."""
+    others = {one.casefold() for one in labels if not _NUMBER.fullmatch(one)}
+    if len(real) > _MANY_NUMBERS:
+        return others <= _NOT_MEASURED
+    return not others and any("," not in one for one in real)
+
+
+def _is_real(cell: str) -> bool:
+    if len(cell) > _LONGEST_NUMBER or not _NUMBER.fullmatch(cell):
+        return False
+    return not float(cell.replace(",", ".")).is_integer()
+
+
+def _regression(value: object, column: str, source: str) -> str:
+    return (
+        f"{source}: column {column!r} holds real numbers such as {value}, a regression target, "
+        f"which is not supported: give one class per row, by a name that is no number"
+    )
+
+
+def _names_of_indexes(
+    classes: Sequence[str], values: Sequence[Any], column: str, source: str
+) -> list[str]:
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or not 0 <= value < len(classes):
+            raise InputError(
+                f"{source}: row {row + 1} has no label in column {column!r}: {value} is none of its "
+                f"{len(classes)} classes"
+            )
+    return [classes[value] for value in values]
+
+
+def _sorted_classes(names: Sequence[str]) -> list[str]:
+    """By value if all are integers, else by name; two of one value by name."""
+    distinct = set(names)
+    if all(
+        len(name) <= _LONGEST_NUMBER and name.removeprefix("-").isdecimal() for name in distinct
+    ):
+        return sorted(distinct, key=lambda name: (int(name), name))
+    return sorted(distinct)
