@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn, TextIO
 
 from turnover import __version__
 from turnover.errors import InputError, needing
@@ -70,6 +72,12 @@ def turnover(
 def main() -> None:
     """Entry point; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        _main()
+
+
+def _main() -> NoReturn:
     code = DONE
     try:
         # Not standalone: what is wrong comes here as an exception, and not as a page of usage.
@@ -98,7 +106,29 @@ def _usage(error: Exception) -> str:
     return f"{message.rstrip('.')}{asked}"
 
 
-def _stop(message: str, code: int) -> NoReturn:
+_HERE = Path(__file__).parents[1]
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,  # noqa: ARG001 - as Python calls it
+    line: str | None = None,
+) -> None:
+    """A warning of ours is one line, as an error is; one of a library says where it comes from."""
+    if Path(filename).is_relative_to(_HERE):
+        _write(str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _write(message: str) -> None:
     line = " ".join(line.strip() for line in message.splitlines())
     sys.stderr.write(f"turnover: {visible(line)}\n")
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    _write(message)
     sys.exit(code)
