@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Picture:
         transparent: the number that is shown as white.
         several: the file holds more images; this is the first.
         unprofiled: its color profile cannot be used.
+        deep: it has 16 bits a color, of which Pillow gives the upper 8.
     """
 
     image: Any
@@ -46,6 +47,7 @@ class Picture:
     transparent: int | None = None
     several: bool = False
     unprofiled: bool = False
+    deep: bool = False
 
 
 def opened(raw: bytes, where: str) -> Picture:
@@ -65,8 +67,10 @@ def opened(raw: bytes, where: str) -> Picture:
                 raise InputError(
                     f"{where}: {image.width} x {image.height} pixels, more than {LARGEST}: make it smaller"
                 )
+            deep = any(";16" in str(part.args) for part in image.tile)  # before it is decoded
             image.load()
-            return _seen(image, where)
+            seen = _seen(image, where)
+            return replace(seen, deep=deep and seen.kind is None)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files

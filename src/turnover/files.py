@@ -67,7 +67,7 @@ def writing_temporary(folder: Path | None = None) -> Iterator[str]:
 
 
 def mapped(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array of zeros in an empty file, written through a memory map.
+    """An array of zeros at the end of a file, written through a memory map.
 
     The file takes its room on the disk now: a page of a map for which there is none kills the process.
     The array holds the file open.
@@ -75,22 +75,23 @@ def mapped(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray
     Raises:
         OSError: the disk has no room for it.
     """
-    size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
-    _allocate(file, size)
-    array: NDArray[Any] = np.memmap(file, dtype, "r+", shape=shape)
+    start = file.tell()
+    _allocate(file, start, int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)))
+    array: NDArray[Any] = np.memmap(file, dtype, "r+", offset=start, shape=shape)
     return array
 
 
-def _allocate(file: IO[bytes], size: int) -> None:
+def _allocate(file: IO[bytes], start: int, size: int) -> None:
+    file.flush()
     if hasattr(os, "posix_fallocate"):
         try:
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), start, size)
             return
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-    for start in range(0, size, _ZEROS):
-        file.write(bytes(min(_ZEROS, size - start)))
+    for done in range(0, size, _ZEROS):
+        file.write(bytes(min(_ZEROS, size - done)))
     file.flush()
 
 
@@ -220,15 +221,17 @@ def write_array(
     Neither through a memory map, where a full disk kills the process, nor by ``np.save``, which does
     not say that the disk was full.
     """
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": shape,
-    }
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        write_header(file, shape, dtype)
         for part in parts:
             file.write(np.ascontiguousarray(part, dtype=dtype).data)
+
+
+def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """Write the beginning of a ``.npy`` file."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -18,6 +18,7 @@ Ranges = Mapping[str, tuple[float, float]]
 """By kind (``"integers"``, ``"floats"``): the numbers that are black and white."""
 _ROWS = 256
 """Rows of an image that are scaled at once: double precision takes eight times the memory."""
+_DIM = 63
 _BITS = (8, 10, 12, 14, 16)
 _FULL = {INTEGERS: [float(2**bits - 1) for bits in _BITS], FLOATS: [1.0, 255.0]}
 
@@ -37,12 +38,18 @@ class Scaling:
         self._ranges = dict(given)
         self._found: dict[str, tuple[float, float]] = {}
         self._counts: Counter[str] = Counter()
+        self._brightest = 0
 
     def add(self, picture: Picture) -> bool:
         """Note an image; whether it is 8 bits already."""
         self._counts["several"] += picture.several
         self._counts["unprofiled"] += picture.unprofiled
         kind = picture.kind
+        if picture.deep:
+            self._counts["deep"] += 1
+            self._brightest = max(
+                self._brightest, *(high for _, high in picture.image.getextrema())
+            )
         if kind is None:
             return True
         low, high = self._found.get(kind, (picture.low, picture.high))
@@ -94,6 +101,11 @@ class Scaling:
                     f"{_images(self._counts[kind])} with {kind} from {low:.6g} to {high:.6g}, scaled: "
                     f"{start:.6g} is black and {end:.6g} white{extremes}"
                 )
+        if self._counts["deep"] and self._brightest <= _DIM:
+            yield (
+                f"{_images(self._counts['deep'])} of 16 bits a color are dark: of 256 values that are read, "
+                f"0 to {self._brightest} are used; multiply them to the whole range"
+            )
         if self._counts["several"]:
             yield f"{_images(self._counts['several'])} with several frames or pages; the first is read"
         if self._counts["unprofiled"]:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, NoReturn
 
 from turnover import __version__
 from turnover.errors import InputError, needing
@@ -72,9 +72,11 @@ def turnover(
 def main() -> None:
     """Entry point; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
+    plain, warnings.formatwarning = warnings.formatwarning, _format
+    try:
         _main()
+    finally:
+        warnings.formatwarning = plain
 
 
 def _main() -> NoReturn:
@@ -107,28 +109,27 @@ def _usage(error: Exception) -> str:
 
 
 _HERE = Path(__file__).parents[1]
+_PLAIN = warnings.formatwarning
 
 
-def _warn(
+def _format(
     message: Warning | str,
     category: type[Warning],
     filename: str,
     lineno: int,
-    file: TextIO | None = None,  # noqa: ARG001 - as Python calls it
     line: str | None = None,
-) -> None:
+) -> str:
     """A warning of ours is one line, as an error is; one of a library says where it comes from."""
     if Path(filename).is_relative_to(_HERE):
-        _write(str(message))
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+        return _line(str(message))
+    return _PLAIN(message, category, filename, lineno, line)
 
 
-def _write(message: str) -> None:
-    line = " ".join(line.strip() for line in message.splitlines())
-    sys.stderr.write(f"turnover: {visible(line)}\n")
+def _line(message: str) -> str:
+    whole = " ".join(line.strip() for line in message.splitlines())
+    return f"turnover: {visible(whole)}\n"
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    _write(message)
+    sys.stderr.write(_line(message))
     sys.exit(code)

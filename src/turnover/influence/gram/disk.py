@@ -1,6 +1,6 @@
 """What does not fit in memory: blocks of gradients and Gram matrices in a temporary folder.
 
-Files are plain arrays (``.npy``, and ``.bin`` without a header), and are removed with the object that made them.
+Files are plain ``.npy`` arrays, and are removed with the object that made them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.files import mapped, write_array, writing_temporary
+from turnover.files import mapped, write_array, write_header, writing_temporary
 from turnover.influence.gram.factors import Factors
 from turnover.influence.gram.kernel import Block
 
@@ -51,9 +51,10 @@ class Scratch:
         Raises:
             WriteError: there is no room for it.
         """
-        path = self._path().with_suffix(".bin")
+        path, shape = self._path(), (rows, rows)
         with writing_temporary(self._folder), path.open("w+b") as file:
-            values = mapped(file, (rows, rows), np.float32)
+            write_header(file, shape, np.float32)
+            values = mapped(file, shape, np.float32)
         return torch.from_numpy(values)
 
     def save(self, values: Tensor) -> Path:
