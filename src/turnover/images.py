@@ -287,7 +287,7 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
     if images.dtype != np.uint8 or not shaped:
         raise InputError(
             f"{path}: {columns.input!r} must be uint8 (images, height, width) or (images, height, "
-            f"width, 3), got {images.dtype} {images.shape}"
+            f"width, 3), got {images.dtype} {images.shape}: scale them to 0 to 255 yourself"
         )
     for name, values in arrays.items():
         if values.shape != (len(images),):
