@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +27,8 @@ from test_images import folders, run  # noqa: F401 - fixtures: a run of images, 
 from turnover import Influence, InputError
 from turnover.errors import WriteError
 from turnover.evaluation import Recipe, draw_subsets, retrain
+from turnover.files import mapped
+from turnover.images import read_images
 from turnover.influence.gram.disk import Limits
 from turnover.run import Run, write_json
 from turnover.view.decisions import Decisions
@@ -265,3 +269,75 @@ def test_a_decision_that_cannot_be_written_is_not_taken(disk: Disk, small: Path)
         assert decisions.all() == {1: "keep"}
         mend()
     assert decisions.set(2, "remove") == {1: "keep", 2: "remove"}
+
+
+def test_images_say_that_the_temporary_folder_is_full(
+    disk: Disk,
+    folders: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+    pixels = np.zeros((200, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", image=pixels, label=np.arange(200) % 2)
+    for source in (folders[0], tmp_path / "a.npz"):
+        for room in (0, 2**16):  # the second is for a part of the pixels
+            disk.fill(leave=room)
+            with pytest.raises(WriteError, match=f"temporary folder {disk.path}.*TMPDIR.*{FULL}"):
+                read_images(str(source), 64)
+            disk.free()
+    assert len(read_images(str(folders[0]), 64)) == 36
+    said = ("fit", folders[0], "--model", "vgg11", "--image-size", 64, "--out", tmp_path / "run")
+    disk.fill()
+    assert FULL in turnover(*said, expect=2).stderr
+    assert not list(tmp_path.glob(".run*")) and not (tmp_path / "run").exists()
+
+
+def test_a_map_takes_its_room_where_files_cannot_be_allocated(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    for how in ("refused", "missing"):
+        if how == "refused":
+            monkeypatch.setattr(os, "posix_fallocate", unsupported)
+        else:
+            monkeypatch.delattr(os, "posix_fallocate")
+        disk.fill(leave=2**20)
+        with (
+            pytest.raises(OSError, match="No space left"),
+            (disk.path / how).open("w+b") as file,
+        ):
+            mapped(file, (2**20,), np.float32)
+        (disk.path / how).unlink()
+        disk.free()
+        with (disk.path / how).open("w+b") as file:
+            file.write(b"head")
+            values = mapped(file, (2**20,), np.float32)
+        assert (disk.path / how).stat().st_blocks * 512 >= 2**22
+        assert not values.any()
+        values[-1] = 1
+        (disk.path / how).unlink()
+
+
+@pytest.mark.parametrize("gone", ["full", "removed"])
+def test_without_a_temporary_folder_it_is_said(
+    gone: str,
+    folders: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    if gone == "full":
+        monkeypatch.setattr(tempfile, "gettempdir", none)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "removed"))
+    with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
+        read_images(str(folders[0]), 32)
+    gram = Influence(tiny.mlp(), method="gram")
+    gram._gram._limits = Limits(memory=0)
+    with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
+        gram.fit([(tiny.features(20), tiny.labels(20), torch.arange(20))])

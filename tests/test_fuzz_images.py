@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("PIL")
 pytest.importorskip("datasets")
 
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 import fuzzing
 from turnover.data import Columns, read
@@ -26,6 +27,8 @@ from turnover.images import read_image, read_images
 PIXELS = np.arange(40 * 36 * 3, dtype=np.uint32).reshape(40, 36, 3).astype(np.uint8)
 ENDINGS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "gif": "GIF", "ppm": "PPM", "tif": "TIFF"}
 ENDINGS |= {"webp": "WEBP"}
+ENDINGS |= {"avif": "AVIF"} if features.check("avif") else {}
+ENDINGS |= {"jp2": "JPEG2000"} if features.check("jpg_2000") else {}
 
 
 def encoded(kind: str) -> bytes:
@@ -55,6 +58,51 @@ def test_damaged_images_are_decoded_or_refused(ending: str, folder: Path) -> Non
             assert image.shape == (32, 32, 3) and image.dtype == np.uint8
 
         fuzzing.refused(decode, str(path))
+
+    any_damage()
+
+
+def others() -> dict[str, bytes]:
+    """Images whose orientation, profile, numbers or frames are read too."""
+    image, exif = Image.fromarray(PIXELS), Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = PIXELS[:, :, 0]
+    found = {}
+    for name, made, kind, options in (
+        ("turned.jpg", image, "JPEG", {"exif": exif}),
+        ("turned.tif", image, "TIFF", {"exif": exif}),
+        ("ink.jpg", image.convert("CMYK"), "JPEG", {"icc_profile": profile}),
+        ("deep.png", Image.fromarray(grey.astype(np.uint16) * 257), "PNG", {"transparency": 257}),
+        ("floats.tif", Image.fromarray(grey.astype(np.float32)), "TIFF", {}),
+        ("clear.png", image.convert("P"), "PNG", {"transparency": b"\0\7"}),
+        ("frames.gif", image, "GIF", {"save_all": True, "append_images": [image.rotate(90)]}),
+        ("pages.tif", image, "TIFF", {"save_all": True, "append_images": [image.rotate(90)]}),
+    ):
+        out = io.BytesIO()
+        made.save(out, kind, **options)
+        found[name] = out.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("name", others())
+def test_damage_to_what_tells_how_an_image_is_seen_is_read_or_refused(
+    name: str, folder: Path
+) -> None:
+    path, whole = folder / name, others()[name]
+
+    @fuzzing.bounded(40)
+    @given(raw=fuzzing.damaged(whole))
+    def any_damage(raw: bytes) -> None:
+        path.write_bytes(raw)
+
+        def decode() -> None:
+            image = read_image(path, 32)
+            assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fuzzing.refused(decode, str(path))
 
     any_damage()
 

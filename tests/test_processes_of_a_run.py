@@ -138,6 +138,8 @@ def test_a_fit_replaces_a_run_when_nobody_scores_it_any_more(
     try:
         wait_for(lambda: (draft / "digests.json").exists())
         assert fitting.poll() is None
+        other = turnover(*fit[:-1], 6, "--overwrite", "--out", copy, expect=2).stderr
+        assert "is being written by another process; wait for it to end" in other
         assert (copy / "model.safetensors").read_bytes() == old["model.safetensors"]
     finally:
         kill(scoring)

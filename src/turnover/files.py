@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,6 +21,8 @@ from turnover.errors import InputError, WriteError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV})
+_ZEROS = 2**20
 
 
 @contextmanager
@@ -39,6 +42,57 @@ def writing_to(place: Path | str) -> Iterator[None]:
         raise WriteError(
             f"{place} cannot be written: {os.strerror(code)}; {mend}, and run again"
         ) from error
+
+
+@contextmanager
+def writing_temporary(folder: Path | None = None) -> Iterator[str]:
+    """The body writes into the temporary folder, which this yields.
+
+    Args:
+        folder: one in it, if it has been made.
+
+    Raises:
+        WriteError: it is full, or nothing can be written there.
+    """
+    mend = "make room there, or name another one by TMPDIR, and run again"
+    try:
+        place = str(folder or tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise WriteError(f"there is no temporary folder to write to ({error}); {mend}") from error
+    with writing_to(f"the temporary folder {place} (TMPDIR names another)"):
+        try:
+            yield place
+        except FileNotFoundError as error:
+            raise WriteError(f"the temporary folder {place} is gone; {mend}") from error
+
+
+def mapped(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array of zeros at the end of a file, written through a memory map.
+
+    The file takes its room on the disk now: a page of a map for which there is none kills the process.
+    The array holds the file open.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    start = file.tell()
+    _allocate(file, start, int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)))
+    array: NDArray[Any] = np.memmap(file, dtype, "r+", offset=start, shape=shape)
+    return array
+
+
+def _allocate(file: IO[bytes], start: int, size: int) -> None:
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), start, size)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    for done in range(0, size, _ZEROS):
+        file.write(bytes(min(_ZEROS, size - done)))
+    file.flush()
 
 
 def _code(error: Exception) -> int:
@@ -167,15 +221,17 @@ def write_array(
     Neither through a memory map, where a full disk kills the process, nor by ``np.save``, which does
     not say that the disk was full.
     """
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": shape,
-    }
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        write_header(file, shape, dtype)
         for part in parts:
             file.write(np.ascontiguousarray(part, dtype=dtype).data)
+
+
+def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """Write the beginning of a ``.npy`` file."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

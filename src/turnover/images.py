@@ -6,12 +6,11 @@ Reading and checking only; every image is brought to one square size, and nothin
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,18 @@ from tqdm.auto import tqdm
 from turnover.classes import indexed, label_names
 from turnover.data import Columns, check_writable, keys_and_ids, present, write
 from turnover.data_sets import is_saved
-from turnover.errors import InputError, needing
-from turnover.files import replacing
+from turnover.decoding import LARGEST, Picture, load_pillow, opened
+from turnover.errors import InputError
+from turnover.files import mapped, replacing, writing_temporary
+from turnover.image_folders import listed
 from turnover.masks import content_ids
 from turnover.reading import check_file
+from turnover.scaling import Ranges, Scaling
 from turnover.tables import load_table, table_of, undecoded
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = Columns("image", "label")
 _MANY = 1000
 _PLAIN = "biufU"
-_LARGEST = 2**26
-"""Pixels of an image: a small file can hold more than a machine has memory for."""
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
-"""Of Pillow's. It hands others (EPS) to other programs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class ImageData:
         ids: int64 (rows,); equal ids form a group.
         keys: what the user calls each row: its id or group, or its name.
         classes: class names, sorted.
+        ranges: of numbers of more than 8 bits (``"integers"``, ``"floats"``), what became 0 and what 255.
     """
 
     pixels: NDArray[np.uint8]
@@ -60,6 +58,7 @@ class ImageData:
     ids: Tensor
     keys: list[str]
     classes: list[str]
+    ranges: Ranges = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +105,25 @@ class _Found:
     labels: list[str]
     where: str
     given: tuple[list[str], Tensor] | None
-    read: Callable[[int], tuple[bytes, Any]]
+    read: Callable[[int], tuple[bytes, Picture]]
+
+
+class ImageReader:
+    """Reads sets of images whose pixels can be compared: numbers of more than 8 bits as in the first.
+
+    Args:
+        size: height and width of the images given to the network.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._ranges: Ranges = {}
+
+    def __call__(self, source: str, columns: Columns = COLUMNS, **options: Any) -> ImageData:
+        """As :func:`read_images`."""
+        data = read_images(source, self._size, columns, ranges=self._ranges, **options)
+        self._ranges = data.ranges
+        return data
 
 
 def read_images(
@@ -117,10 +134,13 @@ def read_images(
     classes: Sequence[str] | None = None,
     split: str = "train",
     ids_needed: bool = True,
+    ranges: Ranges | None = None,
 ) -> ImageData:
     """Read labelled images.
 
-    The shorter side of an image is brought to ``size``, and its middle is taken.
+    Images are turned upright as their EXIF says, and transparent ones are laid over white. The shorter
+    side is brought to ``size``, and the middle is taken. Numbers of more than 8 bits are scaled to 8 bits,
+    by one range for the whole set.
 
     Args:
         source: a folder with one folder of images for each class; an ``.npz`` file with arrays
@@ -132,45 +152,69 @@ def read_images(
             them from the labels.
         split: split of a Hugging Face data set.
         ids_needed: whether the id or group column must be there.
+        ranges: those of the training images, for test images that are compared with them.
+
+    Warns:
+        UserWarning: files that are left out, images of numbers that were scaled, of several pages, or
+            with a color profile that cannot be used; with their number.
 
     Raises:
         InputError: no such file or folder, no images, an image that cannot be read (it is named), a
-            missing array or column, arrays that do not fit, duplicate ids, an unknown label, or fewer
-            than two classes.
+            missing array or column, arrays that do not fit, duplicate ids, an unknown label, a class
+            without an image, or fewer than two classes.
     """
     path = Path(source)
     if path.is_dir() and not is_saved(path):
-        found = _in_folder(path, columns, ids_needed)
+        found = _in_folder(path, columns, ids_needed, classes)
     elif path.suffix == ".npz":
         found = _in_arrays(path, columns, ids_needed)
     else:
         found = _in_table(source, columns, split, ids_needed)
     labels, known = indexed(found.labels, classes, source, found.where)
-    count = len(labels)
+    count, scaling = len(labels), Scaling(ranges or {})
     # On disk: what is read may not fit into memory. The file goes with the array.
-    with tempfile.TemporaryFile() as file:
-        pixels = np.memmap(file, np.uint8, "w+", shape=(count, size, size, 3))
-    contents = []
+    with writing_temporary() as place, tempfile.TemporaryFile(dir=place) as file:
+        pixels = mapped(file, (count, size, size, 3), np.uint8)
+    contents, waiting = [], []
     for row in tqdm(range(count), "reading images", unit="image", disable=count < _MANY):
-        raw, image = found.read(row)
-        pixels[row] = _square(image, size, f"{source}: {found.names[row]}")
+        raw, picture = found.read(row)
         contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
+        if scaling.add(picture):
+            pixels[row] = _square(picture.image, size, f"{source}: {found.names[row]}")
+        else:  # its range is that of the whole set
+            waiting.append(row)
+    chosen = scaling.choose()
+    for row in waiting:
+        image = scaling.apply(found.read(row)[1])
+        pixels[row] = _square(image, size, f"{source}: {found.names[row]}")
+    _say(source, scaling)
     keys, ids = found.given or (found.names, content_ids(contents))
-    return ImageData(pixels, list(range(count)), found.names, labels, ids, keys, known)
+    rows = list(range(count))
+    return ImageData(pixels, rows, found.names, labels, ids, keys, known, chosen)
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether a folder has image files in the folders of classes."""
-    return any(path.suffix.lower() in ENDINGS for path in folder.glob("*/**/*"))
-
-
-def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+def read_image(path: Path, size: int, ranges: Ranges | None = None) -> NDArray[np.uint8]:
     """One image file as uint8 (size, size, 3).
+
+    Args:
+        ranges: those of the images it is compared with.
+
+    Warns:
+        UserWarning: as :func:`read_images`.
 
     Raises:
         InputError: no such file, or not an image.
     """
-    return _square(_opened(_bytes(path), str(path)), size, str(path))
+    picture, scaling = opened(_bytes(path), str(path)), Scaling(ranges or {})
+    scaled = scaling.add(picture)
+    scaling.choose()
+    _say(str(path), scaling)
+    return _square(picture.image if scaled else scaling.apply(picture), size, str(path))
+
+
+def _say(source: str, scaling: Scaling) -> None:
+    for line in scaling.lines():
+        warnings.warn(f"{source}: {line}", stacklevel=3)
 
 
 def write_images(data: ImageData, out: Path) -> None:
@@ -193,22 +237,15 @@ def write_images(data: ImageData, out: Path) -> None:
                 np.lib.format.write_array(member, values, allow_pickle=False)
 
 
-def _in_folder(folder: Path, columns: Columns, ids_needed: bool) -> _Found:
+def _in_folder(
+    folder: Path, columns: Columns, ids_needed: bool, classes: Sequence[str] | None
+) -> _Found:
     if ids_needed and (columns.id is not None or columns.group is not None):
         raise InputError(
             f"{folder}: a folder of images has no column of ids or groups; give an .npz file or a "
             f"Hugging Face data set"
         )
-    paths = sorted(
-        path
-        for path in folder.glob("*/**/*")
-        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
-    )
-    if not paths:
-        raise InputError(
-            f"{folder}: no images; it must hold one folder of images for each class "
-            f"({', '.join(ENDINGS)})"
-        )
+    paths = listed(folder, classes)
 
     home, known = (
         folder.resolve(),
@@ -218,9 +255,9 @@ def _in_folder(folder: Path, columns: Columns, ids_needed: bool) -> _Found:
         whole = path.resolve() if path.is_symlink() else known[path.parent] / path.name
         _check_inside(whole, (home,), str(path))
 
-    def read(row: int) -> tuple[bytes, Any]:
+    def read(row: int) -> tuple[bytes, Picture]:
         raw = _bytes(paths[row])
-        return raw, _opened(raw, str(paths[row]))
+        return raw, opened(raw, str(paths[row]))
 
     names = [path.relative_to(folder).as_posix() for path in paths]
     labels = [name.partition("/")[0] for name in names]
@@ -244,7 +281,7 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
     if images.dtype != np.uint8 or not shaped:
         raise InputError(
             f"{path}: {columns.input!r} must be uint8 (images, height, width) or (images, height, "
-            f"width, 3), got {images.dtype} {images.shape}"
+            f"width, 3), got {images.dtype} {images.shape}: scale them to 0 to 255 yourself"
         )
     for name, values in arrays.items():
         if values.shape != (len(images),):
@@ -260,8 +297,9 @@ def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> _Found:
     except (ValueError, OverflowError) as error:  # halves of characters, numbers of another size
         raise InputError(f"{path}: cannot be read as arrays: {error}") from error
 
-    def read(row: int) -> tuple[bytes, Any]:
-        return images[row].tobytes(), _pillow().fromarray(images[row]).convert("RGB")
+    def read(row: int) -> tuple[bytes, Picture]:
+        image = load_pillow().fromarray(images[row]).convert("RGB")
+        return images[row].tobytes(), Picture(image)
 
     return _Found(
         [str(row + 1) for row in range(len(images))],
@@ -280,7 +318,7 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
     images = undecoded(table, columns.input, source)
     homes = _homes(Path(source))
 
-    def read(row: int) -> tuple[bytes, Any]:
+    def read(row: int) -> tuple[bytes, Picture]:
         cell, where = images(row), f"{source}: row {row + 1}"
         raw, path = (
             (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
@@ -290,7 +328,7 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
             raw = _bytes(Path(path))
         if not isinstance(raw, bytes) or not raw:
             raise InputError(f"{where} has no image in column {columns.input!r}")
-        return raw, _opened(raw, where)
+        return raw, opened(raw, where)
 
     return _Found(
         [str(row + 1) for row in range(len(table))],
@@ -332,25 +370,6 @@ def _bytes(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _opened(raw: bytes, where: str) -> Any:
-    pillow = _pillow()
-    pillow.init()
-    known = [one for one in _FORMATS if one in pillow.OPEN]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused below, or does no harm
-            image = pillow.open(io.BytesIO(raw), formats=known)
-            if image.width * image.height > _LARGEST:
-                raise InputError(
-                    f"{where}: {image.width} x {image.height} pixels, more than {_LARGEST}: make it smaller"
-                )
-            return image.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise InputError(f"{where}: not an image that can be read: {error}") from error
-
-
 def _square(image: Any, size: int, where: str) -> NDArray[np.uint8]:
     """The image with its shorter side at ``size``, and its middle."""
     width, height = image.size
@@ -360,16 +379,10 @@ def _square(image: Any, size: int, where: str) -> NDArray[np.uint8]:
             max(size, round(width * size / shorter)),
             max(size, round(height * size / shorter)),
         )
-        if shape[0] * shape[1] > _LARGEST:
+        if shape[0] * shape[1] > LARGEST:
             raise InputError(
                 f"{where}: {width} x {height} pixels, too long and narrow to be brought to {size}: cut it"
             )
-        image = image.resize(shape, _pillow().Resampling.BILINEAR, reducing_gap=2.0)
+        image = image.resize(shape, load_pillow().Resampling.BILINEAR, reducing_gap=2.0)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def _pillow() -> Any:
-    with needing("reading images", "turnover[images]"):
-        from PIL import Image
-    return Image

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from dataclasses import field as with_default
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG
 from turnover.reading import check_file, damage, field, read_object
 from turnover.rows import read_rows, write_rows
+from turnover.scaling import Ranges, check_ranges, colors, saved_ranges
 from turnover.sites import device_of
 from turnover.weights import check_finite, check_shapes, opened, read_weights, shapes
 
@@ -246,9 +248,15 @@ class ImagePipeline:
     config: ImageClassifierConfig
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    ranges: Ranges = with_default(default_factory=dict)
 
     def encode(self, data: ImageData) -> Pixels:
-        """Pixels, standardised batch by batch."""
+        """Pixels, standardised batch by batch.
+
+        Raises:
+            InputError: numbers of more than 8 bits were scaled by another range than the training images'.
+        """
+        check_ranges(data.ranges, self.ranges)
         return Pixels(
             data.pixels,
             data.rows,
@@ -284,6 +292,7 @@ class ImagePipeline:
             "classes": classes,
             "mean": self.mean,
             "deviation": self.deviation,
+            "ranges": self.ranges,
         }
         (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -293,9 +302,9 @@ class ImagePipeline:
         """An image as data of one row."""
         if isinstance(given, str):
             raise InputError("this run's model takes images: use --image")
-        pixels = read_image(given, self.config.size)[None]
-        ids = torch.zeros(1, dtype=torch.int64)
-        return ImageData(pixels, [0], [given.name], [label], ids, [given.name], classes)
+        pixels = read_image(given, self.config.size, self.ranges)[None]
+        ids, name = torch.zeros(1, dtype=torch.int64), given.name
+        return ImageData(pixels, [0], [name], [label], ids, [name], classes, self.ranges)
 
     def export(self, data: ImageData, out: Path) -> None:
         """Images with keys and labels as ``.npz``, or keys, names and labels as a table."""
@@ -320,7 +329,8 @@ class ImagePipeline:
             raise InputError(f"{path}: missing or damaged ({error})") from error
         if pixels.shape != (len(names), size, size, 3) or pixels.dtype != np.uint8:
             raise InputError(f"{path}: damaged, not {len(names)} images of {size} x {size}")
-        return ImageData(pixels, list(range(len(names))), names, labels, ids, keys, classes)
+        rows = list(range(len(names)))
+        return ImageData(pixels, rows, names, labels, ids, keys, classes, self.ranges)
 
 
 def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
@@ -340,7 +350,8 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
     chosen = [train_data.rows[row] for row in rows[:_STANDARDISED_ROWS].tolist()]
     values = train_data.pixels[chosen].reshape(-1, 3) / 255.0
     mean, deviation = values.mean(axis=0), np.maximum(values.std(axis=0), 1 / 255)
-    pipeline = ImagePipeline(config, tuple(mean.tolist()), tuple(deviation.tolist()))
+    standard = tuple(mean.tolist()), tuple(deviation.tolist())
+    pipeline = ImagePipeline(config, *standard, train_data.ranges)
     model = config.network(classes)
     if config.weights is not None:
         assert isinstance(model, ImageClassifier)
@@ -362,26 +373,16 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     try:
         with damage(where):
             config = ImageClassifierConfig(**field(shape, "classifier", dict, where))
-            mean, deviation = (_colours(shape, name, where) for name in ("mean", "deviation"))
+            mean, deviation = (colors(shape, name, where) for name in ("mean", "deviation"))
             classes = field(shape, "classes", int, where)
+            ranges = saved_ranges(shape, where)
             with torch.device("meta"):  # no memory is taken for what the file does not hold
                 check_shapes(path, config.network(classes).state_dict())
             image_model = config.network(classes)
         image_model.load_state_dict(read_weights(path, image_model.state_dict()))
     except InputError as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    return ImagePipeline(config, mean, deviation), image_model.eval()
-
-
-def _colours(shape: Mapping[str, Any], name: str, where: Path) -> tuple[float, ...]:
-    """Three numbers, one for each colour."""
-    values = field(shape, name, list, where)
-    if len(values) != 3 or not all(type(one) in (int, float) for one in values):
-        raise InputError(f"{where}: damaged, {name!r} must be three numbers, got {values}")
-    least = 0.0 if name == "mean" else 1e-6
-    if not all(least <= one <= 1 for one in values):
-        raise InputError(f"{where}: damaged, {name!r} cannot be {values}")
-    return tuple(map(float, values))
+    return ImagePipeline(config, mean, deviation, ranges), image_model.eval()
 
 
 def _standardise(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,12 @@ class Run:
         Raises:
             InputError: another one does, or the run was replaced since it was loaded.
         """
+        try:
+            # Not its parents: a fit that replaces the run finds no folder in its place.
+            with writing_to(self.folder):
+                _lock(self.folder).parent.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.folder} is gone since it was loaded; run again") from error
         with alone(_lock(self.folder), str(self.folder)):
             try:
                 if _fitted(self.folder) != self._fitted:
@@ -310,8 +316,14 @@ def check_new_run(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def writing_run(folder: Path, *, overwrite: bool, kept: Collection[str] = ()) -> Iterator[Path]:
     """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
+
+    One fit at a time has it, until the run is in its place. What an earlier fit left there is removed,
+    but for checkpoints, which say what they are of.
+
+    Args:
+        kept: other files that the body goes on from.
 
     Raises:
         InputError: as :func:`check_new_run`, nothing can be written there, or another process does.
@@ -319,22 +331,50 @@ def writing_run(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    lock = draft / ".lock"
+    # Beside the draft: one within it would move with it, and a second fit would find no lock.
+    lock = folder.with_name(f".{folder.name}.lock")
+    with _making(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(lock, str(folder)):
         try:
-            with writing_to(folder):
-                yield draft
-        except WriteError:
-            raise
-        except InputError:  # cannot be mended by going on; an interrupted run can, and a full disk
-            shutil.rmtree(draft)
-            raise
-        for left in draft.glob(".*"):  # the lock, and what was being written when it was cut off
-            left.unlink()
-        # What scores the run that is there now writes into it to its end.
-        with alone(_lock(folder), str(folder), wait=True) if _is_run(folder) else nullcontext():
-            replace_folder(draft, folder)
+            check_new_run(folder, overwrite=overwrite)  # another fit may have ended meanwhile
+            with _making(folder):
+                _clear(draft, kept)
+            yield from _written(draft, folder)
+            # What scores the run that is there now writes into it to its end.
+            with alone(_lock(folder), str(folder), wait=True) if _is_run(folder) else nullcontext():
+                check_new_run(folder, overwrite=overwrite)
+                replace_folder(draft, folder)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _clear(draft: Path, kept: Collection[str]) -> None:
+    draft.mkdir(exist_ok=True)
+    for left in draft.iterdir():
+        if left.suffix != CHECKPOINT and left.name not in kept:
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def _written(draft: Path, folder: Path) -> Iterator[Path]:
+    try:
+        with writing_to(folder):
+            yield draft
+    except WriteError:
+        raise
+    except InputError:  # cannot be mended by going on; an interrupted run can, and a full disk
+        shutil.rmtree(draft)
+        raise
+    for left in draft.glob(".*"):  # what was being written when it was cut off
+        left.unlink()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 from turnover import __version__
@@ -70,6 +72,14 @@ def turnover(
 def main() -> None:
     """Entry point; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    plain, warnings.formatwarning = warnings.formatwarning, _format
+    try:
+        _main()
+    finally:
+        warnings.formatwarning = plain
+
+
+def _main() -> NoReturn:
     code = DONE
     try:
         # Not standalone: what is wrong comes here as an exception, and not as a page of usage.
@@ -98,7 +108,28 @@ def _usage(error: Exception) -> str:
     return f"{message.rstrip('.')}{asked}"
 
 
+_HERE = Path(__file__).parents[1]
+_PLAIN = warnings.formatwarning
+
+
+def _format(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning of ours is one line, as an error is; one of a library says where it comes from."""
+    if Path(filename).is_relative_to(_HERE):
+        return _line(str(message))
+    return _PLAIN(message, category, filename, lineno, line)
+
+
+def _line(message: str) -> str:
+    whole = " ".join(line.strip() for line in message.splitlines())
+    return f"turnover: {visible(whole)}\n"
+
+
 def _stop(message: str, code: int) -> NoReturn:
-    line = " ".join(line.strip() for line in message.splitlines())
-    sys.stderr.write(f"turnover: {visible(line)}\n")
+    sys.stderr.write(_line(message))
     sys.exit(code)

@@ -193,8 +193,11 @@ def cleanse(
     held: Data
     with reading(output):
         if isinstance(loaded.pipeline, ImagePipeline):
-            columns, size = Columns(image_column, label_column), loaded.pipeline.config.size
-            held = read_images(validation, size, columns, classes=classes, split=split)
+            columns, pipeline = Columns(image_column, label_column), loaded.pipeline
+            size, ranges = pipeline.config.size, pipeline.ranges
+            held = read_images(
+                validation, size, columns, classes=classes, split=split, ranges=ranges
+            )
         else:
             columns = Columns(text_column, label_column)
             held = read(validation, columns, classes=classes, split=split)

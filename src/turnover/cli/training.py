@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,7 +181,8 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
     from turnover.data import Columns, read, read_both
-    from turnover.images import holds_images, read_images
+    from turnover.image_folders import holds_images
+    from turnover.images import ImageReader
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
     from turnover.origin import data_digest as digest_of
@@ -214,7 +214,7 @@ def fit(
     columns = Columns(
         image_column if of_images else text_column, label_column, id_column, group_column
     )
-    reader: Callable[..., Data] = partial(read_images, size=image_size) if of_images else read
+    reader: Callable[..., Data] = ImageReader(image_size) if of_images else read
     output = Output(as_json=as_json)
     with reading(output):
         train_data, test_data = read_both(reader, data, test, columns, split, test_split)

@@ -86,7 +86,8 @@ def fit(
     Raises:
         InputError: a model that cannot be loaded, an unknown site, a loss that is NaN, an existing run.
     """
-    with writing_run(out, overwrite=overwrite) as draft:
+    kept = (FILE,) if config.memorization else ()
+    with writing_run(out, overwrite=overwrite, kept=kept) as draft:
         # The weights' and the dropout's randomness, without moving the caller's generator.
         with torch.random.fork_rng():
             torch.manual_seed(config.training.seed)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from turnover.data import TextData
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
+from turnover.files import writing_temporary
 from turnover.influence import Influence
 from turnover.integrations.transformers import ClassifierConfig
 from turnover.masks import MaskSpec
@@ -232,7 +233,9 @@ def run_pilot(
     start = time.perf_counter()
     part = _part(train_data, rows)
     # The weights' randomness, without moving the caller's generator.
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+    with writing_temporary() as place:
+        temporary = tempfile.TemporaryDirectory(dir=place)
+    with torch.random.fork_rng(), temporary as folder:
         torch.manual_seed(config.training.seed)
         pipeline, model = build(config.classifier, train_data)
         training, test = pipeline.encode(part), pipeline.encode(test_data)

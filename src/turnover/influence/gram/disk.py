@@ -5,7 +5,6 @@ Files are plain ``.npy`` arrays, and are removed with the object that made them.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.files import write_array, writing_to
+from turnover.files import mapped, write_array, write_header, writing_temporary
 from turnover.influence.gram.factors import Factors
 from turnover.influence.gram.kernel import Block
 
@@ -53,12 +52,9 @@ class Scratch:
             WriteError: there is no room for it.
         """
         path, shape = self._path(), (rows, rows)
-        with writing_to(self._named()):
-            values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            if hasattr(os, "posix_fallocate"):
-                # A page of a map for which there is no room would kill the process.
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with writing_temporary(self._folder), path.open("w+b") as file:
+            write_header(file, shape, np.float32)
+            values = mapped(file, shape, np.float32)
         return torch.from_numpy(values)
 
     def save(self, values: Tensor) -> Path:
@@ -68,22 +64,17 @@ class Scratch:
             WriteError: there is no room for it.
         """
         path, array = self._path(), values.cpu().numpy()
-        with writing_to(self._named()):
+        with writing_temporary(self._folder):
             write_array(path, array.shape, array.dtype, [array])
         return path
 
     def _path(self) -> Path:
         if self._folder is None:
-            with writing_to(self._named()):
-                self._folder = Path(tempfile.mkdtemp(prefix="turnover-gram-"))
+            with writing_temporary() as place:
+                self._folder = Path(tempfile.mkdtemp(prefix="turnover-gram-", dir=place))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files += 1
         return self._folder / f"{self._files}.npy"
-
-    def _named(self) -> str:
-        return (
-            f"the temporary folder {self._folder or tempfile.gettempdir()} (TMPDIR names another)"
-        )
 
 
 @dataclass(frozen=True)
