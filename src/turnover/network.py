@@ -10,7 +10,6 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,12 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
-from turnover.bindings import Binding, made_in, next_node
+from turnover.bindings import Binding, Contexts, Opened, made_in, opened_here
 from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec, check_ids
+from turnover.modes import paused_elsewhere
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
 
-_REMEMBERED_BINDINGS = 256
 _MOST_UNITS = 2**26
 """Of a stored site; masks of more would be made only to be compared."""
 _SHOWN = 200
@@ -56,13 +55,17 @@ class Network:
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
         self._measured: set[str] = set()
-        self._active: Binding | None = None
-        self._past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
+        self._contexts = Contexts()
         self._handles: list[RemovableHandle] = []
         for site in sites:
             # A partial of a method, unlike a closure, follows a deep copy or a pickle of the model.
             hook = partial(self._mask_output, site)
             self._handles.append(site.module.register_forward_hook(hook))
+
+    @property
+    def _active(self) -> Binding | None:
+        """What this thread has open."""
+        return self._contexts.current.binding
 
     @property
     def sites(self) -> list[str]:
@@ -349,9 +352,9 @@ class Network:
             return mask ^ binding.hidden[:, None]
         return ~mask if binding.hidden else mask
 
-    def _mask_output(self, site: ResolvedSite, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _mask_output(self, site: ResolvedSite, module: nn.Module, _args: Any, output: Any) -> Any:
         """The forward hook of a site."""
-        binding = self._current(site.name)
+        binding = self._current(site.name, module)
         if binding is None or (binding.ids is None and binding.probes is None):
             return None
         if binding.sites is not None and site.name not in binding.sites:
@@ -365,15 +368,47 @@ class Network:
             f"that begins with one; name a module inside it"
         )
 
-    def _current(self, site: str) -> Binding | None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self._binding_of_recomputation(site)
-        if self._active is None and self._core.training and torch.is_grad_enabled():
+    def _current(self, site: str, module: nn.Module) -> Binding | None:
+        if not torch.compiler.is_compiling():
+            if self._contexts.is_held_elsewhere():
+                raise BindingError(
+                    f"site {site!r} ran while another thread audits the network, whose weights are "
+                    f"random numbers for that time: run the model after the audit"
+                )
+            if torch._C._current_graph_task_id() != -1:
+                return self._binding_of_recomputation(site)
+        active = self._active
+        if active is not None:
+            return active
+        if getattr(module, "_is_replica", False):
+            return self._binding_of_replica(site)
+        if self._core.training and torch.is_grad_enabled():
             raise BindingError(
                 f"site {site!r} ran in training mode without ids: every training batch must run under "
-                f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network)"
+                f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network), in the "
+                f"thread that runs the model"
             )
-        return self._active
+        if self._contexts.original_is_bound():
+            raise BindingError(
+                f"site {site!r} ran in a copy of the model, to which no ids are bound, while a training "
+                f"batch is bound to the original: attach the copy (copied = turnover.attach(copy, "
+                f"sites, spec)) and open a context of its own, `with copied.exposed(ids):` or "
+                f"`with copied.mean():`"
+            )
+        return None
+
+    def _binding_of_replica(self, site: str) -> Binding | None:
+        """The binding of the thread that runs a copy of the model on each of its devices.
+
+        ``nn.DataParallel`` makes the copies, runs each in a thread, and gives it some of the rows.
+        """
+        every = list(self._contexts.open)
+        if len(every) > 1 or any(binding.of_rows for binding in every):
+            raise BindingError(
+                f"site {site!r} ran in a replica of nn.DataParallel, which does not say which rows of "
+                f"the batch it has: use DistributedDataParallel, or one device"
+            )
+        return every[0] if every else None
 
     def _binding_of_recomputation(self, site: str) -> Binding | None:
         """The binding of the forward that gradient checkpointing is repeating in ``backward()``.
@@ -382,7 +417,7 @@ class Network:
         numbers its nodes in order of creation, so the node that asks for the recomputation tells
         which context it was made in.
         """
-        candidates = [*self._past, *([self._active] if self._active else [])]
+        candidates = self._contexts.of_recomputation()
         if candidates and not torch.is_grad_enabled():
             # The inner checkpoint's node is made now, in backward(), and belongs to no context.
             raise BindingError(
@@ -492,30 +527,28 @@ class Network:
 
 
 class _Context:
-    """Opens a binding for the body of a ``with``; contexts nest."""
+    """Opens a binding for the body of a ``with``, in its thread; contexts nest."""
 
     def __init__(self, network: Network, binding: Binding) -> None:
         self._network = network
         self._binding = binding
-        self._opened: list[tuple[Binding | None, Binding]] = []
+        self._opened: list[Opened] = []
 
     def __enter__(self) -> None:
         network = self._network
+        training = network._core.training
+        if self._binding.of_rows and torch.is_grad_enabled() and paused_elsewhere(network.model):
+            raise BindingError(
+                "another thread scores with this network, whose model it keeps in eval mode for that "
+                "time: train before or after it"
+            )
         # A binding of its own for each entry: each has its own range of autograd nodes.
-        binding = replace(
-            self._binding, masks=dict(self._binding.masks), first_node=next_node(), last_node=None
-        )
-        self._opened.append((network._active, binding))
-        network._active = binding
+        binding = replace(self._binding, masks=dict(self._binding.masks), last_node=None)
+        self._opened.append(network._contexts.enter(binding, training=training))
 
     def __exit__(self, *exception: object) -> None:
-        network = self._network
-        network._active, binding = self._opened.pop()
-        binding.last_node = next_node()
-        # Probes are as large as a batch of masks, and their backward runs within the context.
-        if binding.probes is None and binding.last_node > binding.first_node:
-            binding.masks.clear()  # a recomputation makes them again from the ids
-            network._past.append(binding)
+        mine = [index for index, opened in enumerate(self._opened) if opened_here(opened)]
+        self._network._contexts.leave(self._opened.pop(mine[-1] if mine else -1))
 
 
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:

@@ -24,7 +24,7 @@ from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.rules import Call, Rule, rule_of
-from turnover.modes import evaluating
+from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 from turnover.sites import canonical_name, device_of, is_sharded
 
@@ -211,8 +211,8 @@ class Capture:
 
         try:
             for name, part in self._parts.items():
-                handle = part.module.register_forward_hook(watch(name), with_kwargs=True)
-                handles.append(handle)
+                hook = in_this_thread(watch(name))
+                handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
