@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -49,8 +49,11 @@ class Binding:
     """The one id is that of every row, however many there are."""
     sites: frozenset[str] | None = None
     """The sites that are masked or probed; at others the network runs whole. ``None``: all."""
-    probes: dict[str, Tensor] | None = None
-    """If given, sites multiply by ones that require a gradient, and leave them here."""
+    probes: dict[str, list[Tensor]] | None = None
+    """If given, sites multiply by ones that require a gradient, and leave them here: one for each time that
+    the site's module runs, since a model may cut off the gradient of one of them."""
+    moved: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    """With ``probes``, what single runs of sites multiply by in place of ones."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[tuple[str, torch.dtype], Tensor] | None = None
     """If given, rows are the ids exposed and, behind them, hidden; and masks as scaled numbers are kept
@@ -70,6 +73,16 @@ class Binding:
     def of_rows(self) -> bool:
         """Whether what a row is multiplied by depends on its place in the batch."""
         return (self.ids is not None and not self.every_row) or self.probes is not None
+
+    def probe(self, site: str, ones: Tensor) -> Tensor:
+        """What a site multiplies by, with ``probes``."""
+        assert self.probes is not None
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return ones.requires_grad_()  # repeated in backward(), for the sake of what was saved
+        runs = self.probes.setdefault(site, [])
+        moved = self.moved.get((site, len(runs)))
+        runs.append(ones.requires_grad_() if moved is None else ones * moved.to(ones.device))
+        return runs[-1]
 
 
 class _Current(threading.local):

@@ -194,14 +194,14 @@ class Network:
             batch: a batch as the model takes it; up to 8 of its rows are used, labels are not. A
                 model in eval mode is audited in training mode; one in training mode as it is.
             max_grad_norm: the trainer's clipping by global norm (Hugging Face's default is 1.0),
-                which carries every instance to every parameter. ``None`` or 0: no clipping.
+                which carries every instance to every parameter. ``None``, 0 or infinite: no clipping.
             optimizer: the trainer's optimiser, to be checked for updates that are not elementwise.
             adapter: how a batch becomes model inputs.
 
         Returns:
             :class:`~turnover.audit.AuditReport`; ``str()`` of it is a table.
         """
-        return audit(self, adapter(batch), max_grad_norm=max_grad_norm or None, optimizer=optimizer)
+        return audit(self, adapter(batch), max_grad_norm=max_grad_norm, optimizer=optimizer)
 
     def fingerprint(self) -> str:
         """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`) and of where they lie.
@@ -452,12 +452,8 @@ class Network:
         shape[axis] = size
         if binding.probes is not None:
             shape[0] = output.shape[0]
-            # A module that runs twice in one forward is one site: both uses share the mask.
-            probe = binding.probes.get(site.name)
-            if probe is None:
-                probe = output.new_ones((output.shape[0], units), dtype=torch.float32)
-                binding.probes[site.name] = probe.requires_grad_()
-            factor = probe.to(output.dtype)
+            ones = output.new_ones((output.shape[0], units), dtype=torch.float32)
+            factor = binding.probe(site.name, ones).to(output.dtype)
         else:
             factor = self._factor(site, units, output, binding)
             splits = binding.split == site.name
@@ -518,11 +514,19 @@ class Network:
         self.units[site] = units
 
     @contextmanager
-    def _probing(self, sites: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Context of the mean network whose masks, all ones, take gradients (rows, units)."""
-        probes: dict[str, Tensor] = {}
+    def _probing(
+        self,
+        sites: Sequence[str] | None = None,
+        moved: Mapping[tuple[str, int], Tensor] | None = None,
+    ) -> Iterator[dict[str, list[Tensor]]]:
+        """Context of the mean network whose masks, all ones, take gradients (rows, units).
+
+        Args:
+            moved: other masks (units,) of single runs of a site's module in a forward.
+        """
+        probes: dict[str, list[Tensor]] = {}
         chosen = None if sites is None else frozenset(sites)
-        with self._context(Binding(sites=chosen, probes=probes)):
+        with self._context(Binding(sites=chosen, probes=probes, moved=moved or {})):
             yield probes
 
 
