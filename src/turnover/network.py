@@ -24,9 +24,11 @@ from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
 from turnover.bindings import Binding, Contexts, Opened, made_in, opened_here
 from turnover.errors import BindingError, InputError
+from turnover.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
 from turnover.masks import MaskSpec, check_ids
 from turnover.modes import paused_elsewhere
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
+from turnover.target_networks import check_targets
 
 _MOST_UNITS = 2**26
 """Of a stored site; masks of more would be made only to be compared."""
@@ -448,6 +450,8 @@ class Network:
             self._measure(site.name, units)
         elif not torch.compiler.is_compiling():  # where a side effect would cost a recompilation
             self._measured.add(site.name)
+        if binding.of_rows:
+            self._check_layout(site, output, binding)
         shape = [1] * output.dim()
         shape[axis] = size
         if binding.probes is not None:
@@ -462,7 +466,7 @@ class Network:
             if not fits and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
-                    f"bound: bind one id for each row"
+                    f"bound: bind one id for each row{_sequences(site)}"
                 )
             if splits:
                 binding.whole, binding.exposed = output, output * factor.view(shape)
@@ -470,6 +474,18 @@ class Network:
         if site.unit_size > 1 and binding.probes is not None:
             factor = factor.repeat_interleave(site.unit_size, dim=1)
         return output * factor.view(shape)
+
+    def _check_layout(self, site: ResolvedSite, output: Tensor, binding: Binding) -> None:
+        """Refuse an axis 0 that is as long as the batch, but is not the batch."""
+        if site.sequence_first and is_ambiguous(output):
+            raise BindingError(
+                f"site {site.name!r}: its output of shape {tuple(output.shape)} has as many steps as rows, "
+                f"and masks are for rows on axis 0{_sequences(site)}"
+            )
+        if torch.compiler.is_compiling() or binding.ids is None:
+            return
+        if is_vmapped_over_rows(output, len(binding.ids), self._core):
+            raise BindingError(f"site {site.name!r}: {VMAPPED}")
 
     def _factor(self, site: ResolvedSite, units: int, output: Tensor, binding: Binding) -> Tensor:
         """What the bound rows are multiplied by: (rows, elements of the site's axis)."""
@@ -589,6 +605,15 @@ def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[st
     return spec, sites, units
 
 
+def _sequences(site: ResolvedSite) -> str:
+    if site.sequence_first is None:
+        return ""
+    return (
+        f"; {site.sequence_first} has batch_first=False, which puts the batch on axis 1: use "
+        f"batch_first=True"
+    )
+
+
 def _refuse_ghosts(ids: Tensor) -> None:
     # Only where it costs no synchronisation: ids come from the data loader on the CPU.
     if ids.device.type == "cpu" and bool((ids < 0).any()):
@@ -602,11 +627,23 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _is_attached(module: nn.Module) -> bool:
-    return any(
-        isinstance(hook, partial) and getattr(hook.func, "__func__", None) is Network._mask_output
-        for hook in module._forward_hooks.values()
-    )
+def _networks_on(module: nn.Module) -> list[Network]:
+    """Networks that have this module as a site."""
+    found = []
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, partial):
+            network = getattr(hook.func, "__self__", None)
+            if isinstance(network, Network):
+                found.append(network)
+    return found
+
+
+def _detach_copies(model: nn.Module) -> None:
+    """Remove networks that came with a copy of an attached model, and that nobody used."""
+    for module in model.modules():
+        for network in _networks_on(module):
+            if network._contexts.copied and not network._contexts.used:
+                network.detach()
 
 
 def attach(
@@ -614,7 +651,8 @@ def attach(
 ) -> Network:
     """Attach turn-over dropout to a model, by hooks on the outputs of modules.
 
-    Attach before the first call of a compiled model.
+    Attach before the first call of a compiled model. To a deep copy of an attached model (a target
+    network, say) attach anew: its masks are those of the original where sites and spec are the same.
 
     Args:
         model: any ``torch.nn.Module`` whose batches lie on axis 0.
@@ -628,14 +666,16 @@ def attach(
 
     Raises:
         InputError: a site that does not exist (the closest names are listed), LoRA weights that are
-            merged, or a model that has turn-over dropout attached already.
+            merged, adapters of a kind that is not supported, a model that holds both an online network
+            and its target, or one that has turn-over dropout attached already.
     """
     resolved = resolve(model, sites)
+    check_targets(model, [site.module for site in resolved])
+    _detach_copies(model)
     for site in resolved:
-        if _is_attached(site.module):
+        if _networks_on(site.module):
             raise InputError(
                 f"site {site.name!r} has turn-over dropout attached already: call detach() on the "
-                f"network that holds it first (a deep copy of an attached model is attached too; "
-                f"copy the network, or detach before copying)"
+                f"network that holds it first"
             )
     return Network(model, resolved, spec or MaskSpec())
