@@ -1,4 +1,5 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -112,11 +113,14 @@ def test_batch_statistics_are_reported_and_the_mend_helps():
 
 def test_gradient_clipping_by_norm_is_reported():
     network, x = turnover.attach(tiny.mlp(), "mlp"), tiny.features(4)
-    for harmless in (None, 0, 0.0):
+    for harmless in (None, 0, 0.0, float("inf")):
         assert network.audit(x, max_grad_norm=harmless).clean
     report = network.audit(x, max_grad_norm=1.0)
     assert not report.clean
-    assert "max_grad_norm=1" in str(report)
+    said = str(report)
+    assert "max_grad_norm=1" in said
+    for fix in ("Trainer max_grad_norm=0", "gradient_clip_val=None", 'max_grad_norm=float("inf")'):
+        assert fix in said
 
 
 class Whitening(torch.optim.Optimizer):
@@ -228,3 +232,54 @@ def test_a_model_without_trained_parameters_is_refused():
 def test_batches_of_one_row_and_half_precision_models_can_be_audited():
     network = turnover.attach(tiny.mlp(bias=True).to(torch.bfloat16), "mlp")
     assert leaks(network.audit(tiny.features(1).bfloat16())) == {"4.bias": 3}
+
+
+class Outputs(nn.Module):
+    """Twin critics; the first has no leak, and the second its bias."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second, self.kind = tiny.mlp(), tiny.mlp(bias=True), kind
+
+    def forward(self, x):
+        return self.kind(self.first(x), self.second(x))
+
+
+@dataclass
+class Both:
+    clean: torch.Tensor
+    more: dict
+
+
+KINDS = {
+    "tuple": lambda a, b: (a, b),
+    "list in a tuple": lambda a, b: (a, [None, b]),
+    "mapping": lambda a, b: {"logits": a, "values": b},
+    "dataclass": lambda a, b: Both(a, {"deep": (b,)}),
+    "counts first": lambda a, b: (a.argmax(dim=1), a, b),
+    "distribution": lambda a, b: (a, torch.distributions.Normal(b, 1.0)),
+    "more axes": lambda a, b: (a, b[:, None, :, None]),
+    "loss first": lambda a, b: (a.sum(), a, b),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_leak_by_way_of_any_output_is_found(kind, rows):
+    network = turnover.attach(Outputs(KINDS[kind]), "mlp")
+    assert leaks(network.audit(tiny.features(rows))) == {"second.4.bias": 3}
+
+
+def test_outputs_that_are_all_clean_are_clean():
+    model = Outputs(KINDS["mapping"])
+    model.second = tiny.mlp()
+    assert turnover.attach(model, "mlp").audit(tiny.features(8)).clean
+
+
+@pytest.mark.parametrize(
+    "made", [lambda a, b: (a + b).sum(), lambda a, b: {"n": 3}, lambda a, b: a.T]
+)
+def test_outputs_without_the_rows_of_the_batch_are_refused(made):
+    network = turnover.attach(Outputs(made), "mlp")
+    with pytest.raises(InputError, match="rows of the batch on axis 0"):
+        network.audit(tiny.features(8))

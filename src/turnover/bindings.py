@@ -86,7 +86,8 @@ class Binding:
 
 
 class _Current(threading.local):
-    binding: Binding | None = None
+    def __init__(self) -> None:
+        self.binding: Binding | None = None
 
 
 @dataclass

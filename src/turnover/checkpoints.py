@@ -10,7 +10,11 @@ from torch import Tensor
 
 def is_reentrant(error: RuntimeError) -> bool:
     """Whether an error of autograd says that it met a reentrant checkpoint."""
-    return "Checkpointing is not compatible with .grad()" in str(error)
+    said = (
+        "use_reentrant=True",
+        "Checkpointing is not compatible with .grad()",
+    )  # newer, older torch
+    return any(one in str(error) for one in said)
 
 
 def has_reentrant(values: Iterable[Tensor]) -> bool:

@@ -76,7 +76,8 @@ def paused_elsewhere(model: nn.Module) -> bool:
 class _Mark(threading.local):
     """What torch.compile can trace, unlike the number of a thread."""
 
-    here = False
+    def __init__(self) -> None:
+        self.here = False
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

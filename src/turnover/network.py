@@ -382,7 +382,7 @@ class Network:
         active = self._active
         if active is not None:
             return active
-        if getattr(module, "_is_replica", False):
+        if getattr(module, "_is_replica", False) and self._contexts.open:
             return self._binding_of_replica(site)
         if self._core.training and torch.is_grad_enabled():
             raise BindingError(

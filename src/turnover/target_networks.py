@@ -65,7 +65,7 @@ def _are_counterparts(rest: list[str], online: list[str]) -> bool:
     plain = [word for word in online if word not in _ONLINE]
     if len(plain) < len(online) and _core(plain) == _core(rest):
         return True
-    return not rest and not _core(online)
+    return not _core(rest) and not _core(online)
 
 
 def _core(words: list[str]) -> list[str]:
