@@ -90,7 +90,7 @@ def test_a_zero_initialised_lora_does_not_hide_its_leaks():
     assert all(found[f"{name}.default.weight"] == count for name, count in elements.items())
 
 
-def test_batch_statistics_are_reported_and_the_mend_helps():
+def test_batch_statistics_are_reported_and_the_fix_helps():
     model = tiny.ConvNet()
     network = turnover.attach(model, ["channels", "mlp"])
     report = network.audit(tiny.features(8, 1, 8, 8))
@@ -206,14 +206,14 @@ def test_tied_parameters_are_audited_once():
     assert found["second.bias"] == 6
 
 
-def test_the_printed_table_names_the_parameters_and_the_mend():
+def test_the_printed_table_names_the_parameters_and_the_fix():
     network = turnover.attach(tiny.mlp(width=8, bias=True), "3")
     text = str(network.audit(tiny.features(8)))
-    for part in ("0.weight", "8x6", "48", "4.bias", "100.0%", "mend", "requires_grad_(False)"):
+    for part in ("0.weight", "8x6", "48", "4.bias", "100.0%", "fix:", "requires_grad_(False)"):
         assert part in text
     clean = str(turnover.attach(tiny.mlp(), "mlp").audit(tiny.features(8)))
     assert clean.startswith("0.00%")
-    assert "mend" not in clean
+    assert "fix:" not in clean
 
 
 def test_names_in_the_table_are_canonical():

@@ -100,11 +100,11 @@ class AuditReport:
                     f"{parameter.share:.1%}"
                 )
             lines.append(
-                "mend: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
+                "fix: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
                 "activations they produce"
             )
         lines.extend(
-            f"buffer {name} changes with every batch and holds all of its instances; mend: keep "
+            f"buffer {name} changes with every batch and holds all of its instances; fix: keep "
             f"that module in eval mode, or use GroupNorm or LayerNorm below the sites"
             for name in self.buffers
         )
@@ -189,11 +189,10 @@ def _flat(outputs: Any, rows: int) -> Tensor:
     Raises:
         InputError: there are none.
     """
-    of_rows = [
-        value
-        for value in _tensors(outputs)
-        if value.is_floating_point() and value.dim() and len(value) == rows
-    ]
+    numbers = [v for v in _tensors(outputs) if v.is_floating_point() and v.dim() and len(v)]
+    of_rows = [value for value in numbers if len(value) == rows]
+    # The tokens of a batch one after the other, say, if there is nothing else.
+    of_rows = of_rows or [value for value in numbers if len(value) % rows == 0]
     if not of_rows:
         raise InputError(
             f"the audit found no floating-point tensor with the {rows} rows of the batch on axis 0 in the "
@@ -292,5 +291,5 @@ def _settings(
     if optimizer is not None and not isinstance(optimizer, _ELEMENTWISE):
         yield (
             f"optimiser {type(optimizer).__name__} is not known to update element by element, so one "
-            f"unit's gradient may move another's weights; mend: SGD or AdamW"
+            f"unit's gradient may move another's weights; fix: SGD or AdamW"
         )

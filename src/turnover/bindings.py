@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
-
-from turnover.errors import BindingError
-
-_REMEMBERED_BINDINGS = 256
-
-
-class _Thread:
-    """A thread, as long as it runs; its number may be given to another one later."""
-
-
-class _Here(threading.local):
-    """What each thread has open, of all networks."""
-
-    def __init__(self) -> None:
-        self._thread = _Thread()
-        self.thread = weakref.ref(self._thread)
-        self.training: tuple[str, ...] = ()
-        """Families of the networks that are bound to the ids of a training batch."""
-
-
-_HERE = _Here()
 
 
 @dataclass(eq=False)
@@ -66,7 +42,7 @@ class Binding:
     """What that site let pass."""
     first_node: int = 0
     last_node: int | None = None
-    thread: weakref.ref[_Thread] | None = None
+    thread: weakref.ref[Any] | None = None
     """The thread that opened it."""
 
     @property
@@ -83,125 +59,3 @@ class Binding:
         moved = self.moved.get((site, len(runs)))
         runs.append(ones.requires_grad_() if moved is None else ones * moved.to(ones.device))
         return runs[-1]
-
-
-class _Current(threading.local):
-    def __init__(self) -> None:
-        self.binding: Binding | None = None
-
-
-@dataclass
-class Opened:
-    """A binding that was opened, and what was open in its thread before."""
-
-    binding: Binding
-    before: Binding | None
-    training: tuple[str, ...]
-
-
-class Contexts:
-    """The bindings that are open on one network, each in the thread that opened it.
-
-    A deep or pickled copy has nothing open, and is of the same family.
-    """
-
-    def __init__(self, family: str | None = None) -> None:
-        self.family = family or uuid4().hex
-        self.copied = family is not None
-        self.used = False
-        self.current = _Current()
-        self.open: list[Binding] = []
-        """Those of all threads."""
-        self.past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
-        self.alone: weakref.ref[_Thread] | None = None
-        """The thread without which the network may not run for now."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.family,)
-
-    def enter(self, binding: Binding, *, training: bool) -> Opened:
-        """Open a binding in this thread."""
-        binding.thread, binding.first_node = _HERE.thread, next_node()
-        opened = Opened(binding, self.current.binding, _HERE.training)
-        others = tuple(family for family in _HERE.training if family != self.family)
-        bound = training and binding.ids is not None
-        _HERE.training = (*others, self.family) if bound else others
-        self.used = True
-        self.open.append(binding)
-        self.current.binding = binding
-        return opened
-
-    def leave(self, opened: Opened) -> None:
-        """Close a binding; what was open before is open again."""
-        binding = opened.binding
-        self.open.remove(binding)
-        if binding.thread is not _HERE.thread:
-            raise BindingError(
-                "a context of a network was entered in one thread and left in another, and stays open in "
-                "the first: enter and leave it in the thread that runs the model"
-            )
-        self.current.binding, _HERE.training = opened.before, opened.training
-        binding.last_node = next_node()
-        # Probes are as large as a batch of masks, and their backward runs within the context.
-        if binding.probes is None and binding.last_node > binding.first_node:
-            binding.masks.clear()  # a recomputation makes them again from the ids
-            self.past.append(binding)
-
-    def original_is_bound(self) -> bool:
-        """Whether ids of a training batch are bound in this thread to what this is a copy of."""
-        return self.family in _HERE.training and self.current.binding is None
-
-    def is_held_elsewhere(self) -> bool:
-        """Whether another thread needs the network for itself."""
-        return self.alone is not None and self.alone is not _HERE.thread
-
-    def hold(self) -> None:
-        """Have the network run in this thread alone, until :meth:`release`."""
-        self.alone = _HERE.thread
-
-    def release(self) -> None:
-        """Let the network run in every thread again."""
-        self.alone = None
-
-    def of_recomputation(self) -> list[Binding]:
-        """Bindings that the forward repeated in ``backward()`` may have run under."""
-        return [*self.past, *self.open]
-
-
-def opened_here(opened: Opened) -> bool:
-    """Whether this thread opened it."""
-    return opened.binding.thread is _HERE.thread
-
-
-def next_node() -> int:
-    """The number that autograd will give to the next node made in this thread."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-
-
-def made_in(candidates: Iterable[Binding]) -> Binding | None:
-    """The binding under which the autograd node that is running now was made, if it is known.
-
-    Autograd numbers its nodes in order of creation, in each thread from 0. ``backward()`` runs in the
-    thread that calls it, and on other devices than the CPU in threads of autograd's own.
-
-    Raises:
-        BindingError: the node may be of either of two threads.
-    """
-    node: Any = torch._C._current_autograd_node()
-    if node is None:
-        return None
-    every = list(candidates)
-    number = node._sequence_nr()
-    mine = [b for b in every if b.thread is _HERE.thread]
-    found = [
-        binding
-        for binding in sorted(mine or every, key=lambda b: b.first_node, reverse=True)
-        if binding.first_node <= number
-        and (binding.last_node is None or number < binding.last_node)
-    ]
-    if len({id(binding.thread) for binding in found}) > 1:
-        raise BindingError(
-            "gradient checkpointing repeats a forward in backward(), and contexts of two threads may "
-            "be its own: train one network in one thread, or without checkpointing"
-        )
-    return found[0] if found else None

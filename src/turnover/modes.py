@@ -14,7 +14,7 @@ from torch import nn
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _paused: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Models that were in training mode when a thread set them to eval mode, and that thread."""
+"""Modules that were in training mode when a thread set them to eval mode, and that thread."""
 
 
 def _after_fork() -> None:
@@ -56,16 +56,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, in one thread at a time; every module's own mode is put back after."""
     with exclusive(model):
         modes = {module: module.training for module in model.modules()}
-        if model.training:
-            _paused[model] = threading.get_ident()
+        paused = [module for module, mode in modes.items() if mode]
+        _paused.update(dict.fromkeys(paused, threading.get_ident()))
         model.eval()
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
-            if modes[model]:
-                del _paused[model]
+            for module in paused:
+                _paused.pop(module, None)
 
 
 def paused_elsewhere(model: nn.Module) -> bool:

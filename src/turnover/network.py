@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
-from turnover.bindings import Binding, Contexts, Opened, made_in, opened_here
+from turnover.bindings import Binding
+from turnover.contexts import Context, Contexts
 from turnover.errors import BindingError, InputError
 from turnover.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
 from turnover.masks import MaskSpec, check_ids
-from turnover.modes import paused_elsewhere
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
 from turnover.target_networks import check_targets
 
@@ -113,7 +112,7 @@ class Network:
                 )
         return [n for n in self._sites if any(_matches(n, pattern) for pattern in patterns)]
 
-    def exposed(self, ids: Ids | Mapping[str, Ids]) -> _Context:
+    def exposed(self, ids: Ids | Mapping[str, Ids]) -> Context:
         """Context: row i of every batch runs in the exposed sub-network of ``ids[i]``.
 
         Args:
@@ -129,14 +128,14 @@ class Network:
         """
         return self._context(self._bind(ids, False))
 
-    def hidden(self, ids: Ids | Mapping[str, Ids]) -> _Context:
+    def hidden(self, ids: Ids | Mapping[str, Ids]) -> Context:
         """Context: row i of every batch runs in the hidden sub-network of ``ids[i]``.
 
         Arguments and errors as in :meth:`exposed`.
         """
         return self._context(self._bind(ids, True))
 
-    def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> _Context:
+    def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> Context:
         """Context: a side for each row.
 
         Args:
@@ -154,7 +153,7 @@ class Network:
             )
         return self._context(self._bind(ids, hidden))
 
-    def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> _Context:
+    def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> Context:
         """Context: every row, of batches of any size, runs in the network that never learned an id.
 
         For a group (a source, an annotator, a time block) this is the network as if the group had not
@@ -172,7 +171,7 @@ class Network:
         chosen = None if sites is None else self.select(sites)
         return self._context(self._bind([train_id], True, every_row=True, sites=chosen))
 
-    def mean(self) -> _Context:
+    def mean(self) -> Context:
         """Context: the whole network, unscaled, for every row (also the default in eval mode)."""
         return self._context(Binding())
 
@@ -341,11 +340,11 @@ class Network:
         binding.factors, binding.split = {}, split
         return binding
 
-    def _context(self, binding: Binding) -> _Context:
+    def _context(self, binding: Binding) -> Context:
         for name, site in self._sites.items():
             if binding.sites is None or name in binding.sites:
                 site.check_runs()
-        return _Context(self, binding)
+        return Context(self._contexts, binding, self._core)
 
     def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
         assert binding.ids is not None
@@ -378,12 +377,12 @@ class Network:
                     f"random numbers for that time: run the model after the audit"
                 )
             if torch._C._current_graph_task_id() != -1:
-                return self._binding_of_recomputation(site)
+                return self._contexts.of_recomputation(site, training=self._core.training)
         active = self._active
         if active is not None:
             return active
         if getattr(module, "_is_replica", False) and self._contexts.open:
-            return self._binding_of_replica(site)
+            return self._contexts.of_replica(site)
         if self._core.training and torch.is_grad_enabled():
             raise BindingError(
                 f"site {site!r} ran in training mode without ids: every training batch must run under "
@@ -396,43 +395,6 @@ class Network:
                 f"batch is bound to the original: attach the copy (copied = turnover.attach(copy, "
                 f"sites, spec)) and open a context of its own, `with copied.exposed(ids):` or "
                 f"`with copied.mean():`"
-            )
-        return None
-
-    def _binding_of_replica(self, site: str) -> Binding | None:
-        """The binding of the thread that runs a copy of the model on each of its devices.
-
-        ``nn.DataParallel`` makes the copies, runs each in a thread, and gives it some of the rows.
-        """
-        every = list(self._contexts.open)
-        if len(every) > 1 or any(binding.of_rows for binding in every):
-            raise BindingError(
-                f"site {site!r} ran in a replica of nn.DataParallel, which does not say which rows of "
-                f"the batch it has: use DistributedDataParallel, or one device"
-            )
-        return every[0] if every else None
-
-    def _binding_of_recomputation(self, site: str) -> Binding | None:
-        """The binding of the forward that gradient checkpointing is repeating in ``backward()``.
-
-        The context has usually ended by then, and several forwards may share one backward. Autograd
-        numbers its nodes in order of creation, so the node that asks for the recomputation tells
-        which context it was made in.
-        """
-        candidates = self._contexts.of_recomputation()
-        if candidates and not torch.is_grad_enabled():
-            # The inner checkpoint's node is made now, in backward(), and belongs to no context.
-            raise BindingError(
-                f"site {site!r} lies in gradient checkpoints within one another, which lose the ids "
-                f"of its forward: pass use_reentrant=False to torch.utils.checkpoint"
-            )
-        binding = made_in(candidates)
-        if binding is not None:
-            return binding
-        if self._core.training:
-            raise BindingError(
-                f"site {site!r} is recomputed in backward() (gradient checkpointing), and the ids of "
-                f"its forward are no longer known: call backward() inside the `with` block"
             )
         return None
 
@@ -544,31 +506,6 @@ class Network:
         chosen = None if sites is None else frozenset(sites)
         with self._context(Binding(sites=chosen, probes=probes, moved=moved or {})):
             yield probes
-
-
-class _Context:
-    """Opens a binding for the body of a ``with``, in its thread; contexts nest."""
-
-    def __init__(self, network: Network, binding: Binding) -> None:
-        self._network = network
-        self._binding = binding
-        self._opened: list[Opened] = []
-
-    def __enter__(self) -> None:
-        network = self._network
-        training = network._core.training
-        if self._binding.of_rows and torch.is_grad_enabled() and paused_elsewhere(network.model):
-            raise BindingError(
-                "another thread scores with this network, whose model it keeps in eval mode for that "
-                "time: train before or after it"
-            )
-        # A binding of its own for each entry: each has its own range of autograd nodes.
-        binding = replace(self._binding, masks=dict(self._binding.masks), last_node=None)
-        self._opened.append(network._contexts.enter(binding, training=training))
-
-    def __exit__(self, *exception: object) -> None:
-        mine = [index for index, opened in enumerate(self._opened) if opened_here(opened)]
-        self._network._contexts.leave(self._opened.pop(mine[-1] if mine else -1))
 
 
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
