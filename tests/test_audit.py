@@ -1,4 +1,5 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_zero_initialised_lora_does_not_hide_its_leaks():
     assert all(found[f"{name}.default.weight"] == count for name, count in elements.items())
 
 
-def test_batch_statistics_are_reported_and_the_mend_helps():
+def test_batch_statistics_are_reported_and_the_fix_helps():
     model = tiny.ConvNet()
     network = turnover.attach(model, ["channels", "mlp"])
     report = network.audit(tiny.features(8, 1, 8, 8))
@@ -112,11 +113,14 @@ def test_batch_statistics_are_reported_and_the_mend_helps():
 
 def test_gradient_clipping_by_norm_is_reported():
     network, x = turnover.attach(tiny.mlp(), "mlp"), tiny.features(4)
-    for harmless in (None, 0, 0.0):
+    for harmless in (None, 0, 0.0, float("inf")):
         assert network.audit(x, max_grad_norm=harmless).clean
     report = network.audit(x, max_grad_norm=1.0)
     assert not report.clean
-    assert "max_grad_norm=1" in str(report)
+    said = str(report)
+    assert "max_grad_norm=1" in said
+    for fix in ("Trainer max_grad_norm=0", "gradient_clip_val=None", 'max_grad_norm=float("inf")'):
+        assert fix in said
 
 
 class Whitening(torch.optim.Optimizer):
@@ -202,14 +206,14 @@ def test_tied_parameters_are_audited_once():
     assert found["second.bias"] == 6
 
 
-def test_the_printed_table_names_the_parameters_and_the_mend():
+def test_the_printed_table_names_the_parameters_and_the_fix():
     network = turnover.attach(tiny.mlp(width=8, bias=True), "3")
     text = str(network.audit(tiny.features(8)))
-    for part in ("0.weight", "8x6", "48", "4.bias", "100.0%", "mend", "requires_grad_(False)"):
+    for part in ("0.weight", "8x6", "48", "4.bias", "100.0%", "fix:", "requires_grad_(False)"):
         assert part in text
     clean = str(turnover.attach(tiny.mlp(), "mlp").audit(tiny.features(8)))
     assert clean.startswith("0.00%")
-    assert "mend" not in clean
+    assert "fix:" not in clean
 
 
 def test_names_in_the_table_are_canonical():
@@ -228,3 +232,54 @@ def test_a_model_without_trained_parameters_is_refused():
 def test_batches_of_one_row_and_half_precision_models_can_be_audited():
     network = turnover.attach(tiny.mlp(bias=True).to(torch.bfloat16), "mlp")
     assert leaks(network.audit(tiny.features(1).bfloat16())) == {"4.bias": 3}
+
+
+class Outputs(nn.Module):
+    """Twin critics; the first has no leak, and the second its bias."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second, self.kind = tiny.mlp(), tiny.mlp(bias=True), kind
+
+    def forward(self, x):
+        return self.kind(self.first(x), self.second(x))
+
+
+@dataclass
+class Both:
+    clean: torch.Tensor
+    more: dict
+
+
+KINDS = {
+    "tuple": lambda a, b: (a, b),
+    "list in a tuple": lambda a, b: (a, [None, b]),
+    "mapping": lambda a, b: {"logits": a, "values": b},
+    "dataclass": lambda a, b: Both(a, {"deep": (b,)}),
+    "counts first": lambda a, b: (a.argmax(dim=1), a, b),
+    "distribution": lambda a, b: (a, torch.distributions.Normal(b, 1.0)),
+    "more axes": lambda a, b: (a, b[:, None, :, None]),
+    "loss first": lambda a, b: (a.sum(), a, b),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_leak_by_way_of_any_output_is_found(kind, rows):
+    network = turnover.attach(Outputs(KINDS[kind]), "mlp")
+    assert leaks(network.audit(tiny.features(rows))) == {"second.4.bias": 3}
+
+
+def test_outputs_that_are_all_clean_are_clean():
+    model = Outputs(KINDS["mapping"])
+    model.second = tiny.mlp()
+    assert turnover.attach(model, "mlp").audit(tiny.features(8)).clean
+
+
+@pytest.mark.parametrize(
+    "made", [lambda a, b: (a + b).sum(), lambda a, b: {"n": 3}, lambda a, b: a.T]
+)
+def test_outputs_without_the_rows_of_the_batch_are_refused(made):
+    network = turnover.attach(Outputs(made), "mlp")
+    with pytest.raises(InputError, match="rows of the batch on axis 0"):
+        network.audit(tiny.features(8))

@@ -169,7 +169,8 @@ def test_what_clips_by_norm_is_refused_before_training(tmp_path):
             trainer(callback(), tmp_path, gradient_clip_val=1.0, **options).fit(module, loader())
         assert not module.seen
     by_value = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
-    trainer(callback(), tmp_path, **by_value).fit(Module(), loader())
+    for options in (by_value, {"gradient_clip_val": float("inf")}):
+        trainer(callback(), tmp_path, **options).fit(Module(), loader())
 
 
 def test_missing_ids_and_unknown_sites_are_refused_before_training(tmp_path):

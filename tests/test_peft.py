@@ -201,3 +201,82 @@ def test_the_trainer_trains_saves_and_resumes_an_adapter(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "whole" / "checkpoint-6")
     again = load_masks(loaded, tmp_path / "whole" / "checkpoint-6")
     torch.testing.assert_close(masked(loaded, again), masked(whole.model, network))
+
+
+def adapter(kind, **options):
+    return peft.get_peft_model(base(), getattr(peft, kind)(target_modules=["query"], **options))
+
+
+@pytest.mark.parametrize("sites", ["lora", f"{QUERY}.lora_A.default"])
+def test_dora_is_refused_by_name(sites):
+    model = adapter("LoraConfig", r=4, use_dora=True)
+    with pytest.raises(InputError, match=r"DoRA.*not supported.*leave use_dora=True out"):
+        turnover.attach(model, sites)
+
+
+def test_what_dora_leaks_under_a_masked_head_the_audit_names():
+    model = adapter("LoraConfig", r=4, use_dora=True)
+    tiny.randomise(model)
+    model.base_model.model.classifier.requires_grad_(True)
+    report = turnover.attach(model, "head").audit(tiny.texts(4))
+    leaks = {p.name for p in report.parameters if p.leaking}
+    assert any("lora_magnitude_vector" in name for name in leaks)
+
+
+def test_a_dora_adapter_that_is_made_the_active_one_later_is_refused():
+    model = adapted()
+    model.add_adapter("other", lora(use_dora=True))
+    network = turnover.attach(model, "lora")
+    masked(model, network)
+    model.set_adapter("other")
+    with pytest.raises(InputError, match=r"lora_A.other.*DoRA"):
+        masked(model, network)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("IA3Config", "IA3", {"feedforward_modules": []}),
+        ("VeraConfig", "VeRA", {"r": 4}),
+        (
+            "AdaLoraConfig",
+            "AdaLoRA",
+            {"init_r": 4, "target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 1},
+        ),
+        ("LoHaConfig", "LoHa", {"r": 4}),
+        ("LoKrConfig", "LoKr", {"r": 4}),
+        ("OFTConfig", "OFT", {"oft_block_size": 4}),
+    ],
+)
+def test_adapters_without_rank_components_are_named(kind, name, options):
+    model = adapter(kind, **options)
+    with pytest.raises(InputError, match=rf"'lora'.*adapter is {name},.*peft.LoraConfig"):
+        turnover.attach(model, "lora")
+    turnover.attach(model, "head")
+
+
+def test_lora_of_an_embedding_or_within_a_weight_is_refused():
+    embedding = peft.LoraConfig(r=4, target_modules=["word_embeddings"])
+    with pytest.raises(InputError, match=r"LoRA of an embedding or a parameter"):
+        turnover.attach(peft.get_peft_model(base(), embedding), "lora")
+
+    class Attending(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0][:, 0]
+
+    model = peft.get_peft_model(Attending(), peft.LoraConfig(r=4, target_modules=["attention"]))
+    with pytest.raises(InputError, match=r"would never run.*MultiheadAttention"):
+        turnover.attach(model, "lora")
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_kinds_of_lora_that_run_their_ranks_on_rows_are_masked(options):
+    model = adapter("LoraConfig", r=4, lora_dropout=0.0, **options)
+    tiny.randomise(model)
+    network = turnover.attach(model, "lora")
+    report = network.audit(tiny.texts(4))
+    assert not any(p.leaking for p in report.parameters if p.name.endswith("lora_A.default.weight"))

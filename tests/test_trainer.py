@@ -211,6 +211,13 @@ def test_clipping_by_global_norm_is_refused_before_training(tmp_path):
     assert one.state.global_step == 0
 
 
+def test_clipping_at_an_infinite_norm_is_none(tmp_path):
+    one = trainer(tmp_path, tiny.bert(), max_grad_norm=float("inf"))
+    attach_trainer(one, SITES)
+    one.train()
+    assert one.state.global_step > 0
+
+
 def test_the_audit_of_the_first_batch_is_logged(tmp_path, caplog):
     one = trainer(tmp_path / "clean", tiny.bert())
     attach_trainer(one, SITES)

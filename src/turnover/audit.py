@@ -8,23 +8,28 @@ the start) would hide a leak.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
+from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
-from turnover.objectives import logits_of
+from turnover.modes import exclusive
 from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
     from turnover.network import Network
 
 _ROWS = 8
+_REENTRANT = (
+    "the audit sees no gradients within torch.utils.checkpoint(use_reentrant=True): pass "
+    "use_reentrant=False, or audit without gradient checkpointing"
+)
 _ELEMENTWISE = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -95,11 +100,11 @@ class AuditReport:
                     f"{parameter.share:.1%}"
                 )
             lines.append(
-                "mend: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
+                "fix: freeze these (requires_grad_(False)), drop the bias after a site, or mask the "
                 "activations they produce"
             )
         lines.extend(
-            f"buffer {name} changes with every batch and holds all of its instances; mend: keep "
+            f"buffer {name} changes with every batch and holds all of its instances; fix: keep "
             f"that module in eval mode, or use GroupNorm or LayerNorm below the sites"
             for name in self.buffers
         )
@@ -127,7 +132,7 @@ def audit(
     batch = batch.rows(0, _ROWS).to(device_of(model))
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
-    with _randomised(model, parameters) as before:
+    with exclusive(model), _held(network), _randomised(model, parameters) as before:
         exposed = _reached(network, batch, ids, parameters, hidden=False)
         hidden = _reached(network, batch, ids, parameters, hidden=True)
         changed = [
@@ -156,16 +161,68 @@ def _reached(
 ) -> list[list[Tensor | None]]:
     """For every row, which scalars get a gradient from it: bool masks, or None for none at all."""
     with network.hidden(ids) if hidden else network.exposed(ids):
-        logits = logits_of(batch.call(network.model)).float()
-        weights = torch.linspace(0.5, 1.5, logits[0].numel(), device=logits.device)
+        outputs = _flat(batch.call(network.model), len(ids))
+        weights = torch.linspace(0.5, 1.5, outputs.shape[1], device=outputs.device)
         reached: list[list[Tensor | None]] = []
         for row in range(len(ids)):
-            value = (logits[row].flatten() * weights).sum()
-            gradients = torch.autograd.grad(
-                value, parameters, retain_graph=row + 1 < len(ids), allow_unused=True
-            )
+            gradients = _gradients((outputs[row] * weights).sum(), parameters)
             reached.append([None if g is None else g != 0 for g in gradients])
+        if has_reentrant([outputs]) and any(
+            all(g is None for g in of_rows) for of_rows in zip(*reached, strict=True)
+        ):
+            raise InputError(_REENTRANT)
     return reached
+
+
+def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if not is_reentrant(error):
+            raise
+        raise InputError(_REENTRANT) from error
+
+
+def _flat(outputs: Any, rows: int) -> Tensor:
+    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers).
+
+    Raises:
+        InputError: there are none.
+    """
+    numbers = [v for v in _tensors(outputs) if v.is_floating_point() and v.dim() and len(v)]
+    of_rows = [value for value in numbers if len(value) == rows]
+    # The tokens of a batch one after the other, say, if there is nothing else.
+    of_rows = of_rows or [value for value in numbers if len(value) % rows == 0]
+    if not of_rows:
+        raise InputError(
+            f"the audit found no floating-point tensor with the {rows} rows of the batch on axis 0 in the "
+            f"model's outputs ({type(outputs).__name__}): let the model return such tensors, in any nest "
+            f"of tuples, lists, dictionaries and dataclasses"
+        )
+    return torch.cat([value.reshape(rows, -1).float() for value in of_rows], dim=1)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) or isinstance(value, torch.distributions.Distribution):
+        yield from _tensors(vars(value))
+
+
+@contextmanager
+def _held(network: Network) -> Iterator[None]:
+    """No other thread runs the network."""
+    network._contexts.hold()
+    try:
+        yield
+    finally:
+        network._contexts.release()
 
 
 @contextmanager
@@ -210,18 +267,29 @@ def _randomised(
             module.training = mode
 
 
+def clips(max_grad_norm: float | None) -> bool:
+    """Whether a trainer with this setting clips gradients by their global norm.
+
+    Hugging Face and Lightning take 0 for no clipping; an infinite norm is never exceeded.
+    """
+    return max_grad_norm is not None and 0 < max_grad_norm < float("inf")
+
+
 def _settings(
     max_grad_norm: float | None, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[str]:
-    if max_grad_norm is not None:
+    if clips(max_grad_norm):
         yield (
             f"gradient clipping by global norm (max_grad_norm={max_grad_norm:g}) scales every gradient "
-            f"by all instances of the batch; mend: max_grad_norm=0, or clip by value"
+            f"by all instances of the batch; fix: clip by value, or not at all: in Hugging Face's Trainer "
+            f"max_grad_norm=0, in Lightning gradient_clip_val=None, in Stable-Baselines3 "
+            f'max_grad_norm=float("inf"), in Accelerate and in a loop of your own leave clip_grad_norm_ '
+            f"out (at 0 it would set every gradient to zero)"
         )
     # Accelerate wraps the optimiser that it steps.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if optimizer is not None and not isinstance(optimizer, _ELEMENTWISE):
         yield (
             f"optimiser {type(optimizer).__name__} is not known to update element by element, so one "
-            f"unit's gradient may move another's weights; mend: SGD or AdamW"
+            f"unit's gradient may move another's weights; fix: SGD or AdamW"
         )

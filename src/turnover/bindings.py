@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,11 @@ class Binding:
     """The one id is that of every row, however many there are."""
     sites: frozenset[str] | None = None
     """The sites that are masked or probed; at others the network runs whole. ``None``: all."""
-    probes: dict[str, Tensor] | None = None
-    """If given, sites multiply by ones that require a gradient, and leave them here."""
+    probes: dict[str, list[Tensor]] | None = None
+    """If given, sites multiply by ones that require a gradient, and leave them here: one for each time that
+    the site's module runs, since a model may cut off the gradient of one of them."""
+    moved: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    """With ``probes``, what single runs of sites multiply by in place of ones."""
     masks: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[tuple[str, torch.dtype], Tensor] | None = None
     """If given, rows are the ids exposed and, behind them, hidden; and masks as scaled numbers are kept
@@ -38,25 +42,20 @@ class Binding:
     """What that site let pass."""
     first_node: int = 0
     last_node: int | None = None
+    thread: weakref.ref[Any] | None = None
+    """The thread that opened it."""
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether what a row is multiplied by depends on its place in the batch."""
+        return (self.ids is not None and not self.every_row) or self.probes is not None
 
-def next_node() -> int:
-    """The number that autograd will give to the next node made in this thread."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-
-
-def made_in(candidates: Iterable[Binding]) -> Binding | None:
-    """The binding under which the autograd node that is running now was made, if it is known.
-
-    Autograd numbers its nodes in order of creation.
-    """
-    node: Any = torch._C._current_autograd_node()
-    if node is None:
-        return None
-    number = node._sequence_nr()
-    for binding in sorted(candidates, key=lambda b: b.first_node, reverse=True):
-        if binding.first_node <= number and (
-            binding.last_node is None or number < binding.last_node
-        ):
-            return binding
-    return None
+    def probe(self, site: str, ones: Tensor) -> Tensor:
+        """What a site multiplies by, with ``probes``."""
+        assert self.probes is not None
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return ones.requires_grad_()  # repeated in backward(), for the sake of what was saved
+        runs = self.probes.setdefault(site, [])
+        moved = self.moved.get((site, len(runs)))
+        runs.append(ones.requires_grad_() if moved is None else ones * moved.to(ones.device))
+        return runs[-1]

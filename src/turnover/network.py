@@ -10,10 +10,8 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
-from turnover.bindings import Binding, made_in, next_node
+from turnover.bindings import Binding
+from turnover.contexts import Context, Contexts
 from turnover.errors import BindingError, InputError
+from turnover.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
 from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
+from turnover.target_networks import check_targets
 
-_REMEMBERED_BINDINGS = 256
 _MOST_UNITS = 2**26
 """Of a stored site; masks of more would be made only to be compared."""
 _SHOWN = 200
@@ -56,13 +56,17 @@ class Network:
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
         self._measured: set[str] = set()
-        self._active: Binding | None = None
-        self._past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
+        self._contexts = Contexts()
         self._handles: list[RemovableHandle] = []
         for site in sites:
             # A partial of a method, unlike a closure, follows a deep copy or a pickle of the model.
             hook = partial(self._mask_output, site)
             self._handles.append(site.module.register_forward_hook(hook))
+
+    @property
+    def _active(self) -> Binding | None:
+        """What this thread has open."""
+        return self._contexts.current.binding
 
     @property
     def sites(self) -> list[str]:
@@ -108,7 +112,7 @@ class Network:
                 )
         return [n for n in self._sites if any(_matches(n, pattern) for pattern in patterns)]
 
-    def exposed(self, ids: Ids | Mapping[str, Ids]) -> _Context:
+    def exposed(self, ids: Ids | Mapping[str, Ids]) -> Context:
         """Context: row i of every batch runs in the exposed sub-network of ``ids[i]``.
 
         Args:
@@ -124,14 +128,14 @@ class Network:
         """
         return self._context(self._bind(ids, False))
 
-    def hidden(self, ids: Ids | Mapping[str, Ids]) -> _Context:
+    def hidden(self, ids: Ids | Mapping[str, Ids]) -> Context:
         """Context: row i of every batch runs in the hidden sub-network of ``ids[i]``.
 
         Arguments and errors as in :meth:`exposed`.
         """
         return self._context(self._bind(ids, True))
 
-    def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> _Context:
+    def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> Context:
         """Context: a side for each row.
 
         Args:
@@ -149,7 +153,7 @@ class Network:
             )
         return self._context(self._bind(ids, hidden))
 
-    def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> _Context:
+    def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> Context:
         """Context: every row, of batches of any size, runs in the network that never learned an id.
 
         For a group (a source, an annotator, a time block) this is the network as if the group had not
@@ -167,7 +171,7 @@ class Network:
         chosen = None if sites is None else self.select(sites)
         return self._context(self._bind([train_id], True, every_row=True, sites=chosen))
 
-    def mean(self) -> _Context:
+    def mean(self) -> Context:
         """Context: the whole network, unscaled, for every row (also the default in eval mode)."""
         return self._context(Binding())
 
@@ -191,14 +195,14 @@ class Network:
             batch: a batch as the model takes it; up to 8 of its rows are used, labels are not. A
                 model in eval mode is audited in training mode; one in training mode as it is.
             max_grad_norm: the trainer's clipping by global norm (Hugging Face's default is 1.0),
-                which carries every instance to every parameter. ``None`` or 0: no clipping.
+                which carries every instance to every parameter. ``None``, 0 or infinite: no clipping.
             optimizer: the trainer's optimiser, to be checked for updates that are not elementwise.
             adapter: how a batch becomes model inputs.
 
         Returns:
             :class:`~turnover.audit.AuditReport`; ``str()`` of it is a table.
         """
-        return audit(self, adapter(batch), max_grad_norm=max_grad_norm or None, optimizer=optimizer)
+        return audit(self, adapter(batch), max_grad_norm=max_grad_norm, optimizer=optimizer)
 
     def fingerprint(self) -> str:
         """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`) and of where they lie.
@@ -336,11 +340,11 @@ class Network:
         binding.factors, binding.split = {}, split
         return binding
 
-    def _context(self, binding: Binding) -> _Context:
+    def _context(self, binding: Binding) -> Context:
         for name, site in self._sites.items():
             if binding.sites is None or name in binding.sites:
                 site.check_runs()
-        return _Context(self, binding)
+        return Context(self._contexts, binding, self._core)
 
     def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
         assert binding.ids is not None
@@ -349,9 +353,9 @@ class Network:
             return mask ^ binding.hidden[:, None]
         return ~mask if binding.hidden else mask
 
-    def _mask_output(self, site: ResolvedSite, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _mask_output(self, site: ResolvedSite, module: nn.Module, _args: Any, output: Any) -> Any:
         """The forward hook of a site."""
-        binding = self._current(site.name)
+        binding = self._current(site.name, module)
         if binding is None or (binding.ids is None and binding.probes is None):
             return None
         if binding.sites is not None and site.name not in binding.sites:
@@ -365,37 +369,32 @@ class Network:
             f"that begins with one; name a module inside it"
         )
 
-    def _current(self, site: str) -> Binding | None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self._binding_of_recomputation(site)
-        if self._active is None and self._core.training and torch.is_grad_enabled():
+    def _current(self, site: str, module: nn.Module) -> Binding | None:
+        if not torch.compiler.is_compiling():
+            if self._contexts.is_held_elsewhere():
+                raise BindingError(
+                    f"site {site!r} ran while another thread audits the network, whose weights are "
+                    f"random numbers for that time: run the model after the audit"
+                )
+            if torch._C._current_graph_task_id() != -1:
+                return self._contexts.of_recomputation(site, training=self._core.training)
+        active = self._active
+        if active is not None:
+            return active
+        if getattr(module, "_is_replica", False) and self._contexts.open:
+            return self._contexts.of_replica(site)
+        if self._core.training and torch.is_grad_enabled():
             raise BindingError(
                 f"site {site!r} ran in training mode without ids: every training batch must run under "
-                f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network)"
+                f"`with net.exposed(ids):` (or `net.mean()` if you do mean the whole network), in the "
+                f"thread that runs the model"
             )
-        return self._active
-
-    def _binding_of_recomputation(self, site: str) -> Binding | None:
-        """The binding of the forward that gradient checkpointing is repeating in ``backward()``.
-
-        The context has usually ended by then, and several forwards may share one backward. Autograd
-        numbers its nodes in order of creation, so the node that asks for the recomputation tells
-        which context it was made in.
-        """
-        candidates = [*self._past, *([self._active] if self._active else [])]
-        if candidates and not torch.is_grad_enabled():
-            # The inner checkpoint's node is made now, in backward(), and belongs to no context.
+        if self._contexts.original_is_bound():
             raise BindingError(
-                f"site {site!r} lies in gradient checkpoints within one another, which lose the ids "
-                f"of its forward: pass use_reentrant=False to torch.utils.checkpoint"
-            )
-        binding = made_in(candidates)
-        if binding is not None:
-            return binding
-        if self._core.training:
-            raise BindingError(
-                f"site {site!r} is recomputed in backward() (gradient checkpointing), and the ids of "
-                f"its forward are no longer known: call backward() inside the `with` block"
+                f"site {site!r} ran in a copy of the model, to which no ids are bound, while a training "
+                f"batch is bound to the original: attach the copy (copied = turnover.attach(copy, "
+                f"sites, spec)) and open a context of its own, `with copied.exposed(ids):` or "
+                f"`with copied.mean():`"
             )
         return None
 
@@ -413,16 +412,14 @@ class Network:
             self._measure(site.name, units)
         elif not torch.compiler.is_compiling():  # where a side effect would cost a recompilation
             self._measured.add(site.name)
+        if binding.of_rows:
+            self._check_layout(site, output, binding)
         shape = [1] * output.dim()
         shape[axis] = size
         if binding.probes is not None:
             shape[0] = output.shape[0]
-            # A module that runs twice in one forward is one site: both uses share the mask.
-            probe = binding.probes.get(site.name)
-            if probe is None:
-                probe = output.new_ones((output.shape[0], units), dtype=torch.float32)
-                binding.probes[site.name] = probe.requires_grad_()
-            factor = probe.to(output.dtype)
+            ones = output.new_ones((output.shape[0], units), dtype=torch.float32)
+            factor = binding.probe(site.name, ones).to(output.dtype)
         else:
             factor = self._factor(site, units, output, binding)
             splits = binding.split == site.name
@@ -431,7 +428,7 @@ class Network:
             if not fits and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
-                    f"bound: bind one id for each row"
+                    f"bound: bind one id for each row{_sequences(site)}"
                 )
             if splits:
                 binding.whole, binding.exposed = output, output * factor.view(shape)
@@ -439,6 +436,18 @@ class Network:
         if site.unit_size > 1 and binding.probes is not None:
             factor = factor.repeat_interleave(site.unit_size, dim=1)
         return output * factor.view(shape)
+
+    def _check_layout(self, site: ResolvedSite, output: Tensor, binding: Binding) -> None:
+        """Refuse an axis 0 that is as long as the batch, but is not the batch."""
+        if site.sequence_first and is_ambiguous(output):
+            raise BindingError(
+                f"site {site.name!r}: its output of shape {tuple(output.shape)} has as many steps as rows, "
+                f"and masks are for rows on axis 0{_sequences(site)}"
+            )
+        if torch.compiler.is_compiling() or binding.ids is None:
+            return
+        if is_vmapped_over_rows(output, len(binding.ids), self._core):
+            raise BindingError(f"site {site.name!r}: {VMAPPED}")
 
     def _factor(self, site: ResolvedSite, units: int, output: Tensor, binding: Binding) -> Tensor:
         """What the bound rows are multiplied by: (rows, elements of the site's axis)."""
@@ -483,39 +492,20 @@ class Network:
         self.units[site] = units
 
     @contextmanager
-    def _probing(self, sites: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Context of the mean network whose masks, all ones, take gradients (rows, units)."""
-        probes: dict[str, Tensor] = {}
+    def _probing(
+        self,
+        sites: Sequence[str] | None = None,
+        moved: Mapping[tuple[str, int], Tensor] | None = None,
+    ) -> Iterator[dict[str, list[Tensor]]]:
+        """Context of the mean network whose masks, all ones, take gradients (rows, units).
+
+        Args:
+            moved: other masks (units,) of single runs of a site's module in a forward.
+        """
+        probes: dict[str, list[Tensor]] = {}
         chosen = None if sites is None else frozenset(sites)
-        with self._context(Binding(sites=chosen, probes=probes)):
+        with self._context(Binding(sites=chosen, probes=probes, moved=moved or {})):
             yield probes
-
-
-class _Context:
-    """Opens a binding for the body of a ``with``; contexts nest."""
-
-    def __init__(self, network: Network, binding: Binding) -> None:
-        self._network = network
-        self._binding = binding
-        self._opened: list[tuple[Binding | None, Binding]] = []
-
-    def __enter__(self) -> None:
-        network = self._network
-        # A binding of its own for each entry: each has its own range of autograd nodes.
-        binding = replace(
-            self._binding, masks=dict(self._binding.masks), first_node=next_node(), last_node=None
-        )
-        self._opened.append((network._active, binding))
-        network._active = binding
-
-    def __exit__(self, *exception: object) -> None:
-        network = self._network
-        network._active, binding = self._opened.pop()
-        binding.last_node = next_node()
-        # Probes are as large as a batch of masks, and their backward runs within the context.
-        if binding.probes is None and binding.last_node > binding.first_node:
-            binding.masks.clear()  # a recomputation makes them again from the ids
-            network._past.append(binding)
 
 
 def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[int, int]]) -> str:
@@ -552,6 +542,15 @@ def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[st
     return spec, sites, units
 
 
+def _sequences(site: ResolvedSite) -> str:
+    if site.sequence_first is None:
+        return ""
+    return (
+        f"; {site.sequence_first} has batch_first=False, which puts the batch on axis 1: use "
+        f"batch_first=True"
+    )
+
+
 def _refuse_ghosts(ids: Tensor) -> None:
     # Only where it costs no synchronisation: ids come from the data loader on the CPU.
     if ids.device.type == "cpu" and bool((ids < 0).any()):
@@ -565,11 +564,23 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _is_attached(module: nn.Module) -> bool:
-    return any(
-        isinstance(hook, partial) and getattr(hook.func, "__func__", None) is Network._mask_output
-        for hook in module._forward_hooks.values()
-    )
+def _networks_on(module: nn.Module) -> list[Network]:
+    """Networks that have this module as a site."""
+    found = []
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, partial):
+            network = getattr(hook.func, "__self__", None)
+            if isinstance(network, Network):
+                found.append(network)
+    return found
+
+
+def _detach_copies(model: nn.Module) -> None:
+    """Remove networks that came with a copy of an attached model, and that nobody used."""
+    for module in model.modules():
+        for network in _networks_on(module):
+            if network._contexts.copied and not network._contexts.used:
+                network.detach()
 
 
 def attach(
@@ -577,7 +588,8 @@ def attach(
 ) -> Network:
     """Attach turn-over dropout to a model, by hooks on the outputs of modules.
 
-    Attach before the first call of a compiled model.
+    Attach before the first call of a compiled model. To a deep copy of an attached model (a target
+    network, say) attach anew: its masks are those of the original where sites and spec are the same.
 
     Args:
         model: any ``torch.nn.Module`` whose batches lie on axis 0.
@@ -591,14 +603,16 @@ def attach(
 
     Raises:
         InputError: a site that does not exist (the closest names are listed), LoRA weights that are
-            merged, or a model that has turn-over dropout attached already.
+            merged, adapters of a kind that is not supported, a model that holds both an online network
+            and its target, or one that has turn-over dropout attached already.
     """
     resolved = resolve(model, sites)
+    check_targets(model, [site.module for site in resolved])
+    _detach_copies(model)
     for site in resolved:
-        if _is_attached(site.module):
+        if _networks_on(site.module):
             raise InputError(
                 f"site {site.name!r} has turn-over dropout attached already: call detach() on the "
-                f"network that holds it first (a deep copy of an attached model is attached too; "
-                f"copy the network, or detach before copying)"
+                f"network that holds it first"
             )
     return Network(model, resolved, spec or MaskSpec())

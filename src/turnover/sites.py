@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from turnover import adapters
 from turnover.errors import InputError
 from turnover.heads import WideHead
+from turnover.layouts import sequence_first
 
 _LEADING = (["module"], ["base_model", "model"])
 _ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -62,13 +64,19 @@ class ResolvedSite:
     """Number of units where the module's neighbours tell; otherwise known after one forward."""
     lora: nn.Module | None = None
     """PEFT's layer around the module, which leaves it out when its weights are merged."""
+    adapter: str = ""
+    """Name of the adapter that the module is a part of, in that layer."""
+    sequence_first: str | None = None
+    """What says ``batch_first=False``: the module, or one around it."""
 
     def check_runs(self) -> None:
-        """Refuse merged LoRA weights.
+        """Refuse LoRA that does not run the module, or not once on each row of the batch.
 
         Raises:
-            InputError: the base layer holds the adapter's weights and runs in its place.
+            InputError: the base layer holds the adapter's weights and runs in its place, or the kind of
+                adapter is not supported.
         """
+        adapters.check(self.name, self.lora, self.adapter)
         if getattr(self.lora, "merged", False):
             raise InputError(
                 f"site {self.name!r} would never run: the adapter's weights are merged into the base "
@@ -126,8 +134,17 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         if canonical in resolved:
             raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
         units = None if width is None or width % site.unit_size else width // site.unit_size
-        lora = everything.get(name.rpartition(".lora_A.")[0]) if ".lora_A." in name else None
-        resolved[canonical] = ResolvedSite(canonical, module, axis, site.unit_size, units, lora)
+        lora, adapter = adapters.layer_of(name, everything)
+        resolved[canonical] = ResolvedSite(
+            canonical,
+            module,
+            axis,
+            site.unit_size,
+            units,
+            lora,
+            adapter,
+            sequence_first(name, everything),
+        )
         resolved[canonical].check_runs()
     return list(resolved.values())
 
@@ -153,7 +170,8 @@ def _match(
         names = [name for name in PRESETS[request]({**roots, **modules}) if name in modules]
         if not names:
             raise InputError(
-                f"preset {request!r} finds no site in this model: {PRESETS[request].__doc__} "
+                f"preset {request!r} finds no site in this model: {PRESETS[request].__doc__}"
+                f"{adapters.without_ranks(modules) if request == 'lora' else ''} "
                 f"Name modules instead (as in model.named_modules())."
             )
         return [(name, Site(canonical_name(name))) for name in names]

@@ -24,6 +24,7 @@ from turnover.influence.result import Result
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
 from turnover.masks import check_ids, ghost_ids
+from turnover.modes import exclusive
 from turnover.network import Network
 from turnover.objectives import Objective, margin
 from turnover.sweep import check_engine
@@ -122,6 +123,7 @@ class Influence:
         self._progress: Progress | None = None
         self._gram: Gram | None = None
         models = _several(network)
+        self._models = [one.model if isinstance(one, Network) else one for one in models]
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
@@ -158,7 +160,8 @@ class Influence:
                 f"nothing to fit: method={self.method!r} does not look at the training data; call "
                 f"estimate"
             )
-        self._gram.fit(train_batches)
+        with exclusive(*self._models):
+            self._gram.fit(train_batches)
         return self
 
     @overload
@@ -229,7 +232,8 @@ class Influence:
                     "gram keeps its scores in memory: leave out= and coordinates= out, and give top= "
                     "where there are too many"
                 )
-            return self._gram.estimate(targets, train_ids, top)
+            with exclusive(*self._models):
+                return self._gram.estimate(targets, train_ids, top)
         ids = self._check(train_ids)
         reranks = self.method in ("rerank", "auto")
         if reranks and top is not None and top > self.candidates:
@@ -259,7 +263,8 @@ class Influence:
             :class:`Result` with scores (train,) and a scalar noise floor.
         """
         if self._gram is not None:
-            return self._gram.aggregate(targets, train_ids)
+            with exclusive(*self._models):
+                return self._gram.aggregate(targets, train_ids)
         ids = self._check(train_ids)
         with self._evaluating():
             walk, batches = self._begun(targets, ids, None, None)
@@ -296,7 +301,8 @@ class Influence:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
         if self._gram is not None:
-            return self._gram.self_influence(train_batches)
+            with exclusive(*self._models):
+                return self._gram.self_influence(train_batches)
         if train_batches is None:
             raise InputError(f"self-influence by method={self.method!r} needs train_batches")
         pool = GhostPool()
@@ -498,6 +504,7 @@ class Influence:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(exclusive(*self._models))
             for engine in self._engines:
                 stack.enter_context(engine.evaluating())
             stack.callback(self._finished)

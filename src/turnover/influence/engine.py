@@ -18,6 +18,7 @@ from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.exact import ExactEstimator
 from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.reach import Run
 from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import Objective
@@ -64,6 +65,7 @@ class Engine:
         self.block = block
         self.sites = list(sites)
         self._exact = ExactEstimator(network, objective, block, sites)
+        self._independent: set[Run] = set()
         self.advance: Callable[[int], None] = lambda _: None
         """Told how many pairs more were scored exactly."""
 
@@ -94,7 +96,9 @@ class Engine:
         parts = []
         for batch in batches:
             moved = batch.to(device_of(self.network.model))
-            part = mask_gradients(self.network, self.objective, moved, self.sites)
+            part = mask_gradients(
+                self.network, self.objective, moved, self.sites, self._independent
+            )
             parts.append(finite(part, "mask derivative"))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from turnover.batches import Batch
 from turnover.errors import BindingError, InputError
+from turnover.influence.reach import Run, check_independent, differentiate
 from turnover.masks import MaskSpec
 from turnover.network import Network
 from turnover.objectives import Objective, costs
@@ -29,43 +30,70 @@ _PRODUCT_IDS = 512
 
 
 def mask_gradients(
-    network: Network, objective: Objective, batch: Batch, sites: Sequence[str] | None = None
+    network: Network,
+    objective: Objective,
+    batch: Batch,
+    sites: Sequence[str] | None = None,
+    independent: set[Run] | None = None,
 ) -> Tensor:
     """Derivative of each target's objective by the mask entries of the mean network.
 
     Args:
         sites: by the masks of these sites alone; ``None``: all of them.
+        independent: runs of sites that this objective is known not to depend on; more are added.
+            ``None``: those without a gradient are looked at anew.
 
     Returns:
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
 
     Raises:
-        BindingError: no site was reached by the forward.
+        BindingError: no site was reached by the forward, a site's output does not have the batch's rows
+            first, or the objective depends on a site in a way that autograd does not see.
         InputError: the objective does not give one number for each row, or has no derivative.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
+
+    def run() -> Tensor:
+        return costs(objective, batch.call(network.model), batch)
+
     with torch.enable_grad(), network._probing(wanted) as probes:
-        values = costs(objective, batch.call(network.model), batch)
+        values = run()
         check_reached(wanted, probes)
         if not values.requires_grad:
             raise InputError(
                 "the linear method differentiates the objective, and this one cannot be "
-                'differentiated: use method="exact", or an objective without detach or no_grad'
+                'differentiated: use method="exact", or an objective and a model without detach, '
+                "no_grad or torch.utils.checkpoint(use_reentrant=True)"
             )
-        used = [probes[site] for site in wanted if site in probes]
-        gradients = torch.autograd.grad(values.sum(), used, allow_unused=True)
-    by_site = dict(zip([s for s in wanted if s in probes], gradients, strict=True))
+        runs = [(site, number) for site in probes for number in range(len(probes[site]))]
+        found = differentiate(values, [probes[site][number] for site, number in runs])
+    gradients = dict(zip(runs, found, strict=True))
+    known = set() if independent is None else independent
+    cut = [one for one in runs if gradients[one] is None and one not in known]
+    if cut:
+        check_independent(network, cut, values, run)
+        known.update(cut)
     units = network.known_units(wanted)
     columns = []
     for site in wanted:
-        gradient = by_site.get(site)
-        # A site that the objective does not depend on has derivative 0.
-        columns.append(
-            values.new_zeros((len(values), units[site]), dtype=torch.float32)
-            if gradient is None
-            else gradient
-        )
+        column = None
+        for one in runs:
+            gradient = gradients[one]
+            if one[0] == site and gradient is not None:
+                _check_rows(gradient, site, len(values))
+                column = gradient if column is None else column + gradient
+        # By a site that the objective does not depend on the derivative is 0.
+        nothing = values.new_zeros((len(values), units[site]), dtype=torch.float32)
+        columns.append(nothing if column is None else column)
     return torch.cat(columns, dim=1)
+
+
+def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
+    if len(gradient) != rows:
+        raise BindingError(
+            f"site {site!r} gave {len(gradient)} rows for a batch of {rows}: its output must have the "
+            f"batch on axis 0 (batch_first=True, where the module has it)"
+        )
 
 
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.errors import BindingError
+from turnover.modes import in_this_thread
 from turnover.network import Network
 from turnover.objectives import logits_of
 
@@ -84,7 +85,7 @@ def recording(modules: Any) -> Iterator[dict[int, Tensor]]:
         if isinstance(first, Tensor):
             outputs[id(module)] = first
 
-    handles = [module.register_forward_hook(leave) for module in modules]
+    handles = [module.register_forward_hook(in_this_thread(leave)) for module in modules]
     try:
         yield outputs
     finally:
@@ -145,8 +146,9 @@ def following(model: nn.Module, site: nn.Module) -> Iterator[Trail]:
     """Where the output of a site goes."""
     trail = Trail()
     layers = [module for module in model.modules() if type(module) in AFFINE]
-    handles = [site.register_forward_hook(trail.leave_site)]
-    handles += [layer.register_forward_hook(trail.leave_layer) for layer in layers]
+    handles = [site.register_forward_hook(in_this_thread(trail.leave_site))]
+    leave_layer = in_this_thread(trail.leave_layer)
+    handles += [layer.register_forward_hook(leave_layer) for layer in layers]
     try:
         yield trail
     finally:
@@ -212,7 +214,7 @@ def expanding(model: nn.Module, place: str, rows: int) -> Iterator[None]:
         return args, {key: repeat(v) if key == first else v for key, v in kwargs.items()}
 
     register: Callable[..., Any] = model.get_submodule(place).register_forward_pre_hook
-    handle = register(enter, with_kwargs=True)
+    handle = register(in_this_thread(enter), with_kwargs=True)
     try:
         yield
     finally:

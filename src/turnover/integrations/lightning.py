@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from turnover.audit import clips
 from turnover.batches import Adapter, Identified, as_batch
 from turnover.errors import InputError, needing
 from turnover.masks import MaskSpec
@@ -70,7 +71,7 @@ class TurnoverCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         """Refuse settings that carry instances across masks."""
         by_norm = (trainer.gradient_clip_algorithm or "norm") == "norm"
-        if stage == "fit" and trainer.gradient_clip_val and by_norm:
+        if stage == "fit" and clips(trainer.gradient_clip_val) and by_norm:
             raise InputError(
                 f"gradient_clip_val={trainer.gradient_clip_val:g} clips by global norm, which scales "
                 f"every gradient by all instances of the batch, hidden units' too: use "

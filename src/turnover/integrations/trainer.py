@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from turnover.audit import clips
 from turnover.batches import fetched
 from turnover.errors import InputError
 from turnover.integrations.pretrained import check_masks, save_masks
@@ -98,7 +99,7 @@ class _Training:
     ) -> Any:
         """Refuse what would leak, then train."""
         trainer = self._trainer
-        if trainer.args.max_grad_norm > 0:
+        if clips(trainer.args.max_grad_norm):
             raise InputError(
                 f"max_grad_norm={trainer.args.max_grad_norm:g} (1.0 is the Trainer's default) clips "
                 f"gradients by their global norm, which carries every instance to every parameter: "

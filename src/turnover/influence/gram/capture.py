@@ -18,18 +18,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from turnover.batches import Batch, tensors
+from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
 from turnover.influence.engine import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.rules import Call, Rule, rule_of
-from turnover.modes import evaluating
+from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 from turnover.sites import canonical_name, device_of, is_sharded
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""
+
+_REENTRANT = (
+    "the model runs torch.utils.checkpoint(use_reentrant=True) in eval mode, within which gram sees no "
+    "gradients: pass use_reentrant=False, or checkpoint in training mode alone"
+)
 
 _TOLERANCE = 2e-3
 """Share of its norm by which a gradient may differ from autograd's: float32 in another order."""
@@ -147,8 +153,11 @@ class Capture:
         if not values.requires_grad:
             raise InputError(
                 "gram differentiates the objective, and this one cannot be differentiated: use an "
-                "objective without detach or no_grad"
+                "objective and a model without detach, no_grad or "
+                "torch.utils.checkpoint(use_reentrant=True)"
             )
+        if len(seen) < len(self._parts) and has_reentrant([values]):
+            raise InputError(_REENTRANT)
         with torch.no_grad():
             wrong = wrongness(outputs, batch) if self._wrong else None
         calls = [(name, one) for name, every in seen.items() for one in every]
@@ -211,8 +220,8 @@ class Capture:
 
         try:
             for name, part in self._parts.items():
-                handle = part.module.register_forward_hook(watch(name), with_kwargs=True)
-                handles.append(handle)
+                hook = in_this_thread(watch(name))
+                handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -340,10 +349,15 @@ def _pulled_back(
     if not edges:
         return [() for _ in pulled]
     last = len(pulled) - 1
-    return [
-        torch.autograd.grad(one, edges, allow_unused=True, retain_graph=number < last)
-        for number, one in enumerate(pulled)
-    ]
+    try:
+        return [
+            torch.autograd.grad(one, edges, allow_unused=True, retain_graph=number < last)
+            for number, one in enumerate(pulled)
+        ]
+    except RuntimeError as error:
+        if not is_reentrant(error):
+            raise
+        raise InputError(_REENTRANT) from error
 
 
 def _interleaved(values: Sequence[Tensor | None]) -> Tensor | None:
