@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from turnover import reading
 from turnover.data import Data, TextData, write
 from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
@@ -20,9 +21,10 @@ from turnover.files import write_array
 from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
+from turnover.integrations.encoders import Limits, check_tokenizer
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG
-from turnover.reading import check_file, damage, field, read_object
+from turnover.reading import check_file, damage, read_object
 from turnover.rows import read_rows, write_rows
 from turnover.sites import device_of
 from turnover.weights import check_finite, check_shapes, opened, read_weights, shapes
@@ -146,8 +148,16 @@ Config = ClassifierConfig | ImageClassifierConfig
 class Pipeline(Protocol):
     """From data to a model's batches, and both to files."""
 
+    @property
+    def config(self) -> Config:
+        """Shape of the model."""
+
     def encode(self, data: Any) -> Encoded:
-        """Data as the model takes them."""
+        """Data as the model takes them.
+
+        Raises:
+            InputError: data that it cannot take.
+        """
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """What is done once before training."""
@@ -189,15 +199,21 @@ class Pipeline(Protocol):
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """Texts through a tokenizer."""
+    """Texts through a tokenizer, as far as the encoder can take them."""
 
     config: ClassifierConfig
     tokenizer: Any
+    limits: Limits = field(default_factory=Limits)
 
     def encode(self, data: TextData) -> Tokens:
-        """Tokenised texts."""
+        """Tokenised texts.
+
+        Raises:
+            InputError: a text without tokens, or one that the encoder cannot take.
+        """
         padding = self.tokenizer.pad_token_id
         tokens = transformers.tokenize(self.tokenizer, data.texts, self.config.max_tokens)
+        self.limits.check(tokens, data.keys, self.config.max_tokens, self.tokenizer)
         return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
@@ -334,7 +350,9 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
     classes = len(train_data.classes)
     if isinstance(config, ClassifierConfig):
         text_model, tokenizer = transformers.build(config, classes)
-        return TextPipeline(config, tokenizer), text_model
+        assert isinstance(train_data, TextData)
+        check_tokenizer(tokenizer, train_data.texts, config.model)
+        return TextPipeline(config, tokenizer, text_model.limits), text_model
     assert isinstance(train_data, ImageData)
     rows = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))
     chosen = [train_data.rows[row] for row in rows[:_STANDARDISED_ROWS].tolist()]
@@ -357,13 +375,13 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     shape = read_object(folder / "classifier.json")
     if shape.get("kind") != "image":
         text_model, tokenizer, text_config = transformers.load(folder)
-        return TextPipeline(text_config, tokenizer), text_model
+        return TextPipeline(text_config, tokenizer, text_model.limits), text_model
     where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
         with damage(where):
-            config = ImageClassifierConfig(**field(shape, "classifier", dict, where))
+            config = ImageClassifierConfig(**reading.field(shape, "classifier", dict, where))
             mean, deviation = (_colours(shape, name, where) for name in ("mean", "deviation"))
-            classes = field(shape, "classes", int, where)
+            classes = reading.field(shape, "classes", int, where)
             with torch.device("meta"):  # no memory is taken for what the file does not hold
                 check_shapes(path, config.network(classes).state_dict())
             image_model = config.network(classes)
@@ -375,7 +393,7 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
 
 def _colours(shape: Mapping[str, Any], name: str, where: Path) -> tuple[float, ...]:
     """Three numbers, one for each colour."""
-    values = field(shape, name, list, where)
+    values = reading.field(shape, name, list, where)
     if len(values) != 3 or not all(type(one) in (int, float) for one in values):
         raise InputError(f"{where}: damaged, {name!r} must be three numbers, got {values}")
     least = 0.0 if name == "mean" else 1e-6

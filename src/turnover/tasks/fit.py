@@ -22,7 +22,9 @@ from turnover.network import Network, attach
 from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
 from turnover.run import CHECKPOINT, write_digests, write_json, writing_run
+from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
+from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import (
     Curves,
     Evaluation,
@@ -120,7 +122,11 @@ def _fit(
     test_data: Data,
     draft: Path,
 ) -> tuple[dict[str, Any], Network, nn.Module | None]:
+    weights = class_weights(config.training.class_weights, train_data)
     training, test = pipeline.encode(train_data), pipeline.encode(test_data)
+    bfloat16 = rehearse(
+        pipeline, model, config.sites, config.masks, training, test, train_data, draft
+    )
     pipeline.prepare(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
@@ -142,6 +148,8 @@ def _fit(
         name="with turn-over dropout",
         checkpoint=draft / f"turnover{CHECKPOINT}",
         identity=repr(config),
+        bfloat16=bfloat16,
+        weights=weights,
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
@@ -162,10 +170,20 @@ def _fit(
                 name="with ordinary dropout",
                 checkpoint=draft / f"ordinary{CHECKPOINT}",
                 identity=repr(config),
+                bfloat16=bfloat16,
+                weights=weights,
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)
     metrics = _metrics(network, report, curves, sides, with_mean, without, train_data, test_data)
+    metrics["precision"] = {
+        "stored": getattr(model, "stored", "float32"),
+        "training": "bfloat16" if bfloat16 else "float32",
+        "evaluation": "float32",
+    }
+    if weights is not None:
+        named = zip(train_data.classes, weights.tolist(), strict=True)
+        metrics["class_weights"] = dict(named)
     metrics["seconds"] = seconds
     return metrics, network, plain
 

@@ -26,8 +26,10 @@ from turnover.masks import MaskSpec
 from turnover.network import Network, attach
 from turnover.objectives import margin
 from turnover.pipelines import build
+from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.fit import FitConfig
+from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.score import choose_sites
 from turnover.tasks.training import TrainingConfig, train
 
@@ -235,7 +237,11 @@ def run_pilot(
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.training.seed)
         pipeline, model = build(config.classifier, train_data)
+        weights = class_weights(config.training.class_weights, train_data)
         training, test = pipeline.encode(part), pipeline.encode(test_data)
+        bfloat16 = rehearse(
+            pipeline, model, config.sites, config.masks, training, test, part, Path(folder)
+        )
         pipeline.prepare(model, training)
         network = attach(model, config.sites, config.masks)
         train(
@@ -246,6 +252,8 @@ def run_pilot(
             name="the pilot",
             checkpoint=Path(folder) / "pilot.checkpoint",
             identity="pilot",
+            bfloat16=bfloat16,
+            weights=weights,
         )
     sites = _scored_sites(network, training)
     targets = _sample(len(test), _TARGETS)
