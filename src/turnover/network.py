@@ -27,6 +27,7 @@ from turnover.bindings import Binding, made_in, next_node
 from turnover.errors import BindingError, InputError
 from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
+from turnover.torch_private import check_torch
 
 _REMEMBERED_BINDINGS = 256
 _MOST_UNITS = 2**26
@@ -593,6 +594,7 @@ def attach(
         InputError: a site that does not exist (the closest names are listed), LoRA weights that are
             merged, or a model that has turn-over dropout attached already.
     """
+    check_torch()
     resolved = resolve(model, sites)
     for site in resolved:
         if _is_attached(site.module):

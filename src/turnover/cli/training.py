@@ -329,6 +329,12 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         + f", majority class {accuracy['majority']:.3f}; "
         f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
     )
+    precision = metrics["precision"]
+    if precision["stored"] != "float32":
+        output.say(f"the encoder is stored in {precision['stored']}; here its weights are float32")
+    if "class_weights" in metrics:
+        weights = ", ".join(f"{name} {w:.3g}" for name, w in metrics["class_weights"].items())
+        output.say(f"class weights in training: {weights}; losses and scores are not weighted")
     if metrics["accuracy_interval"]["turnover"][0] <= accuracy["majority"]:
         output.say(
             "the whole network is not better than the majority class. Masks never change, and a network "

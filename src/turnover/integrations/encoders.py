@@ -116,8 +116,9 @@ def _check_complete(encoder: Any, model: nn.Module, missing: Collection[str], so
 
 
 def _token(encoder: Any) -> int:
-    """A token that is not the padding."""
-    return 1 if getattr(encoder.config, "pad_token_id", None) == 0 else 0
+    """A token that is not the padding: the last one."""
+    last = (getattr(encoder.config, "vocab_size", None) or _MORE) - 1
+    return last - 1 if last == getattr(encoder.config, "pad_token_id", None) else last
 
 
 def new_encoder(transformers: Any, config: Any) -> nn.Module:
