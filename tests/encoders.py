@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-WORDS = ["good", "great", "fine", "fun", "loved", "bad", "awful", "dull", "boring", "hated", "the", "film", "plot", "was", "it"]
+WORDS = [
+    *("good", "great", "fine", "fun", "loved", "bad", "awful", "dull"),
+    *("boring", "hated", "the", "film", "plot", "was", "it"),
+]
 SHAPE = {
     "vocab_size": 19,
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Weights of the classes in the training loss: what they do, where they are kept, and what stays unweighted."""
+"""Weights of the classes in the training loss: what they do, and what stays unweighted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(data: Path, encoder: Path, out: Path, *more: object, expect: int = 0) -> test_cli.Finished:
-    rates = ("--epochs", 3, "--batch-size", 16, "--head-learning-rate", 0.01, "--no-compare")
+    rates = ("--epochs", 12, "--batch-size", 16, "--head-learning-rate", 0.01, "--no-compare")
     size = ("--head-units", 64, "--lora-rank", 2, *rates)
     return turnover(
         "fit", data, "--model", encoder, "--test", data, "--out", out, *size, *more, expect=expect
@@ -132,7 +132,7 @@ def test_heads_of_a_cleansing_weigh_the_classes_as_the_run_does(runs: dict[str, 
     torch.testing.assert_close(data.weights, torch.tensor([4 / 7, 4.0]))
     shares = []
     for one in (frozen(plain, plain.train), data):
-        head = train_head(one, range(len(one)), seed=0, epochs=2)
+        head = train_head(one, range(len(one)), seed=0)
         shares.append(float(head(one.features).softmax(dim=1)[:, 1].mean()))
     assert shares[0] < 0.25 and shares[1] > 0.35
 

@@ -1,4 +1,4 @@
-"""What a training would only find at its end is said before it begins: encoders of many kinds, by the command."""
+"""What a training would only find at its end is said before it begins: encoders of many kinds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="pip install 'turnover[text]'")
+pytest.importorskip("transformers", reason="pip install 'turnover[text]'")
 pytest.importorskip("typer")
+
+import transformers
 
 import encoders
 from encoders import BART, SHAPE, T5, write_texts

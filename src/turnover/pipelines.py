@@ -18,16 +18,15 @@ from turnover.data import Data, TextData, write
 from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
 from turnover.files import write_array
-from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
 from turnover.integrations.encoders import Limits, check_tokenizer
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
-from turnover.integrations.vgg import VGG
+from turnover.integrations.vgg import VGG, ImageClassifier
 from turnover.reading import check_file, damage, read_object
 from turnover.rows import read_rows, write_rows
 from turnover.sites import device_of
-from turnover.weights import check_finite, check_shapes, opened, read_weights, shapes
+from turnover.weights import check_shapes, read_weights
 
 _STANDARDISED_ROWS = 1000
 _WRITTEN_ROWS = 1000
@@ -85,61 +84,6 @@ class ImageClassifierConfig:
         depth = int(self.model.removeprefix("vgg"))
         whole = VGG(depth, classes, size=self.size, width=self.width, hidden=self.hidden)
         return whole if self.weights is None else ImageClassifier(whole, self.head_units, classes)
-
-
-class ImageClassifier(nn.Module):
-    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
-
-    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
-    """
-
-    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
-        super().__init__()
-        self.encoder = whole.features.requires_grad_(False)
-        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
-        self.head = WideHead(channels, head_units, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (rows, classes)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-    def features(self, images: Tensor) -> Tensor:
-        """Means of the last channels, float (rows, channels)."""
-        means: Tensor = self.encoder(images).mean(dim=(2, 3))
-        return means
-
-    def load_convolutions(self, path: str) -> None:
-        """Take the convolutions of a VGG's weights under torchvision's names.
-
-        Raises:
-            InputError: no such file, not safetensors, or weights of another shape.
-        """
-        given, prefix = Path(path), "features."
-        of_layers = {
-            name.removeprefix(prefix): shape
-            for name, shape in shapes(given).items()
-            if name.startswith(prefix)
-        }
-        own = self.encoder.state_dict()
-        for name, value in own.items():
-            found = of_layers.get(name)
-            if found != tuple(value.shape):
-                has = "is missing" if found is None else f"is {found}"
-                raise InputError(
-                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
-                    f"--model and --width that the weights are of"
-                )
-        if len(of_layers) > len(own):
-            raise InputError(
-                f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
-                f"give the --model that the weights are of, without batch normalisation"
-            )
-        with opened(given) as tensors:
-            taken = {name: tensors.get_tensor(prefix + name) for name in own}
-        for name, value in taken.items():
-            check_finite(given, prefix + name, value)
-        self.encoder.load_state_dict(taken)
 
 
 Config = ClassifierConfig | ImageClassifierConfig

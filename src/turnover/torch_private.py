@@ -33,8 +33,8 @@ def check_torch() -> None:
         missing.append(f"autograd.graph.Node.{_OF_NODES}")
     if missing:
         raise InputError(
-            f"torch {torch.__version__} has no torch.{missing[0]}, which turn-over dropout needs: pip install "
-            f"'torch>=2.6,<3', or a newer turnover"
+            f"torch {torch.__version__} has no torch.{missing[0]}, which turn-over dropout needs: pip "
+            f"install 'torch>=2.6,<3', or a newer turnover"
         )
 
 

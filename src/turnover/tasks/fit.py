@@ -24,7 +24,7 @@ from turnover.pipelines import Config, Pipeline, build
 from turnover.run import CHECKPOINT, write_digests, write_json, writing_run
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
-from turnover.tasks.rehearsal import rehearse
+from turnover.tasks.rehearsal import made_ready
 from turnover.tasks.training import (
     Curves,
     Evaluation,
@@ -123,15 +123,13 @@ def _fit(
     draft: Path,
 ) -> tuple[dict[str, Any], Network, nn.Module | None]:
     weights = class_weights(config.training.class_weights, train_data)
-    training, test = pipeline.encode(train_data), pipeline.encode(test_data)
-    bfloat16 = rehearse(
-        pipeline, model, config.sites, config.masks, training, test, train_data, draft
+    training, test, bfloat16 = made_ready(
+        pipeline, model, config.sites, config.masks, train_data, test_data, draft
     )
-    pipeline.prepare(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
-    curve_train = _fixed_rows(len(training), config.curve_rows)
-    curve_test = _fixed_rows(len(test), config.curve_rows)
+    curve_train = fixed_rows(len(training), config.curve_rows)
+    curve_test = fixed_rows(len(test), config.curve_rows)
     report = network.audit(training.batch(curve_train[:8]))
 
     def measure() -> dict[str, tuple[float, float]]:
@@ -192,7 +190,8 @@ def _no_masks(_: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _fixed_rows(count: int, wanted: int) -> list[int]:
+def fixed_rows(count: int, wanted: int) -> list[int]:
+    """Rows drawn from so many, always the same ones."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
 

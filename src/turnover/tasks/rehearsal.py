@@ -31,6 +31,28 @@ _PADDING, _SAVED = 1e-3, 1e-5
 """Differences that rounding makes, as shares of the largest output."""
 
 
+def made_ready(
+    pipeline: Pipeline,
+    model: nn.Module,
+    sites: Sequence[str],
+    spec: MaskSpec,
+    train_data: Data,
+    test_data: Data,
+    folder: Path,
+) -> tuple[Encoded, Encoded, bool]:
+    """What every training begins with: data as the model takes them, a rehearsal, and the head's input.
+
+    Arguments and errors as in :func:`rehearse`.
+
+    Returns:
+        Training data, test data, and whether the training can compute in bfloat16 here.
+    """
+    training, test = pipeline.encode(train_data), pipeline.encode(test_data)
+    bfloat16 = rehearse(pipeline, model, sites, spec, training, test, train_data, folder)
+    pipeline.prepare(model, training)
+    return training, test, bfloat16
+
+
 def rehearse(
     pipeline: Pipeline,
     model: nn.Module,
