@@ -33,7 +33,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One row in eight is of the class x=1, and one word in four hints at it."""
+    """One row in eight is of the class x=1."""
     words = encoders.WORDS
     lines = [
         f"{words[i % 15]} {words[i * 7 % 15]} {words[i * i % 15]},{'x=1' if i % 8 == 0 else 'common'}"
@@ -45,7 +45,7 @@ def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(data: Path, encoder: Path, out: Path, *more: object, expect: int = 0) -> test_cli.Finished:
-    rates = ("--epochs", 12, "--batch-size", 16, "--head-learning-rate", 0.01, "--no-compare")
+    rates = ("--epochs", 3, "--batch-size", 16, "--head-learning-rate", 0.01, "--no-compare")
     size = ("--head-units", 64, "--lora-rank", 2, *rates)
     return turnover(
         "fit", data, "--model", encoder, "--test", data, "--out", out, *size, *more, expect=expect
@@ -80,8 +80,9 @@ def weights(out: Path) -> bytes:
 
 
 def test_a_balanced_network_expects_the_rare_class_as_often(runs: dict[str, Path]) -> None:
-    assert predicted(runs["plain"]) < 0.25
-    assert predicted(runs["balanced"]) > 0.35
+    plain, balanced = (predicted(runs[name]) for name in ("plain", "balanced"))
+    assert balanced > plain + 0.08
+    assert abs(balanced - 0.5) < 0.1
     # Balanced is no more than rows / (classes x rows of the class).
     assert weights(runs["balanced"]) == weights(runs["named"])
     assert weights(runs["ones"]) == weights(runs["plain"]) != weights(runs["balanced"])
@@ -133,7 +134,7 @@ def test_heads_of_a_cleansing_weigh_the_classes_as_the_run_does(runs: dict[str, 
     shares = []
     for one in (frozen(plain, plain.train), data):
         head = train_head(one, range(len(one)), seed=0)
-        shares.append(float(head(one.features).softmax(dim=1)[:, 1].mean()))
+        shares.append(float(head(one.features).detach().softmax(dim=1)[:, 1].mean()))
     assert shares[0] < 0.25 and shares[1] > 0.35
 
 

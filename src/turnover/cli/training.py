@@ -334,7 +334,10 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         output.say(f"the encoder is stored in {precision['stored']}; here its weights are float32")
     if "class_weights" in metrics:
         weights = ", ".join(f"{name} {w:.3g}" for name, w in metrics["class_weights"].items())
-        output.say(f"class weights in training: {weights}; losses and scores are not weighted")
+        output.say(
+            f"class weights in training: {weights}; losses and scores are not weighted, and gram takes "
+            "all rows to weigh the same"
+        )
     if metrics["accuracy_interval"]["turnover"][0] <= accuracy["majority"]:
         output.say(
             "the whole network is not better than the majority class. Masks never change, and a network "
