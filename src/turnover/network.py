@@ -28,6 +28,7 @@ from turnover.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
 from turnover.masks import MaskSpec, check_ids
 from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
 from turnover.target_networks import check_targets
+from turnover.torch_private import check_torch
 
 _MOST_UNITS = 2**26
 """Of a stored site; masks of more would be made only to be compared."""
@@ -606,6 +607,7 @@ def attach(
             merged, adapters of a kind that is not supported, a model that holds both an online network
             and its target, or one that has turn-over dropout attached already.
     """
+    check_torch()
     resolved = resolve(model, sites)
     check_targets(model, [site.module for site in resolved])
     _detach_copies(model)

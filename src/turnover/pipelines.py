@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
-from dataclasses import field as with_default
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from turnover import reading
 from turnover.data import Data, TextData, write
 from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
 from turnover.files import write_array
-from turnover.heads import WideHead
 from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
+from turnover.integrations.encoders import Limits, check_tokenizer
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
-from turnover.integrations.vgg import VGG
-from turnover.reading import check_file, damage, field, read_object
+from turnover.integrations.vgg import VGG, ImageClassifier
+from turnover.reading import check_file, damage, read_object
 from turnover.rows import read_rows, write_rows
 from turnover.scaling import Ranges, check_ranges, colors, saved_ranges
 from turnover.sites import device_of
-from turnover.weights import check_finite, check_shapes, opened, read_weights, shapes
+from turnover.weights import check_shapes, read_weights
 
 _STANDARDISED_ROWS = 1000
 _WRITTEN_ROWS = 1000
@@ -87,69 +87,22 @@ class ImageClassifierConfig:
         return whole if self.weights is None else ImageClassifier(whole, self.head_units, classes)
 
 
-class ImageClassifier(nn.Module):
-    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
-
-    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
-    """
-
-    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
-        super().__init__()
-        self.encoder = whole.features.requires_grad_(False)
-        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
-        self.head = WideHead(channels, head_units, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (rows, classes)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-    def features(self, images: Tensor) -> Tensor:
-        """Means of the last channels, float (rows, channels)."""
-        means: Tensor = self.encoder(images).mean(dim=(2, 3))
-        return means
-
-    def load_convolutions(self, path: str) -> None:
-        """Take the convolutions of a VGG's weights under torchvision's names.
-
-        Raises:
-            InputError: no such file, not safetensors, or weights of another shape.
-        """
-        given, prefix = Path(path), "features."
-        of_layers = {
-            name.removeprefix(prefix): shape
-            for name, shape in shapes(given).items()
-            if name.startswith(prefix)
-        }
-        own = self.encoder.state_dict()
-        for name, value in own.items():
-            found = of_layers.get(name)
-            if found != tuple(value.shape):
-                has = "is missing" if found is None else f"is {found}"
-                raise InputError(
-                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
-                    f"--model and --width that the weights are of"
-                )
-        if len(of_layers) > len(own):
-            raise InputError(
-                f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
-                f"give the --model that the weights are of, without batch normalisation"
-            )
-        with opened(given) as tensors:
-            taken = {name: tensors.get_tensor(prefix + name) for name in own}
-        for name, value in taken.items():
-            check_finite(given, prefix + name, value)
-        self.encoder.load_state_dict(taken)
-
-
 Config = ClassifierConfig | ImageClassifierConfig
 
 
 class Pipeline(Protocol):
     """From data to a model's batches, and both to files."""
 
+    @property
+    def config(self) -> Config:
+        """Shape of the model."""
+
     def encode(self, data: Any) -> Encoded:
-        """Data as the model takes them."""
+        """Data as the model takes them.
+
+        Raises:
+            InputError: data that it cannot take.
+        """
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """What is done once before training."""
@@ -191,15 +144,21 @@ class Pipeline(Protocol):
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """Texts through a tokenizer."""
+    """Texts through a tokenizer, as far as the encoder can take them."""
 
     config: ClassifierConfig
     tokenizer: Any
+    limits: Limits = field(default_factory=Limits)
 
     def encode(self, data: TextData) -> Tokens:
-        """Tokenised texts."""
+        """Tokenised texts.
+
+        Raises:
+            InputError: a text without tokens, or one that the encoder cannot take.
+        """
         padding = self.tokenizer.pad_token_id
         tokens = transformers.tokenize(self.tokenizer, data.texts, self.config.max_tokens)
+        self.limits.check(tokens, data.keys, self.config.max_tokens, self.tokenizer)
         return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
@@ -248,7 +207,7 @@ class ImagePipeline:
     config: ImageClassifierConfig
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
-    ranges: Ranges = with_default(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict)
 
     def encode(self, data: ImageData) -> Pixels:
         """Pixels, standardised batch by batch.
@@ -344,7 +303,9 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
     classes = len(train_data.classes)
     if isinstance(config, ClassifierConfig):
         text_model, tokenizer = transformers.build(config, classes)
-        return TextPipeline(config, tokenizer), text_model
+        assert isinstance(train_data, TextData)
+        check_tokenizer(tokenizer, train_data.texts, config.model)
+        return TextPipeline(config, tokenizer, text_model.limits), text_model
     assert isinstance(train_data, ImageData)
     rows = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))
     chosen = [train_data.rows[row] for row in rows[:_STANDARDISED_ROWS].tolist()]
@@ -368,13 +329,13 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     shape = read_object(folder / "classifier.json")
     if shape.get("kind") != "image":
         text_model, tokenizer, text_config = transformers.load(folder)
-        return TextPipeline(text_config, tokenizer), text_model
+        return TextPipeline(text_config, tokenizer, text_model.limits), text_model
     where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
         with damage(where):
-            config = ImageClassifierConfig(**field(shape, "classifier", dict, where))
+            config = ImageClassifierConfig(**reading.field(shape, "classifier", dict, where))
             mean, deviation = (colors(shape, name, where) for name in ("mean", "deviation"))
-            classes = field(shape, "classes", int, where)
+            classes = reading.field(shape, "classes", int, where)
             ranges = saved_ranges(shape, where)
             with torch.device("meta"):  # no memory is taken for what the file does not hold
                 check_shapes(path, config.network(classes).state_dict())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnover.errors import InputError
 from turnover.reading import check_file
@@ -95,6 +95,22 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise InputError(f"{path}: {name} is {value.dtype} where {own.dtype} is needed")
         check_finite(path, name, value, own)
     return found
+
+
+def distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, each tensor under the first of its names: safetensors keeps no ties."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value.detach()
+    return found
+
+
+def take(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put the state of :func:`distinct` back into a model with the same ties."""
+    model.load_state_dict(state, strict=False)
 
 
 def check_finite(path: Path, name: str, value: Tensor, own: Tensor | None = None) -> None:

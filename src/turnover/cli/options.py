@@ -102,6 +102,14 @@ HeadLearningRate = Annotated[
     float,
     typer.Option(min=0, help="Of the wide head, decaying to 0.", rich_help_panel=TRAINING),
 ]
+ClassWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What rows count in the training loss: balanced (every class as much in all), or NAME=WEIGHT "
+        "(repeatable; the other classes 1). What is measured and scored is not weighted.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Keep = Annotated[
     float,
     typer.Option(

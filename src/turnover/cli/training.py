@@ -17,6 +17,7 @@ from turnover.cli.options import (
     RUN,
     TRAINING,
     BatchSize,
+    ClassWeights,
     GroupColumn,
     HeadLearningRate,
     HeadUnits,
@@ -143,6 +144,7 @@ def fit(
     batch_size: BatchSize = 32,
     learning_rate: LearningRate = 1e-3,
     head_learning_rate: HeadLearningRate = 1e-4,
+    class_weights: ClassWeights = None,
     keep: Keep = 0.5,
     site: Annotated[
         list[str] | None,
@@ -188,6 +190,7 @@ def fit(
     from turnover.origin import data_digest as digest_of
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
     from turnover.run import check_new_run
+    from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
 
@@ -205,7 +208,14 @@ def fit(
     passes = epochs if epochs is not None else (10 if of_images else 3)
     task = FitConfig(
         shape,
-        TrainingConfig(passes, batch_size, learning_rate, head_learning_rate, seed),
+        TrainingConfig(
+            passes,
+            batch_size,
+            learning_rate,
+            head_learning_rate,
+            seed,
+            parse_class_weights(class_weights),
+        ),
         MaskSpec(keep, seed),
         tuple(site or ()),
         compare,
@@ -255,6 +265,7 @@ def plan(
     batch_size: BatchSize = 32,
     learning_rate: LearningRate = 1e-3,
     head_learning_rate: HeadLearningRate = 1e-4,
+    class_weights: ClassWeights = None,
     keep: Keep = 0.5,
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Networks whose scores are averaged.")] = 1,
@@ -277,13 +288,21 @@ def plan(
     from turnover.data import Columns, read, read_both
     from turnover.integrations.transformers import ClassifierConfig
     from turnover.masks import MaskSpec
+    from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig
     from turnover.tasks.plan import plan
     from turnover.tasks.training import TrainingConfig
 
     task = FitConfig(
         ClassifierConfig(model, head_units, lora_rank, max_tokens),
-        TrainingConfig(epochs, batch_size, learning_rate, head_learning_rate, seed),
+        TrainingConfig(
+            epochs,
+            batch_size,
+            learning_rate,
+            head_learning_rate,
+            seed,
+            parse_class_weights(class_weights),
+        ),
         MaskSpec(keep, seed),
     )
     columns = Columns(text_column, label_column, id_column, group_column)
@@ -315,6 +334,15 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         + f", majority class {accuracy['majority']:.3f}; "
         f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
     )
+    precision = metrics["precision"]
+    if precision["stored"] != "float32":
+        output.say(f"the encoder is stored in {precision['stored']}; here its weights are float32")
+    if "class_weights" in metrics:
+        weights = ", ".join(f"{name} {w:.3g}" for name, w in metrics["class_weights"].items())
+        output.say(
+            f"class weights in training: {weights}; losses and scores are not weighted, and gram takes "
+            "all rows to weigh the same"
+        )
     if metrics["accuracy_interval"]["turnover"][0] <= accuracy["majority"]:
         output.say(
             "the whole network is not better than the majority class. Masks never change, and a network "

@@ -18,8 +18,18 @@ from torch import Tensor, nn
 
 from turnover.errors import InputError, needing
 from turnover.heads import WideHead
+from turnover.integrations.encoders import (
+    Limits,
+    first_line,
+    limits_of,
+    load_encoder,
+    load_tokenizer,
+    new_encoder,
+    stored_dtype,
+    vocabulary_of,
+)
 from turnover.reading import damage, field, read_object
-from turnover.weights import check_shapes, read_weights, shapes
+from turnover.weights import check_shapes, distinct, read_weights, shapes, take
 
 SITES = ("lora", "head")
 _INDEX = ".safetensors.index.json"
@@ -58,12 +68,24 @@ class TextClassifier(nn.Module):
     """Frozen encoder with LoRA -> mean of the last layer's tokens -> :class:`~turnover.WideHead`.
 
     ``forward(input_ids, attention_mask, ...)``: int64 (rows, tokens) each; logits (rows, classes).
+
+    Attributes:
+        limits: what the encoder can take.
+        stored: the kind of real numbers its checkpoint holds; here they are float32.
     """
 
-    def __init__(self, encoder: nn.Module, head: WideHead) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: WideHead,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        stored: str = "float32",
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.limits = limits
+        self.stored = stored
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits (rows, classes)."""
@@ -72,9 +94,14 @@ class TextClassifier(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Mean of the last layer's tokens, float (rows, width)."""
-        hidden = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, **inputs
-        ).last_hidden_state
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None or hidden.shape[:2] != input_ids.shape:
+            shape = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
+            raise InputError(
+                f"a text encoder gives a last_hidden_state for every token, of "
+                f"{tuple(input_ids.shape)}; that of {type(self.encoder).__name__} is {shape}"
+            )
         weights = attention_mask[..., None].to(hidden.dtype)
         pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
         return pooled
@@ -109,19 +136,21 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
         shape = _data_alone(transformers.AutoConfig, config.model)
         _check_attention(shape, config.model)
         _check_weights(shape, config.model)
-        # A missing safetensors file is an error, and not made good for by a pickle.
-        encoder = _data_alone(
-            transformers.AutoModel, config.model, config=shape, use_safetensors=True
-        )
-        tokenizer = _data_alone(transformers.AutoTokenizer, config.model)
+        stored = stored_dtype(config.model)
+        encoder = load_encoder(transformers, config.model, shape)
+        tokenizer = load_tokenizer(transformers, config.model)
     except InputError:
         raise
     except Exception as error:  # transformers raises many kinds for files that are not its own
-        said = str(error).strip() or repr(error)
+        raise InputError(f"model {config.model!r} cannot be loaded: {first_line(error)}") from error
+    limits = limits_of(encoder, config.max_tokens)
+    try:
+        return _assemble(encoder, config, classes, limits, stored), tokenizer
+    except Exception as error:  # of peft, or of a config without what encoders have
         raise InputError(
-            f"model {config.model!r} cannot be loaded: {said.splitlines()[0]}"
+            f"model {config.model!r} ({type(encoder).__name__}) cannot be a text encoder with LoRA: "
+            f"{first_line(error)}"
         ) from error
-    return _assemble(encoder, config, classes), tokenizer
 
 
 def save(
@@ -131,11 +160,16 @@ def save(
     from safetensors.torch import save_file
 
     encoder: Any = model.encoder
+    encoder.config.dtype = torch.float32  # what the weights are now
     encoder.config.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    shape = {"classifier": asdict(config), "classes": classes}
+    shape = {
+        "classifier": asdict(config),
+        "classes": classes,
+        "positions": model.limits.positions,
+    }
     (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in distinct(model).items()}
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -152,14 +186,17 @@ def load(folder: Path) -> tuple[TextClassifier, Any, ClassifierConfig]:
         with damage(where):
             config = ClassifierConfig(**field(shape, "classifier", dict, where))
             classes = field(shape, "classes", int, where)
+            has_limit = shape.get("positions") is not None
+            positions = field(shape, "positions", int, where) if has_limit else None
         _check_lengths(folder / "encoder" / "config.json", len(shapes(path)))
         encoder_config = _data_alone(transformers.AutoConfig, folder / "encoder")
         _check_attention(encoder_config, folder / "encoder")
         tokenizer = _data_alone(transformers.AutoTokenizer, folder / "encoder")
         with torch.device("meta"):  # no memory is taken for what the file does not hold
-            check_shapes(path, _anew(encoder_config, config, classes).state_dict())
+            check_shapes(path, distinct(_anew(encoder_config, config, classes)))
         model = _anew(encoder_config, config, classes)
-        model.load_state_dict(read_weights(path, model.state_dict()))
+        take(model, read_weights(path, distinct(model)))
+        model.limits = Limits(positions, model.limits.vocabulary)
     except Exception as error:  # of transformers and its libraries, whose validators have their own
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     return model.eval(), tokenizer, config
@@ -230,8 +267,8 @@ def _check_weights(config: Any, source: str) -> None:
 
 def _anew(encoder_config: Any, config: ClassifierConfig, classes: int) -> TextClassifier:
     """A classifier of that shape, of new weights."""
-    encoder = _transformers().AutoModel.from_config(encoder_config, trust_remote_code=False)
-    return _assemble(encoder, config, classes)
+    encoder = new_encoder(_transformers(), encoder_config)
+    return _assemble(encoder, config, classes, Limits(vocabulary=vocabulary_of(encoder)))
 
 
 def _check_lengths(path: Path, tensors: int) -> None:
@@ -251,7 +288,13 @@ def _check_lengths(path: Path, tensors: int) -> None:
                 raise InputError(f"{path}: {name} is {value}; take it out, as the head is another")
 
 
-def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClassifier:
+def _assemble(
+    encoder: Any,
+    config: ClassifierConfig,
+    classes: int,
+    limits: Limits,
+    stored: str = "float32",
+) -> TextClassifier:
     from peft import LoraConfig, inject_adapter_in_model
 
     encoder.requires_grad_(False)
@@ -263,7 +306,7 @@ def _assemble(encoder: Any, config: ClassifierConfig, classes: int) -> TextClass
     )
     inject_adapter_in_model(lora, encoder)
     features = int(encoder.config.hidden_size)
-    return TextClassifier(encoder, WideHead(features, config.head_units, classes))
+    return TextClassifier(encoder, WideHead(features, config.head_units, classes), limits, stored)
 
 
 def _lora_targets(encoder: Any) -> list[str] | str:

@@ -5,10 +5,14 @@ Built here because torchvision is optional: models of torchvision itself attach 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError
+from turnover.heads import WideHead
+from turnover.weights import check_finite, opened, shapes
 
 SITES = ("channels", "mlp")
 """Channels behind every convolution and units of the fully connected layers, as :func:`turnover.attach`
@@ -111,3 +115,58 @@ class VGG(nn.Module):
         pooled = self.avgpool(self.features(images))
         logits: Tensor = self.classifier(torch.flatten(pooled, 1))
         return logits
+
+
+class ImageClassifier(nn.Module):
+    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
+
+    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
+    """
+
+    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = whole.features.requires_grad_(False)
+        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
+        self.head = WideHead(channels, head_units, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Means of the last channels, float (rows, channels)."""
+        means: Tensor = self.encoder(images).mean(dim=(2, 3))
+        return means
+
+    def load_convolutions(self, path: str) -> None:
+        """Take the convolutions of a VGG's weights under torchvision's names.
+
+        Raises:
+            InputError: no such file, not safetensors, or weights of another shape.
+        """
+        given, prefix = Path(path), "features."
+        of_layers = {
+            name.removeprefix(prefix): shape
+            for name, shape in shapes(given).items()
+            if name.startswith(prefix)
+        }
+        own = self.encoder.state_dict()
+        for name, value in own.items():
+            found = of_layers.get(name)
+            if found != tuple(value.shape):
+                has = "is missing" if found is None else f"is {found}"
+                raise InputError(
+                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
+                    f"--model and --width that the weights are of"
+                )
+        if len(of_layers) > len(own):
+            raise InputError(
+                f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
+                f"give the --model that the weights are of, without batch normalisation"
+            )
+        with opened(given) as tensors:
+            taken = {name: tensors.get_tensor(prefix + name) for name in own}
+        for name, value in taken.items():
+            check_finite(given, prefix + name, value)
+        self.encoder.load_state_dict(taken)

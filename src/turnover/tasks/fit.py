@@ -22,7 +22,9 @@ from turnover.network import Network, attach
 from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
 from turnover.run import CHECKPOINT, write_digests, write_json, writing_run
+from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
+from turnover.tasks.rehearsal import made_ready
 from turnover.tasks.training import (
     Curves,
     Evaluation,
@@ -121,12 +123,14 @@ def _fit(
     test_data: Data,
     draft: Path,
 ) -> tuple[dict[str, Any], Network, nn.Module | None]:
-    training, test = pipeline.encode(train_data), pipeline.encode(test_data)
-    pipeline.prepare(model, training)
+    weights = class_weights(config.training.class_weights, train_data)
+    training, test, bfloat16 = made_ready(
+        pipeline, model, config.sites, config.masks, train_data, test_data, draft
+    )
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
-    curve_train = _fixed_rows(len(training), config.curve_rows)
-    curve_test = _fixed_rows(len(test), config.curve_rows)
+    curve_train = fixed_rows(len(training), config.curve_rows)
+    curve_test = fixed_rows(len(test), config.curve_rows)
     report = network.audit(training.batch(curve_train[:8]))
 
     def measure() -> dict[str, tuple[float, float]]:
@@ -143,6 +147,8 @@ def _fit(
         name="with turn-over dropout",
         checkpoint=draft / f"turnover{CHECKPOINT}",
         identity=repr(config),
+        bfloat16=bfloat16,
+        weights=weights,
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
@@ -163,10 +169,20 @@ def _fit(
                 name="with ordinary dropout",
                 checkpoint=draft / f"ordinary{CHECKPOINT}",
                 identity=repr(config),
+                bfloat16=bfloat16,
+                weights=weights,
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)
     metrics = _metrics(network, report, curves, sides, with_mean, without, train_data, test_data)
+    metrics["precision"] = {
+        "stored": getattr(model, "stored", "float32"),
+        "training": "bfloat16" if bfloat16 else "float32",
+        "evaluation": "float32",
+    }
+    if weights is not None:
+        named = zip(train_data.classes, weights.tolist(), strict=True)
+        metrics["class_weights"] = dict(named)
     metrics["seconds"] = seconds
     return metrics, network, plain
 
@@ -175,7 +191,8 @@ def _no_masks(_: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _fixed_rows(count: int, wanted: int) -> list[int]:
+def fixed_rows(count: int, wanted: int) -> list[int]:
+    """Rows drawn from so many, always the same ones."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
 

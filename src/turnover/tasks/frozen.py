@@ -22,6 +22,8 @@ from turnover.masks import MaskSpec
 from turnover.network import Network, attach
 from turnover.run import Run
 from turnover.sites import device_of
+from turnover.tasks.class_weights import weights_of_run
+from turnover.tasks.training import autocast, weighted_loss
 
 # Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay to 0, the last
 # few steps decide how many rows a head calls positive, and two seeds differ by several points.
@@ -47,11 +49,13 @@ class Frozen:
         features: float32 (rows, width).
         labels: int64 (rows,).
         classes: number of classes.
+        weights: of the classes in training, float (classes,); ``None``: all weigh the same.
     """
 
     features: Tensor
     labels: Tensor
     classes: int
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,6 +64,8 @@ class Frozen:
 def frozen(run: Run, data: Data) -> Frozen:
     """Pooled features of texts or images by the run's encoder as it was pretrained.
 
+    The classes weigh what they weighed when the run was trained.
+
     Raises:
         InputError: the run's network was trained from scratch.
     """
@@ -67,10 +73,16 @@ def frozen(run: Run, data: Data) -> Frozen:
     rows = range(len(encoded))
     chunks = encoded.chunks(rows)
     run.model.eval()
-    with torch.no_grad(), run.network.mean(), run.pipeline.pretrained(run.model) as encoder:
+    in_float32 = autocast(device, bfloat16=False)
+    with (
+        torch.no_grad(),
+        in_float32,
+        run.network.mean(),
+        run.pipeline.pretrained(run.model) as encoder,
+    ):
         found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in chunks]
     features = in_order(found, chunks, rows).float().cpu()
-    return Frozen(features, torch.tensor(data.labels), len(data.classes))
+    return Frozen(features, torch.tensor(data.labels), len(data.classes), weights_of_run(run))
 
 
 def train_head(
@@ -144,7 +156,7 @@ def _batches(rows: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
 
 
 def _step(head: WideHead, data: Frozen, rows: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    loss = functional.cross_entropy(head(data.features[rows]), data.labels[rows])
+    loss = weighted_loss(head(data.features[rows]), data.labels[rows], data.weights)
     optimiser.zero_grad()
     torch.autograd.backward(loss)
     optimiser.step()

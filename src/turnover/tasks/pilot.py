@@ -27,8 +27,10 @@ from turnover.masks import MaskSpec
 from turnover.network import Network, attach
 from turnover.objectives import margin
 from turnover.pipelines import build
+from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
-from turnover.tasks.fit import FitConfig
+from turnover.tasks.fit import FitConfig, fixed_rows
+from turnover.tasks.rehearsal import made_ready
 from turnover.tasks.score import choose_sites
 from turnover.tasks.training import TrainingConfig, train
 
@@ -238,8 +240,9 @@ def run_pilot(
     with torch.random.fork_rng(), temporary as folder:
         torch.manual_seed(config.training.seed)
         pipeline, model = build(config.classifier, train_data)
-        training, test = pipeline.encode(part), pipeline.encode(test_data)
-        pipeline.prepare(model, training)
+        training, test, bfloat16 = made_ready(
+            pipeline, model, config.sites, config.masks, part, test_data, Path(folder)
+        )
         network = attach(model, config.sites, config.masks)
         train(
             model,
@@ -249,9 +252,11 @@ def run_pilot(
             name="the pilot",
             checkpoint=Path(folder) / "pilot.checkpoint",
             identity="pilot",
+            bfloat16=bfloat16,
+            weights=class_weights(config.training.class_weights, train_data),
         )
     sites = _scored_sites(network, training)
-    targets = _sample(len(test), _TARGETS)
+    targets = fixed_rows(len(test), _TARGETS)
     influence = Influence(network, margin, "linear", ghosts=_GHOSTS, sites=sites, progress=True)
     ids = torch.unique(part.ids)
     result = influence.estimate(batches(test, targets, _BATCH), ids)
@@ -359,11 +364,6 @@ def mask_units(config: FitConfig) -> int:
     return config.classifier.head_units
 
 
-def _sample(count: int, wanted: int) -> list[int]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return sorted(order[:wanted].tolist())
-
-
 def _part(data: TextData, wanted: int) -> TextData:
     """About so many rows, with whole groups of rows that share an id.
 
@@ -391,7 +391,7 @@ def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:
     if len(network.sites) == 1:
         return tuple(network.sites)
     first_rows = {int(key): row for row, key in enumerate(training.ids.tolist())}
-    rows = [list(first_rows.values())[i] for i in _sample(len(first_rows), _SITE_ROWS)]
+    rows = [list(first_rows.values())[i] for i in fixed_rows(len(first_rows), _SITE_ROWS)]
     sample = batches(training, rows, _BATCH)
     by_site = {}
     for site in network.sites:

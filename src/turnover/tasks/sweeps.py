@@ -57,13 +57,15 @@ def figures_without(
         sweep: what trains the heads.
     """
     data = [values for one in (train, held, test) for values in (one.features, one.labels)]
-    return _collected(partial(_without, train.classes), data, gone, "cleansing", sweep)
+    return _collected(
+        partial(_without, train.classes, train.weights), data, gone, "cleansing", sweep
+    )
 
 
 def _trained(work: Work, train: Frozen, name: str, count: int, sweep: Sweep) -> list[Any]:
     seeds = range(_RANKING_SEED, _RANKING_SEED + count)
     data = (train.features, train.labels)
-    return _collected(partial(work, train.classes), data, seeds, name, sweep)
+    return _collected(partial(work, train.classes, train.weights), data, seeds, name, sweep)
 
 
 def _collected(
@@ -74,16 +76,21 @@ def _collected(
     return [found[number] for number in range(len(jobs))]
 
 
-def _plain_head(classes: int, features: Tensor, labels: Tensor, seed: int) -> WideHead:
-    return train_head(Frozen(features, labels, classes), range(len(labels)), seed)
+def _plain_head(
+    classes: int, weights: Tensor | None, features: Tensor, labels: Tensor, seed: int
+) -> WideHead:
+    return train_head(Frozen(features, labels, classes, weights), range(len(labels)), seed)
 
 
-def _masked_head(classes: int, features: Tensor, labels: Tensor, seed: int) -> Network:
-    return train_masked_head(Frozen(features, labels, classes), seed)
+def _masked_head(
+    classes: int, weights: Tensor | None, features: Tensor, labels: Tensor, seed: int
+) -> Network:
+    return train_masked_head(Frozen(features, labels, classes, weights), seed)
 
 
 def _without(
     classes: int,
+    weights: Tensor | None,
     features: Tensor,
     labels: Tensor,
     held_features: Tensor,
@@ -95,7 +102,7 @@ def _without(
     """Figures of a head trained without rows: on the validation and on the test rows."""
     rows, seed = job
     kept = np.delete(np.arange(len(labels)), rows)
-    head = train_head(Frozen(features, labels, classes), torch.from_numpy(kept), seed)
+    head = train_head(Frozen(features, labels, classes, weights), torch.from_numpy(kept), seed)
     held = Frozen(held_features, held_labels, classes)
     test = Frozen(test_features, test_labels, classes)
     return _figures(head, held), _figures(head, test)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from turnover.heads import WideHead
 from turnover.network import Network
 from turnover.reading import damage, parse_json
 from turnover.sites import device_of, resolve
+from turnover.tasks.class_weights import ClassWeights, check_class_weights
 from turnover.weights import check_finite, opened
 
 _CHECK_EVERY = 10
@@ -40,6 +41,8 @@ class TrainingConfig:
         learning_rate: of all that is trained but wide heads, decaying linearly to 0.
         head_learning_rate: of wide heads, decaying linearly to 0.
         seed: of initial weights, order and ordinary dropout.
+        class_weights: what a row counts in the training loss, by its class: ``"balanced"``, or weights by
+            the names of classes; ``None``: all rows count the same. What is measured is never weighted.
     """
 
     epochs: int = 3
@@ -47,8 +50,10 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     head_learning_rate: float = 1e-4
     seed: int = 0
+    class_weights: ClassWeights = None
 
     def __post_init__(self) -> None:
+        check_class_weights(self.class_weights)
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -94,13 +99,18 @@ class Curves:
             self.losses.setdefault(name, []).append(value)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where the processor computes in it, and nothing elsewhere."""
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the processor computes in bfloat16."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Private: where a torch lacks it, training is in float32.
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.type == "cpu" and bool(asked())
+
+
+def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[Any]:
+    """Compute in bfloat16, or in float32 whatever the caller's own autocast is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def evaluate(
@@ -123,14 +133,17 @@ def logits_of_rows(
     rows: Sequence[int],
     bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
 ) -> Tensor:
-    """Logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``."""
+    """Logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``.
+
+    Computed in float32, as influence is: of two precisions, some rows would be errors in one alone.
+    """
     device = device_of(model)
     chunks = data.chunks(rows)
     found = []
     model.eval()
     with torch.no_grad():
         for chunk in chunks:
-            with bind(chunk), autocast(device):
+            with bind(chunk), autocast(device, bfloat16=False):
                 found.append(data.batch(chunk).to(device).call(model).float())
     return in_order(found, chunks, rows).cpu()
 
@@ -144,6 +157,8 @@ def train(
     name: str,
     checkpoint: Path,
     identity: str,
+    bfloat16: bool,
+    weights: Tensor | None,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
     points: int = 9,
     follow: Callable[[int], None] | None = None,
@@ -156,6 +171,8 @@ def train(
         checkpoint: file written after every epoch.
         identity: says all that decides this training beside the data and ``config``; a checkpoint of
             another one is not resumed.
+        weights: of the classes in the loss, float (classes,); ``None``: all weigh the same.
+        bfloat16: forward and backward compute in bfloat16; weights and their updates stay float32.
         measure: losses on fixed rows, called at ``points`` steps.
         follow: called after every epoch with the number of epochs done.
 
@@ -188,9 +205,9 @@ def train(
                     group["lr"] = group["initial_lr"] * (1 - step / total)
                 batch = data.training_batch(rows, drawn)
                 assert batch.ids is not None and batch.labels is not None
-                with bind(batch.ids), autocast(device):
+                with bind(batch.ids), autocast(device, bfloat16=bfloat16):
                     logits = batch.to(device).call(model).float()
-                    loss = functional.cross_entropy(logits, batch.labels.to(device))
+                    loss = weighted_loss(logits, batch.labels.to(device), weights)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -212,6 +229,18 @@ def train(
             _store(checkpoint, model, optimizer, curves, digest, epoch + 1)
     model.eval()
     return curves
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean cross entropy, each row times the weight of its class.
+
+    The mean is over rows: over the sum of weights, as torch has it, what a row teaches would depend on the
+    classes of the rows beside it.
+    """
+    if weights is None:
+        return functional.cross_entropy(logits, labels)
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    return (losses * weights.to(losses)[labels]).mean()
 
 
 @contextmanager

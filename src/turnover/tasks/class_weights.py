@@ -1,0 +1,110 @@
+"""What the classes weigh in the training loss, where some are rare or count for more."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turnover.data import Data
+from turnover.errors import InputError
+from turnover.reading import damage
+from turnover.run import Run
+
+BALANCED = "balanced"
+
+ClassWeights = Literal["balanced"] | Mapping[str, float] | None
+"""``"balanced"``; weights by the names of classes, 1 for those left out; or ``None``: all weigh the same."""
+
+
+def check_class_weights(asked: ClassWeights) -> None:
+    """Whether these are weights.
+
+    Raises:
+        InputError: another word, or a weight that is not a finite number above 0.
+    """
+    if asked is None or asked == BALANCED:
+        return
+    if isinstance(asked, str):
+        raise InputError(f"class weights are {BALANCED!r} or NAME=WEIGHT, got {asked!r}")
+    for name, weight in asked.items():
+        if not 0 < weight < math.inf:
+            raise InputError(
+                f"the weight of class {name!r} must be a finite number above 0, got {weight}"
+            )
+
+
+def parse_class_weights(given: Sequence[str] | None) -> ClassWeights:
+    """What the command line is given: ``balanced`` alone, or ``NAME=WEIGHT`` for each class.
+
+    Raises:
+        InputError: something else, or a class twice.
+    """
+    if not given:
+        return None
+    if list(given) == [BALANCED]:
+        return "balanced"
+    weights: dict[str, float] = {}
+    for one in given:
+        name, _, number = one.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or math.isnan(weight):
+            raise InputError(
+                f"--class-weights is {BALANCED} alone, or NAME=WEIGHT for each class, got {one!r}"
+            )
+        if name in weights:
+            raise InputError(f"--class-weights names the class {name!r} twice: give it once")
+        weights[name] = weight
+    return weights
+
+
+def weights_of_run(run: Run) -> Tensor | None:
+    """The weights of classes that a run was trained with.
+
+    Raises:
+        InputError: a damaged ``config.json``.
+    """
+    where = run.folder / "config.json"
+    with damage(where):
+        asked = run.config.get("training", {}).get("class_weights")
+        check_class_weights(asked)
+        return class_weights(asked, run.train)
+
+
+def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
+    """The weight of every class, float32 (classes,); ``None``: all weigh the same.
+
+    Balanced weights are rows over (classes with rows x rows of the class), so that every class weighs as
+    much as any other in all, and a row 1 in the mean.
+
+    Args:
+        data: the training data.
+
+    Raises:
+        InputError: a class that the data do not have.
+    """
+    if asked is None:
+        return None
+    if isinstance(asked, str):
+        counts = Counter(data.labels)
+        share = len(data) / len(counts)
+        found = [
+            share / counts[index] if index in counts else 1.0 for index in range(len(data.classes))
+        ]
+        return torch.tensor(found)
+    for name in asked:
+        if name not in data.classes:
+            close = difflib.get_close_matches(name, data.classes, n=3, cutoff=0.4)
+            raise InputError(
+                f"--class-weights: there is no class {name!r}; "
+                f"{'closest' if close else 'there are'}: {', '.join(close or data.classes[:10])}"
+            )
+    return torch.tensor([float(asked.get(name, 1.0)) for name in data.classes])

@@ -1,0 +1,59 @@
+"""Predictions, losses and scores are of one precision, whatever training computes in."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from test_cli import data, encoder, run  # noqa: F401 - fixtures
+from turnover import Influence, objectives
+from turnover.encoded import batches
+from turnover.run import Run
+from turnover.tasks import training
+from turnover.tasks.frozen import frozen
+from turnover.tasks.predict import predict_test
+from turnover.tasks.training import evaluate, under_masks
+
+
+@pytest.mark.parametrize("caller", [nullcontext(), torch.autocast("cpu", torch.bfloat16)])
+def test_losses_are_those_that_influence_flips(
+    run: Path,  # noqa: F811
+    caller: torch.autocast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hidden minus exposed loss, as ``evaluate`` has them, is the exact self-influence."""
+    monkeypatch.setattr(training, "native_bfloat16", lambda _: True)
+    loaded = Run.load(run)
+    rows = loaded.encode(loaded.train)
+    with caller:
+        exposed, hidden = (
+            evaluate(
+                loaded.model, rows, range(12), under_masks(loaded.network, rows, None, hidden=h)
+            ).loss
+            for h in (False, True)
+        )
+    exact = Influence(loaded.network, objectives.cross_entropy, "exact", ghosts=20)
+    scores = exact.estimate(batches(rows, range(12)), rows.ids[:12]).scores
+    order = [row for chunk in rows.chunks(range(12)) for row in chunk]
+    own = np.empty(12)
+    for place, row in enumerate(order):
+        own[row] = scores[place, row]
+    np.testing.assert_allclose((hidden - exposed).numpy(), own, atol=2e-6, rtol=1e-4)
+
+
+def test_predictions_and_features_are_float32_under_a_callers_autocast(
+    run: Path,  # noqa: F811
+) -> None:
+    loaded = Run.load(run)
+    plain = predict_test(loaded), frozen(loaded, loaded.test).features
+    with torch.autocast("cpu", torch.bfloat16):
+        again = predict_test(loaded), frozen(loaded, loaded.test).features
+    np.testing.assert_array_equal(plain[0], again[0])
+    assert torch.equal(plain[1], again[1])
