@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
+from turnover.loaders import length_of, warn_left_out
 from turnover.masks import check_training_ids, ghost_ids
 from turnover.modes import evaluating
 from turnover.network import Network
@@ -88,10 +89,17 @@ def hidden_predictions(
         InputError: no batches, batches without ids or (to calibrate) labels, ghosts as ids, a model
             without a classifier's logits, or logits that are not finite.
     """
+    warn_left_out(train_batches)
     hidden, exposed, ids, labels = [], [], [], []
     with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
-        for given in tqdm(train_batches, desc="hidden predictions", disable=not progress):
+        shown = tqdm(
+            iter(train_batches),
+            desc="hidden predictions",
+            total=length_of(train_batches),
+            disable=not progress,
+        )
+        for given in shown:
             batch = adapter(given)
             if batch.ids is None:
                 raise InputError(

@@ -55,6 +55,8 @@ class Network:
         self.spec = spec
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
+        self.adapter: Adapter = as_batch
+        """How batches of whatever trains the model become :class:`turnover.Batch`."""
         self._measured: set[str] = set()
         self._active: Binding | None = None
         self._past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)

@@ -21,8 +21,10 @@ from turnover.influence.engine import Engine, Scores, TargetBlock, measure
 from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
 from turnover.influence.progress import Progress
 from turnover.influence.result import Result
+from turnover.influence.rowwise import RowCheck
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
+from turnover.loaders import Numbers, check_numbered, warn_left_out
 from turnover.masks import check_ids, ghost_ids
 from turnover.network import Network
 from turnover.objectives import Objective, margin
@@ -72,6 +74,7 @@ class Influence:
             stand-in for big networks.
         resamples: of gram with one network, halves of the training set behind standard errors.
         adapter: how a batch becomes :class:`turnover.Batch`; what is one already is taken as it is.
+            ``None``: as the network was attached (by a trainer), else :func:`turnover.batches.as_batch`.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -96,7 +99,7 @@ class Influence:
         directions: int | None = None,
         features: str = "gradients",
         resamples: int = 8,
-        adapter: Adapter = as_batch,
+        adapter: Adapter | None = None,
         progress: bool = False,
     ) -> None:
         if method not in METHODS:
@@ -117,11 +120,13 @@ class Influence:
         self.block = block
         self.candidates = candidates
         self.seconds = seconds
-        self.adapter = adapter
         self.progress = progress
         self._progress: Progress | None = None
         self._gram: Gram | None = None
         models = _several(network)
+        attached = models[0].adapter if isinstance(models[0], Network) else as_batch
+        self.adapter: Adapter = adapter or attached
+        self._row_check = RowCheck(models[0], objective)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
@@ -240,7 +245,8 @@ class Influence:
         if coordinates and out is None:
             raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, top, out)
+            batches = self._batches(targets, Numbers.ROWS)
+            walk, batches = self._begun(targets, batches, ids, top, out)
             if out is None:
                 sink = MemorySink(len(ids))
                 walk.over(batches, ids, sink)
@@ -262,7 +268,8 @@ class Influence:
             return self._gram.aggregate(targets, train_ids)
         ids = self._check(train_ids)
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, None, None)
+            batches = self._batches(targets)
+            walk, batches = self._begun(targets, batches, ids, None, None)
             sink = MemorySink(len(ids))
             walk.over_mean(list(batches), ids, sink)
             result = sink.result(ids.numpy(), **self._described(walk.method, ids))
@@ -382,10 +389,15 @@ class Influence:
             return plan(walk, list(batches), len(ids), budget=self.seconds, in_memory=out is None)
 
     def _begun(
-        self, targets: Iterable[Any], ids: Tensor, top: int | None, out: str | Path | None
+        self,
+        targets: Iterable[Any],
+        batches: Iterator[Batch],
+        ids: Tensor,
+        top: int | None,
+        out: str | Path | None,
     ) -> tuple[Walk, Iterator[Batch]]:
         """How the targets will be gone through, and the targets, with a progress bar."""
-        batches = self._measured(self._batches(targets))
+        batches = self._measured(batches)
         walk = self._walk(self.method, top)
         if self.method == "auto":
             listed = list(batches)
@@ -482,18 +494,23 @@ class Influence:
             "considered": len(ids),
         }
 
-    def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
+    def _batches(
+        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
+    ) -> Iterator[Batch]:
+        warn_left_out(batches)
         for raw in batches:
             batch = raw if isinstance(raw, Batch) else self.adapter(raw)
             rows = len(batch)
             if not rows:
                 raise InputError("a batch has no rows")
-            if batch.ids is not None and batch.ids.shape != (rows,):
+            if batch.ids is None:
+                check_numbered(batches, numbers)
+            elif batch.ids.shape != (rows,):
                 raise InputError(
                     f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
                     f"for each row"
                 )
-            yield batch
+            yield self._row_check(batch)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

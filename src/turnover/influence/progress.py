@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from turnover.batches import Batch
+from turnover.loaders import length_of
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
 
     def follow(self, targets: Iterable[Any], batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches made of targets; learns from their sizes how much there is to do."""
-        expected = len(targets) if isinstance(targets, Sized) else None
+        expected = length_of(targets)
         rows = 0
         for seen, batch in enumerate(batches, start=1):
             rows += len(batch)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.batches import Batch, tensors
+from turnover.batches import Batch
 from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
 from turnover.influence.extremes import Extremes, Found, merged
 from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
@@ -296,29 +296,14 @@ def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
     for batch in batches:
         start = 0
         while len(batch) - start >= missing:
-            yield [*group, *_cut(batch, start, start + missing)]
+            yield [*group, batch.rows(start, start + missing)]
             start += missing
             group, missing = [], rows
         if start < len(batch):
-            group += _cut(batch, start, len(batch))
+            group.append(batch.rows(start, len(batch)))
             missing -= len(batch) - start
     if group:
         yield group
-
-
-def _cut(batch: Batch, start: int, stop: int) -> list[Batch]:
-    """Some rows of a batch, in one batch, or more where one would be as long as a shared tensor.
-
-    That tensor would then be taken for rows, and cut with them.
-    """
-    if (start, stop) == (0, len(batch)):
-        return [batch]
-    lengths = {len(v) for v in tensors([batch.inputs, batch.labels]) if v.dim()} - {len(batch)}
-    rows = stop - start
-    if rows > 1 and rows in lengths:
-        middle = start + rows // 2
-        return _cut(batch, start, middle) + _cut(batch, middle, stop)
-    return [batch.rows(start, stop)]
 
 
 def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:

@@ -31,6 +31,7 @@ from turnover.influence.gram.options import (
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress
 from turnover.influence.result import Result
+from turnover.loaders import Numbers
 from turnover.masks import check_ids
 from turnover.objectives import Objective, cross_entropy
 
@@ -57,7 +58,7 @@ class Gram:
         objective: Objective,
         options: Options,
         *,
-        batches: Callable[[Iterable[Any]], Iterator[Batch]],
+        batches: Callable[[Iterable[Any], Numbers], Iterator[Batch]],
         progress: bool,
     ) -> None:
         self._options = options
@@ -98,7 +99,7 @@ class Gram:
         blocks = [Blocks(share, scratch) for _ in self._captures]
         progress = Progress("gram (fit)", len(self._captures), shown=self._shown)
         with closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches)):
+            for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
@@ -145,7 +146,7 @@ class Gram:
         columns, ids = self._columns(train_ids)
         target_ids: list[Tensor | None] = []
         scores, errors, floors, places, freedom = [], [], [], [], []
-        for batches, crosses in self._targets(targets):
+        for batches, crosses in self._targets(targets, Numbers.ROWS):
             target_ids += [batch.ids for batch in batches]
             score, error, free = self._scored(crosses)
             score, error = score[:, columns], error[:, columns]
@@ -182,7 +183,7 @@ class Gram:
         columns, ids = self._columns(train_ids)
         sums: list[Tensor] = []
         count = 0
-        for _, crosses in self._targets(targets):
+        for _, crosses in self._targets(targets, Numbers.UNUSED):
             parts = [cross.double().sum(dim=0) for cross in crosses]
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             count += len(crosses[0])
@@ -197,7 +198,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._batches(train_batches)]
+            given = [batch.ids for batch in self._batches(train_batches, Numbers.UNUSED)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "
@@ -231,7 +232,9 @@ class Gram:
             **self._describe(len(ids)),
         )
 
-    def _targets(self, targets: Iterable[Any]) -> Iterator[tuple[list[Batch], list[Tensor]]]:
+    def _targets(
+        self, targets: Iterable[Any], numbers: Numbers
+    ) -> Iterator[tuple[list[Batch], list[Tensor]]]:
         """Blocks of targets, and their inner products with the training set by each network."""
         self._check_fitted()
         pairs = len(self._captures) * len(self._ids)
@@ -240,7 +243,7 @@ class Gram:
             pending: list[Batch] = []
             rows: list[list[Rows]] = [[] for _ in self._captures]
             seen = False
-            for batch in progress.follow(targets, self._batches(targets)):
+            for batch in progress.follow(targets, self._batches(targets, numbers)):
                 seen = True
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
