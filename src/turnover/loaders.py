@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def check_numbered(batches: Iterable[Any], numbers: Numbers) -> None:
     if _keeps_order(loader):
         return
     places = places_of(loader)
-    if places is None or (numbers is Numbers.DATA and any(a != b for a, b in zip(places, count()))):  # noqa: B905
+    if places is None or (numbers is Numbers.DATA and places != list(range(len(places)))):
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         order = "from the first row on" if numbers is Numbers.DATA else "in one order only"
         raise InputError(

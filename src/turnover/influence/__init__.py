@@ -136,6 +136,7 @@ class Influence:
                 objective,
                 Options(ridge, residual, directions, features, resamples),
                 batches=self._batches,
+                adapted=self._adapted,
                 progress=progress,
             )
             return
@@ -312,7 +313,7 @@ class Influence:
         seen: set[int] = set()
         progress = Progress("self-influence", 1, shown=self.progress)
         with self._evaluating(), closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches)):
+            for batch in progress.follow(train_batches, self._adapted(train_batches)):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
                 row_ids = self._check(batch.ids)
@@ -320,6 +321,7 @@ class Influence:
                 if again:
                     raise InputError(_TWICE.format(again[:5]))
                 seen.update(row_ids.tolist())
+                batch = self._row_check(batch)
                 if not ids:
                     measure(self._engines, batch)
                 scores, noise = self._own(batch, row_ids)
@@ -497,6 +499,12 @@ class Influence:
     def _batches(
         self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
     ) -> Iterator[Batch]:
+        return map(self._row_check, self._adapted(batches, numbers))
+
+    def _adapted(
+        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
+    ) -> Iterator[Batch]:
+        """The batches, of which nothing has run yet."""
         warn_left_out(batches)
         for raw in batches:
             batch = raw if isinstance(raw, Batch) else self.adapter(raw)
@@ -510,7 +518,7 @@ class Influence:
                     f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
                     f"for each row"
                 )
-            yield self._row_check(batch)
+            yield batch
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

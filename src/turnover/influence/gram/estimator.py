@@ -46,6 +46,7 @@ class Gram:
         objective: cost of a prediction.
         options: how to score.
         batches: checks and adapts what a user gives.
+        adapted: adapts batches of which only the ids are wanted.
         progress: whether to show a progress bar.
 
     Raises:
@@ -59,10 +60,12 @@ class Gram:
         options: Options,
         *,
         batches: Callable[[Iterable[Any], Numbers], Iterator[Batch]],
+        adapted: Callable[[Iterable[Any]], Iterator[Batch]],
         progress: bool,
     ) -> None:
         self._options = options
         self._batches = batches
+        self._adapted = adapted
         self._models = models
         self._objective = objective
         self._shown = progress
@@ -198,7 +201,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._batches(train_batches, Numbers.UNUSED)]
+            given = [batch.ids for batch in self._adapted(train_batches)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "

@@ -30,6 +30,11 @@ class RowGradients:
         self._wanted = {name: found[name] for name in names}
         self._step = max(1, _ELEMENTS // max(1, sum(p.numel() for p in self._wanted.values())))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each parameter, in the order of the columns."""
+        return {name: parameter.numel() for name, parameter in self._wanted.items()}
+
     def __call__(self, batch: Batch, back: Mapping[int, Tensor]) -> Tensor:
         """The gradients, float32 (rows, parameters).
 
