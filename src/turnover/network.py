@@ -433,7 +433,9 @@ class Network:
             if not fits and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
-                    f"bound: bind one id for each row"
+                    f"bound: bind one id for each row on axis 0. Where the model folds another axis into "
+                    f"the rows (choices, time, views), repeat the ids alike (ids.repeat_interleave), or "
+                    f"attach sites above that"
                 )
             if splits:
                 binding.whole, binding.exposed = output, output * factor.view(shape)

@@ -41,12 +41,14 @@ def mask_gradients(
 
     Raises:
         BindingError: no site was reached by the forward.
-        InputError: the objective does not give one number for each row, or has no derivative.
+        InputError: the objective does not give one number for each row, or has no derivative; a site
+            that does not see the rows of the batch.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
     with torch.enable_grad(), network._probing(wanted) as probes:
         values = costs(objective, batch.call(network.model), batch)
         check_reached(wanted, probes)
+        _check_rows(probes, len(values))
         if not values.requires_grad:
             raise InputError(
                 "the linear method differentiates the objective, and this one cannot be "
@@ -79,6 +81,21 @@ def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
             f"the forward reached none of the sites {list(wanted)}: are these modules called (weights "
             f"merged, or used by name, bypass them), and is the network attached?"
         )
+
+
+def _check_rows(probes: Mapping[str, Tensor], rows: int) -> None:
+    """Refuse masks of something else than rows.
+
+    Raises:
+        InputError: a site that saw more or fewer rows than the batch has.
+    """
+    for site, probe in probes.items():
+        if len(probe) != rows:
+            raise InputError(
+                f"site {site!r} saw {len(probe)} rows in a batch of {rows}, so its masks do not belong to "
+                f"rows: another axis (choices, time, views) is folded into axis 0, or rows take different "
+                f"paths. Attach sites whose outputs have one row for each row of the batch"
+            )
 
 
 class LinearScorer:
