@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
-from turnover.influence.cost import Plan, plan
+from turnover.influence.cost import Plan, pilot, plan
 from turnover.influence.engine import Engine, Scores, TargetBlock, measure
 from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
-from turnover.influence.progress import Progress
+from turnover.influence.progress import Counts, Progress
 from turnover.influence.result import Result
 from turnover.influence.rowwise import RowCheck
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
@@ -270,7 +270,7 @@ class Influence:
         ids = self._check(train_ids)
         with self._evaluating():
             batches = self._batches(targets)
-            walk, batches = self._begun(targets, batches, ids, None, None)
+            walk, batches = self._begun(targets, batches, ids, None, None, mean=True)
             sink = MemorySink(len(ids))
             walk.over_mean(list(batches), ids, sink)
             result = sink.result(ids.numpy(), **self._described(walk.method, ids))
@@ -311,8 +311,9 @@ class Influence:
         ids: list[Tensor] = []
         own, errors, floors = [], [], []
         seen: set[int] = set()
-        progress = Progress("self-influence", 1, shown=self.progress)
-        with self._evaluating(), closing(progress):
+        progress = Progress("self-influence", self._own_work(), unit="row", shown=self.progress)
+        with self._evaluating():
+            self._listen(progress)
             for batch in progress.follow(train_batches, self._adapted(train_batches)):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
@@ -330,7 +331,6 @@ class Influence:
                     errors.append(scores.standard_error[0].cpu().numpy())
                 floors.append(pool.add(noise.cpu().numpy()))
                 ids.append(row_ids)
-                progress.advance(len(batch))
         if not ids:
             raise InputError("no training batches given")
         all_ids = torch.cat(ids)
@@ -347,6 +347,12 @@ class Influence:
             standard_error=np.concatenate(errors) if errors else None,
             **described,
         )
+
+    def _own_work(self) -> dict[str, int]:
+        networks = len(self.networks)
+        if self.method == "exact":
+            return {"exact": networks * (1 + min(self.ghosts, _OWN_GHOSTS))}
+        return {"backward": networks}
 
     def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
         """Scores of every row under its own id (1, rows), and under ghosts (rows, ghosts)."""
@@ -397,6 +403,8 @@ class Influence:
         ids: Tensor,
         top: int | None,
         out: str | Path | None,
+        *,
+        mean: bool = False,
     ) -> tuple[Walk, Iterator[Batch]]:
         """How the targets will be gone through, and the targets, with a progress bar."""
         batches = self._measured(batches)
@@ -408,12 +416,26 @@ class Influence:
                 budget, count = self.seconds, len(ids)
                 chosen = plan(walk, listed, count, budget=budget, in_memory=out is None).chosen
             walk, targets, batches = self._walk(chosen, top), listed, iter(listed)
-        pairs = len(self.networks) * walk.pairs(len(ids))
-        progress = Progress(f"influence ({walk.method})", pairs, shown=self.progress)
+        first = next(batches)
+        progress = self._counted(walk, len(ids), first, mean=mean)
+        return walk, progress.follow(targets, chain([first], batches))
+
+    def _counted(self, walk: Walk, ids: int, first: Batch, *, mean: bool) -> Progress:
+        """A progress bar that hears of what is done."""
+        networks = len(self.networks)
+        work = {kind: networks * each for kind, each in walk.work(ids).items()}
+        # The derivatives of the mean are one target's.
+        once = {"pair": work.pop("pair")} if mean and "pair" in work else None
+        guesses = pilot(walk, first, 1 if mean else len(first)) if self.progress else None
+        title = f"influence ({walk.method})"
+        progress = Progress(title, work, once=once, seconds=guesses, shown=self.progress)
+        self._listen(progress)
+        return progress
+
+    def _listen(self, progress: Progress) -> None:
         for engine in self._engines:
-            engine.advance = progress.advance
+            engine.counts = progress
         self._progress = progress
-        return walk, progress.follow(targets, batches)
 
     def _measured(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, after a look at the first, by which all widths are known."""
@@ -533,7 +555,7 @@ class Influence:
             self._progress.close()
         self._progress = None
         for engine in self._engines:
-            engine.advance = lambda _: None
+            engine.counts = Counts()
 
     def _check(self, train_ids: Tensor | Sequence[int] | None) -> Tensor:
         if train_ids is None:

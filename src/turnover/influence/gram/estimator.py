@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
@@ -29,7 +30,7 @@ from turnover.influence.gram.options import (
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
-from turnover.influence.progress import Progress
+from turnover.influence.progress import Progress, counting
 from turnover.influence.result import Result
 from turnover.loaders import Numbers
 from turnover.masks import check_ids
@@ -79,6 +80,7 @@ class Gram:
         ]
         self._fitted: list[Fitted] = []
         self._digests: list[str] = []
+        self._pair_seconds = 0.0
         self._ids = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -100,7 +102,10 @@ class Gram:
         scratch = Scratch()
         share = self._limits.memory // len(self._captures)
         blocks = [Blocks(share, scratch) for _ in self._captures]
-        progress = Progress("gram (fit)", len(self._captures), shown=self._shown)
+        networks = len(self._captures)
+        progress = Progress(
+            "gram (gradients)", {"row": networks}, unit="instance", shown=self._shown
+        )
         with closing(progress):
             for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
@@ -109,7 +114,7 @@ class Gram:
                     rows.append(capture.rows(batch, training=True))
                 for rows, made in zip(every, blocks, strict=True):
                     _close(rows, made, full=True)
-                progress.advance(len(batch) * len(self._captures))
+                progress.advance("row", len(batch) * networks)
         if not sizes:
             raise InputError("no training batches given")
         for rows, made in zip(every, blocks, strict=True):
@@ -124,19 +129,24 @@ class Gram:
                 "two networks have the same masks and weights: one is given twice, and would count double "
                 "in the mean over networks"
             )
-        self._fitted = [
-            Fitted.of(
-                made,
-                rows,
-                self._options.ridge,
-                residual=residual,
-                own_wrong=self._own_wrong,
-                resamples=self._options.resamples,
-                limits=self._limits,
-                scratch=scratch,
-            )
-            for made, rows, residual in zip(blocks, every, self._residual, strict=True)
-        ]
+        entries = sum(sum(made.sizes) ** 2 for made in blocks)
+        start = time.perf_counter()
+        with closing(counting("gram (kernel)", entries, "pairs", shown=self._shown)) as progress:
+            self._fitted = [
+                Fitted.of(
+                    made,
+                    rows,
+                    self._options.ridge,
+                    residual=residual,
+                    own_wrong=self._own_wrong,
+                    resamples=self._options.resamples,
+                    limits=self._limits,
+                    scratch=scratch,
+                    done=progress.update,
+                )
+                for made, rows, residual in zip(blocks, every, self._residual, strict=True)
+            ]
+        self._pair_seconds = (time.perf_counter() - start) / entries
 
     def estimate(
         self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None, top: int | None
@@ -240,25 +250,52 @@ class Gram:
     ) -> Iterator[tuple[list[Batch], list[Tensor]]]:
         """Blocks of targets, and their inner products with the training set by each network."""
         self._check_fitted()
-        pairs = len(self._captures) * len(self._ids)
-        progress = Progress("influence (gram)", pairs, shown=self._shown)
+        networks = len(self._captures)
+        progress = self._progress()
         with closing(progress):
             pending: list[Batch] = []
             rows: list[list[Rows]] = [[] for _ in self._captures]
-            seen = False
+            seen = 0
+
+            def block() -> Iterator[tuple[list[Batch], list[Tensor]]]:
+                crosses = self._crosses(rows)
+                count = sum(map(len, pending)) * networks
+                progress.advance("cross", count)
+                yield pending, crosses
+                progress.advance("halves", int(count == seen * networks))
+                progress.advance("score", count)
+
             for batch in progress.follow(targets, self._batches(targets, numbers)):
-                seen = True
+                seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
                     every.append(capture.rows(batch))
-                progress.advance(len(batch) * pairs)
+                progress.advance("row", len(batch) * networks)
                 if any(map(is_full, rows)):
-                    yield pending, self._crosses(rows)
+                    yield from block()
                     pending, rows = [], [[] for _ in self._captures]
             if not seen:
                 raise InputError("no targets given")
             if pending:
-                yield pending, self._crosses(rows)
+                yield from block()
+
+    def _progress(self) -> Progress:
+        """A bar of the targets. The first scores also solve for halves of the training set."""
+        networks, seconds = len(self._captures), {"cross": 0.0, "halves": 0.0}
+        if self._shown:
+            start = time.perf_counter()
+            for one in self._fitted:
+                one.solve()
+            seconds["halves"] = time.perf_counter() - start
+            widest = max(len(one.k) for one in self._fitted)
+            seconds["cross"] = widest * self._pair_seconds
+        return Progress(
+            "influence (gram)",
+            dict.fromkeys(("row", "cross", "score"), networks),
+            once={"halves": 1},
+            seconds=seconds,
+            shown=self._shown,
+        )
 
     def _crosses(self, rows: Sequence[Sequence[Rows]]) -> list[Tensor]:
         return [one.cross(block_of(r)) for one, r in zip(self._fitted, rows, strict=True)]
