@@ -195,7 +195,7 @@ def test_rows_that_cannot_be_told_apart_are_refused(method, make, shape, objecti
     batch = Batch(tiny.features(*shape), torch.tensor([0, 1, 2, 0]))
     influence = Influence(network, objective, method, ghosts=20)
     run = influence.fit if method == "gram" else lambda b: influence.estimate(b, IDS)
-    with pytest.raises(InputError, match="rows cannot be told apart.*adapter"):
+    with pytest.raises(InputError, match=r"rows cannot be told apart.*adapter"):
         run([batch])
     if method != "gram":
         own = Batch(batch.inputs, batch.labels, torch.arange(4))
@@ -209,7 +209,7 @@ def test_an_axis_that_is_folded_into_the_rows_has_no_masks_of_rows():
     network = attached(Folded())
     batch = Batch(tiny.features(4, 3, 6), torch.tensor([0, 1, 2, 0]))
     for method in ("linear", "exact"):
-        with pytest.raises(InputError, match="site 'act' saw .* rows in a batch of"):
+        with pytest.raises(InputError, match=r"site 'act' saw .* rows in a batch of"):
             Influence(network, method=method, ghosts=20).estimate([batch], IDS)
     with (
         pytest.raises(turnover.BindingError, match="repeat_interleave"),
@@ -411,9 +411,11 @@ STABLE = ("one of two processes", "of one length", "a part")
 def test_gram_is_not_fitted_by_row_numbers_of_another_order(kind):
     model, loader = mlp().model, SHUFFLING[kind](rows_of())
     python, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    with pytest.raises(InputError, match="which row is which is not known.*WithIds"):
+    with pytest.raises(InputError, match=r"which row is which is not known.*WithIds"):
         Influence(model, method="gram").fit(loader)
-    assert (random.getstate() == python and torch.equal(torch.get_rng_state(), state)) or kind
+    assert random.getstate() == python
+    if kind != "workers":
+        assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state[1])  # noqa: NPY002
     Influence(model, method="gram").fit(iter([(tiny.features(5), tiny.labels(5))]))
 
