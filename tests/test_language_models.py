@@ -165,3 +165,129 @@ def test_documents_train_by_the_trainer_and_one_explains_its_completion(tmp_path
     targets = Batch({"input_ids": batch.inputs["input_ids"]}, batch.labels)
     result = turnover.Influence(network, completion).estimate([targets], documents)
     assert (result.scores.argmax(axis=1) == np.arange(16) // 2).mean() >= 0.9
+
+
+def masked_lm():
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+class Plain(torch.nn.Module):
+    """A causal model of tensors, whose tokens have a name of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.act = torch.nn.Embedding(50, 16), torch.nn.GELU()
+        self.last = torch.nn.Linear(16, 50)
+
+    def forward(self, tokens):
+        return self.last(self.act(self.table(tokens).cumsum(dim=1)))
+
+
+def test_labels_of_other_models_than_causal_ones_are_refused():
+    passage = passages(3)
+    tokens = passage.inputs["input_ids"]
+    shifted = torch.cat([tokens[:, 1:], torch.full((3, 1), -100)], dim=1)
+    unchanged = torch.full_like(tokens, -100)
+    unchanged[:, 4] = tokens[:, 4]
+    tags = tokens % 7
+    for model, inputs, labels, named in (
+        (gpt2(), passage.inputs, shifted, "label of row 0, token 1 .* input_ids there"),
+        (gpt2(), passage.inputs, tags, "label of row 0"),
+        (Plain(), tokens, shifted, "label of row 0"),
+        (Plain(), (tokens,), shifted, "label of row 0"),
+        (Plain(), {"tokens": tokens}, tags, "model's input tokens there"),
+        (masked_lm(), {"input_ids": tokens}, unchanged, "MaskedLMOutput"),
+        (masked_lm(), {"input_ids": tokens}, tags, "MaskedLMOutput"),
+        (
+            t5(),
+            {"input_ids": tokens, "decoder_input_ids": tokens},
+            tokens,
+            "Seq2SeqLMOutput",
+        ),
+    ):
+        network = turnover.attach(model.eval(), "mlp" if model.__class__ is not Plain else "act")
+        with pytest.raises(InputError, match=f"{named}.*objective of your own"):
+            turnover.Influence(network, completion, ghosts=20).estimate(
+                [Batch(inputs, labels)], range(10)
+            )
+
+
+def test_the_objective_that_the_refusal_shows_is_right_for_labels_in_their_place():
+    model = masked_lm().eval()
+    tokens = passages(3).inputs["input_ids"]
+    labels = torch.full_like(tokens, -100)
+    labels[:, 4] = tokens[:, 4]
+
+    def cost(outputs, batch):
+        return functional.cross_entropy(
+            outputs.logits.transpose(1, 2), batch.labels, reduction="none"
+        ).sum(1)
+
+    batch = Batch({"input_ids": tokens}, labels)
+    network = turnover.attach(model, "mlp")
+    scores = turnover.Influence(network, cost, "exact", ghosts=20).estimate([batch], range(10))
+    expected = tiny.definition(network, cost, batch, torch.arange(10))
+    np.testing.assert_allclose(scores.scores, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_causal_model_may_be_asked_is_not_refused():
+    """Another last word, tokens of any name, embeddings, padding on either side, virtual tokens."""
+    passage = passages(3)
+    tokens, mask = passage.inputs["input_ids"], passage.inputs["attention_mask"]
+    other = torch.full_like(tokens, -100)
+    places = mask.sum(dim=1) - 1
+    other[torch.arange(3), places] = (tokens[torch.arange(3), places] + 1) % 50
+    left, left_mask = tokens.flip(1), mask.flip(1)
+    for model, inputs, labels in (
+        (gpt2(), passage.inputs, other),
+        (gpt2(), {"input_ids": left, "attention_mask": left_mask}, left),
+        (gpt2(), {"inputs_embeds": tiny.features(3, TOKENS, 16)}, tokens),
+        (Plain(), tokens, tokens),
+        (Plain(), {"tokens": tokens}, tokens),
+    ):
+        batch = Batch(inputs, labels)
+        with torch.no_grad():
+            outputs = batch.call(model.eval())
+            found = completion(outputs, batch)
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+        torch.testing.assert_close(found, by_hand(logits, labels), rtol=1e-4, atol=1e-4)
+
+
+def test_labels_of_a_prompted_model_are_filled_up_in_front():
+    peft = pytest.importorskip("peft", reason="pip install 'turnover[text]'")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(gpt2(), config).eval()
+    batch = passages(3)
+    with torch.no_grad():
+        outputs = batch.call(model)
+        with pytest.raises(InputError, match=r"4 virtual tokens .* -100"):
+            completion(outputs, batch)
+        front = torch.full((3, 4), -100)
+        filled = Batch(batch.inputs, torch.cat([front, batch.labels], dim=1))
+        torch.testing.assert_close(
+            completion(outputs, filled),
+            by_hand(outputs.logits, filled.labels),
+            rtol=1e-4,
+            atol=1e-4,
+        )

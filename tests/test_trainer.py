@@ -200,6 +200,88 @@ def test_the_trainers_batches_are_what_the_estimators_take(tmp_path):
     assert sorted(own.train_ids.tolist()) == list(range(ROWS))
 
 
+class Named(torch.nn.Module):
+    """Calls its labels in its own way, and gives its loss before its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 32), torch.nn.GELU(), torch.nn.Linear(32, 3, bias=False)
+        )
+
+    def forward(self, x, target=None, other=None):
+        logits = self.net(x)
+        if target is None:
+            return (logits,)
+        return torch.nn.functional.cross_entropy(logits, target), logits
+
+
+def named_trainer(path, **settings):
+    data = datasets.Dataset.from_dict(
+        {"x": tiny.features(8, 4).tolist(), "target": [0, 1, 2, 0] * 2, "other": [2, 1, 0, 0] * 2}
+    )
+    arguments = transformers.TrainingArguments(
+        str(path),
+        per_device_train_batch_size=3,
+        num_train_epochs=1,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    return transformers.Trainer(
+        Named(), arguments, train_dataset=data, data_collator=transformers.default_data_collator
+    )
+
+
+def test_labels_come_from_the_column_that_the_trainer_names(tmp_path):
+    one = named_trainer(tmp_path, label_names=["target"])
+    network = attach_trainer(one, "mlp")
+    one.train()
+    loader = one.get_train_dataloader()
+    x, y = tiny.features(8, 4), torch.tensor([0, 1, 2, 0] * 2)
+    plain = [turnover.Batch(x, y, torch.arange(8))]
+    for method in ("linear", "exact"):
+        influence = turnover.Influence(network, method=method, ghosts=20)
+        found, expected = (influence.self_influence(each) for each in (loader, plain))
+        order = found.train_ids.argsort()
+        np.testing.assert_allclose(found.scores[order], expected.scores, rtol=1e-4, atol=1e-5)
+        targets = one.get_eval_dataloader(one.train_dataset)
+        np.testing.assert_allclose(
+            influence.estimate(targets, range(8)).scores,
+            influence.estimate(plain, range(8)).scores,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    fitted = turnover.Influence(network, method="gram").fit(loader)
+    assert sorted(fitted.self_influence().train_ids.tolist()) == list(range(8))
+    held = turnover.hidden_predictions(network, loader, targets)
+    assert len(held.probabilities) == 8
+
+
+def test_of_several_label_names_each_is_where_an_objective_of_ones_own_finds_it(tmp_path):
+    one = named_trainer(tmp_path, label_names=["target", "other"])
+    network = attach_trainer(one, "mlp")
+    one.train()
+    loader = one.get_train_dataloader()
+    with pytest.raises(InputError, match=r"needs labels.*'target', 'other'.*adapter"):
+        turnover.Influence(network, ghosts=20).self_influence(loader)
+
+    def both(outputs, batch):
+        logits = outputs[-1]
+        costs = [
+            torch.nn.functional.cross_entropy(logits, batch.inputs[name], reduction="none")
+            for name in ("target", "other")
+        ]
+        return costs[0] + costs[1]
+
+    for method in ("linear", "exact"):
+        own = turnover.Influence(network, both, method, ghosts=20)
+        assert len(own.self_influence(loader).scores) == 8
+
+
 def test_clipping_by_global_norm_is_refused_before_training(tmp_path):
     model = tiny.bert()
     one = trainer(tmp_path, model, max_grad_norm=1.0)

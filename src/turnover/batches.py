@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 from turnover.errors import InputError
@@ -27,27 +28,55 @@ class Batch:
             positional arguments, anything else as the one argument.
         labels: whatever the objective needs, rows first; int64 classes for the built-in ones.
         ids: int64 instance ids (rows,), where the batch has them.
+        shared: names of inputs that all rows share (class prototypes, a graph), which are never cut
+            into rows: the key of a mapping or the place in a tuple, and whatever lies deeper behind
+            dots. A tensor that is not as long as the batch is shared without being named.
     """
 
     inputs: Any
     labels: Tensor | None = None
     ids: Tensor | None = None
+    shared: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        for value in tensors(self.inputs):
-            if value.dim():
-                return len(value)
-        raise InputError("the batch's model inputs hold no tensor, so it has no rows")
+        lengths = [len(value) for _, value in self.by_rows()]
+        if not lengths:
+            raise InputError(
+                "the batch's model inputs hold no tensor that has rows, so it has none: pass adapter=, a "
+                "function from your batch to turnover.Batch(inputs, labels, ids)"
+            )
+        if self.labels is not None and self.labels.dim() and len(self.labels) in lengths:
+            return len(self.labels)
+        return lengths[0]
+
+    def by_rows(self) -> list[tuple[str, Tensor]]:
+        """Model inputs that may have rows, with their names."""
+        return [(n, v) for n, v in named(self.inputs) if v.dim() and not self.shares(n)]
+
+    def shares(self, name: str) -> bool:
+        """Whether an input, or what it lies in, is named as shared."""
+        return any(name == one or name.startswith(f"{one}.") for one in self.shared)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from start to stop, of inputs, labels and ids.
 
         A tensor whose first axis is not as long as the batch is taken for shared, and kept whole.
+
+        Raises:
+            InputError: a sparse or nested tensor that cannot be cut.
         """
         size = len(self)
 
         def cut(value: Tensor) -> Tensor:
-            return value[start:stop] if value.dim() and len(value) == size else value
+            if not value.dim() or len(value) != size or (start, stop) == (0, size):
+                return value
+            try:
+                return value[start:stop]
+            except (RuntimeError, NotImplementedError) as error:
+                raise InputError(
+                    f"a tensor of layout {value.layout} cannot be cut into rows ({error}): pass "
+                    f"adapter= that makes it dense or padded"
+                ) from error
 
         return self._mapped(cut)
 
@@ -63,8 +92,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; ids stay where they are."""
-        moved = self._mapped(lambda value: value.to(device, non_blocking=True))
-        return replace(moved, ids=self.ids)
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        labels = None if self.labels is None else move(self.labels)
+        return replace(self, inputs=_map(self.inputs, move), labels=labels)
 
     def apart(self) -> Batch:
         """The batch with every tensor of the CPU in memory of its own.
@@ -72,7 +105,12 @@ class Batch:
         How a matrix product adds up may depend on where its operands begin, and a view keeps all
         that it is a view of.
         """
-        return self._mapped(_own)
+        return Batch(
+            _map(self.inputs, _own),
+            None if self.labels is None else _own(self.labels),
+            None if self.ids is None else _own(self.ids),
+            self.shared,
+        )
 
     def call(self, model: nn.Module) -> Any:
         """The model's outputs on the inputs."""
@@ -83,10 +121,16 @@ class Batch:
         return model(self.inputs)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a function of everything but what is shared by name."""
+
+        def of_input(name: str, value: Tensor) -> Tensor:
+            return value if self.shared and self.shares(name) else function(value)
+
         return Batch(
-            _map(self.inputs, function),
+            _map_named(self.inputs, of_input),
             None if self.labels is None else function(self.labels),
             None if self.ids is None else function(self.ids),
+            self.shared,
         )
 
 
@@ -156,12 +200,16 @@ def _collate(collate_fn: Callable[[list[Any]], Any], items: list[Identified]) ->
     )
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) -> Batch:
     """The default adapter.
 
     Takes a :class:`Batch` as it is; a batch of a :class:`WithIds`; a tuple or list ``(inputs,)``,
     ``(inputs, labels)`` or ``(inputs, labels, ids)``; a mapping with ``labels`` (or ``label``) and
     ``ids`` (or ``id``) beside the model's keywords, as Hugging Face collators make it.
+
+    Args:
+        batch: any of these.
+        label_names: keys of a mapping that may hold the labels; the first one that is there does.
 
     Raises:
         InputError: another kind of batch, or labels that are no numbers: pass an ``adapter``.
@@ -170,21 +218,44 @@ def as_batch(batch: Any) -> Batch:
     if isinstance(batch, Batch):
         return batch
     if isinstance(batch, Identified):
-        return replace(as_batch(batch.rows), ids=check_ids(batch.ids))
+        return replace(as_batch(batch.rows, label_names=label_names), ids=check_ids(batch.ids))
+    if isinstance(batch, PackedSequence):
+        raise InputError(
+            "a PackedSequence is not laid out by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "
+            "and let the model pack it again"
+        )
     if isinstance(batch, Mapping):
         inputs = dict(batch)
-        labels = inputs.pop("labels", inputs.pop("label", None))
+        labels = None
+        for name in label_names:
+            given = inputs.pop(name, None)
+            labels = given if labels is None else labels
         ids = inputs.pop("ids", inputs.pop("id", None))
         return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
-    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 3:
+    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 3 and not _are_rows(batch):
         inputs, labels, ids = (*batch, None, None)[:3]
+        if isinstance(inputs, PackedSequence):
+            as_batch(inputs)
         return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
     if isinstance(batch, Tensor):
         return Batch(batch)
     raise InputError(
-        f"a batch of type {type(batch).__name__} is not understood: pass adapter=, a function from "
+        f"a batch of type {_described(batch)} is not understood: pass adapter=, a function from "
         f"your batch to turnover.Batch(inputs, labels, ids)"
     )
+
+
+def _are_rows(batch: Sequence[Any]) -> bool:
+    """Whether a list holds one mapping for each row, which nothing collated."""
+    return len(batch) > 1 and all(isinstance(one, Mapping) for one in batch)
+
+
+def _described(batch: Any) -> str:
+    name = type(batch).__name__
+    if not isinstance(batch, tuple | list):
+        return name
+    kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in batch))
+    return f"{name} of {len(batch)} items ({kinds})"
 
 
 def shapes(inputs: Any) -> tuple[tuple[int, ...], ...]:
@@ -225,13 +296,30 @@ def _own(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format)
 
 
+def named(value: Any) -> list[tuple[str, Tensor]]:
+    """The tensors in a batch's model inputs, in their order, with their names."""
+    found: list[tuple[str, Tensor]] = []
+
+    def collect(name: str, tensor: Tensor) -> Tensor:
+        found.append((name, tensor))
+        return tensor
+
+    _map_named(value, collect)
+    return found
+
+
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return _map_named(value, lambda _, tensor: function(tensor))
+
+
+def _map_named(value: Any, function: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
     if isinstance(value, Tensor):
-        return function(value)
+        return function(path, value)
+    before = f"{path}." if path else ""
     if isinstance(value, Mapping):
-        return {key: _map(item, function) for key, item in value.items()}
+        return {k: _map_named(v, function, f"{before}{k}") for k, v in value.items()}
     if isinstance(value, tuple | list):
-        items = [_map(item, function) for item in value]
+        items = [_map_named(v, function, f"{before}{i}") for i, v in enumerate(value)]
         if isinstance(value, list):
             return items
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

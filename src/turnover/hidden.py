@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from turnover.batches import Adapter, Batch, as_batch
+from turnover.batches import Adapter, Batch
 from turnover.errors import InputError
+from turnover.loaders import length_of, warn_left_out
 from turnover.masks import check_training_ids, ghost_ids
 from turnover.modes import evaluating
 from turnover.network import Network
@@ -58,7 +59,7 @@ def hidden_predictions(
     train_batches: Iterable[Any],
     held_out: Iterable[Any] | None = None,
     *,
-    adapter: Adapter = as_batch,
+    adapter: Adapter | None = None,
     progress: bool = False,
 ) -> HiddenPredictions:
     """Predict every training instance by the sub-network that never learned it.
@@ -78,7 +79,8 @@ def hidden_predictions(
         train_batches: batches with labels and the ids they were trained under.
         held_out: batches with labels of the same kind (the same annotators), not trained on; ``None``:
             as the hidden networks say it.
-        adapter: how a batch becomes model inputs, labels and ids.
+        adapter: how a batch becomes model inputs, labels and ids; ``None``: as the network was attached
+            (by a trainer), else :func:`turnover.batches.as_batch`.
         progress: show a progress bar.
 
     Returns:
@@ -88,10 +90,18 @@ def hidden_predictions(
         InputError: no batches, batches without ids or (to calibrate) labels, ghosts as ids, a model
             without a classifier's logits, or logits that are not finite.
     """
+    adapter = adapter or network.adapter
+    warn_left_out(train_batches)
     hidden, exposed, ids, labels = [], [], [], []
     with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
-        for given in tqdm(train_batches, desc="hidden predictions", disable=not progress):
+        shown = tqdm(
+            iter(train_batches),
+            desc="hidden predictions",
+            total=length_of(train_batches),
+            disable=not progress,
+        )
+        for given in shown:
             batch = adapter(given)
             if batch.ids is None:
                 raise InputError(

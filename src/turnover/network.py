@@ -56,6 +56,8 @@ class Network:
         self.spec = spec
         self._sites = {site.name: site for site in sites}
         self.units: dict[str, int | None] = {site.name: site.units for site in sites}
+        self.adapter: Adapter = as_batch
+        """How batches of whatever trains the model become :class:`turnover.Batch`."""
         self._measured: set[str] = set()
         self._contexts = Contexts()
         self._handles: list[RemovableHandle] = []
@@ -429,7 +431,9 @@ class Network:
             if not fits and not (binding.broadcast and output.shape[0] == 1):
                 raise BindingError(
                     f"site {site.name!r} saw a batch of {output.shape[0]} rows, but {shape[0]} ids are "
-                    f"bound: bind one id for each row{_sequences(site)}"
+                    f"bound: bind one id for each row on axis 0. Where the model folds another axis into "
+                    f"the rows (choices, time, views), repeat the ids alike (ids.repeat_interleave), or "
+                    f"attach sites above that{_sequences(site)}"
                 )
             if splits:
                 binding.whole, binding.exposed = output, output * factor.view(shape)

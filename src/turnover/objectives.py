@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnover.batches import Batch
+from turnover.causal import check_causal
 from turnover.errors import InputError
 
 Objective = Callable[[Any, Batch], Tensor]
@@ -49,9 +50,7 @@ def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = logits_of(outputs).float()
     labels = batch.labels
     if labels is None:
-        raise InputError(
-            "the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
-        )
+        raise InputError(_no_labels(batch))
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise InputError(
             f"classification objectives need logits (rows, classes >= 2), got {tuple(logits.shape)}: "
@@ -69,6 +68,18 @@ def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             f"{int(labels.min())} to {int(labels.max())}"
         )
     return logits, labels
+
+
+def _no_labels(batch: Batch) -> str:
+    given = ", ".join(map(repr, batch.inputs)) if isinstance(batch.inputs, Mapping) else ""
+    among = (
+        f". If they are among its inputs ({given}), pass adapter=, a function from your batch to "
+        f"turnover.Batch(inputs, labels, ids)"
+    )
+    return (
+        f"the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
+        f"{among if given else ''}"
+    )
 
 
 def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
@@ -116,18 +127,17 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
     the completion as a whole.
 
     Raises:
-        InputError: logits or labels of another shape, labels outside the vocabulary, or a row without
-            a labelled token.
+        InputError: logits or labels of another shape, labels outside the vocabulary, a row without a
+            labelled token, or labels that are not those of a causal model
+            (:func:`turnover.causal.check_causal`).
     """
     logits, labels = logits_of(outputs), batch.labels
     if labels is None:
-        raise InputError(
-            "the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
-        )
+        raise InputError(_no_labels(batch))
     if logits.dim() != 3 or labels.is_floating_point() or labels.shape != logits.shape[:2]:
         raise InputError(
             f"a completion needs logits (rows, tokens, vocabulary) and integer labels (rows, tokens), "
-            f"got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            f"got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}{_virtual(logits, labels)}"
         )
     following = labels[:, 1:].long()  # (rows, tokens - 1)
     asked = following != -100
@@ -143,7 +153,18 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
             f"labels must lie in [0, {logits.shape[2]}), the vocabulary, or be -100; got "
             f"{int(known.min())} to {int(known.max())}"
         )
+    check_causal(outputs, batch, labels)
     # Of the labelled tokens alone: float32 logits of a whole prompt are large.
     of_token = functional.cross_entropy(logits[:, :-1][asked].float(), known, reduction="none")
     row = asked.nonzero()[:, 0]
     return of_token.new_zeros(len(labels)).index_add(0, row, of_token)
+
+
+def _virtual(logits: Tensor, labels: Tensor) -> str:
+    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[1] <= labels.shape[1]:
+        return ""
+    more = logits.shape[1] - labels.shape[1]
+    return (
+        f". Where the model puts {more} virtual tokens before the text (prompt tuning), fill the labels "
+        f"up with {more} times -100 in front"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.errors import InputError
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
-from turnover.influence.cost import Plan, plan
+from turnover.influence.cost import Plan, pilot, plan
 from turnover.influence.engine import Engine, Scores, TargetBlock, measure
 from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
-from turnover.influence.progress import Progress
+from turnover.influence.progress import Counts, Progress
 from turnover.influence.result import Result
+from turnover.influence.rowwise import RowCheck
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
+from turnover.loaders import Numbers, check_numbered, warn_left_out
 from turnover.masks import check_ids, ghost_ids
 from turnover.modes import exclusive
 from turnover.network import Network
@@ -73,6 +75,7 @@ class Influence:
             stand-in for big networks.
         resamples: of gram with one network, halves of the training set behind standard errors.
         adapter: how a batch becomes :class:`turnover.Batch`; what is one already is taken as it is.
+            ``None``: as the network was attached (by a trainer), else :func:`turnover.batches.as_batch`.
         progress: show a progress bar with the time left.
 
     Raises:
@@ -97,7 +100,7 @@ class Influence:
         directions: int | None = None,
         features: str = "gradients",
         resamples: int = 8,
-        adapter: Adapter = as_batch,
+        adapter: Adapter | None = None,
         progress: bool = False,
     ) -> None:
         if method not in METHODS:
@@ -118,12 +121,14 @@ class Influence:
         self.block = block
         self.candidates = candidates
         self.seconds = seconds
-        self.adapter = adapter
         self.progress = progress
         self._progress: Progress | None = None
         self._gram: Gram | None = None
         models = _several(network)
         self._models = [one.model if isinstance(one, Network) else one for one in models]
+        attached = models[0].adapter if isinstance(models[0], Network) else as_batch
+        self.adapter: Adapter = adapter or attached
+        self._row_check = RowCheck(models[0], objective)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
@@ -133,6 +138,7 @@ class Influence:
                 objective,
                 Options(ridge, residual, directions, features, resamples),
                 batches=self._batches,
+                adapted=self._adapted,
                 progress=progress,
             )
             return
@@ -244,7 +250,8 @@ class Influence:
         if coordinates and out is None:
             raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, top, out)
+            batches = self._batches(targets, Numbers.ROWS)
+            walk, batches = self._begun(targets, batches, ids, top, out)
             if out is None:
                 sink = MemorySink(len(ids))
                 walk.over(batches, ids, sink)
@@ -267,7 +274,8 @@ class Influence:
                 return self._gram.aggregate(targets, train_ids)
         ids = self._check(train_ids)
         with self._evaluating():
-            walk, batches = self._begun(targets, ids, None, None)
+            batches = self._batches(targets)
+            walk, batches = self._begun(targets, batches, ids, None, None, mean=True)
             sink = MemorySink(len(ids))
             walk.over_mean(list(batches), ids, sink)
             result = sink.result(ids.numpy(), **self._described(walk.method, ids))
@@ -309,9 +317,10 @@ class Influence:
         ids: list[Tensor] = []
         own, errors, floors = [], [], []
         seen: set[int] = set()
-        progress = Progress("self-influence", 1, shown=self.progress)
-        with self._evaluating(), closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches)):
+        progress = Progress("self-influence", self._own_work(), unit="row", shown=self.progress)
+        with self._evaluating():
+            self._listen(progress)
+            for batch in progress.follow(train_batches, self._adapted(train_batches)):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
                 row_ids = self._check(batch.ids)
@@ -319,6 +328,7 @@ class Influence:
                 if again:
                     raise InputError(_TWICE.format(again[:5]))
                 seen.update(row_ids.tolist())
+                batch = self._row_check(batch)
                 if not ids:
                     measure(self._engines, batch)
                 scores, noise = self._own(batch, row_ids)
@@ -327,7 +337,6 @@ class Influence:
                     errors.append(scores.standard_error[0].cpu().numpy())
                 floors.append(pool.add(noise.cpu().numpy()))
                 ids.append(row_ids)
-                progress.advance(len(batch))
         if not ids:
             raise InputError("no training batches given")
         all_ids = torch.cat(ids)
@@ -344,6 +353,12 @@ class Influence:
             standard_error=np.concatenate(errors) if errors else None,
             **described,
         )
+
+    def _own_work(self) -> dict[str, int]:
+        networks = len(self.networks)
+        if self.method == "exact":
+            return {"exact": networks * (1 + min(self.ghosts, _OWN_GHOSTS))}
+        return {"backward": networks}
 
     def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
         """Scores of every row under its own id (1, rows), and under ghosts (rows, ghosts)."""
@@ -388,10 +403,17 @@ class Influence:
             return plan(walk, list(batches), len(ids), budget=self.seconds, in_memory=out is None)
 
     def _begun(
-        self, targets: Iterable[Any], ids: Tensor, top: int | None, out: str | Path | None
+        self,
+        targets: Iterable[Any],
+        batches: Iterator[Batch],
+        ids: Tensor,
+        top: int | None,
+        out: str | Path | None,
+        *,
+        mean: bool = False,
     ) -> tuple[Walk, Iterator[Batch]]:
         """How the targets will be gone through, and the targets, with a progress bar."""
-        batches = self._measured(self._batches(targets))
+        batches = self._measured(batches)
         walk = self._walk(self.method, top)
         if self.method == "auto":
             listed = list(batches)
@@ -400,12 +422,26 @@ class Influence:
                 budget, count = self.seconds, len(ids)
                 chosen = plan(walk, listed, count, budget=budget, in_memory=out is None).chosen
             walk, targets, batches = self._walk(chosen, top), listed, iter(listed)
-        pairs = len(self.networks) * walk.pairs(len(ids))
-        progress = Progress(f"influence ({walk.method})", pairs, shown=self.progress)
+        first = next(batches)
+        progress = self._counted(walk, len(ids), first, mean=mean)
+        return walk, progress.follow(targets, chain([first], batches))
+
+    def _counted(self, walk: Walk, ids: int, first: Batch, *, mean: bool) -> Progress:
+        """A progress bar that hears of what is done."""
+        networks = len(self.networks)
+        work = {kind: networks * each for kind, each in walk.work(ids).items()}
+        # The derivatives of the mean are one target's.
+        once = {"pair": work.pop("pair")} if mean and "pair" in work else None
+        guesses = pilot(walk, first, 1 if mean else len(first)) if self.progress else None
+        title = f"influence ({walk.method})"
+        progress = Progress(title, work, once=once, seconds=guesses, shown=self.progress)
+        self._listen(progress)
+        return progress
+
+    def _listen(self, progress: Progress) -> None:
         for engine in self._engines:
-            engine.advance = progress.advance
+            engine.counts = progress
         self._progress = progress
-        return walk, progress.follow(targets, batches)
 
     def _measured(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, after a look at the first, by which all widths are known."""
@@ -488,13 +524,24 @@ class Influence:
             "considered": len(ids),
         }
 
-    def _batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
+    def _batches(
+        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
+    ) -> Iterator[Batch]:
+        return map(self._row_check, self._adapted(batches, numbers))
+
+    def _adapted(
+        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
+    ) -> Iterator[Batch]:
+        """The batches, of which nothing has run yet."""
+        warn_left_out(batches)
         for raw in batches:
             batch = raw if isinstance(raw, Batch) else self.adapter(raw)
             rows = len(batch)
             if not rows:
                 raise InputError("a batch has no rows")
-            if batch.ids is not None and batch.ids.shape != (rows,):
+            if batch.ids is None:
+                check_numbered(batches, numbers)
+            elif batch.ids.shape != (rows,):
                 raise InputError(
                     f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
                     f"for each row"
@@ -515,7 +562,7 @@ class Influence:
             self._progress.close()
         self._progress = None
         for engine in self._engines:
-            engine.advance = lambda _: None
+            engine.counts = Counts()
 
     def _check(self, train_ids: Tensor | Sequence[int] | None) -> Tensor:
         if train_ids is None:

@@ -136,6 +136,24 @@ def plan(walk: Walk, batches: Sequence[Batch], ids: int, *, budget: float, in_me
     return Plan(targets, ids, budget, tuple(costs), chosen, reason)
 
 
+def pilot(walk: Walk, first: Batch, targets: int) -> dict[str, float]:
+    """Seconds of a piece of each kind of work that comes late, when a progress bar has to know early.
+
+    Args:
+        walk: how targets are gone through.
+        first: a batch of them.
+        targets: how many are known to be in one block.
+    """
+    if walk.method == "exact":
+        return {}
+    rows, engines = walk.rows(targets), walk.engines
+    some = first.rows(0, min(2, len(first)))
+    found = {"pair": sum(_product(one, some, rows) for one in engines) / len(engines)}
+    if walk.method == "rerank":
+        found["exact"] = sum(_glimpse(one, some) for one in engines) / len(engines)
+    return found
+
+
 def _choose(times: dict[str, float], budget: float) -> tuple[str, str]:
     if times["exact"] <= budget:
         return "exact", f"all pairs exactly within {_duration(budget)}"
@@ -175,6 +193,12 @@ def _exact(engine: Engine, batch: Batch) -> float:
         if seconds > _QUICK or count >= _PILOT_IDS:
             return seconds / count
         count *= 4
+
+
+def _glimpse(engine: Engine, batch: Batch) -> float:
+    """Seconds of one exact pair, less surely and sooner."""
+    target, ids = batch.rows(0, 1), ghost_ids(_FEW_GHOSTS)
+    return _seconds(engine, lambda: engine.exact([target], ids)) / len(ids)
 
 
 def _seconds(engine: Engine, function: Callable[[], Tensor], *, warm: bool = True) -> float:

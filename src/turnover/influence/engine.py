@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, combinations
 from typing import Any
 
@@ -18,6 +18,7 @@ from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.exact import ExactEstimator
 from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.progress import Counts
 from turnover.influence.reach import Run
 from turnover.modes import evaluating
 from turnover.network import Network
@@ -66,8 +67,8 @@ class Engine:
         self.sites = list(sites)
         self._exact = ExactEstimator(network, objective, block, sites)
         self._independent: set[Run] = set()
-        self.advance: Callable[[int], None] = lambda _: None
-        """Told how many pairs more were scored exactly."""
+        self.counts = Counts()
+        """Told of backward passes, and of pairs that were scored exactly."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process begins with nothing learned, and has nobody to tell.
@@ -100,6 +101,7 @@ class Engine:
                 self.network, self.objective, moved, self.sites, self._independent
             )
             parts.append(finite(part, "mask derivative"))
+            self.counts.advance("backward", len(batch))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def scorer(self, gradients: Tensor) -> LinearScorer:
@@ -110,7 +112,7 @@ class Engine:
         """Exact scores: float32 (targets, ids)."""
         device = device_of(self.network.model)
         moved = [batch.to(device) for batch in batches]
-        scores = self._exact.scores(moved, ids, self.advance)
+        scores = self._exact.scores(moved, ids, partial(self.counts.advance, "exact"))
         return finite(scores, "influence")
 
     @property

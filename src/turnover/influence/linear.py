@@ -47,9 +47,10 @@ def mask_gradients(
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
 
     Raises:
-        BindingError: no site was reached by the forward, a site's output does not have the batch's rows
-            first, or the objective depends on a site in a way that autograd does not see.
-        InputError: the objective does not give one number for each row, or has no derivative.
+        BindingError: no site was reached by the forward, or the objective depends on a site in a way that
+            autograd does not see.
+        InputError: the objective does not give one number for each row, or has no derivative; a site
+            that does not see the rows of the batch.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
 
@@ -88,14 +89,6 @@ def mask_gradients(
     return torch.cat(columns, dim=1)
 
 
-def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
-    if len(gradient) != rows:
-        raise BindingError(
-            f"site {site!r} gave {len(gradient)} rows for a batch of {rows}: its output must have the "
-            f"batch on axis 0 (batch_first=True, where the module has it)"
-        )
-
-
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
     """Refuse a forward that came by no site at all: every influence would be 0.
 
@@ -106,6 +99,21 @@ def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
         raise BindingError(
             f"the forward reached none of the sites {list(wanted)}: are these modules called (weights "
             f"merged, or used by name, bypass them), and is the network attached?"
+        )
+
+
+def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
+    """Refuse masks of something else than rows.
+
+    Raises:
+        InputError: a site that saw more or fewer rows than the batch has.
+    """
+    if len(gradient) != rows:
+        raise InputError(
+            f"site {site!r} saw {len(gradient)} rows in a batch of {rows}, so its masks do not belong to "
+            f"rows: another axis (choices, time, views) is on axis 0 or folded into it, or rows take "
+            f"different paths. Attach sites whose outputs have one row for each row of the batch "
+            f"(batch_first=True, where the module has it)"
         )
 
 

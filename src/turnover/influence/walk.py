@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.batches import Batch, tensors
+from turnover.batches import Batch
 from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
 from turnover.influence.extremes import Extremes, Found, merged
 from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
@@ -126,6 +126,32 @@ class Walk:
             scored = min(2 * self.candidates, scored)
         return scored + (0 if start else self.floor_ghosts)
 
+    def work(self, ids: int, part: slice | None = None) -> dict[str, int]:
+        """What a target, or a part of it, takes of each network, by kind."""
+        pairs = self.pairs(ids, part)
+        first = part is None or not part.start
+        if self.method == "exact":
+            # Whose standard errors are wanted is known only when all are scored.
+            again = 2 * self.top if self.top and len(self.engines) > 1 and first else 0
+            return {"exact": pairs + min(again, ids)}
+        work = {"backward": int(first), "pair": pairs}
+        if self.method == "rerank":
+            work["pair"] = (2 if self.top is None else 1) * ids
+            work["exact"] = pairs
+        return work
+
+    def count(self, targets: int, ids: int, part: slice | None = None) -> None:
+        """Targets, or parts of them, are done elsewhere."""
+        for engine in self.engines:
+            for kind, each in self.work(ids, part).items():
+                engine.counts.advance(kind, targets * each)
+
+    def skip(self, targets: int, work: Mapping[str, int]) -> None:
+        """Work that was done before."""
+        for engine in self.engines:
+            for kind, each in work.items():
+                engine.counts.skip(kind, targets * each)
+
     def fill(
         self,
         block: TargetBlock,
@@ -151,7 +177,7 @@ class Walk:
             some = slice(start, min(start + columns, part.stop))
             several = len(self.engines) > 1
             if sink.has("standard_error" if several else "score", rows, some):
-                self.advance((rows.stop - rows.start) * (some.stop - some.start))
+                self.skip(rows.stop - rows.start, {self._kind: some.stop - some.start})
                 continue
             _put(sink, rows, score(ids[some]), some)
 
@@ -168,6 +194,7 @@ class Walk:
         self._forget()
         score = self._floor(block, rows, sink, part)
         if sink.has("train_id", rows):
+            self.skip(rows.stop - rows.start, {self._kind: part.stop - part.start})
             return None
         assert self.top is not None
         extremes = Extremes(rows.stop - rows.start, self.top)
@@ -203,7 +230,15 @@ class Walk:
         score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
         if part.start == 0 and not sink.has("ghost", rows):
             sink.put("ghost", rows, to_numpy(score(ghost_ids(self.ghosts)).mean))
+        elif part.start == 0:
+            again = {self._kind: self.ghosts, "backward": int(self.method != "exact")}
+            self.skip(rows.stop - rows.start, again)
         return score
+
+    @property
+    def _kind(self) -> str:
+        """Kind of work that a score is."""
+        return "exact" if self.method == "exact" else "pair"
 
     def _forget(self) -> None:
         for engine in self.engines:
@@ -211,13 +246,9 @@ class Walk:
 
     def _linear(self, block: TargetBlock, ids: Tensor) -> Scores:
         scores = block.linear(ids)
-        self.advance(scores.mean.numel())
-        return scores
-
-    def advance(self, pairs: int) -> None:
-        """So many pairs more are scored, by each network."""
         for engine in self.engines:
-            engine.advance(pairs)
+            engine.counts.advance("pair", scores.mean.numel())
+        return scores
 
     def _errors(self, block: TargetBlock, ids: Tensor, positions: Any, columns: int) -> Any:
         """Standard errors of the scores of the ids at some positions: float32, of their shape."""
@@ -243,12 +274,13 @@ class Walk:
         columns: int,
     ) -> None:
         if sink.has("recall", rows):
+            self.skip(rows.stop - rows.start, self.work(len(ids)))
             return
         count = rows.stop - rows.start
         parts = torch.split(ids, columns)
         found = rerank(
             block,
-            (block.linear(part).mean for part in parts),
+            (self._linear(block, part).mean for part in parts),
             ids,
             ghost_ids(self.ghosts),
             targets=count,
@@ -260,7 +292,7 @@ class Walk:
             start = 0
             for part in parts:
                 some = slice(start, start + len(part))
-                linear = block.linear(part)
+                linear = self._linear(block, part)
                 scores = put_on_scale(found, linear)
                 inside = (found.positions >= some.start) & (found.positions < some.stop)
                 row, column = np.nonzero(inside)
@@ -296,29 +328,14 @@ def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
     for batch in batches:
         start = 0
         while len(batch) - start >= missing:
-            yield [*group, *_cut(batch, start, start + missing)]
+            yield [*group, batch.rows(start, start + missing)]
             start += missing
             group, missing = [], rows
         if start < len(batch):
-            group += _cut(batch, start, len(batch))
+            group.append(batch.rows(start, len(batch)))
             missing -= len(batch) - start
     if group:
         yield group
-
-
-def _cut(batch: Batch, start: int, stop: int) -> list[Batch]:
-    """Some rows of a batch, in one batch, or more where one would be as long as a shared tensor.
-
-    That tensor would then be taken for rows, and cut with them.
-    """
-    if (start, stop) == (0, len(batch)):
-        return [batch]
-    lengths = {len(v) for v in tensors([batch.inputs, batch.labels]) if v.dim()} - {len(batch)}
-    rows = stop - start
-    if rows > 1 and rows in lengths:
-        middle = start + rows // 2
-        return _cut(batch, start, middle) + _cut(batch, middle, stop)
-    return [batch.rows(start, stop)]
 
 
 def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:

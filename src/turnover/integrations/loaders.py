@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence import Influence
+from turnover.loaders import loader_of, places_of, warn_left_out
 from turnover.masks import check_training_ids
 
 _NO_PLACES = (
@@ -52,10 +51,11 @@ class LoaderInfluence:
             InputError: as in :meth:`scores` and :meth:`turnover.Influence.fit`.
         """
         self._rows = None
+        warn_left_out(loader)
         if self._influence.method == "gram":
             self._influence.fit(self._batches(loader))
         if _has_places(loader):
-            self._rows = len(loader.dataset)
+            self._rows = _rows_of(loader)
 
     def scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
         """Influence of every row of a training loader on every row of another: float32 (train, targets).
@@ -125,7 +125,7 @@ class LoaderInfluence:
             )
         if not _has_places(loader):
             raise InputError(_NO_PLACES)
-        count = len(loader.dataset)
+        count = _rows_of(loader)
         if self._rows not in (None, count):
             raise InputError(
                 f"the training loader's data set has {count} rows, and the one taken in first has "
@@ -143,25 +143,29 @@ class LoaderInfluence:
         return self._train_ids[places]
 
 
-def _has_places(loader: Iterable[Any]) -> TypeGuard[Any]:
+def _has_places(loader: Iterable[Any]) -> bool:
     """Whether rows can be told by their places: those of a DataLoader of a map-style data set, batched."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    return loader.batch_sampler is not None
+    found = loader_of(loader)
+    return found is not None and found.batch_sampler is not None
 
 
-def _check_order(loader: Any) -> Tensor:
+def _rows_of(loader: Iterable[Any]) -> int:
+    found: Any = loader_of(loader)
+    return len(found.dataset)
+
+
+def _check_order(loader: Iterable[Any]) -> Tensor:
     """Places in the data set of a loader's rows: int64 (rows,); none where they are not known.
 
     Raises:
         InputError: the order changes from pass to pass.
     """
-    sampler = loader.batch_sampler if _has_places(loader) else ()
-    # Samplers that shuffle draw their seed from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        first, second = (list(chain.from_iterable(sampler)) for _ in range(2))
-    if first != second:
+    found = loader_of(loader)
+    if found is None or found.batch_sampler is None:
+        return torch.empty(0, dtype=torch.int64)
+    places = places_of(found)
+    if places is None:
         raise InputError(
             "a loader shuffles, so scores could not be told apart by their places: set shuffle=False"
         )
-    return torch.tensor(first, dtype=torch.int64)
+    return torch.tensor(places, dtype=torch.int64)

@@ -168,7 +168,7 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     broadcast = ray.put(_packed(walk, ids))
     fill, settle = settings.task(_fill), settings.task(_settle)
     scan = settings.task(_scan, num_returns=2)
-    flight: dict[Any, int] = {}
+    flight: dict[Any, tuple[int, slice] | None] = {}
     count = 0
 
     def land() -> None:
@@ -179,7 +179,9 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
                 ray.get(one)
             except RayTaskError as error:
                 raise error.cause from error
-            walk.advance(flight.pop(one))
+            scored = flight.pop(one)
+            if scored is not None:
+                walk.count(scored[0], len(ids), scored[1])
 
     try:
         for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
@@ -196,9 +198,9 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
                     scanned.append(found)
                 else:
                     ended = fill.remote(task, *block)
-                flight[ended] = many * walk.pairs(len(ids), part)
+                flight[ended] = many, part
             if scanned:  # begins when all of them have ended
-                flight[settle.remote(task, *block, *scanned)] = 0
+                flight[settle.remote(task, *block, *scanned)] = None
         while flight:
             land()
     finally:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from turnover.audit import clips
-from turnover.batches import fetched
+from turnover.batches import as_batch, fetched
 from turnover.errors import InputError
 from turnover.integrations.pretrained import check_masks, save_masks
 from turnover.masks import MaskSpec, check_training_ids, string_ids
@@ -44,7 +44,9 @@ def attach_trainer(
     """Attach turn-over dropout to the model of a ``transformers.Trainer``, before ``train()``.
 
     The audit of the first training batch is logged: as a warning where something leaks. The batches
-    of ``trainer.get_train_dataloader()`` hold the ids, as :class:`turnover.Influence` takes them.
+    of ``trainer.get_train_dataloader()`` hold the ids, as :class:`turnover.Influence` takes them. If
+    ``label_names`` of its arguments names one column, labels are taken from it; of several, each stays
+    among the model's inputs, for an objective of your own.
 
     Args:
         trainer: a ``transformers.Trainer``, or of a class that inherits from it.
@@ -75,6 +77,9 @@ def attach_trainer(
     _check_forward(trainer)
     source = _source(trainer.train_dataset, ids)
     network = attach(trainer.model, sites, spec)
+    label_names = trainer.args.label_names or ()
+    if len(label_names) == 1:
+        network.adapter = partial(as_batch, label_names=tuple(label_names))
     _Training(trainer, network, source)
     _save_with_masks(trainer, network)
     return network
@@ -166,7 +171,7 @@ class _Training:
             _logger.warning("not audited for leaks: parameters are sharded over processes")
             return
         with _without_checkpointing(network.model):
-            report = network.audit(inputs, optimizer=trainer.optimizer)
+            report = network.audit(inputs, optimizer=trainer.optimizer, adapter=network.adapter)
         level = logging.INFO if report.clean else logging.WARNING
         _logger.log(level, "turn-over dropout, audit of the first batch: %s", report)
 

@@ -1,8 +1,10 @@
 """One forward and one backward of a batch, and the gradients of every row that fall out of them.
 
 Hooks keep what every trained layer was given; the backward of the summed objective gives the gradient
-of its output for each row, as long as rows do not mix. What no rule knows, or what a rule gets wrong
-on the first batch, goes the general way (:mod:`turnover.influence.gram.general`).
+of its output for each row, as long as rows do not mix. What no rule knows goes the general way
+(:mod:`turnover.influence.gram.general`), and so does what a rule gets wrong. That is looked at on the first
+batch and on every later one in which other layers run, or otherwise than before: some layers run for some
+rows alone (experts), twice, or not at all.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from turnover.influence.engine import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
-from turnover.influence.gram.rules import Call, Rule, rule_of
+from turnover.influence.gram.parts import Part, agrees, check, divided
+from turnover.influence.gram.rules import Call
 from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
-from turnover.sites import canonical_name, device_of, is_sharded
+from turnover.sites import device_of
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""
@@ -36,9 +39,6 @@ _REENTRANT = (
     "the model runs torch.utils.checkpoint(use_reentrant=True) in eval mode, within which gram sees no "
     "gradients: pass use_reentrant=False, or checkpoint in training mode alone"
 )
-
-_TOLERANCE = 2e-3
-"""Share of its norm by which a gradient may differ from autograd's: float32 in another order."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Part:
-    module: nn.Module
-    rule: Rule
-    trained: frozenset[str]
-    parameters: tuple[str, ...]  # names in the model
-
-
-@dataclass(frozen=True)
 class _Seen:
     inputs: Tensor
     edge: GradientEdge
+    spread: bool
+
+
+_Layout = frozenset[tuple[str, tuple[bool, ...]]]
+"""Parts that ran, and for each of their calls whether all rows shared it."""
 
 
 class Capture:
@@ -107,14 +104,18 @@ class Capture:
         self._objective = objective
         self._wrong = wrong
         self._directions = directions
-        _check(self._model)
-        self._parts, self._general = _divided(self._model)
+        check(self._model)
+        self._parts, self._general = divided(self._model)
+        self._given_up: dict[str, Part] = {}
+        self._known: set[_Layout] = set()
+        self._said: set[str] = set()
         self._checked = False
 
     @property
     def general(self) -> tuple[str, ...]:
-        """Names of the parameters that no rule knows."""
-        return tuple(self._general)
+        """Names of the parameters that no rule knows, or that a rule got wrong."""
+        given_up = [name for part in self._given_up.values() for name in part.parameters]
+        return (*self._general, *given_up)
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
         """Gradients, costs and probabilities of the rows of a batch.
@@ -137,7 +138,8 @@ class Capture:
             if not self._checked:
                 self._check_first(batch)
                 self._checked = True
-            rows = self._captured(batch, self._directions if training else 0)
+            rows = self._settled(batch, self._directions if training else 0)
+        self._say_general()
         finite(rows.costs, "objective")
         for factors in rows.parts.values():
             for name, values in factors.tensors().items():
@@ -145,10 +147,33 @@ class Capture:
                     finite(values, "gradient of the objective")
         return rows
 
-    def _captured(self, batch: Batch, count: int = 0) -> Rows:
+    def _settled(self, batch: Batch, count: int = 0) -> Rows:
+        """The rows, once every part of a layout that is new agrees with autograd or is given up."""
+        while True:
+            try:
+                rows, layout = self._captured(batch, count)
+                bad = [] if layout in self._known else self._disagreeing(batch)
+            except _UnknownLayoutError as error:
+                self._give_up([error.part])
+                continue
+            if not bad:
+                self._known.add(layout)
+                return rows
+            self._give_up(bad)
+
+    def _captured(self, batch: Batch, count: int = 0) -> tuple[Rows, _Layout]:
         seen: dict[str, list[_Seen]] = {}
-        with self._watched(len(batch), seen):
-            outputs = batch.call(self._model)
+        try:
+            with self._watched(len(batch), seen):
+                outputs = batch.call(self._model)
+        except _UnknownLayoutError:
+            raise
+        except Exception as error:
+            # An expert that one row comes by is no layer that all rows share.
+            for name, every in seen.items():
+                if any(one.spread for one in every):
+                    raise _UnknownLayoutError(name) from error
+            raise
         values = costs(self._objective, outputs, batch)
         if not values.requires_grad:
             raise InputError(
@@ -161,7 +186,7 @@ class Capture:
         with torch.no_grad():
             wrong = wrongness(outputs, batch) if self._wrong else None
         calls = [(name, one) for name, every in seen.items() for one in every]
-        given = dict(enumerate(tensors([outputs]))) if self._general else {}
+        given = dict(enumerate(tensors([outputs]))) if self.general else {}
         given = {number: one for number, one in given.items() if one.requires_grad}
         edges = [one.edge for _, one in calls] + [get_gradient_edge(v) for v in given.values()]
         weights, pulled = None, [values.sum()]
@@ -182,17 +207,31 @@ class Capture:
             for name, made in by_part.items():
                 part = self._parts[name]
                 parts[name] = part.rule.factors(part.module, part.trained, made)
-        if self._general:
-            gradients = RowGradients(self._model, self._general)
-            general: list[Tensor | None] = []
+        if self.general:
+            pulls = []
             for one_found in found:
                 pairs = zip(given, one_found[len(calls) :], strict=True)
-                pulls = {number: back.detach() for number, back in pairs if back is not None}
-                general.append(gradients(batch, pulls))
-            together = _interleaved(general)
-            assert together is not None
-            parts[GENERAL] = Explicit(together)
-        return Rows(parts, values.detach(), wrong, weights)
+                pulls.append({number: back.detach() for number, back in pairs if back is not None})
+            parts |= self._generally(batch, pulls)
+        layout = frozenset(
+            (name, tuple(one.spread for one in every)) for name, every in seen.items()
+        )
+        return Rows(parts, values.detach(), wrong, weights), layout
+
+    def _generally(self, batch: Batch, pulls: Sequence[Mapping[int, Tensor]]) -> dict[str, Factors]:
+        """Gradients without rules, those of a part given up in the order of its rule's."""
+        gradients = RowGradients(self._model, self.general)
+        together = _interleaved([gradients(batch, one) for one in pulls])
+        assert together is not None
+        sizes = gradients.sizes
+        columns = dict(zip(sizes, torch.split(together, list(sizes.values()), dim=1), strict=True))
+        made: dict[str, Factors] = {}
+        if self._general:
+            made[GENERAL] = Explicit(torch.cat([columns[name] for name in self._general], dim=1))
+        for name, part in self._given_up.items():
+            own = torch.cat([columns[one] for one in part.parameters], dim=1)
+            made[name] = Explicit(own[:, part.order(own.device)])
+        return made
 
     @contextmanager
     def _watched(self, rows: int, seen: dict[str, list[_Seen]]) -> Iterator[None]:
@@ -206,14 +245,17 @@ class Capture:
                     raise _UnknownLayoutError(name)
                 if not output.requires_grad:
                     return None
+                if not output.dim() or not inputs.dim():
+                    raise _UnknownLayoutError(name)
                 # What all rows share (position embeddings) gets a gradient for each row.
-                spread = len(output) == 1 < rows
+                spread = len(output) == len(inputs) == 1 < rows
                 if spread:
                     output = output.expand(rows, *output.shape[1:])
                     inputs = inputs.expand(rows, *inputs.shape[1:])
                 if len(output) != rows or len(inputs) != rows:
                     raise _UnknownLayoutError(name)
-                seen.setdefault(name, []).append(_Seen(inputs.detach(), get_gradient_edge(output)))
+                edge = get_gradient_edge(output)
+                seen.setdefault(name, []).append(_Seen(inputs.detach(), edge, spread))
                 return output if spread else None
 
             return hook
@@ -228,16 +270,10 @@ class Capture:
                 handle.remove()
 
     def _check_first(self, batch: Batch) -> None:
-        """Compare the last row of a few with autograd on it alone; what differs goes the general way."""
+        """Look at a few rows, which is cheaper than at all, and whether they mix."""
         few = batch.rows(0, min(len(batch), 4))
+        rows = self._settled(few)
         last = len(few) - 1
-        while True:
-            try:
-                rows = self._captured(few)
-            except _UnknownLayoutError as error:
-                self._give_up([error.part])
-                continue
-            break
         alone = few.rows(last, last + 1)
         cost = costs(self._objective, alone.call(self._model), alone)
         if not torch.allclose(cost.detach(), rows.costs[last:], rtol=1e-2, atol=1e-3):
@@ -246,32 +282,48 @@ class Capture:
                 f"{cost.item():.4g} alone: rows of a batch mix (batch statistics, an objective with a "
                 f"mean), and no row has a gradient of its own"
             )
+
+    def _disagreeing(self, batch: Batch) -> list[str]:
+        """Parts whose gradients of some rows are not those of autograd on the row alone."""
+        rows, _ = self._captured(batch)
+        last = len(batch) - 1
+        bad: dict[str, None] = {}
+        for row in sorted({0, last // 2, last}):
+            bad |= dict.fromkeys(self._wrong_for(batch, rows, row))
+        return list(bad)
+
+    def _wrong_for(self, batch: Batch, rows: Rows, row: int) -> Iterator[str]:
+        alone = batch.rows(row, row + 1)
+        # A layer that is given something else than rows may by chance be given as many in a batch.
+        with self._watched(1, {}):
+            cost = costs(self._objective, alone.call(self._model), alone)
         names = [name for part in self._parts.values() for name in part.parameters]
         wanted = dict(self._model.named_parameters(remove_duplicate=False))
         found = torch.autograd.grad(cost.sum(), [wanted[name] for name in names], allow_unused=True)
         truth = dict(zip(names, found, strict=True))
         scale = max((float(g.norm()) for g in found if g is not None), default=0.0)
-        bad = []
         for name, part in self._parts.items():
             factors = rows.parts.get(name)
-            given = None if factors is None else factors.rows(last, last + 1).explicit()[0]
-            if not _agrees(given, part, truth, scale):
-                bad.append(name)
-        self._give_up(bad)
-        if self._general:
-            listed = ", ".join(self._general[:5]) + (", ..." if len(self._general) > 5 else "")
-            warnings.warn(
-                f"turnover: gram knows no rule for {len(self._general)} parameters ({listed}): their "
-                f"gradients are computed row by row, which is slow and takes memory; freeze them if "
-                f"they do not matter",
-                UserWarning,
-                stacklevel=2,
-            )
+            given = None if factors is None else factors.rows(row, row + 1).explicit()[0]
+            if not agrees(given, part, truth, scale):
+                yield name
 
     def _give_up(self, names: Sequence[str]) -> None:
-        for name in names:
-            part = self._parts.pop(name)
-            self._general += [one for one in part.parameters if one not in self._general]
+        self._given_up |= {name: self._parts.pop(name) for name in names}
+
+    def _say_general(self) -> None:
+        new = [name for name in self.general if name not in self._said]
+        if not new:
+            return
+        self._said.update(new)
+        listed = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+        warnings.warn(
+            f"turnover: gram knows no rule for {len(new)} parameters ({listed}): their "
+            f"gradients are computed row by row, which is slow and takes memory; freeze them if "
+            f"they do not matter",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 class _UnknownLayoutError(Exception):
@@ -280,66 +332,6 @@ class _UnknownLayoutError(Exception):
     def __init__(self, part: str) -> None:
         super().__init__(part)
         self.part = part
-
-
-def _agrees(
-    given: Tensor | None, part: _Part, truth: Mapping[str, Tensor | None], scale: float
-) -> bool:
-    found = {name.rpartition(".")[2]: truth[name] for name in part.parameters}
-    there = {name: value.float() for name, value in found.items() if value is not None}
-    if given is None:
-        return all(float(value.norm()) <= 1e-6 * scale for value in there.values())
-    if len(there) < len(found):
-        return not there and float(given.norm()) <= 1e-6 * scale
-    wanted = torch.cat(part.rule.flat(there))
-    if wanted.shape != given.shape:
-        return False
-    difference = float((wanted - given).norm())
-    return difference <= _TOLERANCE * float(wanted.norm()) + 1e-5 * scale
-
-
-def _divided(model: nn.Module) -> tuple[dict[str, _Part], list[str]]:
-    """Parts that have a rule, and the names of all other trained parameters."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    parts: dict[str, _Part] = {}
-    known: set[str] = set()
-    for name, module in model.named_modules():
-        own = {
-            key: f"{name}.{key}" if name else key
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad
-        }
-        rule = rule_of(module)
-        # A weight that several layers share has cross terms, which the general way adds up.
-        alone = {k: n for k, n in own.items() if k in ("weight", "bias")}
-        alone = {k: n for k, n in alone.items() if len(owners[getattr(module, k)]) == 1}
-        if rule is None or not alone:
-            continue
-        parts[name] = _Part(module, rule, frozenset(alone), tuple(alone.values()))
-        known.update(alone.values())
-    rest = [names[0] for p, names in owners.items() if p.requires_grad and known.isdisjoint(names)]
-    return parts, rest
-
-
-def _check(model: nn.Module) -> None:
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(
-            "no parameter of the model is trained (requires_grad is False for all): switch it on for "
-            "those that were"
-        )
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise InputError(
-            "the model's parameters are sharded over processes, and gram needs gradients by whole ones: "
-            "save the model, and load it in one process"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise InputError(
-                f"{canonical_name(name)!r} normalises by the statistics of its batch even in eval "
-                f"mode, so rows mix: use track_running_stats=True"
-            )
 
 
 def _pulled_back(

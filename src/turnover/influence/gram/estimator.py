@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
@@ -29,8 +30,9 @@ from turnover.influence.gram.options import (
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
-from turnover.influence.progress import Progress
+from turnover.influence.progress import Progress, counting
 from turnover.influence.result import Result
+from turnover.loaders import Numbers
 from turnover.masks import check_ids
 from turnover.objectives import Objective, cross_entropy
 
@@ -45,6 +47,7 @@ class Gram:
         objective: cost of a prediction.
         options: how to score.
         batches: checks and adapts what a user gives.
+        adapted: adapts batches of which only the ids are wanted.
         progress: whether to show a progress bar.
 
     Raises:
@@ -57,11 +60,13 @@ class Gram:
         objective: Objective,
         options: Options,
         *,
-        batches: Callable[[Iterable[Any]], Iterator[Batch]],
+        batches: Callable[[Iterable[Any], Numbers], Iterator[Batch]],
+        adapted: Callable[[Iterable[Any]], Iterator[Batch]],
         progress: bool,
     ) -> None:
         self._options = options
         self._batches = batches
+        self._adapted = adapted
         self._models = models
         self._objective = objective
         self._shown = progress
@@ -75,6 +80,7 @@ class Gram:
         ]
         self._fitted: list[Fitted] = []
         self._digests: list[str] = []
+        self._pair_seconds = 0.0
         self._ids = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -96,16 +102,19 @@ class Gram:
         scratch = Scratch()
         share = self._limits.memory // len(self._captures)
         blocks = [Blocks(share, scratch) for _ in self._captures]
-        progress = Progress("gram (fit)", len(self._captures), shown=self._shown)
+        networks = len(self._captures)
+        progress = Progress(
+            "gram (gradients)", {"row": networks}, unit="instance", shown=self._shown
+        )
         with closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches)):
+            for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
                     rows.append(capture.rows(batch, training=True))
                 for rows, made in zip(every, blocks, strict=True):
                     _close(rows, made, full=True)
-                progress.advance(len(batch) * len(self._captures))
+                progress.advance("row", len(batch) * networks)
         if not sizes:
             raise InputError("no training batches given")
         for rows, made in zip(every, blocks, strict=True):
@@ -120,19 +129,24 @@ class Gram:
                 "two networks have the same masks and weights: one is given twice, and would count double "
                 "in the mean over networks"
             )
-        self._fitted = [
-            Fitted.of(
-                made,
-                rows,
-                self._options.ridge,
-                residual=residual,
-                own_wrong=self._own_wrong,
-                resamples=self._options.resamples,
-                limits=self._limits,
-                scratch=scratch,
-            )
-            for made, rows, residual in zip(blocks, every, self._residual, strict=True)
-        ]
+        entries = sum(sum(made.sizes) ** 2 for made in blocks)
+        start = time.perf_counter()
+        with closing(counting("gram (kernel)", entries, "pairs", shown=self._shown)) as progress:
+            self._fitted = [
+                Fitted.of(
+                    made,
+                    rows,
+                    self._options.ridge,
+                    residual=residual,
+                    own_wrong=self._own_wrong,
+                    resamples=self._options.resamples,
+                    limits=self._limits,
+                    scratch=scratch,
+                    done=progress.update,
+                )
+                for made, rows, residual in zip(blocks, every, self._residual, strict=True)
+            ]
+        self._pair_seconds = (time.perf_counter() - start) / entries
 
     def estimate(
         self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None, top: int | None
@@ -145,7 +159,7 @@ class Gram:
         columns, ids = self._columns(train_ids)
         target_ids: list[Tensor | None] = []
         scores, errors, floors, places, freedom = [], [], [], [], []
-        for batches, crosses in self._targets(targets):
+        for batches, crosses in self._targets(targets, Numbers.ROWS):
             target_ids += [batch.ids for batch in batches]
             score, error, free = self._scored(crosses)
             score, error = score[:, columns], error[:, columns]
@@ -182,7 +196,7 @@ class Gram:
         columns, ids = self._columns(train_ids)
         sums: list[Tensor] = []
         count = 0
-        for _, crosses in self._targets(targets):
+        for _, crosses in self._targets(targets, Numbers.UNUSED):
             parts = [cross.double().sum(dim=0) for cross in crosses]
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             count += len(crosses[0])
@@ -197,7 +211,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._batches(train_batches)]
+            given = [batch.ids for batch in self._adapted(train_batches)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "
@@ -231,28 +245,57 @@ class Gram:
             **self._describe(len(ids)),
         )
 
-    def _targets(self, targets: Iterable[Any]) -> Iterator[tuple[list[Batch], list[Tensor]]]:
+    def _targets(
+        self, targets: Iterable[Any], numbers: Numbers
+    ) -> Iterator[tuple[list[Batch], list[Tensor]]]:
         """Blocks of targets, and their inner products with the training set by each network."""
         self._check_fitted()
-        pairs = len(self._captures) * len(self._ids)
-        progress = Progress("influence (gram)", pairs, shown=self._shown)
+        networks = len(self._captures)
+        progress = self._progress()
         with closing(progress):
             pending: list[Batch] = []
             rows: list[list[Rows]] = [[] for _ in self._captures]
-            seen = False
-            for batch in progress.follow(targets, self._batches(targets)):
-                seen = True
+            seen = 0
+
+            def block() -> Iterator[tuple[list[Batch], list[Tensor]]]:
+                crosses = self._crosses(rows)
+                count = sum(map(len, pending)) * networks
+                progress.advance("cross", count)
+                yield pending, crosses
+                progress.advance("halves", int(count == seen * networks))
+                progress.advance("score", count)
+
+            for batch in progress.follow(targets, self._batches(targets, numbers)):
+                seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
                     every.append(capture.rows(batch))
-                progress.advance(len(batch) * pairs)
+                progress.advance("row", len(batch) * networks)
                 if any(map(is_full, rows)):
-                    yield pending, self._crosses(rows)
+                    yield from block()
                     pending, rows = [], [[] for _ in self._captures]
             if not seen:
                 raise InputError("no targets given")
             if pending:
-                yield pending, self._crosses(rows)
+                yield from block()
+
+    def _progress(self) -> Progress:
+        """A bar of the targets. The first scores also solve for halves of the training set."""
+        networks, seconds = len(self._captures), {"cross": 0.0, "halves": 0.0}
+        if self._shown:
+            start = time.perf_counter()
+            for one in self._fitted:
+                one.solve()
+            seconds["halves"] = time.perf_counter() - start
+            widest = max(len(one.k) for one in self._fitted)
+            seconds["cross"] = widest * self._pair_seconds
+        return Progress(
+            "influence (gram)",
+            dict.fromkeys(("row", "cross", "score"), networks),
+            once={"halves": 1},
+            seconds=seconds,
+            shown=self._shown,
+        )
 
     def _crosses(self, rows: Sequence[Sequence[Rows]]) -> list[Tensor]:
         return [one.cross(block_of(r)) for one, r in zip(self._fitted, rows, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +65,7 @@ class Fitted:
         resamples: int,
         limits: Limits,
         scratch: Scratch,
+        done: Callable[[int], None],
     ) -> Fitted:
         """Build the Gram matrix, and choose lambda.
 
@@ -78,18 +79,23 @@ class Fitted:
             resamples: number of halves.
             limits: when the matrix goes to disk.
             scratch: where it then is.
+            done: told how many entries of it more are worked out.
         """
         costs = torch.cat([rows.costs for rows in every])
         directed = [rows.weights for rows in every if rows.weights is not None]
         weights = torch.cat(directed) if directed else costs.new_ones((len(costs), 1))
         size = weights.numel()
         k = scratch.matrix(size) if size > limits.rows else costs.new_zeros((size, size))
-        gram_of(blocks, k)
+        gram_of(blocks, k, done)
         known = [rows.wrong for rows in every if rows.wrong is not None]
         factor = torch.cat(known) ** residual if residual else None
         own = torch.cat(known) if own_wrong else None
         chosen = ridges.choose(ridge, k, costs)
         return cls(blocks, k, chosen, weights, factor, own, resamples, limits, costs.device)
+
+    def solve(self) -> None:
+        """Factor the matrix now, which else is done when it is first needed."""
+        self._solver()
 
     def cross(self, block: Block) -> Tensor:
         """Inner products with the gradients of a block: float32 (rows, train * directions)."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from turnover.batches import Batch, tensors
+from turnover.batches import Batch, named, tensors
 
 _ELEMENTS = 2**24
 """Numbers in the gradients of the rows that are computed at once: 64 MB."""
@@ -30,6 +30,11 @@ class RowGradients:
         self._wanted = {name: found[name] for name in names}
         self._step = max(1, _ELEMENTS // max(1, sum(p.numel() for p in self._wanted.values())))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each parameter, in the order of the columns."""
+        return {name: parameter.numel() for name, parameter in self._wanted.items()}
+
     def __call__(self, batch: Batch, back: Mapping[int, Tensor]) -> Tensor:
         """The gradients, float32 (rows, parameters).
 
@@ -48,7 +53,10 @@ class RowGradients:
     def _together(self, batch: Batch, back: Mapping[int, Tensor], start: int, stop: int) -> Tensor:
         size = len(batch)
         values = tensors(batch.inputs)
-        by_row = [bool(one.dim()) and len(one) == size for one in values]
+        by_row = [
+            bool(one.dim()) and len(one) == size and not batch.shares(name)
+            for name, one in named(batch.inputs)
+        ]
         inputs = [v[start:stop] if rowed else v for v, rowed in zip(values, by_row, strict=True)]
         dims = [0 if rowed else None for rowed in by_row]
 

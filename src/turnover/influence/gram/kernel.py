@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,16 @@ def add_gram(one: Block, other: Block, out: Tensor) -> None:
                 piece.add_gram(other_piece, out[start:stop, other_start:other_stop])
 
 
-def gram_of(blocks: Sequence[Block], out: Tensor) -> None:
-    """Fill ``out`` (rows, rows) with the inner products of all rows; each pair is worked out once."""
+def gram_of(
+    blocks: Sequence[Block], out: Tensor, done: Callable[[int], None] = lambda _: None
+) -> None:
+    """Fill ``out`` (rows, rows) with the inner products of all rows; each pair is worked out once.
+
+    Args:
+        blocks: of the rows.
+        out: what is filled.
+        done: told how many entries more are.
+    """
     row = 0
     for i in range(len(blocks)):
         one = blocks[i]
@@ -93,6 +101,7 @@ def gram_of(blocks: Sequence[Block], out: Tensor) -> None:
             out[row : row + one.rows, column : column + other.rows] = tile
             out[column : column + other.rows, row : row + one.rows] = tile.T
             column += other.rows
+            done(one.rows * other.rows * (1 if j == i else 2))
         row += one.rows
 
 
