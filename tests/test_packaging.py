@@ -167,7 +167,7 @@ MISSING = {
     "turnover.Influence(net).estimate([(x, y)], ids).to_xarray()": "turnover[results]",
     "turnover.Influence(net).estimate([(x, y)], ids, out='s.zarr')": "turnover[results]",
     "import turnover.evaluation": "turnover[evaluation]",
-    "from turnover.data import Columns, read; read('train.csv', Columns('text', 'label'))": "turnover[text]",
+    "from turnover.data import Columns, read; read('a.parquet', Columns('text', 'label'))": "turnover[text]",
     "from turnover.images import read_images; read_images('photos', 32)": "turnover[images]",
     "from turnover.integrations.sklearn import TurnoverClassifier": "turnover[sklearn]",
     "from turnover.integrations.lightning import TurnoverCallback": "turnover[lightning]",
@@ -191,7 +191,7 @@ def test_what_an_extra_brings_is_missed_by_its_name(installed: Built, tmp_path: 
         "        said[code] = str(error)\n"
         "print(json.dumps(said))\n"
     )
-    (tmp_path / "train.csv").write_text("text,label\na,b\n")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for animal in ("cat", "dog"):
         (tmp_path / "photos" / animal).mkdir(parents=True)
         (tmp_path / "photos" / animal / "1.png").write_bytes(b"")

@@ -54,12 +54,7 @@ def load_table(
     if path.is_dir():
         if is_saved(path):
             return read_saved(path, split)
-        found = sorted(path / f"{split}{ending}" for ending in ENDINGS)
-        found = [file for file in found if file.is_file()]
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise InputError(f"{source} holds {names}: give the file of them that is meant")
-        path = found[0] if found else path
+        path = _file_of_split(path, split) or path
     if path.is_file():
         return _read(path, needed, wanted)
     if not path.is_dir() and (_ending(path) or path.is_absolute()):
@@ -110,6 +105,17 @@ def undecoded(table: Any, name: str, source: str) -> Callable[[int], Any]:
 def table_of(columns: dict[str, list[Any]]) -> Any:
     """Columns in memory as a ``datasets.Dataset``."""
     return datasets_library().Dataset.from_dict(columns)
+
+
+def _file_of_split(folder: Path, split: str) -> Path | None:
+    """The file in a folder that has the name of a split, unless a script says what the data is."""
+    found = sorted(folder / f"{split}{ending}" for ending in ENDINGS)
+    found = [file for file in found if file.is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{folder} holds {names}: give the file of them that is meant")
+    scripted = (folder / f"{folder.resolve().name}.py").exists()
+    return found[0] if found and not scripted else None
 
 
 def _read(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Any:
