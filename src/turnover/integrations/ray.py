@@ -182,7 +182,7 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
             walk.advance(flight.pop(one))
 
     try:
-        for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
+        for rows, batches in walk.announced(targets, ids, StoreSink(writer, walk)):
             count += (many := rows.stop - rows.start)
             # References in a list are not fetched before the task asks for them.
             block = [broadcast], [ray.put(batches)]
