@@ -148,7 +148,9 @@ def test_an_objective_that_differs_under_masks_alone_is_another(tmp_path):
     net, given = network(), batches()
     with torch.no_grad():
         margins = torch.cat([objectives.margin(net.model(b.inputs), b) for b in given])
-    assert margins.max() < 6, "else the objectives differ at the whole network, and this says nothing"
+    assert margins.max() < 6, (
+        "else the objectives differ at the whole network, and this says nothing"
+    )
     plain = score(hinge(1.0), tmp_path / "r", "exact")
     assert np.abs(plain.scores).max() > 0
     with pytest.raises(InputError, match="another objective"):
@@ -223,7 +225,7 @@ def test_settings_of_torch_that_change_scores_are_compared(tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
         net, given = network(), batches()
-        with pytest.raises(InputError, match="network|targets|precision"):
+        with pytest.raises(InputError, match=r"network|targets|precision"):
             score(objectives.margin, tmp_path / "r", net=net, given=given)
     finally:
         torch.set_default_dtype(torch.float32)
