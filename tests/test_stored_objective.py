@@ -296,6 +296,34 @@ def test_a_result_of_an_older_version_is_read_and_gone_on_with_and_it_is_said(me
     tiny.assert_same(turnover.open_result(tmp_path / "finished").load(), whole)
 
 
+def test_numbers_of_the_objective_that_are_gone_are_missed(tmp_path):
+    score(closure(1), tmp_path / "r")
+    (chunk,) = (tmp_path / "r" / "progress" / "signature" / "c").glob("*/*")
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="progress/signature/c/0/0 is damaged"):
+        score(closure(2), tmp_path / "r")
+    chunk.unlink()
+    with pytest.raises(InputError, match="progress/signature is missing or damaged"):
+        score(closure(2), tmp_path / "r")
+
+
+def test_targets_far_apart_are_looked_at_where_every_label_is_another(tmp_path):
+    """As in regression: the last target is one of those that are compared."""
+
+    def make(factor):
+        def cost(outputs, batch):
+            error = (outputs[:, 0] - batch.labels) ** 2
+            return torch.where(batch.labels == 299, factor, 1.0) * error
+
+        return cost
+
+    batch = Batch(tiny.features(300), torch.arange(300).float())
+    score(make(1.0), tmp_path / "r", given=[batch])
+    with pytest.raises(InputError, match=r"another objective, .* for target 299 "):
+        score(make(2.0), tmp_path / "r", given=[batch])
+
+
 def test_a_result_cut_off_before_its_targets_were_announced_is_begun_anew(tmp_path):
     given = batches()
     score(closure(1), tmp_path / "r", given=given)

@@ -115,8 +115,10 @@ def _chosen(batches: Sequence[Batch], rows: int) -> NDArray[np.int64]:
     if any(one is None or one.shape != (len(b),) for one, b in zip(labels, batches, strict=True)):
         return np.unique(spread)
     every = torch.cat([one.detach().cpu() for one in labels if one is not None]).double().numpy()
-    first = np.unique(every, return_index=True)[1]
-    order = dict.fromkeys([*np.sort(first)[:_ROWS].tolist(), *spread.tolist()])
+    first = np.sort(np.unique(every, return_index=True)[1])
+    if len(first) > _ROWS:  # also where labels are no classes
+        first = first[np.linspace(0, len(first) - 1, _ROWS).round().astype(np.int64)]
+    order = dict.fromkeys([*first.tolist(), *spread.tolist()])
     return np.sort(np.array([*order][:_ROWS], dtype=np.int64))
 
 

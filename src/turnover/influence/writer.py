@@ -169,6 +169,11 @@ class Writer:
     def _check_signature(self, start: int, stop: int, signed: Signed) -> None:
         columns = self._sizes[SIGNATURE]
         stored = self._blocks.fetch(_SIGNATURE, ((start, stop), (0, columns)))
+        if np.isnan(stored[~np.isnan(signed.values)]).any():
+            raise InputError(
+                f"{self.place.url}: {_SIGNATURE} is missing or damaged, by which another objective would be "
+                f"noticed; give another place, or delete it"
+            )
         found = signed.difference(stored)
         if found is None:
             return
