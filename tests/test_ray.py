@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 import tiny
 import turnover
+from test_stored_objective import older
 from turnover import Batch, Influence, InputError, objectives
 from turnover.influence import store, walk
 
@@ -144,6 +145,49 @@ def test_a_damaged_block_is_named_when_going_on(cluster, tmp_path):
     (tmp_path / "r" / "score" / "c" / "0" / "1").write_bytes(b"")
     with pytest.raises(InputError, match=r"score/c/0/1 is damaged .* delete that file and run"):
         influence().estimate(batches(), IDS, out=tmp_path / "r", engine="ray")
+
+
+def scaled(factor):
+    def cost(outputs, batch):
+        return factor * objectives.margin(outputs, batch)
+
+    return cost
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("finished", [False, True])
+def test_tasks_do_not_go_on_with_scores_by_another_objective_of_the_name(
+    finished, cluster, tmp_path
+):
+    def given(whole):
+        return (b if whole or i < 3 else 1 / 0 for i, b in enumerate(batches()))
+
+    make = influence("linear", scaled(1.0))
+    with suppress(ZeroDivisionError):
+        make.estimate(given(finished), IDS, out=tmp_path / "r")
+    for engine in ("process", "ray"):
+        with pytest.raises(InputError, match="another objective, which has the name 'cost'"):
+            influence("linear", scaled(2.0)).estimate(
+                batches(), IDS, out=tmp_path / "r", engine=engine
+            )
+    make.estimate(batches(), IDS, out=tmp_path / "r", engine="ray")
+    make.estimate(batches(), IDS, out=tmp_path / "one")
+    assert tree(tmp_path / "r") == tree(tmp_path / "one")
+
+
+@pytest.mark.long
+def test_tasks_go_on_with_what_an_older_version_began(cluster, tmp_path):
+    make = influence("linear", scaled(1.0))
+    with pytest.raises(ZeroDivisionError):
+        make.estimate(
+            (batch if index < 3 else 1 / 0 for index, batch in enumerate(batches())),
+            IDS,
+            out=tmp_path / "r",
+        )
+    older(tmp_path / "r")
+    with pytest.warns(UserWarning, match="older version"):
+        found = make.estimate(batches(), IDS, out=tmp_path / "r", engine="ray").load()
+    tiny.assert_same(found, make.estimate(batches(), IDS))
 
 
 SCRIPT = """

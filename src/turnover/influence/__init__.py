@@ -22,6 +22,7 @@ from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
 from turnover.influence.progress import Counts, Progress
 from turnover.influence.result import Result
 from turnover.influence.rowwise import RowCheck
+from turnover.influence.signature import precision, signature_columns
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
 from turnover.loaders import Numbers, check_numbered, warn_left_out
@@ -469,6 +470,7 @@ class Influence:
         rows, columns = walk.grid(len(ids))
         described = self._described(walk.method, ids)
         identity = described | {
+            "precision": precision(self._engines),
             "sites": list(self.sites),
             "ghosts": self.ghosts,
             "candidates": self.candidates if reranks else None,
@@ -477,6 +479,7 @@ class Influence:
         }
         labelled = {"train": ("train", ids.numpy())} | check_columns(coordinates, len(ids))
         sizes = {"ghost": walk.floor_ghosts}
+        sizes["signature"] = signature_columns(self._engines, walk.method)
         if top is None:
             sizes["train"] = len(ids)
         else:
@@ -486,7 +489,7 @@ class Influence:
             out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer:
             if writer.complete:  # what is finished is only checked
-                count = walk.announce(targets, ids, StoreSink(writer))
+                count = walk.announce(targets, ids, StoreSink(writer, walk))
             else:
                 count = over(walk, targets, ids, writer)
             writer.finish(count)
@@ -599,7 +602,7 @@ def _check_engine(engine: str, out: str | Path | None) -> None:
 def _over(engine: str, walk: Walk) -> Iterator[Over]:
     """What scores all targets and writes them."""
     if engine == "process":
-        yield lambda walk, targets, ids, writer: walk.over(targets, ids, StoreSink(writer))
+        yield lambda walk, targets, ids, writer: walk.over(targets, ids, StoreSink(writer, walk))
         return
     from turnover.integrations import ray
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ FORMAT = 1
 ROOT = "zarr.json"
 BEGUN = "progress/zarr.json"
 MARK = "turnover"
+SIGNATURE = "signature"
+"""Dimension of the numbers that say what an objective computes; older results have none."""
 _AGAIN = "delete it and estimate again"
 
 
@@ -142,29 +145,52 @@ def growing(variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> str 
     return next(iter(unknown), None)
 
 
-def finished(place: Place, begun_with: Mapping[str, Any]) -> bool:
-    """Whether there is a finished store.
+def finished(place: Place, begun_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a finished store was begun with; ``None`` where there is none.
 
     Raises:
         InputError: it was begun with something else, or is no result of ours, or damaged.
     """
     root = marked(place, ROOT)
-    if root is not None:
-        compare(place, manifest(root), begun_with)
-    return root is not None
+    if root is None:
+        return None
+    stored = manifest(root)
+    compare(place, stored, begun_with)
+    return stored
 
 
-def compare(place: Place, stored: Any, given: Any) -> None:
+def compare(place: Place, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Check two manifests.
+
+    Warns:
+        UserWarning: the stored one is of an older version, which noted less.
 
     Raises:
         InputError: they differ; the first difference is named.
     """
+    sizes = stored.get("sizes")
+    older = SIGNATURE in given["sizes"] and isinstance(sizes, dict) and SIGNATURE not in sizes
+    if older:
+        given = _as_before(given)
     found = _difference(stored, given, ())
     if found:
         raise InputError(
             f"{place.url} holds another result: {found}; give another place, or delete it"
         )
+    if older:
+        warnings.warn(
+            f"{place.url} was begun by an older version, which noted the objective's name alone "
+            f"({given['identity']['objective']!r}) and no precision: that these are the same now as then "
+            f"is not checked; give another place where they may not be",
+            stacklevel=2,
+        )
+
+
+def _as_before(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without what older versions did not note."""
+    identity = {key: value for key, value in given["identity"].items() if key != "precision"}
+    sizes = {key: value for key, value in given["sizes"].items() if key != SIGNATURE}
+    return {**given, "identity": identity, "sizes": sizes}
 
 
 def _difference(stored: Any, given: Any, path: tuple[str, ...]) -> str | None:

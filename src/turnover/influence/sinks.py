@@ -15,9 +15,11 @@ from turnover.batches import Batch, tensors
 from turnover.errors import InputError
 from turnover.influence.calibration import GhostPool, NoiseFloor
 from turnover.influence.result import Result
+from turnover.influence.signature import Signed, signatures, tolerance
 
 if TYPE_CHECKING:
     from turnover.influence.store import Writer
+    from turnover.influence.walk import Walk
 
 Array = NDArray[Any]
 
@@ -98,10 +100,16 @@ class MemorySink:
 
 
 class StoreSink:
-    """Hands regions to a store on disk."""
+    """Hands regions to a store on disk.
 
-    def __init__(self, writer: Writer) -> None:
+    Args:
+        writer: of the store.
+        walk: how the targets are scored, for a sink that announces them.
+    """
+
+    def __init__(self, writer: Writer, walk: Walk | None = None) -> None:
         self._writer = writer
+        self._walk = walk
 
     def begin(self, start: int, batches: Sequence[Batch]) -> None:
         """See :class:`Sink`."""
@@ -111,7 +119,14 @@ class StoreSink:
             np.concatenate([fingerprints(batch) for batch in batches]),
             torch.cat(ids).cpu().numpy() if len(ids) == len(batches) else None,
             _labels(batches),
+            self._signed(batches),
         )
+
+    def _signed(self, batches: Sequence[Batch]) -> Signed | None:
+        if self._walk is None or not self._writer.signed:
+            return None
+        engines, method = self._walk.engines, self._walk.method
+        return Signed(signatures(engines, method, batches), tolerance(engines))
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
         """See :class:`Sink`."""

@@ -69,7 +69,8 @@ def writing(
             are made of it at the end; without, ``ghost_mean``, ``noise_floor`` and ``null`` must be.
         sizes: length of each dimension. At most one that the variables have may be left out: it grows
             as rows come (:meth:`Writer.targets`), and must be the first of its variables. A dimension
-            that only coordinates have need not be given.
+            that only coordinates have need not be given. ``signature``: numbers that say what the
+            objective computes on a target (:mod:`turnover.influence.signature`), where they are kept.
         coordinates: name to (dimension, values): numbers or strings.
         kind: see :class:`turnover.influence.stored.StoredResult`.
 
@@ -80,13 +81,15 @@ def writing(
     place = Place(url)
     held = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
     begun_with = describe(identity, variables, sizes, held, kind)
-    if finished(place, begun_with):
-        yield Writer(place, begun_with, held, complete=True)
+    stored = finished(place, begun_with)
+    if stored is not None:
+        yield Writer(place, stored, held, complete=True)
         return
     with place.locked() as renew:
         # Another process may have finished it since.
-        complete = finished(place, begun_with)
-        writer = Writer(place, begun_with, held, complete=complete, renew=renew)
+        stored = finished(place, begun_with)
+        complete = stored is not None
+        writer = Writer(place, stored or begun_with, held, complete=complete, renew=renew)
         if not complete:
             writer.begin()
         yield writer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from turnover.errors import InputError
 from turnover.influence.begun import (
     BEGUN,
     ROOT,
+    SIGNATURE,
     Coordinates,
     compare,
     dtype_of,
@@ -27,7 +28,11 @@ from turnover.influence.calibration import GhostPool
 from turnover.influence.layout import DESCRIBED
 from turnover.influence.place import Place
 
+if TYPE_CHECKING:
+    from turnover.influence.signature import Signed
+
 _DIGEST = "progress/digest"
+_SIGNATURE = "progress/signature"
 _ROWS = 2**14
 """Targets in a chunk of what holds one value for each, which is rewritten as targets come."""
 _CELLS = 2**20
@@ -59,7 +64,8 @@ class Writer:
         announced: int = 0,
     ) -> None:
         self.complete = complete
-        self.place, self.renew, self.manifest = place, renew, begun_with
+        self.place, self.renew = place, renew
+        self.manifest: Mapping[str, Any] = begun_with
         self._coordinates = coordinates
         self._variables = {
             name: Variable(tuple(v["dims"]), v["dtype"], tuple(v["chunks"]))
@@ -73,10 +79,7 @@ class Writer:
             if len(rows) > 1:
                 raise ValueError(f"chunks of {self._grows} differ: {sorted(rows)}")
             self._step = rows.pop()
-            of_rows = Variable((self._grows,), "int64", (_ROWS,))
-            label = f"{self._grows}_label"
-            self._journal = {self._grows: of_rows, label: of_rows}
-            self._journal[_DIGEST] = Variable((self._grows,), "uint64", (_ROWS,))
+            self._journal = _journal(self._grows, self._sizes.get(SIGNATURE))
             self._sizes[self._grows] = announced
         known = {
             name: Variable((dim,), dtype_of(values), (_COLUMNS,))
@@ -100,10 +103,23 @@ class Writer:
             self.place.put(BEGUN, seal(group, self.manifest))
         else:
             compare(self.place, manifest(found), self.manifest)
+            self._go_on(manifest(found))
         self.place.sweep()
         self._describe(self._written | self._journal, _CAPACITY)
         for name, (_, values) in self._coordinates.items():
             self._blocks.write(name, (), values)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the store keeps what the objective computes on its targets."""
+        return SIGNATURE in self._sizes
+
+    def _go_on(self, begun_with: Mapping[str, Any]) -> None:
+        """Keep what an older version began as that: what it did not note stays unknown."""
+        self.manifest = begun_with
+        if SIGNATURE not in begun_with["sizes"]:
+            self._sizes.pop(SIGNATURE, None)
+            self._journal.pop(_SIGNATURE, None)
 
     def targets(
         self,
@@ -111,6 +127,7 @@ class Writer:
         digests: NDArray[np.uint64],
         ids: NDArray[np.int64] | None = None,
         labels: NDArray[np.int64] | None = None,
+        signed: Signed | None = None,
     ) -> None:
         """Announce rows ``start`` to ``start + len(digests)`` of the growing dimension, before they come.
 
@@ -119,9 +136,10 @@ class Writer:
             digests: uint64 (rows,): hashes of the targets' contents.
             ids: int64 (rows,), or ``None`` where they have none; they are kept if all have some.
             labels: int64 (rows,), likewise.
+            signed: what the objective computes on them, of a store that is :attr:`signed`.
 
         Raises:
-            InputError: the store was begun with other targets.
+            InputError: the store was begun with other targets, or another objective.
         """
         assert self._grows is not None
         count, announced = len(digests), self._sizes[self._grows]
@@ -137,7 +155,7 @@ class Writer:
         whole = -(-stop // self._step) * self._step
         stored = self._noted(start, whole)
         if not stored.any() and not self.complete:
-            self._note(start, stop, given, ids, labels)
+            self._note(start, stop, given, ids, labels, signed)
             return
         differ = np.flatnonzero(stored != np.pad(given, (0, whole - stop)))
         if len(differ):
@@ -145,6 +163,27 @@ class Writer:
                 f"{self.place.url} was begun with other targets: {self._grows} {start + differ[0]} differs; "
                 f"give the same ones in the same order, or another place"
             )
+        if signed is not None:
+            self._check_signature(start, stop, signed)
+
+    def _check_signature(self, start: int, stop: int, signed: Signed) -> None:
+        columns = self._sizes[SIGNATURE]
+        stored = self._blocks.fetch(_SIGNATURE, ((start, stop), (0, columns)))
+        if np.isnan(stored[~np.isnan(signed.values)]).any():
+            raise InputError(
+                f"{self.place.url}: {_SIGNATURE} is missing or damaged, by which another objective would be "
+                f"noticed; give another place, or delete it"
+            )
+        found = signed.difference(stored)
+        if found is None:
+            return
+        then, now = stored[found], signed.values[found]
+        raise InputError(
+            f"{self.place.url} holds scores by another objective, which has the name "
+            f"{self.manifest['identity']['objective']!r} as well, or by another network of the same "
+            f"weights: for {self._grows} {start + found[0]} it computed {then:.6g}, now it computes "
+            f"{now:.6g}; give another place, or delete it"
+        )
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any] | None:
         """A region that was written before, ``None`` where any chunk of it was not.
@@ -234,19 +273,26 @@ class Writer:
         digests: NDArray[np.uint64],
         ids: NDArray[np.int64] | None,
         labels: NDArray[np.int64] | None,
+        signed: Signed | None,
     ) -> None:
         self.renew()
         nothing = np.full(stop - start, MISSING, dtype=np.int64)
-        noted = zip(self._journal, (ids, labels, digests), strict=True)
-        for name, values in noted:  # the digests last: they say that the others are there
-            value = nothing if values is None else np.asarray(values)
-            self._blocks.patch(name, ((start, stop),), value)
+        rows, columns = (start, stop), self._sizes.get(SIGNATURE)
+        if columns is not None:
+            unknown = np.full((stop - start, columns), np.nan)
+            values = unknown if signed is None else signed.values
+            self._blocks.patch(_SIGNATURE, (rows, (0, columns)), values)
+        names = (name for name in self._journal if name != _SIGNATURE)
+        noted = zip(names, (ids, labels, digests), strict=True)
+        for name, known in noted:  # the digests last: they say that the others are there
+            value = nothing if known is None else np.asarray(known)
+            self._blocks.patch(name, (rows,), value)
 
     def _kept(self) -> dict[str, Variable]:
         """Ids and labels of the rows, where all of them have some; the others are removed."""
         kept = {}
         for name, variable in self._journal.items():
-            if name == _DIGEST:
+            if name in (_DIGEST, _SIGNATURE):
                 continue
             if (self._blocks.read(name) != MISSING).all():
                 kept[name] = variable
@@ -286,3 +332,13 @@ class Writer:
         for name, value in values.items():
             added.write(name, (), value)
         return made
+
+
+def _journal(grows: str, columns: int | None) -> dict[str, Variable]:
+    """What is noted of the rows of a growing dimension."""
+    of_rows = Variable((grows,), "int64", (_ROWS,))
+    found = {grows: of_rows, f"{grows}_label": of_rows}
+    found[_DIGEST] = Variable((grows,), "uint64", (_ROWS,))
+    if columns is not None:
+        found[_SIGNATURE] = Variable((grows, SIGNATURE), "float64", (_ROWS, columns))
+    return found

@@ -33,6 +33,9 @@ class TurnoverCallback(Callback):
     Checkpoints hold the description of the masks, as the state of this callback, and one of other masks
     is not resumed.
 
+    ``LearningRateFinder``, ``BatchSizeFinder`` and ``Tuner`` train under the masks as well, and put the
+    weights back that they found.
+
     Args:
         sites: what to mask, as :func:`turnover.attach` takes it.
         spec: the masks; default ``MaskSpec()``.
@@ -55,7 +58,8 @@ class TurnoverCallback(Callback):
         self.spec = spec or MaskSpec()
         self.adapter = adapter
         self._network: Network | None = None
-        self._plain_step: Any = None
+        self._stored: dict[str, Any] = {}
+        self._replaced: dict[str, Any] = {}
 
     @property
     def network(self) -> Network:
@@ -68,34 +72,58 @@ class TurnoverCallback(Callback):
             raise InputError("there is no network before trainer.fit: the callback attaches there")
         return self._network
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
-        """Refuse settings that carry instances across masks."""
-        by_norm = (trainer.gradient_clip_algorithm or "norm") == "norm"
-        if stage == "fit" and clips(trainer.gradient_clip_val) and by_norm:
-            raise InputError(
-                f"gradient_clip_val={trainer.gradient_clip_val:g} clips by global norm, which scales "
-                f"every gradient by all instances of the batch, hidden units' too: use "
-                f'gradient_clip_algorithm="value", or leave gradient_clip_val out'
-            )
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse settings that carry instances across masks, and bind ids around ``training_step``.
+
+        Before any ``on_fit_start``: Lightning's finders of a learning rate and of a batch size train there.
+        """
+        if stage != "fit":
+            return
+        _check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        self._restore(pl_module)
+        self._replace(pl_module, "training_step", self._exposed(pl_module))
+        self._replace(pl_module, "clip_gradients", _clipping_by_value(trainer, pl_module))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a training under other masks, or under none."""
         stored = checkpoint["callbacks"].get(self.state_key)
         if stored is None:
-            if trainer.training:
+            # Before the first step nothing has learned anything: a finder goes back to such a checkpoint.
+            if trainer.training and checkpoint.get("global_step"):
                 raise InputError(
                     "the checkpoint is of a training without turn-over dropout, whose units have "
                     "learned every instance: begin anew, or train new layers on its frozen ones"
                 )
             return
-        self._attach(pl_module)
-        self.network.check(stored)
+        self._attach(pl_module).check(stored)
+        self._stored = stored
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Attach, and bind ids around ``training_step``."""
+        """Attach."""
         self._attach(pl_module)
-        network, step = self.network, pl_module.training_step
-        self._plain_step = vars(pl_module).get("training_step")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        """Give the module its own methods back where training fails."""
+        self._restore(pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        """Likewise where it ends, by a finder's early exit too."""
+        self._restore(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Description of the masks, as :meth:`turnover.Network.from_dict` takes it.
+
+        Empty before the first step, unless the training was resumed.
+        """
+        if self._network is None:
+            return {}
+        if any(units is None for units in self._network.units.values()):
+            return self._stored
+        return self._network.to_dict()
+
+    def _exposed(self, pl_module: Any) -> Any:
+        """The module's ``training_step`` under the masks of its batch."""
+        step = pl_module.training_step
 
         @functools.wraps(step)
         def exposed_step(batch: Any, *rest: Any, **options: Any) -> Any:
@@ -106,29 +134,53 @@ class TurnoverCallback(Callback):
                     "the training batch has no ids: wrap the training data set, "
                     "DataLoader(turnover.WithIds(dataset), ...)"
                 )
-            with network.exposed(ids):
+            with self._attach(pl_module).exposed(ids):
                 return step(batch.rows if apart else batch, *rest, **options)
 
-        pl_module.training_step = exposed_step
+        return exposed_step
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Give the module its own ``training_step`` back."""
-        self._restore(pl_module)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
-        """Likewise where training fails."""
-        self._restore(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Description of the masks, as :meth:`turnover.Network.from_dict` takes it."""
-        return {} if self._network is None else self._network.to_dict()
-
-    def _attach(self, pl_module: nn.Module) -> None:
+    def _attach(self, pl_module: nn.Module) -> Network:
         if self._network is None or self._network.model is not pl_module:
             self._network = attach(pl_module, self.sites, self.spec)
+            self._stored = {}
+        return self._network
+
+    def _replace(self, pl_module: Any, name: str, method: Any) -> None:
+        self._replaced[name] = vars(pl_module).get(name)
+        setattr(pl_module, name, method)
 
     def _restore(self, pl_module: Any) -> None:
-        vars(pl_module).pop("training_step", None)
-        if self._plain_step is not None:
-            pl_module.training_step = self._plain_step
-        self._plain_step = None
+        for name, own in self._replaced.items():
+            vars(pl_module).pop(name, None)
+            if own is not None:
+                setattr(pl_module, name, own)
+        self._replaced = {}
+
+
+def _clipping_by_value(trainer: Any, pl_module: Any) -> Any:
+    """The module's ``clip_gradients``, which a ``training_step`` or hook of its own may call."""
+    clip = pl_module.clip_gradients
+
+    @functools.wraps(clip)
+    def checked(
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> Any:
+        _check_clipping(
+            gradient_clip_val or trainer.gradient_clip_val,
+            gradient_clip_algorithm or trainer.gradient_clip_algorithm,
+        )
+        return clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    return checked
+
+
+def _check_clipping(value: float | None, algorithm: str | None) -> None:
+    by_norm = (algorithm or "norm").lower() == "norm"
+    if value is not None and clips(value) and by_norm:
+        raise InputError(
+            f"gradient_clip_val={value:g} clips by global norm, which scales "
+            f"every gradient by all instances of the batch, hidden units' too: use "
+            f'gradient_clip_algorithm="value", or leave gradient_clip_val out'
+        )

@@ -184,7 +184,7 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
                 walk.count(scored[0], len(ids), scored[1])
 
     try:
-        for rows, batches in walk.announced(targets, ids, StoreSink(writer)):
+        for rows, batches in walk.announced(targets, ids, StoreSink(writer, walk)):
             count += (many := rows.stop - rows.start)
             # References in a list are not fetched before the task asks for them.
             block = [broadcast], [ray.put(batches)]

@@ -17,7 +17,13 @@ from turnover.batches import Batch
 from turnover.errors import InputError, needing
 from turnover.heads import WideHead
 from turnover.influence import Influence
-from turnover.masks import MaskSpec, check_training_ids, string_ids
+from turnover.integrations.table_rows import (
+    check_aligned,
+    identified,
+    index_of,
+    weights_of_rows,
+)
+from turnover.masks import MaskSpec
 from turnover.network import attach
 
 if TYPE_CHECKING:
@@ -50,12 +56,18 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     ``X`` is a numeric array, or a data frame of numbers, booleans, strings and categories.
 
+    Weights (``class_weight``, ``sample_weight``) multiply the losses that are trained on, and nothing else:
+    influence is on the unweighted log-odds of a label. A row of weight 0 is not learned. It keeps its
+    place in ``ids_`` and its id, but is not listed where influence is.
+
     Args:
         units: width of the hidden layer, which are the mask units: signal to noise of a score grows like
             their square root over that of the training rows.
         epochs: passes over the training rows; a small set is passed over more often, for 300 steps.
         batch_size: rows in a step.
         learning_rate: of Adam, decaying linearly to 0.
+        class_weight: factors of the losses by class, as scikit-learn has them: a dictionary from labels,
+            ``"balanced"``, or ``None``.
         random_state: of weights, order and masks: an int, a ``RandomState``, or ``None``.
 
     Attributes:
@@ -67,6 +79,8 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ids_: int64 (rows,), the ids of the training rows.
         train_batch_: the training rows as the network takes them, with labels and ids, for what has no method
             here: ``turnover.hidden_predictions(model.network_, [model.train_batch_])``.
+        weights_: float64 (rows,), what the losses were multiplied by: 1 on average over the rows that were
+            learned, and 0 for the others.
         train_index_: (rows,), what the training rows are called in data frames: the index of ``X``, or
             ``ids`` where they were given, or row numbers.
     """
@@ -78,37 +92,54 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         epochs: int = 10,
         batch_size: int = 32,
         learning_rate: float = 1e-3,
+        class_weight: Any = None,
         random_state: Any = None,
     ) -> None:
         self.units = units
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.class_weight = class_weight
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any, ids: Any = None) -> TurnoverClassifier:
+    def fit(self, X: Any, y: Any, ids: Any = None, sample_weight: Any = None) -> TurnoverClassifier:
         """Train.
+
+        Rows of ``X``, ``y``, ``ids`` and ``sample_weight`` are paired by place.
 
         Args:
             X: (rows, columns).
             y: (rows,), labels.
             ids: (rows,), integers >= 0 or strings. Rows of one id are a group (a source, an annotator),
                 whose influence is then scored as one. ``None``: every row for itself.
+            sample_weight: (rows,), >= 0, factors of the rows' losses. Their scale does not matter.
+
+        Warns:
+            UserWarning: rows whose labels in a data frame's index do not tell them apart, or may be meant
+                to be paired otherwise.
 
         Raises:
-            InputError: a parameter out of its range, columns of dates or other objects, ids that do not
-                fit, one class alone, or a training that diverges.
+            InputError: a parameter out of its range, columns of dates or other objects, ids or weights
+                that do not fit, one class alone, labels of the index in another order, or a training that
+                diverges.
             ValueError: what scikit-learn refuses: missing values, other shapes.
         """
         self._check_parameters()
-        inputs, y = self._encode(X, fit=True), column_or_1d(y, warn=True)
+        check_aligned(X, y=y, ids=ids, sample_weight=sample_weight)
+        y, X_checked = column_or_1d(y, warn=True), self._checked(X, fit=True)
         check_consistent_length(X, y, ids)
         check_classification_targets(y)
         assert_all_finite(y, input_name="y")
         self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise InputError(f"one class alone, {self.classes_.tolist()}: give rows of two or more")
-        self.ids_, self.train_index_ = _identified(X, ids, len(y))
+        weights = weights_of_rows(X, labels, self.classes_, sample_weight, self.class_weight)
+        learned = np.ones(len(y), dtype=bool) if weights is None else weights > 0
+        if len(np.unique(labels[learned])) < 2:
+            alone = self.classes_[np.unique(labels[learned])].tolist()
+            raise InputError(f"one class alone, {alone}: give rows of two or more, of weights > 0")
+        self.weights_ = np.ones(len(y)) if weights is None else weights
+        self.ids_, self.train_index_ = identified(X, ids, len(y))
+        self._fit_encoder(X_checked, learned)
+        inputs = self._encoded(X_checked)
         seed = int(check_random_state(self.random_state).randint(2**31))
         # Made on no device and drawn here, so that torch's own generator stays as it is.
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +148,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         head.to_empty(device="cpu").reset_parameters(generator)
         self.network_ = attach(head, "activation", MaskSpec(seed=seed))
         self.train_batch_ = Batch(inputs, torch.from_numpy(labels), torch.from_numpy(self.ids_))
-        self._optimise(generator)
+        self._optimise(generator, None if weights is None else torch.from_numpy(weights).float())
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
@@ -163,14 +194,15 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         import pandas
 
         check_is_fitted(self)
+        check_aligned(X, y=y)
         batch = Batch(self._encode(X), self._labels(y))
         check_consistent_length(batch.inputs, batch.labels)
-        ids, first = np.unique(self.ids_, return_index=True)
-        first.sort()
+        learned = np.flatnonzero(self.weights_)
+        first = learned[np.sort(np.unique(self.ids_[learned], return_index=True)[1])]
         ids = self.ids_[first]
         parts = [batch.rows(at, at + _ROWS) for at in range(0, len(batch), _ROWS)]
         result = self.influence_.estimate(parts, torch.from_numpy(ids))
-        rows = _index_of(X, len(batch))
+        rows = index_of(X, len(batch))
         index = pandas.MultiIndex.from_product(
             [rows, self.train_index_[first]], names=["row", "train"]
         )
@@ -189,9 +221,9 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         import pandas
 
         check_is_fitted(self)
-        batch = self.train_batch_
+        batch, learned = self._learned()
         parts = [batch.rows(at, at + _ROWS) for at in range(0, len(batch), _ROWS)]
-        index = pandas.Index(self.train_index_, name="train")
+        index = pandas.Index(self.train_index_[learned], name="train")
         return _frame(self.influence_.self_influence(parts), index)
 
     def _check_parameters(self) -> None:
@@ -201,19 +233,34 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if not 0 < self.learning_rate < np.inf:
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 
-    def _encode(self, X: Any, *, fit: bool = False) -> Tensor:
-        """The network's input: float32 (rows, features)."""
+    def _learned(self) -> tuple[Batch, NDArray[np.int64]]:
+        """The training rows of weight above 0, and their places."""
+        batch, rows = self.train_batch_, np.flatnonzero(self.weights_)
+        assert batch.labels is not None and batch.ids is not None
+        at = torch.from_numpy(rows)
+        return Batch(batch.inputs[at], batch.labels[at], batch.ids[at]), rows
+
+    def _checked(self, X: Any, *, fit: bool = False) -> Any:
+        """What scikit-learn makes of ``X``."""
         names = _categories(X)
         if names or (not fit and hasattr(self.encoder_, "transformers_")):
             validate_data(self, X, reset=fit, skip_check_array=True)
-        else:
-            X = validate_data(self, X, reset=fit, dtype=np.float64, ensure_min_samples=1 + fit)
-        if fit:
-            self.encoder_: Any = StandardScaler()
-            if names:
-                one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-                self.encoder_ = make_column_transformer((one_hot, names), remainder=self.encoder_)
-            self.encoder_.fit(X)
+            return X
+        return validate_data(self, X, reset=fit, dtype=np.float64, ensure_min_samples=1 + fit)
+
+    def _fit_encoder(self, X: Any, learned: NDArray[np.bool_]) -> None:
+        names = _categories(X)
+        self.encoder_: Any = StandardScaler()
+        if names:
+            one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+            self.encoder_ = make_column_transformer((one_hot, names), remainder=self.encoder_)
+        self.encoder_.fit(X if learned.all() else X[learned])
+
+    def _encode(self, X: Any) -> Tensor:
+        """The network's input: float32 (rows, features)."""
+        return self._encoded(self._checked(X))
+
+    def _encoded(self, X: Any) -> Tensor:
         encoded = np.asarray(self.encoder_.transform(X), dtype=np.float32)
         assert_all_finite(encoded, input_name="X")
         return torch.from_numpy(encoded)
@@ -225,8 +272,9 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(f"y has labels that were not trained on: {unknown[:5]}")
         return torch.from_numpy(np.searchsorted(self.classes_, y))
 
-    def _optimise(self, generator: torch.Generator) -> None:
-        batch, model = self.train_batch_, self.network_.model
+    def _optimise(self, generator: torch.Generator, weights: Tensor | None) -> None:
+        (batch, learned), model = self._learned(), self.network_.model
+        weights = None if weights is None else weights[torch.from_numpy(learned)]
         assert batch.labels is not None and batch.ids is not None
         optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
         steps = -(-len(batch) // self.batch_size)
@@ -237,7 +285,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             for rows in torch.split(order, self.batch_size):
                 with self.network_.exposed(batch.ids[rows]):
                     logits = model(batch.inputs[rows])
-                loss = torch.nn.functional.cross_entropy(logits, batch.labels[rows])
+                loss = _loss(logits, batch.labels[rows], None if weights is None else weights[rows])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -248,6 +296,14 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"{self.learning_rate:g}"
                 )
         model.eval()
+
+
+def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean cross entropy of some rows, each multiplied by its weight."""
+    if weights is None:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    # Not over the sum of these weights: the step of one row would then depend on those beside it.
+    return (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
 
 
 def _categories(X: Any) -> list[Any]:
@@ -263,20 +319,6 @@ def _categories(X: Any) -> list[Any]:
                 f"strings or categories"
             )
     return names
-
-
-def _identified(X: Any, ids: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Ids of the training rows, and what they are called."""
-    if ids is None:
-        return np.arange(rows), _index_of(X, rows)
-    given = column_or_1d(ids)
-    if given.dtype.kind in "OU":
-        return string_ids(given.tolist()).numpy(), given
-    return check_training_ids(torch.as_tensor(given)).numpy(), given
-
-
-def _index_of(X: Any, rows: int) -> NDArray[Any]:
-    return np.asarray(X.index) if hasattr(X, "iloc") else np.arange(rows)
 
 
 def _frame(result: Result, index: pandas.Index) -> pandas.DataFrame:

@@ -313,6 +313,11 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
         return None
     stored = run.read_result("self")
     order = np.argsort(stored.train_ids)
+    if not np.array_equal(stored.train_ids[order], np.sort(run.train.ids.numpy())):
+        raise InputError(
+            f"{run.folder}: the stored self-influence is of other training rows: run `turnover influence "
+            f"{run.folder}` again"
+        )
     place = order[np.searchsorted(stored.train_ids, run.train.ids.numpy(), sorter=order)]
     return Ranking(name, -stored.scores[place], stored.z[place], stored.q[place])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 
 from turnover import objectives
-from turnover.batches import Batch
 from turnover.data import Data
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
@@ -24,15 +24,17 @@ from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
 from turnover.objectives import Objective
+from turnover.origin import data_digest
 from turnover.reading import field
 from turnover.run import Run, read_json, write_json
+from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
+from turnover.tasks.targets import FILE as TARGETS
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
 _BATCH = 32
 _P_CHECKED = 0.01
-_EXACT_TARGETS, _EXACT_IDS, _EXACT_GHOSTS = 8, 256, 64
 _SITE_ROWS = 256
 _OWN_GHOSTS = 1000
 _GRAM_TOP, _GRAM_COMPARED = 50, 5
@@ -98,34 +100,33 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
     found["sites"], found["scored_sites"] = scoring.by_site, list(scoring.sites)
-    if wrong:
-        influence = scoring.influence(config.method)
-        if config.method == "auto":
-            plan = influence.plan(batches(test, wrong, _BATCH), ids)
-            influence = scoring.influence(plan.chosen)
-            found["plan"] = plan.to_dict()
-        found["method"] = influence.method
-        kept = {key: value for key, value in asdict(config).items() if key != "gram"}
-        settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
-        with run.draft("errors", settings) as draft:
-            targets = batches(test, wrong, _BATCH)
-            errors = influence.estimate(targets, ids, out=draft, engine=engine).load()
-        found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
-        found |= _agreement(run, influence, test, wrong, ids, errors)
+    results: dict[str, Result] = {}
+    targets = run.folder / "results" / TARGETS
+    # All is computed before any of it replaces a result of other settings.
+    with ExitStack() as stack:
+        if wrong:
+            influence = scoring.influence(config.method)
+            if config.method == "auto":
+                plan = influence.plan(batches(test, wrong, _BATCH), ids)
+                influence = scoring.influence(plan.chosen)
+                found["plan"] = plan.to_dict()
+            found["method"] = influence.method
+            kept = {key: value for key, value in asdict(config).items() if key != "gram"}
+            settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
+            draft = stack.enter_context(run.draft("errors", settings))
+            errors = influence.estimate(
+                batches(test, wrong, _BATCH), ids, out=draft, engine=engine
+            ).load()
+            found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
+            found |= agreement(run, influence, test, wrong, ids, errors)
+        if wrong and config.gram:
+            results["gram"], found["gram"] = _score_by_gram(run, scoring, errors)
+        results |= _overall(scoring, config)
+        # Without it no command reads results: were this cut off, some would be of other settings.
+        targets.unlink(missing_ok=True)
     run.remove_result("gram")
-    if wrong and config.gram:
-        found["gram"] = _score_by_gram(run, scoring, errors)
-    mean_method = config.method if config.method in ("exact", "linear") else "linear"
-    mean = scoring.influence(mean_method)
-    run.write_result("aggregate", mean.aggregate(batches(test, range(len(test)), _BATCH), ids))
-    # Every row has ghosts of its own and the null is pooled over the rows, so fewer do.
-    own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
-    training = scoring.training
-    if len(ids) == len(training):
-        run.write_result(
-            "self", own.self_influence(batches(training, range(len(training)), _BATCH))
-        )
-    write_json(run.folder / "results" / "targets.json", scoring.targets, sealed=True)
+    for name, result in results.items():
+        run.write_result(name, result)
     metrics = _measured(run)
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
@@ -133,7 +134,21 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
         metrics[key] = found.pop(key, None)
     metrics["influence"] = found
     write_json(run.folder / "metrics.json", metrics, sealed=True)
+    write_json(targets, scoring.targets | {"data": data_digest(run.train, run.test)}, sealed=True)
     return metrics
+
+
+def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:
+    """Influence on the mean of all test rows, and of every training row on itself."""
+    test, training = scoring.test, scoring.training
+    mean = scoring.influence(config.method if config.method in ("exact", "linear") else "linear")
+    results = {"aggregate": mean.aggregate(batches(test, range(len(test)), _BATCH), scoring.ids)}
+    # Every row has ghosts of its own and the null is pooled over the rows, so fewer do.
+    own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
+    if len(scoring.ids) == len(training):
+        rows = batches(training, range(len(training)), _BATCH)
+        results["self"] = own.self_influence(rows)
+    return results
 
 
 def _measured(run: Run) -> dict[str, Any]:
@@ -286,12 +301,11 @@ def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence
     return Influence(run.network, objective, "gram", progress=True).fit(numbered)
 
 
-def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any]:
-    """The errors' extremes by gram, stored, and how far their signs agree with turn-over's."""
+def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> tuple[Result, dict[str, Any]]:
+    """The errors' extremes by gram, and how far their signs agree with turn-over's."""
     start = time.perf_counter()
     fitted = _fitted_gram(run, scoring.training, scoring.objective)
     result = fitted.estimate(batches(scoring.test, scoring.wrong, _BATCH), top=_GRAM_TOP)
-    run.write_result("gram", result)
     each = min(_GRAM_COMPARED, result.scores.shape[1] // 2)
     ends = np.r_[0:each, result.scores.shape[1] - each : result.scores.shape[1]]
     ids = run.train.ids.numpy()[result.train_ids[:, ends]]
@@ -299,7 +313,7 @@ def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> dict[str, Any
     columns = order[np.searchsorted(errors.train_ids, ids, sorter=order)]
     other = np.take_along_axis(errors.scores, columns, axis=1)
     assert result.standard_error is not None
-    return {
+    return result, {
         "seconds": time.perf_counter() - start,
         "same_sign": float((np.sign(other) == np.sign(result.scores[:, ends])).mean()),
         "compared": 2 * each,
@@ -313,7 +327,7 @@ def _fresh(
     """p-values of ghosts that did not fit the noise floor: (errors, ghosts)."""
     fresh = ghost_ids(count, start=count)
     if influence.method == "exact":
-        fresh = fresh[:_EXACT_GHOSTS]
+        fresh = fresh[:EXACT_GHOSTS]
     return influence.estimate(batches(test, wrong, _BATCH), fresh).p
 
 
@@ -334,46 +348,6 @@ def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
         # What is left of the variance of real z-scores above the ghosts' 1.
         "score_variance_over_noise": float((errors.z.astype(np.float64) ** 2).mean()),
     }
-
-
-def _agreement(
-    run: Run,
-    influence: Influence,
-    test: Encoded,
-    wrong: list[int],
-    ids: torch.Tensor,
-    errors: Result,
-) -> dict[str, Any]:
-    """Exact scores of a sample of pairs, and how the linear ones rank beside them."""
-    if influence.method != "linear":
-        return {}
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randperm(len(wrong), generator=generator)[:_EXACT_TARGETS].tolist()
-    columns = torch.randperm(len(ids), generator=generator)[:_EXACT_IDS]
-    exact = Influence(
-        run.network,
-        influence.objective,
-        "exact",
-        ghosts=_EXACT_GHOSTS,
-        sites=influence.sites,
-        progress=True,
-    )
-    single: Iterator[Batch] = (test.batch([wrong[target]]) for target in targets)
-    result = exact.estimate(single, ids[columns])
-    correlations = [
-        _spearman(row, errors.scores[target][columns.numpy()])
-        for row, target in zip(result.scores, targets, strict=True)
-    ]
-    return {
-        "spearman_exact_linear": float(np.mean(correlations)),
-        "exact_pairs": int(result.scores.size),
-    }
-
-
-def _spearman(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
-    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
-    centred = ranks - ranks.mean(axis=1, keepdims=True)
-    return float((centred[0] @ centred[1]) / (centred[0] @ centred[0]))  # no ties: equal variances
 
 
 def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict[str, float]]:

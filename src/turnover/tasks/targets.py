@@ -6,19 +6,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.origin import data_digest
 from turnover.run import Run, read_json
+
+FILE = "targets.json"
 
 
 def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Test row, predicted class and confidence of every error: (errors,) each.
 
     Raises:
-        InputError: the run has not been scored, or the file is damaged or of another run.
+        InputError: the run has not been scored, or the file is damaged, or of another run or other data.
     """
-    path = run.folder / "results" / "targets.json"
+    path = run.folder / "results" / FILE
     if not path.exists():
         raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
     targets = read_json(path)
+    # Older ones do not have it.
+    if targets.get("data", known := data_digest(run.train, run.test)) != known:
+        raise InputError(
+            f"{path}: is of other training or test rows than the run has now: run `turnover influence "
+            f"{run.folder}` again"
+        )
     try:
         rows, predicted = (
             np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")

@@ -1,0 +1,167 @@
+"""What an objective computes on a few targets: two objectives of one name differ in this.
+
+A stored result keeps these numbers beside its targets. They also differ where a network of the same
+weights computes something else: another activation function, another adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from turnover.batches import Batch
+from turnover.influence.engine import Engine
+from turnover.influence.linear import mask_gradients
+from turnover.masks import ghost_ids
+from turnover.objectives import costs
+from turnover.sites import device_of
+
+_ROWS = 32
+"""Targets of a block that are looked at."""
+_HALF = (torch.float16, torch.bfloat16)
+_COARSE, _FINE = 1e-2, 1e-4
+"""Relative differences that another machine may make, of 16 and of 32 bits."""
+_ABSOLUTE = 1e-6
+_LARGEST, _NOT_A_NUMBER = 1e100, 1e300
+
+
+class Signed(NamedTuple):
+    """Signatures of the targets of a block, and how far two machines may be apart in them."""
+
+    values: NDArray[np.float64]
+    tolerance: float
+
+    def difference(self, stored: NDArray[np.float64]) -> tuple[int, int] | None:
+        """Row and column of the first number that differs from stored ones; ``None``: none does.
+
+        Targets that one of the two did not look at are not compared.
+        """
+        scale = np.fmax(np.abs(stored), np.abs(self.values))
+        # Derivatives and differences of logits cancel, and then err like the larger ones beside them.
+        beside = np.nan_to_num(scale).max(axis=0, initial=0.0, where=scale < _LARGEST)
+        allowed = self.tolerance * (scale + 0.1 * beside) + _ABSOLUTE
+        differ = np.argwhere(np.abs(stored - self.values) > allowed)
+        return (int(differ[0][0]), int(differ[0][1])) if len(differ) else None
+
+
+def signature_columns(engines: Sequence[Engine], method: str) -> int:
+    """How many numbers describe the objective on one target."""
+    return len(engines) * (1 + (method != "exact") + 2 * (method != "linear"))
+
+
+def signatures(
+    engines: Sequence[Engine], method: str, batches: Sequence[Batch]
+) -> NDArray[np.float64]:
+    """The objective on some targets of a block, under each network.
+
+    At the mean network; for the linear scores also the norm of its derivative by the masks, and for
+    exact ones its values under both masks of a ghost.
+
+    Args:
+        engines: one for each network, in eval mode.
+        method: estimator.
+        batches: the targets of the block.
+
+    Returns:
+        float64 (targets, columns), finite; NaN for the targets that are not looked at.
+    """
+    rows = sum(map(len, batches))
+    found = np.full((rows, signature_columns(engines, method)), np.nan)
+    chosen = _chosen(batches, rows)
+    start = 0
+    for batch in batches:
+        within = chosen[(chosen >= start) & (chosen < start + len(batch))]
+        if len(within):
+            values = _of_batch(engines, method, batch, within - start)
+            # NaN says that a target was not looked at.
+            found[within] = np.nan_to_num(values, nan=_NOT_A_NUMBER)
+        start += len(batch)
+    return found
+
+
+def precision(engines: Sequence[Engine]) -> dict[str, str | None]:
+    """Settings of torch that change scores, as JSON values."""
+    devices = sorted({device_of(engine.network.model).type for engine in engines})
+    autocast = [
+        str(torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.is_autocast_enabled(device)
+    ]
+    return {
+        "default_dtype": str(torch.get_default_dtype()),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "autocast": ", ".join(autocast) or None,
+    }
+
+
+def tolerance(engines: Sequence[Engine]) -> float:
+    """Relative difference that two machines may make between signatures of one objective."""
+    models = [engine.network.model for engine in engines]
+    half = any(parameter.dtype in _HALF for model in models for parameter in model.parameters())
+    autocast = any(torch.is_autocast_enabled(device_of(model).type) for model in models)
+    return _COARSE if half or autocast else _FINE
+
+
+def _chosen(batches: Sequence[Batch], rows: int) -> NDArray[np.int64]:
+    """Targets to look at: the first of every label, and some spread over the block."""
+    spread = np.linspace(0, rows - 1, min(rows, _ROWS)).round().astype(np.int64)
+    labels = [batch.labels for batch in batches]
+    if any(one is None or one.shape != (len(b),) for one, b in zip(labels, batches, strict=True)):
+        return np.unique(spread)
+    every = torch.cat([one.detach().cpu() for one in labels if one is not None]).double().numpy()
+    first = np.sort(np.unique(every, return_index=True)[1])
+    if len(first) > _ROWS:  # also where labels are no classes
+        first = first[np.linspace(0, len(first) - 1, _ROWS).round().astype(np.int64)]
+    order = dict.fromkeys([*first.tolist(), *spread.tolist()])
+    return np.sort(np.array([*order][:_ROWS], dtype=np.int64))
+
+
+def _of_batch(
+    engines: Sequence[Engine], method: str, batch: Batch, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Signatures of some rows of a batch: (rows, columns)."""
+    if len(rows) < len(batch):
+        try:
+            return np.concatenate(
+                [_whole(engines, method, batch.rows(row, row + 1)) for row in rows.tolist()]
+            )
+        except Exception:  # noqa: BLE001, S110
+            pass  # a model or an objective of someone else's that takes no batch of one row
+    return _whole(engines, method, batch)[rows]
+
+
+def _whole(engines: Sequence[Engine], method: str, batch: Batch) -> NDArray[np.float64]:
+    columns = [column for engine in engines for column in _columns(engine, method, batch)]
+    return np.stack([column.detach().double().cpu().numpy() for column in columns], axis=1)
+
+
+def _columns(engine: Engine, method: str, batch: Batch) -> Iterator[Tensor]:
+    network, objective = engine.network, engine.objective
+    moved = batch.to(device_of(network.model))
+    with _as_it_runs(engine, method):
+        yield costs(objective, moved.call(network.model), moved)
+    if method != "exact":
+        yield mask_gradients(network, objective, moved, engine.sites).norm(dim=1)
+    if method == "linear":
+        return
+    for hidden in (False, True):
+        binding = network._bind(ghost_ids(1), hidden, every_row=True, sites=engine.sites)
+        with torch.no_grad(), network._context(binding):
+            yield costs(objective, moved.call(network.model), moved)
+
+
+@contextmanager
+def _as_it_runs(engine: Engine, method: str) -> Iterator[None]:
+    """The mean network as the estimator runs it: an objective may need a graph behind the outputs."""
+    if method == "exact":
+        with torch.no_grad(), engine.network.mean():
+            yield
+        return
+    with torch.enable_grad(), engine.network._probing(engine.sites):
+        yield
