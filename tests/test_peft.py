@@ -130,7 +130,9 @@ def test_merged_weights_are_refused_with_the_reason():
     targets, ids = [(tiny.texts(3), tiny.labels(3))], torch.arange(5)
     with pytest.raises(InputError, match="merged"):
         turnover.Influence(network).estimate(targets, ids)
-    # The head's masks do not depend on what the encoder is made of.
+    # The whole network has no masks, and the head's do not depend on what the encoder is made of.
+    with torch.no_grad(), network.mean():
+        model.eval()(**tiny.texts(4))
     turnover.Influence(network, sites=["classifier.*"]).estimate(targets, ids)
     model.unmerge_adapter()
     torch.testing.assert_close(masked(model, network), before, rtol=1e-4, atol=1e-5)

@@ -57,3 +57,53 @@ def test_predictions_and_features_are_float32_under_a_callers_autocast(
         again = predict_test(loaded), frozen(loaded, loaded.test).features
     np.testing.assert_array_equal(plain[0], again[0])
     assert torch.equal(plain[1], again[1])
+
+
+def test_a_training_resumes_though_a_parameter_was_never_reached(tmp_path: Path) -> None:
+    """A pooler has LoRA components too where all linear layers have, and no row reaches it."""
+    from torch import nn
+
+    import turnover
+    from turnover.encoded import Tokens
+    from turnover.tasks.training import TrainingConfig, train
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 6).requires_grad_(False)
+            self.head, self.pooler = turnover.WideHead(6, 16, 2), nn.Linear(6, 6)
+
+        def forward(self, input_ids: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embedding(input_ids).mean(dim=1))
+
+    class Killed(Exception):
+        pass
+
+    def follow(epoch: int) -> None:
+        if epoch == 2 and name == "killed":
+            raise Killed
+
+    rows = Tokens([[i % 9, 1] for i in range(12)], [i % 2 for i in range(12)], torch.arange(12), 0)
+    found = {}
+    for name in ("whole", "killed", "resumed"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Model()
+            checkpoint = tmp_path / name.replace("resumed", "killed")
+            exposed = turnover.attach(model, "head").exposed
+            config = TrainingConfig(3, 4)
+            try:
+                train(
+                    model,
+                    rows,
+                    config,
+                    exposed,
+                    name="it",
+                    checkpoint=checkpoint,
+                    identity="",
+                    follow=follow,
+                )
+            except Killed:
+                continue
+        found[name] = model.state_dict()
+    assert all(torch.equal(value, found["resumed"][key]) for key, value in found["whole"].items())

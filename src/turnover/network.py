@@ -344,8 +344,9 @@ class Network:
         return binding
 
     def _context(self, binding: Binding) -> Context:
+        masks = binding.ids is not None or binding.probes is not None
         for name, site in self._sites.items():
-            if binding.sites is None or name in binding.sites:
+            if masks and (binding.sites is None or name in binding.sites):
                 site.check_runs()
         return Context(self._contexts, binding, self._core)
 

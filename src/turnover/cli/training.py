@@ -309,9 +309,9 @@ def plan(
     output = Output(as_json=as_json)
     with reading(output):
         train_data, test_data = read_both(read, data, test, columns, split, test_split)
-    say_rows(output, training=train_data, test=test_data)
     rows = pilot_rows if pilot else None
     found = plan(task, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
+    say_rows(output, training=train_data, test=test_data)
     _print_plan(output, found)
     output.document(found.to_dict())
 

@@ -157,8 +157,8 @@ def train(
     name: str,
     checkpoint: Path,
     identity: str,
-    bfloat16: bool,
-    weights: Tensor | None,
+    bfloat16: bool | None = None,
+    weights: Tensor | None = None,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
     points: int = 9,
     follow: Callable[[int], None] | None = None,
@@ -172,7 +172,8 @@ def train(
         identity: says all that decides this training beside the data and ``config``; a checkpoint of
             another one is not resumed.
         weights: of the classes in the loss, float (classes,); ``None``: all weigh the same.
-        bfloat16: forward and backward compute in bfloat16; weights and their updates stay float32.
+        bfloat16: forward and backward compute in bfloat16, ``None``: where the processor does; weights and
+            their updates stay float32.
         measure: losses on fixed rows, called at ``points`` steps.
         follow: called after every epoch with the number of epochs done.
 
@@ -183,6 +184,7 @@ def train(
         InputError: the loss is NaN or infinite.
     """
     device = device_of(model)
+    bfloat16 = native_bfloat16(device) if bfloat16 is None else bfloat16
     optimizer = _optimizer(model, config)
     steps_per_epoch = -(-len(data) // config.batch_size)
     total = steps_per_epoch * config.epochs
@@ -346,11 +348,14 @@ def _restore_one(
     path: Path, file: Any, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer
 ) -> None:
     """A parameter and what the optimizer knows of it."""
-    kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *_KEPT)}
+    stepped = f"{_KEPT[0]}/{name}" in file.keys()  # noqa: SIM118 - no dictionary
+    of_optimizer = _KEPT if stepped else ()  # what no row reaches, such as a pooler, has not moved
+    kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *of_optimizer)}
     for key, value in kept.items():
         if value.shape != (torch.Size() if key == "step" else parameter.shape):
             raise InputError(f"{path}: {key}/{name} is {tuple(value.shape)}")
         check_finite(path, f"{key}/{name}", value)
     with torch.no_grad():
         parameter.copy_(kept["value"])
-    optimizer.state[parameter] = {key: kept[key].to(parameter.device) for key in _KEPT}
+    if stepped:
+        optimizer.state[parameter] = {key: kept[key].to(parameter.device) for key in _KEPT}
