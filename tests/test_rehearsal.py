@@ -21,6 +21,7 @@ from encoders import BART, SHAPE, T5, write_texts
 from test_cli import Finished, turnover
 from turnover import InputError, MaskSpec
 from turnover.data import Columns, read
+from turnover.integrations.encoders import check_tokenizer
 from turnover.integrations.transformers import ClassifierConfig
 from turnover.pipelines import build
 from turnover.run import Run
@@ -234,6 +235,8 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     transformers.BertModel(config).save_pretrained(bare)
     assert "knows no word of the texts" in refusal(data, bare)
+    with pytest.warns(UserWarning, match=r"knows no word of the texts, so their length alone"):
+        check_tokenizer(encoders.tokenizer(), ["quoi", "rien du tout"], "here")
     small = encoders.folder(transformers.BertConfig(**{**SHAPE, "vocab_size": 17}), tmp_path / "s")
     line = refusal(data, small)
     assert "the token 'it', number 18" in line and "the model has 17 embeddings" in line

@@ -114,7 +114,7 @@ def read_texts(
         tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
         separators = "\t" if tabs else ",;"
     dialect = _dialect(path, separators, needed)
-    records = _records(path, dialect)
+    records = _reported(_records(path, dialect))
     names = _names(next(records, (0, []))[1])
     if not names:
         raise InputError(f"{path}: the file is empty")
@@ -146,7 +146,7 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
     if not path.exists():
         raise InputError(f"{path}: cannot be read: there is no such file")
     dialect = _dialect(path, ",;\t", needed)
-    records = _records(path, dialect, short=True)
+    records = _reported(_records(path, dialect, short=True))
     names = [name.strip() for name in next(records, (0, []))[1]]
     for name in needed:
         _check_once(path, names, name)
@@ -286,6 +286,13 @@ def _records(
             raise _MalformedError(
                 f"{_named(path, row, line)}: {_reason(error, lines.line_num)}", line
             ) from error
+
+
+def _reported(records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+    try:
+        yield from records
+    except _MalformedError as error:
+        raise InputError(str(error)) from error.__cause__
 
 
 def _check_header(path: Path, cells: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,10 +186,13 @@ def load_tokenizer(transformers: Any, source: str | Path) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, texts: Sequence[str], source: str) -> None:
-    """Whether a tokenizer tells texts apart: without its files some are made all the same, and empty.
+    """Whether a tokenizer knows words: without its files some are made all the same, and empty.
+
+    Warns:
+        UserWarning: it knows words, but none of the texts'.
 
     Raises:
-        InputError: it fails, or knows nothing of any text.
+        InputError: it fails, or knows no words.
     """
     try:
         found = {token for text in tokenizer(list(texts[:_SEEN]))["input_ids"] for token in text}
@@ -196,12 +200,24 @@ def check_tokenizer(tokenizer: Any, texts: Sequence[str], source: str) -> None:
         raise InputError(
             f"the tokenizer of {source!r} fails on your texts: {first_line(error)}"
         ) from error
-    words = tokenizer.convert_ids_to_tokens(sorted(found - set(tokenizer.all_special_ids)))
-    if not any(str(word).strip(_SPACES) for word in words):
+    special = set(tokenizer.all_special_ids)
+    if _are_words(tokenizer.convert_ids_to_tokens(sorted(found - special))):
+        return
+    known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not _are_words(known):
         raise InputError(
             f"the tokenizer of {source!r} knows no word of the texts: are its files (tokenizer.json, or "
             f"its vocabulary) there? Save it beside the model with tokenizer.save_pretrained"
         )
+    warnings.warn(
+        f"the tokenizer of {source!r} knows no word of the texts, so their length alone tells them apart: "
+        f"is it the tokenizer of this model, and are the texts in its language?",
+        stacklevel=2,
+    )
+
+
+def _are_words(tokens: Iterable[object]) -> bool:
+    return any(str(token).strip(_SPACES) for token in tokens)
 
 
 def limits_of(encoder: Any, max_tokens: int) -> Limits:
