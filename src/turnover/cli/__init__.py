@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from turnover import __version__
-from turnover.errors import InputError, needing
+from turnover.errors import BindingError, InputError, needing
 
 try:
     with needing("the command line", "turnover[text]", "turnover[images]"):
@@ -84,7 +84,7 @@ def _main() -> NoReturn:
     try:
         # Not standalone: what is wrong comes here as an exception, and not as a page of usage.
         code = app(prog_name="turnover", standalone_mode=False) or DONE
-    except InputError as error:
+    except (InputError, BindingError) as error:
         _stop(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
