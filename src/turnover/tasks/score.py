@@ -24,12 +24,12 @@ from turnover.influence.linear import LinearScorer, mask_gradients
 from turnover.influence.result import Result
 from turnover.masks import ghost_ids
 from turnover.objectives import Objective
-from turnover.origin import data_digest
 from turnover.reading import field
 from turnover.run import Run, read_json, write_json
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
 from turnover.tasks.targets import FILE as TARGETS
+from turnover.tasks.targets import rows_digest
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
@@ -134,7 +134,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
         metrics[key] = found.pop(key, None)
     metrics["influence"] = found
     write_json(run.folder / "metrics.json", metrics, sealed=True)
-    write_json(targets, scoring.targets | {"data": data_digest(run.train, run.test)}, sealed=True)
+    write_json(targets, scoring.targets | {"data": rows_digest(run)}, sealed=True)
     return metrics
 
 

@@ -6,10 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.influence.begun import digest
 from turnover.origin import data_digest
 from turnover.run import Run, read_json
 
 FILE = "targets.json"
+
+
+def rows_digest(run: Run) -> str:
+    """What results are of: the test rows, and the ids and labels of the training rows in their order."""
+    train = np.stack([run.train.ids.numpy(), np.asarray(run.train.labels, dtype=np.int64)])
+    return data_digest(run.test) + digest(train)
 
 
 def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
@@ -23,7 +30,7 @@ def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
         raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
     targets = read_json(path)
     # Older ones do not have it.
-    if targets.get("data", known := data_digest(run.train, run.test)) != known:
+    if targets.get("data", known := rows_digest(run)) != known:
         raise InputError(
             f"{path}: is of other training or test rows than the run has now: run `turnover influence "
             f"{run.folder}` again"
