@@ -9,9 +9,9 @@ the start) would hide a leak.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.objectives import logits_of
+from turnover.rowwise import RowCheck
 from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ def audit(
             "the model's parameters are sharded over processes, and a process sees the gradients of its "
             "own shard alone: audit before fully_shard"
         )
+    if len(batch) > _ROWS:
+        # What all rows share is not cut, however long; that rows mix is what an audit may find.
+        with suppress(InputError):
+            batch = RowCheck(model, _summed, network.mean)(batch)
     batch = batch.rows(0, _ROWS).to(device_of(model))
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
@@ -149,6 +154,11 @@ def audit(
         tuple(changed),
         tuple(_settings(max_grad_norm, optimizer)),
     )
+
+
+def _summed(outputs: Any, _batch: Batch) -> Tensor:
+    """One number for each row."""
+    return logits_of(outputs).float().flatten(1).sum(dim=1)
 
 
 def _reached(

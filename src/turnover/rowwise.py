@@ -9,8 +9,8 @@ row alone, and repeated, beside the row in its batch, in the mean network.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any
@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import PackedSequence
 from turnover.batches import Batch, named, tensors
 from turnover.errors import InputError
 from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
 from turnover.sites import device_of
 
@@ -55,12 +54,18 @@ class RowCheck:
     Args:
         model: what the batches are for.
         objective: callable (outputs, batch) -> (rows,).
+        within: makes a context that every forward is run in: that of the mean network.
     """
 
-    def __init__(self, model: Network | nn.Module, objective: Objective) -> None:
-        self._network = model if isinstance(model, Network) else None
-        whole = model.model if isinstance(model, Network) else model
-        self._model: nn.Module = getattr(whole, "_orig_mod", whole)
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        # A compiled model would be compiled anew for every number of rows.
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._within = within
         self._objective = objective
         self._rowed: set[str] = set()
         self._lengths: set[tuple[str, int]] = set()
@@ -203,12 +208,13 @@ class RowCheck:
         """The mean network in eval mode; what it draws does not move the generators."""
         device = device_of(self._model)
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), evaluating(self._model), torch.random.fork_rng(devices=devices):
-            if self._network is None:
-                yield
-                return
-            with self._network.mean():
-                yield
+        with (
+            torch.no_grad(),
+            evaluating(self._model),
+            torch.random.fork_rng(devices=devices),
+            self._within(),
+        ):
+            yield
 
 
 def _holds(value: Any, kind: type) -> bool:
