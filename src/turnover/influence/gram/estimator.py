@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
 from typing import Any
@@ -17,6 +17,7 @@ from turnover.errors import InputError
 from turnover.influence.calibration import NoiseFloor, StudentNull
 from turnover.influence.engine import to_numpy
 from turnover.influence.extremes import Extremes
+from turnover.influence.given import Given
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
@@ -27,6 +28,7 @@ from turnover.influence.gram.options import (
     capture_of,
     digest,
     directions_of,
+    measure,
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
@@ -46,8 +48,7 @@ class Gram:
         models: distinct.
         objective: cost of a prediction.
         options: how to score.
-        batches: checks and adapts what a user gives.
-        adapted: adapts batches of which only the ids are wanted.
+        given: checks and adapts what a user gives.
         progress: whether to show a progress bar.
 
     Raises:
@@ -60,13 +61,11 @@ class Gram:
         objective: Objective,
         options: Options,
         *,
-        batches: Callable[[Iterable[Any], Numbers], Iterator[Batch]],
-        adapted: Callable[[Iterable[Any]], Iterator[Batch]],
+        given: Given,
         progress: bool,
     ) -> None:
         self._options = options
-        self._batches = batches
-        self._adapted = adapted
+        self._given = given
         self._models = models
         self._objective = objective
         self._shown = progress
@@ -107,7 +106,11 @@ class Gram:
             "gram (gradients)", {"row": networks}, unit="instance", shown=self._shown
         )
         with closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
+            for batch in progress.follow(
+                train_batches, self._given.batches(train_batches, Numbers.DATA)
+            ):
+                if not sizes:
+                    measure(self._models, batch)
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
@@ -122,7 +125,6 @@ class Gram:
         self._ids = _train_ids(ids, sizes)
         if len(self._ids) < 4:
             raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
-        # Now that a forward has told the widths of the sites.
         self._digests = [digest(model) for model in self._models]
         if len(set(self._digests)) < len(self._digests):
             raise InputError(
@@ -211,7 +213,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._adapted(train_batches)]
+            given = [batch.ids for batch in self._given.adapted(train_batches)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "
@@ -265,7 +267,7 @@ class Gram:
                 progress.advance("halves", int(count == seen * networks))
                 progress.advance("score", count)
 
-            for batch in progress.follow(targets, self._batches(targets, numbers)):
+            for batch in progress.follow(targets, self._given.batches(targets, numbers)):
                 seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):

@@ -9,8 +9,8 @@ row alone, and repeated, beside the row in its batch, in the mean network.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any
@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import PackedSequence
 from turnover.batches import Batch, named, tensors
 from turnover.errors import InputError
 from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
 from turnover.sites import device_of
 
@@ -55,12 +54,18 @@ class RowCheck:
     Args:
         model: what the batches are for.
         objective: callable (outputs, batch) -> (rows,).
+        within: makes a context that every forward is run in: that of the mean network.
     """
 
-    def __init__(self, model: Network | nn.Module, objective: Objective) -> None:
-        self._network = model if isinstance(model, Network) else None
-        whole = model.model if isinstance(model, Network) else model
-        self._model: nn.Module = getattr(whole, "_orig_mod", whole)
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        # A compiled model would be compiled anew for every number of rows.
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._within = within
         self._objective = objective
         self._rowed: set[str] = set()
         self._lengths: set[tuple[str, int]] = set()
@@ -140,13 +145,17 @@ class RowCheck:
                 return batch  # the network draws: no two runs agree
             for some in islice(_subsets(unsure), _GUESSES):
                 guess = replace(moved, shared=(*moved.shared, *some))
-                if self._agrees(guess, seen):
+                if self._agrees(guess, seen, surely=True):
                     return replace(batch, shared=guess.shared)
             alone = self._tried(moved.rows(size - 1, size))
         raise InputError(_refusal(batch, unsure, seen, alone))
 
-    def _agrees(self, batch: Batch, seen: _Seen) -> bool:
-        """Whether rows alone, and repeated, are what they are in the batch."""
+    def _agrees(self, batch: Batch, seen: _Seen, *, surely: bool = False) -> bool:
+        """Whether rows alone, and repeated, are what they are in the batch.
+
+        Args:
+            surely: models that cannot run single rows, or several, get no benefit of the doubt.
+        """
         close, far = (limit * seen.scale for limit in self._limits)
         size = len(seen.costs)
         for row in {size - 1, 0}:
@@ -154,7 +163,7 @@ class RowCheck:
             found = [self._apart(one, seen, row) for one in (alone, alone.expanded(2))]
             if all(one is not None and one <= close for one in found):
                 continue
-            if any(one is not None and not one <= far for one in found):
+            if surely or any(one is not None and not one <= far for one in found):
                 return False
             if size == 1:
                 # A model may be made for single rows alone.
@@ -199,12 +208,13 @@ class RowCheck:
         """The mean network in eval mode; what it draws does not move the generators."""
         device = device_of(self._model)
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), evaluating(self._model), torch.random.fork_rng(devices=devices):
-            if self._network is None:
-                yield
-                return
-            with self._network.mean():
-                yield
+        with (
+            torch.no_grad(),
+            evaluating(self._model),
+            torch.random.fork_rng(devices=devices),
+            self._within(),
+        ):
+            yield
 
 
 def _holds(value: Any, kind: type) -> bool:
