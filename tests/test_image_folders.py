@@ -147,3 +147,49 @@ def test_another_format_is_refused_with_those_that_are_read(tmp_path: Path) -> N
         InputError, match=r"a\.heic: not an image that can be read: none of PNG, JPEG"
     ):
         read_image(image, 32)
+
+
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path: Path) -> None:
+    for split in ("Train", "val", "test"):
+        for name in ("cat/1.png", "dog/1.png"):
+            put(tmp_path / split / name)
+    with pytest.raises(InputError, match=r"holds splits, Train, test, val, .* give one of them"):
+        read_images(str(tmp_path), 32)
+    assert read_images(str(tmp_path / "Train"), 32).classes == ["cat", "dog"]
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
+    for name in ("train/1.png", "bus/new/1.png", "validation/new/1.png"):
+        put(tmp_path / "vehicles" / name)
+        put(tmp_path / "stamps" / name.replace("bus", "test").replace("new/", ""))
+    assert read_images(str(tmp_path / "vehicles"), 32).classes == ["bus", "train", "validation"]
+    assert read_images(str(tmp_path / "stamps"), 32).classes == ["test", "train", "validation"]
+
+
+def test_classes_whose_folders_look_alike_are_refused(photos: Path) -> None:
+    put(photos / "caf\u00e9" / "1.png")
+    try:
+        put(photos / "cafe\u0301" / "2.png")
+        alike = len(list(photos.iterdir())) == 4
+    except OSError:
+        alike = False
+    if not alike:
+        pytest.skip("this file system knows only one of the two")
+    with pytest.raises(InputError, match="look alike"):
+        read_images(str(photos), 32)
+
+
+def test_arrays_may_have_an_ending_in_upper_case(tmp_path: Path) -> None:
+    arrays = {"image": np.zeros((2, 32, 32), np.uint8), "label": np.array(["a", "b"])}
+    np.savez(tmp_path / "a.npz", **arrays)
+    (tmp_path / "a.npz").rename(tmp_path / "a.NPZ")
+    assert read_images(str(tmp_path / "a.NPZ"), 32).classes == ["a", "b"]
+
+
+def test_paths_in_a_table_are_named_for_what_they_are(photos: Path) -> None:
+    path = photos / "a.csv"
+    path.write_text("image,label\ncat/1.png,cat\ndog/1.png,dog\n")
+    with pytest.raises(
+        InputError, match=r"no image in column 'image', but 'cat/1\.png'.* a folder for each class"
+    ):
+        read_images(str(path), 32)

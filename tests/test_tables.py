@@ -354,3 +354,29 @@ def test_the_cause_of_an_error_of_a_library_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
     with pytest.raises(InputError, match=r"Parquet|parquet magic|metadata|footer|thrift"):
         read(str(path), Columns())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("caf\u00e9", "cafe\u0301", r"'cafe\\u0301' and 'caf\\xe9' look alike"),
+        ("pos", "pos\u200b", r"'pos' and 'pos\\u200b' look alike"),
+        ("\ufeffpos", "pos", r"'\\ufeffpos' look alike"),
+        ("\uac00", "\u1100\u1161", "look alike"),
+    ],
+)
+def test_names_that_look_alike_are_refused(one: str, other: str, said: str, table: Table) -> None:
+    with pytest.raises(InputError, match=said):
+        table(f"text,label\na,{one}\nb,{other}\nc,neg\n")
+    with pytest.raises(InputError, match=said):
+        table(f"group,text,label\n{one},a,pos\n{other},b,neg\n", GROUPS)
+    with pytest.raises(InputError, match=r"unknown label .* looks like .*, and is written as"):
+        table(f"text,label\na,{one}\n", classes=["neg", other])
+
+
+def test_booleans_among_numbers_are_refused(table: Table) -> None:
+    rows = '{"text":"a","label":true}\n{"text":"b","label":%s}\n'
+    for number in ("0", "1.0"):
+        with pytest.raises(InputError, match="column 'label' mixes True and numbers such as"):
+            table(rows % number, name="a.jsonl")
+    assert table(rows % "false", name="a.jsonl").classes == ["False", "True"]

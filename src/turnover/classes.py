@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
@@ -21,6 +22,8 @@ _NOT_MEASURED = {"nan", "na", "n/a", "none", "null", "-", "?"}
 _LONGEST_NUMBER = 100
 """Digits of a label that are compared as a number."""
 _SHOWN = 20
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+"""Characters that no screen shows, byte order marks within a file among them."""
 
 
 def label_names(
@@ -58,6 +61,13 @@ def label_names(
                 f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
                 f"of them as texts"
             )
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if numbers and any(isinstance(v, bool) for v in values):
+        truth = next(v for v in values if isinstance(v, bool))
+        raise InputError(
+            f"{source}: column {column!r} mixes {truth} and numbers such as {numbers[0]} as labels; write all "
+            f"of them in one way"
+        )
     real = next((v for v in values if isinstance(v, float | Decimal) and v % 1), None)
     if real is not None:
         raise InputError(_regression(real, column, source))
@@ -83,7 +93,7 @@ def indexed(
         where: where in it they are, likewise.
 
     Raises:
-        InputError: an unknown label, fewer than two classes, or two that differ by blanks alone.
+        InputError: an unknown label, fewer than two classes, or two that look alike.
     """
     if classes is None:
         check_alike(set(names), source, f"classes of {where}")
@@ -92,7 +102,7 @@ def indexed(
     for row, name in enumerate(names):
         if name not in index:
             close = next((one for one in known if _loosely(one) == _loosely(name)), None)
-            hint = "" if close is None else f"; did you mean {close!r}?"
+            hint = _hint(name, close)
             listed = ", ".join(known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
             raise InputError(
                 f"{source}: unknown label {name!r} in row {row + 1}; the classes are {listed}{hint}"
@@ -105,7 +115,7 @@ def indexed(
 
 
 def check_alike(names: Iterable[str], source: str, what: str) -> None:
-    """Whether names are written in one way: one that differs by blanks is refused, by case warned of.
+    """Whether names are written in one way: two that look alike are refused, by case warned of.
 
     Args:
         names: distinct ones.
@@ -113,13 +123,15 @@ def check_alike(names: Iterable[str], source: str, what: str) -> None:
         what: what they name, likewise.
 
     Raises:
-        InputError: two of them differ by blanks alone.
+        InputError: two of them differ by blanks alone, or by characters that look the same.
     """
     names = sorted(names)
-    for one, other in _pairs(names, _without_blanks)[:1]:
-        raise InputError(
-            f"{source}: {what}: {one!r} and {other!r} differ in blanks alone; write them alike"
-        )
+    for one, other in _pairs(names, _seen)[:1]:
+        if _without_blanks(one) == _without_blanks(other):
+            said = f"{one!r} and {other!r} differ in blanks alone"
+        else:
+            said = f"{one!a} and {other!a} look alike, and are different characters"
+        raise InputError(f"{source}: {what}: {said}; write them alike")
     pairs = _pairs(names, _loosely)
     if pairs:
         listed = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:3])
@@ -137,6 +149,14 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _hint(name: str, close: str | None) -> str:
+    if close is None:
+        return ""
+    if _seen(name) == _seen(close) and _without_blanks(name) != _without_blanks(close):
+        return f"; it looks like {close!r}, and is written as {name!a} in place of {close!a}"
+    return f"; did you mean {close!r}?"
+
+
 def _pairs(names: Iterable[str], alike: Callable[[str], object]) -> list[tuple[str, str]]:
     first: dict[object, str] = {}
     met = ((first.setdefault(alike(name), name), name) for name in names)
@@ -147,9 +167,14 @@ def _without_blanks(name: str) -> str:
     return " ".join(name.split())
 
 
+def _seen(name: str) -> str:
+    """Equal for names that a person cannot tell apart: an accent may be a character of its own."""
+    return _without_blanks(unicodedata.normalize("NFC", name.translate(_UNSEEN)))
+
+
 def _loosely(name: str) -> str | float:
     """Equal for names that differ by case or blanks, or are the same number."""
-    bare = _without_blanks(name)
+    bare = _seen(name)
     if len(bare) <= _LONGEST_NUMBER and _NUMBER.fullmatch(bare) and "," not in bare:
         value = float(bare)
         return value if abs(value) < 2**53 else bare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from turnover.errors import InputError
 
 _ARCHIVED = "__MACOSX"
 _SHOWN = 5
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 
 
 def listed(folder: Path, known: Sequence[str] | None) -> list[Path]:
@@ -27,7 +28,8 @@ def listed(folder: Path, known: Sequence[str] | None) -> list[Path]:
         UserWarning: other files, with their number and endings.
 
     Raises:
-        InputError: no images, a folder of a class without one, or a folder that cannot be listed.
+        InputError: no images, a folder of a class without one, folders of splits, or one that cannot be
+            listed.
     """
     try:
         found = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
@@ -43,6 +45,7 @@ def listed(folder: Path, known: Sequence[str] | None) -> list[Path]:
             f"{folder}: no images; it must hold one folder of images for each class "
             f"({', '.join(ENDINGS)}){f', and holds {others}' if others else ''}"
         )
+    _check_no_splits(folder, images)
     for path in classes:
         if not images[path] and (left[path] or known is None):
             held = f"only {_endings(left[path])}" if left[path] else "nothing"
@@ -52,6 +55,19 @@ def listed(folder: Path, known: Sequence[str] | None) -> list[Path]:
             )
     _report(folder, beside, [*chain(*left.values())])
     return sorted(chain(*images.values()))
+
+
+def _check_no_splits(folder: Path, images: Mapping[Path, Sequence[Path]]) -> None:
+    """Training and test images of the same classes would be told from one another."""
+    if len(images) < 2 or any(path.name.lower() not in _SPLITS for path in images):
+        return
+    if any(file.parent in images for file in chain(*images.values())):
+        return
+    names = [path.name for path in images]
+    raise InputError(
+        f"{folder} holds splits, {', '.join(names)}, and no classes: give one of them, such as "
+        f"{folder / names[-1]}, and another as test data (--test)"
+    )
 
 
 def holds_images(folder: Path) -> bool:

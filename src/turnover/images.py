@@ -33,6 +33,7 @@ from turnover.tables import load_table, table_of, undecoded
 
 COLUMNS = Columns("image", "label")
 _MANY = 1000
+_LONGEST_SHOWN = 50
 _PLAIN = "biufU"
 
 
@@ -166,7 +167,7 @@ def read_images(
     path = Path(source)
     if path.is_dir() and not is_saved(path):
         found = _in_folder(path, columns, ids_needed, classes)
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         found = _in_arrays(path, columns, ids_needed)
     else:
         found = _in_table(source, columns, split, ids_needed)
@@ -327,7 +328,13 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
             _check_inside(Path(path).resolve(), homes, f"{where}: {path}")
             raw = _bytes(Path(path))
         if not isinstance(raw, bytes) or not raw:
-            raise InputError(f"{where} has no image in column {columns.input!r}")
+            held = ""
+            if isinstance(cell, str) and cell.strip():
+                held = (
+                    f", but {cell[:_LONGEST_SHOWN]!r}: a table holds images, and no names of files; give a folder "
+                    f"with a folder for each class"
+                )
+            raise InputError(f"{where} has no image in column {columns.input!r}{held}")
         return raw, opened(raw, where)
 
     return _Found(

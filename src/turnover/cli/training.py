@@ -202,7 +202,7 @@ def fit(
             model, image_size, width, hidden, augment, file, head_units
         )
     else:
-        if data.endswith(".npz") or holds_images(Path(data)):
+        if data.lower().endswith(".npz") or holds_images(Path(data)):
             raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
         shape = ClassifierConfig(model, head_units, lora_rank, max_tokens)
     passes = epochs if epochs is not None else (10 if of_images else 3)
