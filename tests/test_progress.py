@@ -12,8 +12,6 @@ import tiny
 import turnover
 from turnover import Batch, Influence
 
-_BAR = re.compile(r"(\d+)%.*?\[(\d+):(\d+)<(?:(\d+):(\d+)|\?)")
-
 
 class Slow(nn.Module):
     """Takes its time for each row, forward and backward."""
@@ -49,14 +47,17 @@ def said(monkeypatch):
 
 
 def check(said, ended):
-    """From a tenth of the way on the rest is told within a factor of two, but for half a tenth."""
-    whole = ended - said[0][2]
-    looked = [one for one in said if one[1] >= 0.1]
-    assert said[0][1] < 0.35
-    assert looked[-1][1] >= 0.97
-    for _, _, at, left in looked:
-        truly = ended - at
-        assert left <= 2 * truly + 0.1 * whole and truly <= 2 * left + 0.1 * whole, (left, truly)
+    """From a tenth of the way on, what is left is known within a factor of two, give or take a tenth."""
+    _, share, start = said[0]
+    whole = ended - start
+    assert share < 0.35
+    assert said[-1][1] >= 0.97
+    for _, now, at in said:
+        if now - share < 0.1:
+            continue
+        told, truly = (at - start) / (now - share) * (1 - now), ended - at
+        assert told <= 2 * truly + 0.1 * whole, (now, told, truly)
+        assert truly <= 2 * told + 0.1 * whole, (now, told, truly)
 
 
 def batches(count, rows=2, *, ids=False):
@@ -120,5 +121,14 @@ def test_what_was_done_before_is_not_counted_again(said, tmp_path):
     influence = Influence(network, ghosts=20, progress=True)
     for _ in range(2):
         influence.estimate(batches(10), torch.arange(100), out=tmp_path / "scores.zarr")
-    assert all(0 <= share <= 1 for _, share, _, _ in said)
+    assert all(0 <= share <= 1 for _, share, _ in said)
     assert np.diff([one[2] for one in said]).min() >= 0
+
+
+def test_a_bar_is_read_as_targets_with_the_time_left(capsys):
+    network = turnover.attach(tiny.randomise(Slow(0.005)).eval(), "act")
+    Influence(network, ghosts=20, progress=True).estimate(batches(40), range(50))
+    bars = capsys.readouterr().err.split("\r")
+    assert re.fullmatch(
+        r"influence \(linear\): 100%\|.*\| 80/80 targets \[\d\d:\d\d<00:00\]", bars[-1].strip()
+    )

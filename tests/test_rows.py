@@ -24,6 +24,7 @@ from torch.utils.data import (
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, objectives
+from turnover.loaders import Numbers, check_numbered, places_of
 
 IDS = torch.arange(30)
 ROWS = 12
@@ -209,7 +210,7 @@ def test_an_axis_that_is_folded_into_the_rows_has_no_masks_of_rows():
     network = attached(Folded())
     batch = Batch(tiny.features(4, 3, 6), torch.tensor([0, 1, 2, 0]))
     for method in ("linear", "exact"):
-        with pytest.raises(InputError, match=r"site 'act' saw .* rows in a batch of"):
+        with pytest.raises((InputError, turnover.BindingError), match=r"'act' saw .* fold"):
             Influence(network, method=method, ghosts=20).estimate([batch], IDS)
     with (
         pytest.raises(turnover.BindingError, match="repeat_interleave"),
@@ -410,14 +411,24 @@ STABLE = ("one of two processes", "of one length", "a part")
 @pytest.mark.parametrize("kind", SHUFFLING)
 def test_gram_is_not_fitted_by_row_numbers_of_another_order(kind):
     model, loader = mlp().model, SHUFFLING[kind](rows_of())
-    python, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     with pytest.raises(InputError, match=r"which row is which is not known.*WithIds"):
         Influence(model, method="gram").fit(loader)
-    assert random.getstate() == python
-    if kind != "workers":
-        assert torch.equal(torch.get_rng_state(), state)
-    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state[1])  # noqa: NPY002
     Influence(model, method="gram").fit(iter([(tiny.features(5), tiny.labels(5))]))
+
+
+@pytest.mark.parametrize("kind", SHUFFLING)
+def test_asking_a_loader_moves_no_generator(kind):
+    loader, own = SHUFFLING[kind](rows_of()), generator()
+    loader.generator = own
+    states = random.getstate(), torch.get_rng_state(), own.get_state()
+    legacy = np.random.get_state()[1].copy()  # noqa: NPY002
+    with pytest.raises(InputError, match="which row is which"):
+        check_numbered(loader, Numbers.DATA)
+    places_of(loader)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert torch.equal(own.get_state(), states[2])
+    np.testing.assert_array_equal(np.random.get_state()[1], legacy)  # noqa: NPY002
 
 
 @pytest.mark.parametrize("kind", SHUFFLING)
@@ -533,7 +544,7 @@ class Shy:
 @pytest.mark.parametrize("progress", [False, True])
 def test_streams_have_no_length_and_are_scored(make, progress):
     network = mlp()
-    listed = list(make())
+    listed = [batch for batch in make()]  # noqa: C416 - list() asks for the length
     for method in ("linear", "exact"):
         one = Influence(network, method=method, ghosts=20, progress=progress)
         for name in ("estimate", "aggregate"):

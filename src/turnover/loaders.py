@@ -163,7 +163,8 @@ def _keeps_order(loader: DataLoader[Any]) -> bool:
 def _indices(loader: DataLoader[Any]) -> Iterator[Any]:
     """Places in the data set, one batch after another."""
     if loader.batch_sampler is None:
-        return ([place] for place in loader.sampler)
+        # What a sampler of whole batches gives is a list.
+        return (one if isinstance(one, list | tuple) else [one] for one in loader.sampler)
     return iter(loader.batch_sampler)
 
 

@@ -62,15 +62,13 @@ class Progress(Counts):
         self._skipped: dict[str, int] = {}
         self._targets = 0.0
         self._last = time.perf_counter()
-        # The mean speed since the beginning: the count is one of time already.
         made: Any = tqdm  # its stubs know no list as a postfix
         self._bar: Any = made(
             desc=title,
             unit=unit,
             disable=not shown,
-            smoothing=0,
-            bar_format="{l_bar}{bar}| {postfix[0]}{unit}s [{elapsed}<{remaining}]",
-            postfix=[""],
+            bar_format="{l_bar}{bar}| {postfix[0]} {unit}s [{elapsed}<{postfix[1]}]",
+            postfix=["0", "?"],
         )
 
     def follow(self, targets: Iterable[Any], batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -83,6 +81,8 @@ class Progress(Counts):
             if expected is not None:
                 self._targets = rows / seen * max(expected, seen)
                 self._bar.total = round(self._targets)
+            if seen == 1:  # what comes before has been made ready
+                self._last = time.perf_counter()
             yield batch
         if rows:
             self._targets = float(rows)
@@ -121,5 +121,6 @@ class Progress(Counts):
         # Never back: a guess may have been wrong.
         now = max(self._bar.n, share * self._targets)
         total = self._bar.total
-        self._bar.postfix[0] = f"{now:,.0f}/{total:,} " if total else f"{now:,.0f} "
+        self._bar.postfix[0] = f"{now:,.0f}/{total:,}" if total else f"{now:,.0f}"
+        self._bar.postfix[1] = tqdm.format_interval(left) if total else "?"
         self._bar.update(now - self._bar.n)

@@ -140,13 +140,17 @@ class RowCheck:
                 return batch  # the network draws: no two runs agree
             for some in islice(_subsets(unsure), _GUESSES):
                 guess = replace(moved, shared=(*moved.shared, *some))
-                if self._agrees(guess, seen):
+                if self._agrees(guess, seen, surely=True):
                     return replace(batch, shared=guess.shared)
             alone = self._tried(moved.rows(size - 1, size))
         raise InputError(_refusal(batch, unsure, seen, alone))
 
-    def _agrees(self, batch: Batch, seen: _Seen) -> bool:
-        """Whether rows alone, and repeated, are what they are in the batch."""
+    def _agrees(self, batch: Batch, seen: _Seen, *, surely: bool = False) -> bool:
+        """Whether rows alone, and repeated, are what they are in the batch.
+
+        Args:
+            surely: models that cannot run single rows, or several, get no benefit of the doubt.
+        """
         close, far = (limit * seen.scale for limit in self._limits)
         size = len(seen.costs)
         for row in {size - 1, 0}:
@@ -154,7 +158,7 @@ class RowCheck:
             found = [self._apart(one, seen, row) for one in (alone, alone.expanded(2))]
             if all(one is not None and one <= close for one in found):
                 continue
-            if any(one is not None and not one <= far for one in found):
+            if surely or any(one is not None and not one <= far for one in found):
                 return False
             if size == 1:
                 # A model may be made for single rows alone.

@@ -170,6 +170,8 @@ class _Training:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             _logger.warning("not audited for leaks: parameters are sharded over processes")
             return
+        # A model that is given labels may give its loss before its logits.
+        inputs = {key: value for key, value in inputs.items() if key not in trainer.label_names}
         with _without_checkpointing(network.model):
             report = network.audit(inputs, optimizer=trainer.optimizer, adapter=network.adapter)
         level = logging.INFO if report.clean else logging.WARNING

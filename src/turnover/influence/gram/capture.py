@@ -285,6 +285,8 @@ class Capture:
 
     def _disagreeing(self, batch: Batch) -> list[str]:
         """Parts whose gradients of some rows are not those of autograd on the row alone."""
+        if not self._parts:
+            return []
         rows, _ = self._captured(batch)
         last = len(batch) - 1
         bad: dict[str, None] = {}

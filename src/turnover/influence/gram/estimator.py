@@ -34,7 +34,10 @@ from turnover.influence.progress import Progress, counting
 from turnover.influence.result import Result
 from turnover.loaders import Numbers
 from turnover.masks import check_ids
+from turnover.modes import evaluating
+from turnover.network import Network
 from turnover.objectives import Objective, cross_entropy
+from turnover.sites import device_of
 
 _TINY = 1e-30
 
@@ -108,6 +111,8 @@ class Gram:
         )
         with closing(progress):
             for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
+                if not sizes:
+                    _measure(self._models, batch)
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
@@ -122,7 +127,6 @@ class Gram:
         self._ids = _train_ids(ids, sizes)
         if len(self._ids) < 4:
             raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
-        # Now that a forward has told the widths of the sites.
         self._digests = [digest(model) for model in self._models]
         if len(set(self._digests)) < len(self._digests):
             raise InputError(
@@ -360,6 +364,14 @@ def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean over networks, variance of the mean, degrees of freedom."""
     stacked = torch.stack([one.to(scores[0].device) for one in scores])
     return stacked.mean(dim=0), stacked.var(dim=0) / len(scores), len(scores) - 1
+
+
+def _measure(models: Sequence[Model], batch: Batch) -> None:
+    """Learn the widths of sites, by which a network is told, where nothing ran under masks yet."""
+    for one in models:
+        if isinstance(one, Network) and None in one.units.values():
+            with torch.no_grad(), evaluating(one.model), one._probing():
+                batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
 def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
