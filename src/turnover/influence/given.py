@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from turnover.batches import Adapter, Batch, as_batch
+from turnover.bindings import Binding
 from turnover.errors import InputError
 from turnover.loaders import Numbers, check_numbered, warn_left_out
 from turnover.network import Network
@@ -29,7 +31,10 @@ class Given:
     ) -> None:
         if isinstance(model, Network):
             self.adapter = adapter or model.adapter
-            self.check = RowCheck(model.model, objective, model.mean)
+            # The mean network; sites that are not asked for need not be fit to run.
+            self.check = RowCheck(
+                model.model, objective, partial(model._context, Binding(sites=frozenset()))
+            )
         else:
             self.adapter = adapter or as_batch
             self.check = RowCheck(model, objective)

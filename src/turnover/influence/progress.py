@@ -89,9 +89,9 @@ class Progress(Counts):
             self._bar.total = rows
 
     def advance(self, kind: str, count: int) -> None:
-        """See :class:`Counts`; the time since the last report was spent on it."""
+        """See :class:`Counts`; the time since the last report was spent on it, or on nothing that recurs."""
         now = time.perf_counter()
-        self._spent[kind] = self._spent.get(kind, 0.0) + now - self._last
+        self._spent[kind] = self._spent.get(kind, 0.0) + (now - self._last if count else 0.0)
         self._done[kind] = self._done.get(kind, 0) + count
         self._last = now
         self._show()

@@ -264,7 +264,8 @@ class Gram:
                 count = sum(map(len, pending)) * networks
                 progress.advance("cross", count)
                 yield pending, crosses
-                progress.advance("halves", int(count == seen * networks))
+                if count == seen * networks:
+                    progress.advance("halves", 1)
                 progress.advance("score", count)
 
             for batch in progress.follow(targets, self._given.batches(targets, numbers)):
