@@ -74,8 +74,12 @@ def test_after_a_change_of_one_setting_nothing_of_the_old_one_is_left(
     shutil.rmtree(fresh / "results")
     score(Run.load(fresh), ScoreConfig(**changed))
     before = numbers(copy)
+    turnover("explain", copy, "--show", 0)
+    score(Run.load(copy), ScoreConfig(**BASE))
+    assert (copy / "results" / "explanations.json").exists(), "it is of these results"
     score(Run.load(copy), ScoreConfig(**changed))
     assert_same(numbers(copy), numbers(fresh))
+    assert not (copy / "results" / "explanations.json").exists()
     assert before.keys() != numbers(copy).keys() or any(
         (before[name] != values).any() for name, values in numbers(copy).items()
     )

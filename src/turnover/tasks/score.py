@@ -18,6 +18,7 @@ from turnover.data import Data
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.influence import METHODS, Influence
+from turnover.influence.begun import ROOT
 from turnover.influence.calibration import noise_floor
 from turnover.influence.cost import Plan
 from turnover.influence.linear import LinearScorer, mask_gradients
@@ -28,8 +29,8 @@ from turnover.reading import field
 from turnover.run import Run, read_json, write_json
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
+from turnover.tasks.targets import EXPLANATIONS, rows_digest
 from turnover.tasks.targets import FILE as TARGETS
-from turnover.tasks.targets import rows_digest
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
@@ -101,6 +102,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
     found["sites"], found["scored_sites"] = scoring.by_site, list(scoring.sites)
     results: dict[str, Result] = {}
+    before = _explained(run)
     targets = run.folder / "results" / TARGETS
     # All is computed before any of it replaces a result of other settings.
     with ExitStack() as stack:
@@ -127,6 +129,8 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     run.remove_result("gram")
     for name, result in results.items():
         run.write_result(name, result)
+    if _explained(run) != before:  # explanations are of the results that were there
+        (run.folder / "results" / EXPLANATIONS).unlink(missing_ok=True)
     metrics = _measured(run)
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
@@ -136,6 +140,12 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     write_json(run.folder / "metrics.json", metrics, sealed=True)
     write_json(targets, scoring.targets | {"data": rows_digest(run)}, sealed=True)
     return metrics
+
+
+def _explained(run: Run) -> list[bytes]:
+    """What changes with any setting of the results that explanations are made of."""
+    roots = (run.folder / "results" / f"{name}.zarr" / ROOT for name in ("errors", "gram"))
+    return [root.read_bytes() if root.is_file() else b"" for root in roots]
 
 
 def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:

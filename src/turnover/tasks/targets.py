@@ -11,6 +11,8 @@ from turnover.origin import data_digest
 from turnover.run import Run, read_json
 
 FILE = "targets.json"
+EXPLANATIONS = "explanations.json"
+"""What `turnover explain` writes beside it."""
 
 
 def rows_digest(run: Run) -> str:
