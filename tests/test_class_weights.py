@@ -155,6 +155,8 @@ def test_a_pilot_takes_them_too(rare: Path, encoder: Path) -> None:
         (["x=1=much"], "balanced alone, or NAME=WEIGHT"),
         (["x=1=0"], "must be a finite number above 0"),
         (["x=1=inf"], "must be a finite number above 0"),
+        (["x=1=1e39"], "must be a finite number above 0"),
+        (["x=1=1e-50"], "must be a finite number above 0"),
         (["comon=2"], "no class 'comon'; closest: common"),
     ],
 )

@@ -29,12 +29,12 @@ from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import logits_of_rows
 
 
-def fit(data: Path, model: Path, out: Path, *more: object, expect: int = 0) -> Finished:
+def fit(data: Path, model: Path | str, out: Path, *more: object, expect: int = 0) -> Finished:
     options = ("--head-units", 32, "--lora-rank", 4, "--epochs", 1, "--no-compare")
     return turnover("fit", data, "--model", model, "--out", out, *options, *more, expect=expect)
 
 
-def refusal(data: Path, model: Path, *more: object) -> str:
+def refusal(data: Path, model: Path | str, *more: object) -> str:
     """The one line of a fit that is refused, and that leaves nothing behind."""
     out = data.parent / "run"
     said = fit(data, model, out, *more, expect=2).stderr.splitlines()
@@ -243,6 +243,15 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     # Words that no text has may be more than there are embeddings.
     encoders.tokenizer(("never", "used")).save_pretrained(encoders.folder(config, tmp_path / "m"))
     fit(data, tmp_path / "m", tmp_path / "run")
+
+
+def test_a_folder_without_weights_that_are_read_says_what_to_do(tmp_path: Path) -> None:
+    data, model = write_texts(tmp_path / "t.csv"), tmp_path / "model"
+    for missing in (model, data, "./model", "~/no such folder"):
+        assert "there is no such folder; give the folder" in refusal(data, missing)
+    encoders.folder(transformers.BertConfig(**SHAPE), model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "and save it with save_pretrained" in refusal(data, model)
 
 
 def test_a_text_without_tokens_is_named(tmp_path: Path) -> None:

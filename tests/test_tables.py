@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from turnover import InputError, content_ids, string_ids
-from turnover.data import Columns, TextData, read, write
+from turnover.data import Columns, TextData, hold_out, read, write
 
 IDS, GROUPS = Columns(id="id"), Columns(group="group")
 Table = Callable[..., TextData]
@@ -382,3 +382,9 @@ def test_booleans_among_numbers_are_refused(table: Table) -> None:
         with pytest.raises(InputError, match="column 'label' mixes True and numbers such as"):
             table(rows % number, name="a.jsonl")
     assert table(rows % "false", name="a.jsonl").classes == ["False", "True"]
+
+
+def test_where_groups_are_too_few_to_hold_some_out_they_are_named(table: Table) -> None:
+    rows = "".join(f"{'ab'[i % 2]},text {i},{'xy'[i % 2]}\n" for i in range(40))
+    with pytest.raises(InputError, match="40 rows in 2 groups are too few"):
+        hold_out(table(f"group,text,label\n{rows}", GROUPS))

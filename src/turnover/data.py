@@ -331,7 +331,10 @@ def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
         rows = [row for row, test in enumerate(chosen) if test == wanted]
         parts.append(data.take(rows))
     if len(set(parts[0].labels)) < len(data.classes) or not len(parts[1]):
+        groups = len(torch.unique(data.ids))
+        few = f"{len(data)} rows" + (f" in {groups} groups" if groups < len(data) else "")
         raise InputError(
-            f"{len(data)} rows are too few to hold a fifth out for testing; pass test data (--test)"
+            f"{few} are too few to hold a fifth out for testing, with every class in the rest; pass test data "
+            f"(--test)"
         )
     return parts[0], parts[1]

@@ -131,6 +131,7 @@ def build(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
         InputError: the model or its tokenizer cannot be loaded.
     """
     transformers = _transformers()
+    _check_folder(config.model)
     try:
         _check_no_adapter(config.model)
         shape = _data_alone(transformers.AutoConfig, config.model)
@@ -211,6 +212,27 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
 def _data_alone(kind: Any, source: str | Path, **options: Any) -> Any:
     """What a Hugging Face name or folder holds of a kind, none of its code run and none offered to be."""
     return kind.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _check_folder(source: str) -> None:
+    """Whether a folder of a model is there, and holds weights that are read.
+
+    Raises:
+        InputError: no such folder, or its weights are pickles alone.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if path.exists() or source.startswith(("/", ".", "~")):
+            raise InputError(
+                f"model {source!r}: there is no such folder; give the folder that save_pretrained wrote, or a "
+                f"Hugging Face name"
+            )
+        return
+    if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
+        raise InputError(
+            f"model {source!r}: no file named model.safetensors, and a pickle (pytorch_model.bin) can run code "
+            f"and is not read: load the model where you trust it, and save it with save_pretrained"
+        )
 
 
 def _check_no_adapter(source: str) -> None:

@@ -26,16 +26,17 @@ def check_class_weights(asked: ClassWeights) -> None:
     """Whether these are weights.
 
     Raises:
-        InputError: another word, or a weight that is not a finite number above 0.
+        InputError: another word, or a weight that is not a finite number above 0 in float32.
     """
     if asked is None or asked == BALANCED:
         return
     if isinstance(asked, str):
         raise InputError(f"class weights are {BALANCED!r} or NAME=WEIGHT, got {asked!r}")
     for name, weight in asked.items():
-        if not 0 < weight < math.inf:
+        if not 0 < torch.tensor(float(weight), dtype=torch.float32).item() < math.inf:
             raise InputError(
-                f"the weight of class {name!r} must be a finite number above 0, got {weight}"
+                f"the weight of class {name!r} must be a finite number above 0 in single precision, got "
+                f"{weight}"
             )
 
 
