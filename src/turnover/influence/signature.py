@@ -7,7 +7,6 @@ weights computes something else: another activation function, another adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ from turnover.masks import ghost_ids
 from turnover.objectives import costs
 from turnover.sites import device_of
 
-_ROWS = 32
-"""Targets of a block that are looked at."""
+_ROWS, _SPREAD = 32, 8
+"""Targets of a block that are looked at, at most, and those of them that are taken whatever their labels."""
 _HALF = (torch.float16, torch.bfloat16)
 _COARSE, _FINE = 1e-2, 1e-4
 """Relative differences that another machine may make, of 16 and of 32 bits."""
@@ -109,24 +108,26 @@ def tolerance(engines: Sequence[Engine]) -> float:
 
 
 def _chosen(batches: Sequence[Batch], rows: int) -> NDArray[np.int64]:
-    """Targets to look at: the first of every label, and some spread over the block."""
-    spread = np.linspace(0, rows - 1, min(rows, _ROWS)).round().astype(np.int64)
+    """Targets to look at: all of few; else the first of every label, and some spread over the block."""
+    if rows <= _ROWS:
+        return np.arange(rows)
+    spread = np.linspace(0, rows - 1, _SPREAD).round().astype(np.int64)
     labels = [batch.labels for batch in batches]
     if any(one is None or one.shape != (len(b),) for one, b in zip(labels, batches, strict=True)):
-        return np.unique(spread)
+        return spread
     every = torch.cat([one.detach().cpu() for one in labels if one is not None]).double().numpy()
     first = np.sort(np.unique(every, return_index=True)[1])
-    if len(first) > _ROWS:  # also where labels are no classes
-        first = first[np.linspace(0, len(first) - 1, _ROWS).round().astype(np.int64)]
-    order = dict.fromkeys([*first.tolist(), *spread.tolist()])
-    return np.sort(np.array([*order][:_ROWS], dtype=np.int64))
+    most = _ROWS - _SPREAD
+    if len(first) > most:  # also where labels are no classes
+        first = first[np.linspace(0, len(first) - 1, most).round().astype(np.int64)]
+    return np.union1d(first, spread)
 
 
 def _of_batch(
     engines: Sequence[Engine], method: str, batch: Batch, rows: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Signatures of some rows of a batch: (rows, columns)."""
-    if len(rows) < len(batch):
+    if 2 * len(rows) < len(batch):
         try:
             return np.concatenate(
                 [_whole(engines, method, batch.rows(row, row + 1)) for row in rows.tolist()]
@@ -144,10 +145,11 @@ def _whole(engines: Sequence[Engine], method: str, batch: Batch) -> NDArray[np.f
 def _columns(engine: Engine, method: str, batch: Batch) -> Iterator[Tensor]:
     network, objective = engine.network, engine.objective
     moved = batch.to(device_of(network.model))
-    with _as_it_runs(engine, method):
-        yield costs(objective, moved.call(network.model), moved)
-    if method != "exact":
-        yield mask_gradients(network, objective, moved, engine.sites).norm(dim=1)
+    if method == "exact":
+        with torch.no_grad(), network.mean():
+            yield costs(objective, moved.call(network.model), moved)
+    else:
+        yield from _derived(engine, moved)
     if method == "linear":
         return
     for hidden in (False, True):
@@ -156,12 +158,15 @@ def _columns(engine: Engine, method: str, batch: Batch) -> Iterator[Tensor]:
             yield costs(objective, moved.call(network.model), moved)
 
 
-@contextmanager
-def _as_it_runs(engine: Engine, method: str) -> Iterator[None]:
-    """The mean network as the estimator runs it: an objective may need a graph behind the outputs."""
-    if method == "exact":
-        with torch.no_grad(), engine.network.mean():
-            yield
-        return
-    with torch.enable_grad(), engine.network._probing(engine.sites):
-        yield
+def _derived(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The objective at the mean network, and the norm of its derivative by the masks: (rows,) each."""
+    network = engine.network
+    with torch.enable_grad(), network._probing(engine.sites) as probes:
+        values = costs(engine.objective, batch.call(network.model), batch)
+        if not probes or not values.requires_grad:  # it says what is wrong
+            return values, mask_gradients(network, engine.objective, batch, engine.sites).norm(
+                dim=1
+            )
+        found = torch.autograd.grad(values.sum(), [*probes.values()], allow_unused=True)
+    squares = [one.double().square().sum(dim=1) for one in found if one is not None]
+    return values, torch.stack(squares).sum(dim=0).sqrt() if squares else torch.zeros_like(values)
