@@ -65,8 +65,8 @@ def label_names(
     if numbers and any(isinstance(v, bool) for v in values):
         truth = next(v for v in values if isinstance(v, bool))
         raise InputError(
-            f"{source}: column {column!r} mixes {truth} and numbers such as {numbers[0]} as labels; write all "
-            f"of them in one way"
+            f"{source}: column {column!r} mixes {truth} and numbers such as {numbers[0]} as labels; write "
+            f"all of them in one way"
         )
     real = next((v for v in values if isinstance(v, float | Decimal) and v % 1), None)
     if real is not None:

@@ -16,7 +16,9 @@ from turnover.reading import field, read_object, strings
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _PLACES = {"name", "version", "data_dir", "data_files", "description"}
 """Settings of a CSV data set that say where it is, and not how it is read."""
-_PATTERN = "its path holds one of [ ] * ?, which the library that reads it takes for a pattern of paths; rename it"
+_PATTERN = (
+    "its path holds one of [ ] * ?, which the library that reads it takes for a pattern; rename it"
+)
 
 
 def datasets_library() -> Any:
