@@ -54,6 +54,16 @@ def test_the_rows_and_classes_that_were_read_are_said(fitted: Any, tmp_path: Pat
     assert "12 classes: '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', ...\n" in said
 
 
+def test_test_rows_that_are_training_rows_are_said(fitted: Any, tmp_path: Path) -> None:
+    train, test = texts(tmp_path / "train.csv"), tmp_path / "test.csv"
+    test.write_text("id,text,label\n1,film 3,neg\n2,unseen,pos\n3,film 7,pos\n")
+    _, said = fitted(train, "--test", test)
+    assert "2 of the 3 test rows are also training rows, such as 'film 3': " in said
+    test.write_text("id,text,label\n2,unseen,pos\n")
+    _, said = fitted(train, "--test", test)
+    assert "also training rows" not in said
+
+
 def test_classes_that_differ_in_case_are_said_in_a_line(fitted: Any, tmp_path: Path) -> None:
     path = texts(tmp_path / "train.csv", "pos Pos")
     _, said = fitted(path, "--test", path)

@@ -34,7 +34,7 @@ def check(data: TextData) -> None:
 @pytest.mark.parametrize("ending", ["csv", "tsv", "CSV.gz"])
 def test_a_folder_of_splits_in_files_is_read(ending: str, tmp_path: Path) -> None:
     raw = csv_text(separator="\t" if ending == "tsv" else ",").encode()
-    name = f"train.{ending.lower()}"
+    name = f"train.{ending}"
     (tmp_path / name).write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
     (tmp_path / "test.csv").write_text("id,text,label\n9,c,pos\n")
     check(read(str(tmp_path), IDS))
@@ -141,3 +141,26 @@ def test_images_that_save_to_disk_wrote_are_read(tmp_path: Path) -> None:
     data = read_images(str(tmp_path / "one"), 32)
     assert data.classes == ["x", "y"]
     assert data.image(0)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_folder_is_not_taken_for_another_that_its_name_is_a_pattern_of(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data [1]"
+    (folder / "train").mkdir(parents=True)
+    file = folder / "train" / f"a.{ending}"
+    if ending == "csv":
+        file.write_text(csv_text())
+    else:
+        datasets.Dataset.from_dict(ROWS).to_json(str(file))
+    for beside in ("data 2", "data 1"):  # none that fits the pattern, and one that does
+        other = tmp_path / beside
+        (other / "train").mkdir(parents=True)
+        (other / "train" / file.name).write_text(file.read_text().replace("007", "9"))
+        with pytest.raises(InputError, match=r"its path holds one of \[ \] \* \?.*rename it"):
+            read(str(folder), IDS)
+    alone = (tmp_path / "what").resolve().with_name("what?")
+    folder.rename(alone)
+    check(read(str(alone), IDS))

@@ -180,3 +180,29 @@ def test_scores_of_a_spreadsheet_are_read(run: Any) -> None:
         "\ufeffkey;score;note\r\n7.0; 1.5;\r\n38;-2e-3;\r\n'0038;+.5;\r\nx;3;\r\n;;\r\n"
     )
     assert read_scores(run, path).tolist() == [1.5, -0.002, 0.5, 3.0]
+
+
+def test_a_key_that_a_spreadsheet_would_make_another_key_is_protected(tmp_path: Path) -> None:
+    keys = [
+        "+7",
+        "7",
+        "=22",
+        "22",
+        "-07",
+        "-7",
+        ".5",
+        "0.5",
+        "-1.0",
+        "-1",
+        "-0",
+        "0",
+        "+1e3",
+        "1000",
+    ]
+    stay = {"7", "22", "-7", "-1", "0", "1000"}
+    run, path = run_of(tmp_path, keys, ["a", "b"]), tmp_path / "d.csv"
+    write_decisions(run.train, dict.fromkeys(range(len(keys)), "keep"), path, {})
+    with path.open(newline="") as file:
+        found = [line["key"] for line in csv.DictReader(file)]
+    assert found == [key if key in stay else f"'{key}" for key in keys]
+    assert list(read_decisions(run, path)) == list(range(len(keys)))

@@ -334,7 +334,7 @@ def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
         groups = len(torch.unique(data.ids))
         few = f"{len(data)} rows" + (f" in {groups} groups" if groups < len(data) else "")
         raise InputError(
-            f"{few} are too few to hold a fifth out for testing, with every class in the rest; pass test data "
-            f"(--test)"
+            f"{few} are too few to hold a fifth out for testing, with every class in the rest; pass test "
+            f"data (--test)"
         )
     return parts[0], parts[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,9 @@ from turnover.reading import field, read_object, strings
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _PLACES = {"name", "version", "data_dir", "data_files", "description"}
 """Settings of a CSV data set that say where it is, and not how it is read."""
+_PATTERN = (
+    "its path holds one of [ ] * ?, which the library that reads it takes for a pattern; rename it"
+)
 
 
 def datasets_library() -> Any:
@@ -73,6 +77,7 @@ def read_data_set(source: str, split: str, needed: Sequence[str], wanted: Sequen
     datasets = datasets_library()
     try:
         builder = datasets.load_dataset_builder(source)
+        _check_place(builder, source)
         if _is_plain_csv(builder):
             return _read_csv(datasets, builder, split, needed, wanted)
         return datasets.load_dataset(source, split=split)
@@ -82,10 +87,26 @@ def read_data_set(source: str, split: str, needed: Sequence[str], wanted: Sequen
         what = "file here"
         if Path(source).is_dir():
             what = f"folder with a file such as {split}.csv or {split}.parquet"
+        hint = f"; {_PATTERN}" if _is_pattern(source) else ""
         raise InputError(
             f"{source}: neither a {what} nor a Hugging Face data set that can be loaded "
-            f"({cause_of(error)})"
+            f"({cause_of(error)}){hint}"
         ) from error
+
+
+def _is_pattern(source: str) -> bool:
+    return Path(source).is_dir() and glob.has_magic(str(Path(source).resolve()))
+
+
+def _check_place(builder: Any, source: str) -> None:
+    """The library takes the path of a folder for a pattern, and ``data[1]`` for ``data1`` beside it."""
+    if not _is_pattern(source):
+        return
+    home = Path(source).resolve()
+    for paths in (builder.config.data_files or {}).values():
+        for path in paths:
+            if not Path(path).is_relative_to(home):
+                raise InputError(f"{source}: {_PATTERN}")
 
 
 def _is_plain_csv(builder: Any) -> bool:

@@ -311,7 +311,8 @@ def _count(number: int, what: str) -> str:
 def _remedy(found: int, width: int, dialect: _Dialect) -> str:
     if found < width or not dialect.quoted:
         return ""
-    return f"; put a cell that holds {_SEPARATORS[dialect.separator]} in quote marks"
+    names = ", or give every column a name" if found == width + 1 else ""
+    return f"; put a cell that holds {_SEPARATORS[dialect.separator]} in quote marks{names}"
 
 
 def _reason(error: csv.Error, line: int) -> str:

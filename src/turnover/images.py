@@ -331,8 +331,8 @@ def _in_table(source: str, columns: Columns, split: str, ids_needed: bool) -> _F
             held = ""
             if isinstance(cell, str) and cell.strip():
                 held = (
-                    f", but {cell[:_LONGEST_SHOWN]!r}: a table holds images, and no names of files; give "
-                    f"a folder with a folder for each class"
+                    f", but {cell[:_LONGEST_SHOWN]!r}: a table holds images, and no names of files; give a "
+                    f"folder with a folder for each class"
                 )
             raise InputError(f"{where} has no image in column {columns.input!r}{held}")
         return raw, opened(raw, where)

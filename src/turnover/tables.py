@@ -109,8 +109,11 @@ def table_of(columns: dict[str, list[Any]]) -> Any:
 
 def _file_of_split(folder: Path, split: str) -> Path | None:
     """The file in a folder that has the name of a split, unless a script says what the data is."""
-    found = sorted(folder / f"{split}{ending}" for ending in ENDINGS)
-    found = [file for file in found if file.is_file()]
+
+    def is_of_split(name: str) -> bool:
+        return name.startswith(split) and name[len(split) :].lower() in ENDINGS
+
+    found = sorted(file for file in folder.glob("*") if is_of_split(file.name) and file.is_file())
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{folder} holds {names}: give the file of them that is meant")

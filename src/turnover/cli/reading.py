@@ -35,3 +35,18 @@ def say_rows(output: Output, **parts: Data) -> None:
     more = ", ..." if len(classes) > _SHOWN else ""
     listed = ", ".join(map(repr, classes[:_SHOWN])) + more
     output.say(f"rows read: {rows}; {len(classes)} classes: {listed}", highlight=False)
+    if {"training", "test"} <= parts.keys():
+        _say_shared(output, parts["training"], parts["test"])
+
+
+def _say_shared(output: Output, training: Data, test: Data) -> None:
+    """Test rows that were trained on say nothing of rows that were not."""
+    there = set(training.contents())
+    shared = [row for row, one in enumerate(test.contents()) if one in there]
+    if shared:
+        output.say(
+            f"{len(shared)} of the {len(test)} test rows are also training rows, such as "
+            f"{test.shown(shared[0])!r:.200}: accuracies and losses on the test data are too good",
+            style="yellow",
+            highlight=False,
+        )

@@ -224,14 +224,14 @@ def _check_folder(source: str) -> None:
     if not path.is_dir():
         if path.exists() or source.startswith(("/", ".", "~")):
             raise InputError(
-                f"model {source!r}: there is no such folder; give the folder that save_pretrained wrote, or a "
-                f"Hugging Face name"
+                f"model {source!r}: there is no such folder; give the folder that save_pretrained wrote, or "
+                f"a Hugging Face name"
             )
         return
     if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
         raise InputError(
-            f"model {source!r}: no file named model.safetensors, and a pickle (pytorch_model.bin) can run code "
-            f"and is not read: load the model where you trust it, and save it with save_pretrained"
+            f"model {source!r}: no file named model.safetensors, and a pickle (pytorch_model.bin) can run "
+            f"code and is not read: load the model where you trust it, and save it with save_pretrained"
         )
 
 

@@ -30,9 +30,9 @@ _COLUMNS = (
 )
 _BEGINNING = r"[=+\-@\t\r\n]"
 _FORMULA = re.compile(rf"'*{_BEGINNING}(?![0-9.]+$)")
-_CHANGED = re.compile(r"'*(?!(?:0|[1-9]\d{0,14})\Z)\d[\d.,:/+\- eE%]*", re.ASCII)
-"""Codes that a spreadsheet takes for a number or a date, and writes in another way: 0007, 1e5, 1-2."""
-_TEXT = re.compile(rf"'+(?:{_BEGINNING}|\d)")
+_CHANGED = re.compile(r"'*(?!(?:0|-?[1-9]\d{0,14})\Z)[=+\-]?\.?\d[\d.,:/+\- eE%]*", re.ASCII)
+"""Codes that a spreadsheet takes for a number or a date, and writes in another way: 0007, 1e5, 1-2, +7."""
+_TEXT = re.compile(rf"'+(?:{_BEGINNING}|\.?\d)")
 _AS_NUMBER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
 """An integer as a spreadsheet may write it; three zeros would be of a separator of thousands."""
 _NAMES = {"key", "label", "suggested", "decision"}
