@@ -20,6 +20,7 @@ from turnover.batches import Batch
 from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
 from turnover.modes import exclusive
+from turnover.site_order import check_site_order
 from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def audit(
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
     with exclusive(model), _held(network), _randomised(model, parameters) as before:
+        check_site_order(network, batch)
         exposed = _reached(network, batch, ids, parameters, hidden=False)
         hidden = _reached(network, batch, ids, parameters, hidden=True)
         changed = [

@@ -129,7 +129,8 @@ class Influence:
         self._models = [one.model if isinstance(one, Network) else one for one in models]
         attached = models[0].adapter if isinstance(models[0], Network) else as_batch
         self.adapter: Adapter = adapter or attached
-        self._row_check = RowCheck(models[0], objective)
+        masked = method not in ("exact", "gram")  # an exact target is one row, repeated
+        self._row_check = RowCheck(models[0], objective, masked=masked)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
