@@ -1,5 +1,6 @@
 """Rows in another order within the model, and rows that mix where it is hard to see."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_site_at_which_rows_are_sorted_is_refused_where_it_matters():
         lambda: wrong.audit((x, labels)),
         lambda: turnover.hidden_predictions(wrong, [(x, labels, IDS[:5])]),
     ):
-        with pytest.raises(InputError, match="'act' sees the rows .* another order"):
+        with pytest.raises(InputError, match=r"'act' sees the rows .* another order"):
             call()
     ordered = of_lengths(6, 5, 4, 3)
     linear = Influence(wrong, method="linear", ghosts=20)
@@ -211,3 +212,89 @@ def test_a_shuffling_loader_is_seen_in_a_wrapper_of_any_kind(name):
         with pytest.raises(InputError, match="shuffles"):
             call()
     Influence(network, method="gram").fit(Held(DataLoader(data, batch_size=2), name))
+
+
+class Beside(nn.Module):
+    """Masked logits, and beside them what an unmasked layer makes of the rows, laid out in some way."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.first, self.act = nn.Linear(6, 32, bias=False), nn.GELU()
+        self.last, self.open = nn.Linear(32, 3, bias=False), nn.Linear(6, 4, bias=False)
+        self.layout = layout
+
+    def forward(self, x):
+        made = self.open(x)
+        laid_out = {
+            "two for each row": lambda: torch.cat([made, made]),
+            "time first": lambda: torch.stack([made, made, made]),
+            "a loss": lambda: made.square().mean(),
+            "a penalty on weights": lambda: self.open.weight.square().sum(),
+        }
+        return self.last(self.act(self.first(x))), laid_out[self.layout]()
+
+
+@pytest.mark.parametrize("layout", ["two for each row", "time first", "a loss"])
+def test_the_audit_follows_outputs_that_have_no_rows_of_their_own(layout):
+    report = attached(Beside(layout)).audit((tiny.features(6, 6), LABELS))
+    assert {one.name for one in report.parameters if one.leaking} == {"open.weight"}
+
+
+def test_a_penalty_on_weights_carries_no_instance():
+    assert attached(Beside("a penalty on weights")).audit((tiny.features(6, 6), LABELS)).clean
+
+
+def test_gram_made_while_another_thread_scores_knows_all_parameters():
+    network = attached(nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 3)), "mlp")
+    batch = (tiny.features(6, 6), LABELS)
+    scoring, made = threading.Event(), []
+
+    def objective(outputs, rows):
+        if not scoring.is_set():
+            scoring.set()
+            other.join(0.3)
+        return objectives.margin(outputs, rows)
+
+    def make():
+        scoring.wait(10)
+        made.append(Influence(network, method="gram").fit([batch]).estimate([batch]).scores)
+
+    other = threading.Thread(target=make, daemon=True)
+    other.start()
+
+    def targets():
+        yield batch
+
+    Influence(network, objective, method="linear", ghosts=20).estimate(targets(), IDS)
+    other.join(30)
+    wanted = Influence(network, method="gram").fit([batch]).estimate([batch]).scores
+    np.testing.assert_allclose(made[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_completion_ends_where_padding_begins():
+    tokens = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+
+    def cost(labels):
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        return objectives.completion(logits, Batch(inputs, labels))
+
+    with pytest.raises(InputError, match=r"row 1, token 4 is padding .* -100"):
+        cost(tokens)
+    wanted = -logits[1].log_softmax(1)[[0, 1], [4, 5]].sum()
+    torch.testing.assert_close(cost(tokens.where(mask > 0, -100))[1], wanted)
+    ended = tokens.where(mask > 0, -100)
+    ended[1, 3] = 0  # what the last word predicts
+    torch.testing.assert_close(cost(ended)[1], wanted - logits[1, 2].log_softmax(0)[0])
+
+
+def test_gradients_beyond_float32_are_an_error_with_a_fix():
+    model = tiny.randomise(nn.Linear(6, 3))
+    with pytest.raises(InputError, match="scale the objective down"):
+        Influence(
+            model,
+            lambda outputs, batch: objectives.margin(outputs, batch) * 1e25,
+            method="gram",
+            directions=0,
+        ).fit([(tiny.features(6, 6), LABELS)])

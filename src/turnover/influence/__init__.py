@@ -135,14 +135,16 @@ class Influence:
             self.sites: list[str] = []
             self.networks: list[Network] = []
             self._engines: list[Engine] = []
-            self._gram = Gram(
-                models,
-                objective,
-                Options(ridge, residual, directions, features, resamples),
-                batches=self._batches,
-                adapted=self._adapted,
-                progress=progress,
-            )
+            # Another thread that scores holds the parameters' requires_grad at False.
+            with exclusive(*self._models):
+                self._gram = Gram(
+                    models,
+                    objective,
+                    Options(ridge, residual, directions, features, resamples),
+                    batches=self._batches,
+                    adapted=self._adapted,
+                    progress=progress,
+                )
             return
         self.networks = _attached(models, method)
         first = self.networks[0]

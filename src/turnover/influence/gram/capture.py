@@ -20,26 +20,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from turnover.batches import Batch, tensors
-from turnover.checkpoints import has_reentrant, is_reentrant
+from turnover.checkpoints import has_reentrant
 from turnover.errors import InputError
 from turnover.influence.engine import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
-from turnover.order import may_rearrange, out_of_order, reversed_rows
 from turnover.influence.gram.parts import Part, agrees, check, divided
+from turnover.influence.gram.pulls import REENTRANT, interleaved, pulled_back
 from turnover.influence.gram.rules import Call
 from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
+from turnover.order import may_rearrange, out_of_order, reversed_rows
 from turnover.sites import device_of
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""
-
-_REENTRANT = (
-    "the model runs torch.utils.checkpoint(use_reentrant=True) in eval mode, within which gram sees no "
-    "gradients: pass use_reentrant=False, or checkpoint in training mode alone"
-)
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ class Capture:
                 "torch.utils.checkpoint(use_reentrant=True)"
             )
         if len(seen) < len(self._parts) and has_reentrant([values]):
-            raise InputError(_REENTRANT)
+            raise InputError(REENTRANT)
         with torch.no_grad():
             wrong = wrongness(outputs, batch) if self._wrong else None
         calls = [(name, one) for name, every in seen.items() for one in every]
@@ -203,12 +199,12 @@ class Capture:
             weights = along.weights
             logits = logits_of(outputs).float()
             pulled = [(logits * one).sum() for one in along.values.unbind(dim=2)]
-        found = _pulled_back(pulled, edges)
+        found = pulled_back(pulled, edges)
         parts: dict[str, Factors] = {}
         with torch.no_grad():
             by_part: dict[str, list[Call]] = {}
             for (name, one), back in zip(calls, zip(*found, strict=True), strict=False):
-                together = _interleaved(back)
+                together = interleaved(back)
                 if together is not None:
                     inputs = _real(one.inputs).repeat_interleave(len(pulled), dim=0)
                     by_part.setdefault(name, []).append(Call(inputs, together))
@@ -230,7 +226,7 @@ class Capture:
     def _generally(self, batch: Batch, pulls: Sequence[Mapping[int, Tensor]]) -> dict[str, Factors]:
         """Gradients without rules, those of a part given up in the order of its rule's."""
         gradients = RowGradients(self._model, self.general)
-        together = _interleaved([gradients(batch, one) for one in pulls])
+        together = interleaved([gradients(batch, one) for one in pulls])
         assert together is not None
         sizes = gradients.sizes
         columns = dict(zip(sizes, torch.split(together, list(sizes.values()), dim=1), strict=True))
@@ -359,33 +355,6 @@ class _UnknownLayoutError(Exception):
     def __init__(self, part: str) -> None:
         super().__init__(part)
         self.part = part
-
-
-def _pulled_back(
-    pulled: Sequence[Tensor], edges: Sequence[GradientEdge]
-) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of several numbers by the same edges."""
-    if not edges:
-        return [() for _ in pulled]
-    last = len(pulled) - 1
-    try:
-        return [
-            torch.autograd.grad(one, edges, allow_unused=True, retain_graph=number < last)
-            for number, one in enumerate(pulled)
-        ]
-    except RuntimeError as error:
-        if not is_reentrant(error):
-            raise
-        raise InputError(_REENTRANT) from error
-
-
-def _interleaved(values: Sequence[Tensor | None]) -> Tensor | None:
-    """The first row of each, then the second row of each; what is not there is 0."""
-    there = next((one for one in values if one is not None), None)
-    if there is None:
-        return None
-    full = [torch.zeros_like(there) if one is None else one for one in values]
-    return torch.stack([one.detach().float() for one in full], dim=1).flatten(0, 1)
 
 
 def directions_of(outputs: Any, batch: Batch, count: int) -> Directions:
