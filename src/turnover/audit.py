@@ -21,6 +21,7 @@ from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
 from turnover.modes import exclusive
 from turnover.rowwise import RowCheck
+from turnover.site_order import check_site_order
 from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
@@ -138,13 +139,16 @@ def audit(
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
     with exclusive(model), _held(network), _randomised(model, parameters) as before:
+        check_site_order(network, batch)
         exposed = _reached(network, batch, ids, parameters, hidden=False)
         hidden = _reached(network, batch, ids, parameters, hidden=True)
+        others = _reached_together(network, batch, ids, parameters)
         changed = [
             canonical_name(name)
             for name, value in model.named_buffers()
             if name in before and not torch.equal(value, before[name])
         ]
+    exposed, hidden = exposed + others[0], hidden + others[1]
     shared = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
     for row_exposed, row_hidden in zip(exposed, hidden, strict=True):
         for index, (kept, dropped) in enumerate(zip(row_exposed, row_hidden, strict=True)):
@@ -182,6 +186,56 @@ def _reached(
         ):
             raise InputError(_REENTRANT)
     return reached
+
+
+def _reached_together(
+    network: Network, batch: Batch, ids: Tensor, parameters: Sequence[Tensor]
+) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+    """As :func:`_reached`, exposed and hidden, by way of outputs that have no rows of their own.
+
+    Losses, and whatever folds rows together. In a batch of one row, repeated, they belong to that row.
+    What is the same for all rows, such as a penalty on weights, belongs to none.
+    """
+    found: list[list[list[Tensor | None]]] = []
+    for hidden in (False, True):
+        given = []
+        for row in range(len(ids)):
+            same = batch.rows(row, row + 1).expanded(len(ids))
+            bound = ids[row].expand(len(ids))
+            with network.hidden(bound) if hidden else network.exposed(bound):
+                outputs = _without_rows(same.call(network.model), len(ids))
+            given.append(outputs)
+        of_rows = [
+            index
+            for index, first in enumerate(given[0])
+            if any(not torch.equal(first, one[index]) for one in given[1:])
+        ]
+        found.append([])
+        for outputs in given:
+            values = [outputs[index] for index in of_rows]
+            found[-1].append(
+                list(_gradients(_weighted(values), parameters))
+                if values
+                else [None] * len(parameters)
+            )
+    reached = [[[None if g is None else g != 0 for g in row] for row in side] for side in found]
+    return reached[0], reached[1]
+
+
+def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
+    """Floating-point outputs with a gradient that have no axis 0 of the batch's rows."""
+    return [
+        value
+        for value in _tensors(outputs)
+        if value.is_floating_point()
+        and value.requires_grad
+        and (not value.dim() or len(value) != rows)
+    ]
+
+
+def _weighted(values: Sequence[Tensor]) -> Tensor:
+    flat = torch.cat([value.reshape(-1).float() for value in values])
+    return (flat * torch.linspace(0.5, 1.5, len(flat), device=flat.device)).sum()
 
 
 def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -38,19 +38,33 @@ def check_causal(outputs: Any, batch: Batch, labels: Tensor) -> None:
     Raises:
         InputError: outputs of a model that is not causal, or other labels than its input tokens.
     """
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
     if type(outputs).__name__ in _ALIGNED:
         raise InputError(f"the model gives a {type(outputs).__name__}: {_FIX}")
     candidates = dict(_tokens(batch.inputs, labels))
-    if not candidates:
-        return
-    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
     wrong = {name: _differing(labels, tokens, mask) for name, tokens in candidates.items()}
-    if all(bool(one.any()) for one in wrong.values()):
+    if wrong and all(bool(one.any()) for one in wrong.values()):
         name, places = next(iter(wrong.items()))
         row, token = places.nonzero()[0].tolist()
         raise InputError(
             f"the label of row {row}, token {token} is {int(labels[row, token])}, and the model's input "
             f"{name + ' ' if name else ''}there is {int(candidates[name][row, token])}: {_FIX}"
+        )
+    _check_padding(labels, mask)
+
+
+def _check_padding(labels: Tensor, mask: Any) -> None:
+    """Refuse labels within padding, which only padding predicts."""
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return
+    padding = mask.to(labels.device) == 0
+    wrong = (labels[:, 1:] != -100) & padding[:, 1:] & padding[:, :-1]
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"row {row}, token {token + 1} is padding (its attention_mask is 0) and has the label "
+            f"{int(labels[row, token + 1])}, so padding would count as part of the completion: set the "
+            f"labels of padding to -100"
         )
 
 

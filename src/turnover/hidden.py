@@ -27,6 +27,7 @@ from turnover.masks import check_training_ids, ghost_ids
 from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import logits_and_labels, logits_of
+from turnover.site_order import check_site_order
 from turnover.sites import device_of
 
 _CALIBRATION_GHOSTS = 2**33
@@ -88,11 +89,13 @@ def hidden_predictions(
 
     Raises:
         InputError: no batches, batches without ids or (to calibrate) labels, ghosts as ids, a model
-            without a classifier's logits, or logits that are not finite.
+            without a classifier's logits, logits that are not finite, or a site that sees rows in another
+            order than the batch's.
     """
     adapter = adapter or network.adapter
     warn_left_out(train_batches)
     hidden, exposed, ids, labels = [], [], [], []
+    ordered = False
     with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
         shown = tqdm(
@@ -108,6 +111,7 @@ def hidden_predictions(
                     "hidden predictions need the ids that each batch was trained under"
                 )
             row_ids = check_training_ids(batch.ids)
+            ordered = ordered or check_site_order(network, batch.to(device_of(network.model)))
             ids.append(row_ids.cpu())
             hidden.append(_logits(network, batch, network.hidden(row_ids)))
             if calibration is not None:

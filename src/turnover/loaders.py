@@ -60,7 +60,11 @@ def loader_of(batches: Any) -> DataLoader[Any] | None:
         if isinstance(batches, DataLoader):
             return None if isinstance(batches.dataset, IterableDataset) else batches
         held = vars(batches) if hasattr(batches, "__dict__") else {}
-        batches = next((held[name] for name in _WITHIN if held.get(name) is not None), None)
+        loaders = [one for one in held.values() if isinstance(one, DataLoader)]
+        within = [held[name] for name in _WITHIN if held.get(name) is not None]
+        if len(loaders) == 1:  # under whatever name
+            within.extend(loaders)
+        batches = next(iter(within), None)
         if batches is None:
             return None
     return None

@@ -33,6 +33,7 @@ _CLOSE, _FAR = 1e-4, 1e-2
 rounding makes of it."""
 _COARSE_CLOSE, _COARSE_FAR = 5e-2, 0.25
 """Both, in half precision, quantized, or with coarse matrix products."""
+_TINY = 1e-30
 _WHOLE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -43,6 +44,8 @@ class _Seen:
     costs: Tensor
     logits: Tensor | None
     scale: float
+    """Of the costs, and of what they are computed from."""
+    logit_scale: float
 
 
 class RowCheck:
@@ -68,6 +71,8 @@ class RowCheck:
         self._within = within
         self._objective = objective
         self._rowed: set[str] = set()
+        self._single: set[str] = set()
+        """Inputs looked at in batches of one row, in which rows cannot mix."""
         self._lengths: set[tuple[str, int]] = set()
 
     def __call__(self, batch: Batch) -> Batch:
@@ -92,7 +97,8 @@ class RowCheck:
         if len(known) == len(same):  # nothing would have rows
             shared, known = shared[: -len(known)], []
         batch = replace(batch, shared=tuple(dict.fromkeys(shared)))
-        unsure = [name for name in same if name not in known and name not in self._rowed]
+        sure = self._rowed if size > 1 else self._rowed | self._single
+        unsure = [name for name in same if name not in known and name not in sure]
         if not unsure:
             return batch
         batch = self._checked(batch, unsure)
@@ -100,7 +106,7 @@ class RowCheck:
             if batch.shares(name):
                 self._lengths.add((name, size))
             else:
-                self._rowed.add(name)
+                (self._rowed if size > 1 else self._single).add(name)
         return batch
 
     def _check_kind(self, batch: Batch) -> None:
@@ -141,7 +147,7 @@ class RowCheck:
             if size > _ROWS:
                 seen = self._run(moved)
             again = self._run(moved)
-            if _difference(again, seen) > self._limits[0] * seen.scale:
+            if _difference(again, seen) > self._limits[0]:
                 return batch  # the network draws: no two runs agree
             for some in islice(_subsets(unsure), _GUESSES):
                 guess = replace(moved, shared=(*moved.shared, *some))
@@ -156,7 +162,7 @@ class RowCheck:
         Args:
             surely: models that cannot run single rows, or several, get no benefit of the doubt.
         """
-        close, far = (limit * seen.scale for limit in self._limits)
+        close, far = self._limits
         size = len(seen.costs)
         for row in {size - 1, 0}:
             alone = batch.rows(row, row + 1)
@@ -180,10 +186,8 @@ class RowCheck:
         if found is None:
             return None
         rows = slice(row, row + 1)
-        return _difference(
-            found,
-            _Seen(seen.costs[rows], None if seen.logits is None else seen.logits[rows], seen.scale),
-        )
+        logits = None if seen.logits is None else seen.logits[rows]
+        return _difference(found, replace(seen, costs=seen.costs[rows], logits=logits))
 
     def _tried(self, batch: Batch) -> _Seen | None:
         try:
@@ -195,9 +199,13 @@ class RowCheck:
         outputs = batch.call(self._model)
         values = costs(self._objective, outputs, batch).detach()
         logits = _logits(outputs, len(values))
+        # Beside logits, whatever else the model gives says nothing of them: it may be a mask of -1e4.
         held = [one for one in tensors([outputs]) if one.is_floating_point()]
         largest = max((_largest(one) for one in held), default=1.0)
-        return _Seen(values, logits, largest + _largest(values) + 1e-30)
+        logit_scale = largest if logits is None else _largest(logits)
+        finite = values[values.isfinite()].abs()
+        scale = logit_scale + (float(finite.max()) if finite.numel() else 0.0)
+        return _Seen(values, logits, scale + _TINY, logit_scale + _TINY)
 
     @property
     def _limits(self) -> tuple[float, float]:
@@ -240,13 +248,13 @@ def _logits(outputs: Any, rows: int) -> Tensor | None:
 
 
 def _difference(found: _Seen, wanted: _Seen) -> float:
-    """The largest difference of costs, and of logits where both have them in one shape."""
-    apart = _largest_apart(found.costs, wanted.costs)
+    """The largest difference of costs, and of logits where both have them in one shape, in their scales."""
+    apart = _largest_apart(found.costs, wanted.costs) / wanted.scale
     one, other = found.logits, wanted.logits
     if one is None or other is None or one.shape[1:] != other.shape[1:]:
         return apart
     # An objective that is saturated would let anything pass.
-    return max(apart, _largest_apart(one, other))
+    return max(apart, _largest_apart(one, other) / wanted.logit_scale)
 
 
 def _largest_apart(found: Tensor, wanted: Tensor) -> float:
@@ -260,7 +268,12 @@ def _largest(values: Tensor) -> float:
     finite = finite[finite.isfinite()]
     # Masks are often the most negative number that there is.
     finite = finite[finite.abs() < 1e30]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    if not finite.numel():
+        return 0.0
+    # So is what stands for it, -1e4 or -1e9, in many places: no computed number comes twice.
+    rest = finite[finite != finite.min()]
+    filled = len(rest) < len(finite) - 1 and rest.numel()
+    return float((rest if filled else finite).abs().max())
 
 
 def _is_coarse(model: nn.Module) -> bool:

@@ -128,18 +128,21 @@ class Influence:
         self._gram: Gram | None = None
         models = _several(network)
         self._models = [one.model if isinstance(one, Network) else one for one in models]
-        self._given = Given(models[0], objective, adapter)
+        masked = method not in ("exact", "gram")  # an exact target is one row, repeated
+        self._given = Given(models[0], objective, adapter, masked=masked)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
             self._engines: list[Engine] = []
-            self._gram = Gram(
-                models,
-                objective,
-                Options(ridge, residual, directions, features, resamples),
-                given=self._given,
-                progress=progress,
-            )
+            # Another thread that scores holds the parameters' requires_grad at False.
+            with exclusive(*self._models):
+                self._gram = Gram(
+                    models,
+                    objective,
+                    Options(ridge, residual, directions, features, resamples),
+                    given=self._given,
+                    progress=progress,
+                )
             return
         self.networks = _attached(models, method)
         first = self.networks[0]

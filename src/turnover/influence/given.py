@@ -15,6 +15,11 @@ from turnover.loaders import Numbers, check_numbered, warn_left_out
 from turnover.network import Network
 from turnover.objectives import Objective
 from turnover.rowwise import RowCheck
+from turnover.site_order import check_site_order
+from turnover.sites import device_of
+
+_ROWS = 1024
+"""Of a batch that are looked at for their order."""
 
 
 class Given:
@@ -24,20 +29,41 @@ class Given:
         model: what the batches are for.
         objective: callable (outputs, batch) -> (rows,).
         adapter: how a batch becomes :class:`turnover.Batch`; ``None``: as the network was attached.
+        masked: whether masks are differentiated, so that sites have to see rows in their order.
     """
 
     def __init__(
-        self, model: Network | nn.Module, objective: Objective, adapter: Adapter | None
+        self,
+        model: Network | nn.Module,
+        objective: Objective,
+        adapter: Adapter | None,
+        *,
+        masked: bool = False,
     ) -> None:
+        self._unordered = model if masked and isinstance(model, Network) else None
+        """Where sites are not yet known to see the rows of every batch in their order."""
         if isinstance(model, Network):
             self.adapter = adapter or model.adapter
             # The mean network; sites that are not asked for need not be fit to run.
-            self.check = RowCheck(
+            self._rows = RowCheck(
                 model.model, objective, partial(model._context, Binding(sites=frozenset()))
             )
         else:
             self.adapter = adapter or as_batch
-            self.check = RowCheck(model, objective)
+            self._rows = RowCheck(model, objective)
+
+    def check(self, batch: Batch) -> Batch:
+        """The batch, with the names of all inputs that its rows share.
+
+        Raises:
+            InputError: rows that cannot be told apart, or that a site sees in another order.
+        """
+        batch = self._rows(batch)
+        if self._unordered is not None:
+            few = batch.rows(0, min(len(batch), _ROWS))
+            if check_site_order(self._unordered, few.to(device_of(self._unordered.model))):
+                self._unordered = None
+        return batch
 
     def batches(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
         """The batches, looked at with the model.

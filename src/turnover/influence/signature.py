@@ -17,6 +17,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.influence.engine import Engine
 from turnover.influence.linear import mask_gradients
+from turnover.influence.reach import differentiate
 from turnover.masks import ghost_ids
 from turnover.objectives import costs
 from turnover.sites import device_of
@@ -167,6 +168,6 @@ def _derived(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
             return values, mask_gradients(network, engine.objective, batch, engine.sites).norm(
                 dim=1
             )
-        found = torch.autograd.grad(values.sum(), [*probes.values()], allow_unused=True)
+        found = differentiate(values, [one for runs in probes.values() for one in runs])
     squares = [one.double().square().sum(dim=1) for one in found if one is not None]
     return values, torch.stack(squares).sum(dim=0).sqrt() if squares else torch.zeros_like(values)

@@ -20,25 +20,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from turnover.batches import Batch, tensors
-from turnover.checkpoints import has_reentrant, is_reentrant
+from turnover.checkpoints import has_reentrant
 from turnover.errors import InputError
 from turnover.influence.engine import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.parts import Part, agrees, check, divided
+from turnover.influence.gram.pulls import REENTRANT, interleaved, pulled_back
 from turnover.influence.gram.rules import Call
 from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
+from turnover.order import may_rearrange, out_of_order, reversed_rows
 from turnover.sites import device_of
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""
-
-_REENTRANT = (
-    "the model runs torch.utils.checkpoint(use_reentrant=True) in eval mode, within which gram sees no "
-    "gradients: pass use_reentrant=False, or checkpoint in training mode alone"
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ class _Seen:
     spread: bool
 
 
-_Layout = frozenset[tuple[str, tuple[bool, ...]]]
-"""Parts that ran, and for each of their calls whether all rows shared it."""
+_Layout = tuple[bool, frozenset[tuple[str, tuple[bool, ...]]]]
+"""Whether there are several rows, and parts that ran, for each of their calls whether all rows shared it."""
 
 
 class Capture:
@@ -108,6 +105,8 @@ class Capture:
         self._parts, self._general = divided(self._model)
         self._given_up: dict[str, Part] = {}
         self._known: set[_Layout] = set()
+        self._rearranges = False
+        """Whether the model may bring rows in an order that depends on the batch."""
         self._said: set[str] = set()
         self._checked = False
 
@@ -151,8 +150,10 @@ class Capture:
         """The rows, once every part of a layout that is new agrees with autograd or is given up."""
         while True:
             try:
-                rows, layout = self._captured(batch, count)
-                bad = [] if layout in self._known else self._disagreeing(batch)
+                rows, layout, seen = self._captured(batch, count)
+                new = layout not in self._known
+                bad = self._disordered(batch, seen) if new or self._rearranges else []
+                bad = bad or (self._disagreeing(batch) if new else [])
             except _UnknownLayoutError as error:
                 self._give_up([error.part])
                 continue
@@ -161,7 +162,10 @@ class Capture:
                 return rows
             self._give_up(bad)
 
-    def _captured(self, batch: Batch, count: int = 0) -> tuple[Rows, _Layout]:
+    def _captured(
+        self, batch: Batch, count: int = 0
+    ) -> tuple[Rows, _Layout, dict[str, list[Tensor]]]:
+        """The rows, the layout, and the inputs of the calls that rows do not share."""
         seen: dict[str, list[_Seen]] = {}
         try:
             with self._watched(len(batch), seen):
@@ -182,7 +186,7 @@ class Capture:
                 "torch.utils.checkpoint(use_reentrant=True)"
             )
         if len(seen) < len(self._parts) and has_reentrant([values]):
-            raise InputError(_REENTRANT)
+            raise InputError(REENTRANT)
         with torch.no_grad():
             wrong = wrongness(outputs, batch) if self._wrong else None
         calls = [(name, one) for name, every in seen.items() for one in every]
@@ -195,12 +199,12 @@ class Capture:
             weights = along.weights
             logits = logits_of(outputs).float()
             pulled = [(logits * one).sum() for one in along.values.unbind(dim=2)]
-        found = _pulled_back(pulled, edges)
+        found = pulled_back(pulled, edges)
         parts: dict[str, Factors] = {}
         with torch.no_grad():
             by_part: dict[str, list[Call]] = {}
             for (name, one), back in zip(calls, zip(*found, strict=True), strict=False):
-                together = _interleaved(back)
+                together = interleaved(back)
                 if together is not None:
                     inputs = _real(one.inputs).repeat_interleave(len(pulled), dim=0)
                     by_part.setdefault(name, []).append(Call(inputs, together))
@@ -213,15 +217,16 @@ class Capture:
                 pairs = zip(given, one_found[len(calls) :], strict=True)
                 pulls.append({number: back.detach() for number, back in pairs if back is not None})
             parts |= self._generally(batch, pulls)
-        layout = frozenset(
-            (name, tuple(one.spread for one in every)) for name, every in seen.items()
-        )
-        return Rows(parts, values.detach(), wrong, weights), layout
+        calls_of = {name: tuple(one.spread for one in every) for name, every in seen.items()}
+        layout = (len(batch) > 1, frozenset(calls_of.items()))
+        if layout not in self._known:
+            self._rearranges = self._rearranges or may_rearrange(values)
+        return Rows(parts, values.detach(), wrong, weights), layout, _inputs(seen)
 
     def _generally(self, batch: Batch, pulls: Sequence[Mapping[int, Tensor]]) -> dict[str, Factors]:
         """Gradients without rules, those of a part given up in the order of its rule's."""
         gradients = RowGradients(self._model, self.general)
-        together = _interleaved([gradients(batch, one) for one in pulls])
+        together = interleaved([gradients(batch, one) for one in pulls])
         assert together is not None
         sizes = gradients.sizes
         columns = dict(zip(sizes, torch.split(together, list(sizes.values()), dim=1), strict=True))
@@ -283,11 +288,21 @@ class Capture:
                 f"mean), and no row has a gradient of its own"
             )
 
+    def _disordered(self, batch: Batch, inputs: Mapping[str, Sequence[Tensor]]) -> list[str]:
+        """Parts that see the rows in another order than the batch's."""
+        if len(batch) == 1 or not inputs:
+            return []
+        turned: dict[str, list[_Seen]] = {}
+        backward = reversed_rows(batch)
+        with self._watched(len(batch), turned):
+            backward.call(self._model)
+        return [name for name in out_of_order(inputs, _inputs(turned)) if name in self._parts]
+
     def _disagreeing(self, batch: Batch) -> list[str]:
         """Parts whose gradients of some rows are not those of autograd on the row alone."""
         if not self._parts:
             return []
-        rows, _ = self._captured(batch)
+        rows, *_ = self._captured(batch)
         last = len(batch) - 1
         bad: dict[str, None] = {}
         for row in sorted({0, last // 2, last}):
@@ -302,6 +317,7 @@ class Capture:
         names = [name for part in self._parts.values() for name in part.parameters]
         wanted = dict(self._model.named_parameters(remove_duplicate=False))
         found = torch.autograd.grad(cost.sum(), [wanted[name] for name in names], allow_unused=True)
+        found = tuple(None if g is None else g.to_dense() for g in found)
         truth = dict(zip(names, found, strict=True))
         scale = max((float(g.norm()) for g in found if g is not None), default=0.0)
         for name, part in self._parts.items():
@@ -328,39 +344,17 @@ class Capture:
         )
 
 
+def _inputs(seen: Mapping[str, Sequence[_Seen]]) -> dict[str, list[Tensor]]:
+    """Inputs of the calls that rows do not share."""
+    return {name: [one.inputs for one in every if not one.spread] for name, every in seen.items()}
+
+
 class _UnknownLayoutError(Exception):
     """A part's inputs or outputs are not laid out by rows."""
 
     def __init__(self, part: str) -> None:
         super().__init__(part)
         self.part = part
-
-
-def _pulled_back(
-    pulled: Sequence[Tensor], edges: Sequence[GradientEdge]
-) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of several numbers by the same edges."""
-    if not edges:
-        return [() for _ in pulled]
-    last = len(pulled) - 1
-    try:
-        return [
-            torch.autograd.grad(one, edges, allow_unused=True, retain_graph=number < last)
-            for number, one in enumerate(pulled)
-        ]
-    except RuntimeError as error:
-        if not is_reentrant(error):
-            raise
-        raise InputError(_REENTRANT) from error
-
-
-def _interleaved(values: Sequence[Tensor | None]) -> Tensor | None:
-    """The first row of each, then the second row of each; what is not there is 0."""
-    there = next((one for one in values if one is not None), None)
-    if there is None:
-        return None
-    full = [torch.zeros_like(there) if one is None else one for one in values]
-    return torch.stack([one.detach().float() for one in full], dim=1).flatten(0, 1)
 
 
 def directions_of(outputs: Any, batch: Batch, count: int) -> Directions:
