@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.exact import ExactEstimator
-from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.linear import LinearScorer, finite, mask_gradients
 from turnover.influence.progress import Counts
 from turnover.influence.reach import Run
 from turnover.modes import evaluating
@@ -243,18 +243,3 @@ def over_networks(scores: Sequence[Tensor]) -> Scores:
 def to_numpy(values: Tensor) -> NDArray[np.float32]:
     """The values of a float32 tensor on any device."""
     return values.cpu().numpy()
-
-
-def finite(values: Tensor, what: str) -> Tensor:
-    """The values, if they are finite.
-
-    Raises:
-        InputError: NaN or infinite; the rows are named.
-    """
-    if not bool(torch.isfinite(values).all()):
-        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
-        raise InputError(
-            f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
-            f"objective diverged on them"
-        )
-    return values

@@ -49,8 +49,8 @@ def mask_gradients(
     Raises:
         BindingError: no site was reached by the forward, or the objective depends on a site in a way that
             autograd does not see.
-        InputError: the objective does not give one number for each row, or has no derivative; a site
-            that does not see the rows of the batch.
+        InputError: the objective does not give one number for each row, is not finite, or has no
+            derivative; a site that does not see the rows of the batch.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
 
@@ -66,6 +66,8 @@ def mask_gradients(
                 'differentiated: use method="exact", or an objective and a model without detach, '
                 "no_grad or torch.utils.checkpoint(use_reentrant=True)"
             )
+        # Infinity may be a constant, as of a class that is masked, whose derivative is 0.
+        finite(values.detach(), "the objective")
         runs = [(site, number) for site in probes for number in range(len(probes[site]))]
         found = differentiate(values, [probes[site][number] for site, number in runs])
     gradients = dict(zip(runs, found, strict=True))
@@ -87,6 +89,21 @@ def mask_gradients(
         nothing = values.new_zeros((len(values), units[site]), dtype=torch.float32)
         columns.append(nothing if column is None else column)
     return torch.cat(columns, dim=1)
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """The values, if they are finite.
+
+    Raises:
+        InputError: NaN or infinite; the rows are named.
+    """
+    if not bool(torch.isfinite(values).all()):
+        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
+        raise InputError(
+            f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
+            f"objective diverged on them"
+        )
+    return values
 
 
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:

@@ -28,6 +28,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _COARSE, _FINE = 1e-2, 1e-4
 """Relative differences that another machine may make, of 16 and of 32 bits."""
 _ABSOLUTE = 1e-6
+_ROUNDED = 2.0**-24
+"""What rounding makes of a loss of 0; an objective that is smaller everywhere is one of small numbers."""
 _LARGEST, _NOT_A_NUMBER = 1e100, 1e300
 
 
@@ -45,7 +47,8 @@ class Signed(NamedTuple):
         scale = np.fmax(np.abs(stored), np.abs(self.values))
         # Derivatives and differences of logits cancel, and then err like the larger ones beside them.
         beside = np.nan_to_num(scale).max(axis=0, initial=0.0, where=scale < _LARGEST)
-        allowed = self.tolerance * (scale + 0.1 * beside) + _ABSOLUTE
+        absolute = _ABSOLUTE if beside.max(initial=0.0) >= _ROUNDED else 0.0
+        allowed = self.tolerance * (scale + 0.1 * beside) + absolute
         differ = np.argwhere(np.abs(stored - self.values) > allowed)
         return (int(differ[0][0]), int(differ[0][1])) if len(differ) else None
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turnover.batches import Batch, tensors
+from turnover.batches import Batch, named
 from turnover.errors import InputError
 from turnover.influence.calibration import GhostPool, NoiseFloor
 from turnover.influence.result import Result
@@ -159,13 +159,16 @@ def fingerprints(batch: Batch) -> NDArray[np.uint64]:
     What is no tensor counts, and so do tensors that all rows share.
     """
     rows = len(batch)
-    whole = [batch.inputs, batch.labels]
-    values = [value.detach().cpu() for value in tensors(whole)]
-    shared = hashlib.blake2b(_layout(whole).encode(), digest_size=8)
+    shared = hashlib.blake2b(_layout([batch.inputs, batch.labels]).encode(), digest_size=8)
     digests = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
-    for value in values:
+    # What is shared may be as long as this batch, and not as the one it was before.
+    values = [(batch.shares(name), value) for name, value in named(batch.inputs)]
+    values += [] if batch.labels is None else [(False, batch.labels)]
+    for common_to_all, given in values:
+        value = given.detach().cpu()
         head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
-        flat = value.contiguous().reshape(rows, -1) if value.dim() and len(value) == rows else None
+        by_row = not common_to_all and value.dim() and len(value) == rows
+        flat = value.contiguous().reshape(rows, -1) if by_row else None
         if flat is None:
             shared.update(head + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             continue

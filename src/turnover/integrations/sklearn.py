@@ -6,6 +6,7 @@ A wide masked head on standardised columns; text and categories are one-hot. For
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -228,8 +229,9 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_parameters(self) -> None:
         for name in ("units", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
         if not 0 < self.learning_rate < np.inf:
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 
