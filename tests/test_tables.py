@@ -228,7 +228,9 @@ def test_tsv_of_a_spreadsheet_is_read_as_it_wrote_it(
 
 def test_the_row_of_a_damaged_tsv_file_is_named(table: Table) -> None:
     glue = "".join(f"{text}\t{label}\n" for text, label in GLUE)
-    with pytest.raises(InputError, match=r"row 5 \(line 6\) has 1 field, the header has 2") as refused:
+    with pytest.raises(
+        InputError, match=r"row 5 \(line 6\) has 1 field, the header has 2"
+    ) as refused:
         table(f"text\tlabel\n{glue}lost\n", name="a.tsv")
     assert type(refused.value) is InputError  # the public one
     with pytest.raises(InputError, match=r"row 2 \(line 4\) has 3 fields"):
