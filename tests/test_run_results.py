@@ -20,7 +20,9 @@ from turnover import InputError
 from turnover.influence.stored import open_result
 from turnover.report.from_run import content, explain_errors
 from turnover.run import Run, read_json, write_json
+from turnover.tasks import cleanse
 from turnover.tasks import score as scoring
+from turnover.tasks.review import review
 from turnover.tasks.score import ScoreConfig, score
 
 BASE = {"ghosts": 50, "gram": False, "sites": ("*",)}
@@ -144,6 +146,36 @@ def test_results_of_other_rows_than_the_run_has_now_are_refused(name: str, copy:
         explain_errors(Run.load(copy))
     said = turnover("explain", copy, "--show", 0, expect=2).stderr
     assert "run `turnover influence" in said
+    score(Run.load(copy), ScoreConfig(**BASE))
+    assert explain_errors(Run.load(copy))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no digests")
+def test_self_influence_of_other_labels_is_refused_by_review_and_cleanse(copy: Path) -> None:
+    relabelled(copy, "train")
+    run = Run.load(copy)
+    with pytest.raises(InputError, match="other training or test rows than the run has now"):
+        review(run)
+    with pytest.raises(InputError, match="other training or test rows than the run has now"):
+        cleanse._known(run, "self", None)
+    score(run, ScoreConfig(**BASE))
+    assert review(Run.load(copy))
+    assert cleanse._known(Run.load(copy), "self", None) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*has no digests")
+def test_what_was_begun_for_other_test_rows_is_not_gone_on_with(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_fresh", cut)
+        with pytest.raises(Cut):
+            score(Run.load(copy), ScoreConfig(**BASE))
+    # Another row is an error now, or one no longer is.
+    relabelled(copy, "test")
     score(Run.load(copy), ScoreConfig(**BASE))
     assert explain_errors(Run.load(copy))
 

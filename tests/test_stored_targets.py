@@ -29,9 +29,7 @@ def targets(length, size, *, shift=1.0):
     shared = torch.linspace(-shift, 2.0, length * 6).reshape(length, 6)
     x, labels = tiny.features(ROWS), torch.arange(ROWS) % 3
     starts = range(0, ROWS, size)
-    return [
-        Batch({"x": x[i : i + size], "shift": shared}, labels[i : i + size]) for i in starts
-    ]
+    return [Batch({"x": x[i : i + size], "shift": shared}, labels[i : i + size]) for i in starts]
 
 
 def score(given, out=None, method="linear", objective=objectives.margin, net=None):
@@ -46,9 +44,7 @@ def score(given, out=None, method="linear", objective=objectives.margin, net=Non
 @pytest.mark.parametrize(
     ("length", "sizes"), [(1, (8, 5)), (4, (4, 16)), (8, (8, 24)), (16, (3, 25))]
 )
-def test_a_shared_input_as_long_as_some_batches_is_the_same_in_all(
-    length, sizes, method, tmp_path
-):
+def test_a_shared_input_as_long_as_some_batches_is_the_same_in_all(length, sizes, method, tmp_path):
     stored = score(targets(length, sizes[0]), tmp_path / "r", method)
     tiny.assert_same(score(targets(length, sizes[1]), tmp_path / "r", method), stored)
     anew = score(targets(length, sizes[1]), method=method)

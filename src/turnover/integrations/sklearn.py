@@ -230,8 +230,10 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self) -> None:
         for name in ("units", "epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
+            if not isinstance(value, numbers.Integral):
+                raise InputError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise InputError(f"{name} must be >= 1, got {value}")
         if not 0 < self.learning_rate < np.inf:
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 

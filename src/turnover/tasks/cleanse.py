@@ -34,6 +34,7 @@ from turnover.sweep import Sweep, sweeping
 from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of
 from turnover.tasks.review import check_rows, read_column
 from turnover.tasks.sweeps import figures_without, masked_heads, ranking_heads
+from turnover.tasks.targets import check_scored
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -312,6 +313,7 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
     if name != "self":
         return None
     stored = run.read_result("self")
+    check_scored(run)
     order = np.argsort(stored.train_ids)
     if not np.array_equal(stored.train_ids[order], np.sort(run.train.ids.numpy())):
         raise InputError(

@@ -20,6 +20,7 @@ from turnover.influence import Influence
 from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
+from turnover.tasks.targets import check_scored
 
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10
@@ -277,6 +278,7 @@ def check_rows(run: Run) -> None:
 def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
     if not run.has_result("self"):
         return {}
+    check_scored(run)
     result = run.read_result("self")
     return {
         int(one): (float(z), float(q))

@@ -114,7 +114,8 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
                 found["plan"] = plan.to_dict()
             found["method"] = influence.method
             kept = {key: value for key, value in asdict(config).items() if key != "gram"}
-            settings = json.dumps([kept, influence.method, scoring.sites, network.digest()])
+            of = [scoring.sites, network.digest(), rows_digest(run)]
+            settings = json.dumps([kept, influence.method, *of])
             draft = stack.enter_context(run.draft("errors", settings))
             errors = influence.estimate(
                 batches(test, wrong, _BATCH), ids, out=draft, engine=engine

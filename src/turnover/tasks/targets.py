@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,16 +29,7 @@ def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     Raises:
         InputError: the run has not been scored, or the file is damaged, or of another run or other data.
     """
-    path = run.folder / "results" / FILE
-    if not path.exists():
-        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
-    targets = read_json(path)
-    # Older ones do not have it.
-    if targets.get("data", known := rows_digest(run)) != known:
-        raise InputError(
-            f"{path}: is of other training or test rows than the run has now: run `turnover influence "
-            f"{run.folder}` again"
-        )
+    path, targets = run.folder / "results" / FILE, _of_rows(run)
     try:
         rows, predicted = (
             np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")
@@ -53,3 +46,26 @@ def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
             f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
         )
     return rows, predicted, confidence
+
+
+def check_scored(run: Run) -> None:
+    """Refuse results of rows that the run no longer has.
+
+    Raises:
+        InputError: the run has not been scored, or not with these rows.
+    """
+    _of_rows(run)
+
+
+def _of_rows(run: Run) -> dict[str, Any]:
+    path = run.folder / "results" / FILE
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
+    targets = read_json(path)
+    # Older ones do not have it.
+    if targets.get("data", known := rows_digest(run)) != known:
+        raise InputError(
+            f"{path}: is of other training or test rows than the run has now: run `turnover influence "
+            f"{run.folder}` again"
+        )
+    return targets
