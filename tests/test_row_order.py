@@ -290,11 +290,10 @@ def test_a_completion_ends_where_padding_begins():
 
 
 def test_gradients_beyond_float32_are_an_error_with_a_fix():
-    model = tiny.randomise(nn.Linear(6, 3))
+    def huge(outputs, batch):
+        return objectives.margin(outputs, batch) * 1e25
+
+    batches = [(tiny.features(6, 6), LABELS)]
+    gram = Influence(tiny.randomise(nn.Linear(6, 3)), huge, method="gram").fit(batches)
     with pytest.raises(InputError, match="scale the objective down"):
-        Influence(
-            model,
-            lambda outputs, batch: objectives.margin(outputs, batch) * 1e25,
-            method="gram",
-            directions=0,
-        ).fit([(tiny.features(6, 6), LABELS)])
+        gram.estimate(batches)

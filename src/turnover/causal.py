@@ -54,11 +54,12 @@ def check_causal(outputs: Any, batch: Batch, labels: Tensor) -> None:
 
 
 def _check_padding(labels: Tensor, mask: Any) -> None:
-    """Refuse labels within padding, which only padding predicts."""
+    """Refuse labels within the padding after a text, which only padding predicts."""
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return
-    padding = mask.to(labels.device) == 0
-    wrong = (labels[:, 1:] != -100) & padding[:, 1:] & padding[:, :-1]
+    there = (mask != 0).long().to(labels.device)
+    ended = there.flip(1).cumsum(dim=1).flip(1) == 0  # no word is here or follows
+    wrong = (labels[:, 1:] != -100) & ended[:, :-1]
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         raise InputError(
