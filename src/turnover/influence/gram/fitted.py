@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
@@ -87,6 +88,11 @@ class Fitted:
         size = weights.numel()
         k = scratch.matrix(size) if size > limits.rows else costs.new_zeros((size, size))
         gram_of(blocks, k, done)
+        if not bool(torch.isfinite(k.diagonal()).all()):  # no product is larger than those
+            raise InputError(
+                "the inner products of the training instances' gradients are beyond float32: scale the "
+                "objective down"
+            )
         known = [rows.wrong for rows in every if rows.wrong is not None]
         factor = torch.cat(known) ** residual if residual else None
         own = torch.cat(known) if own_wrong else None

@@ -7,8 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from turnover.errors import InputError
-
 
 class Cholesky:
     """``(K + lambda I)^-1`` of some rows, through a factor of it.
@@ -25,11 +23,6 @@ class Cholesky:
         system.diagonal().add_(ridge)
         self._ridge = ridge
         self._block = block
-        if not bool(torch.isfinite(system).all()):
-            raise InputError(
-                "the inner products of the training instances' gradients are beyond float32: scale the "
-                "objective down"
-            )
         self._factor: Tensor = torch.linalg.cholesky(system)
 
     @property
