@@ -22,12 +22,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from turnover.batches import Batch, tensors
 from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
-from turnover.influence.engine import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.parts import Part, agrees, check, divided
 from turnover.influence.gram.rules import Call
+from turnover.influence.linear import finite
 from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 from turnover.sites import device_of

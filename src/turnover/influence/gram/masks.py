@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.influence.engine import finite
 from turnover.influence.gram.capture import Rows, directions_of, wrongness
 from turnover.influence.gram.factors import Explicit
-from turnover.influence.linear import mask_gradients
+from turnover.influence.linear import finite, mask_gradients
 from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
