@@ -294,6 +294,6 @@ def test_gradients_beyond_float32_are_an_error_with_a_fix():
         return objectives.margin(outputs, batch) * 1e25
 
     batches = [(tiny.features(6, 6), LABELS)]
-    gram = Influence(tiny.randomise(nn.Linear(6, 3)), huge, method="gram").fit(batches)
+    gram = Influence(tiny.randomise(nn.Linear(6, 3)), huge, method="gram")
     with pytest.raises(InputError, match="scale the objective down"):
-        gram.estimate(batches)
+        gram.fit(batches)
