@@ -102,6 +102,14 @@ def test_self_influence_and_ghosts_keep_what_is_shared_whole():
     np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_audit_keeps_what_is_shared_whole():
+    network = attached(Prototypes())
+    shared, x = tiny.features(9, 4), tiny.features(10, 4)
+    reports = [network.audit(Batch((x[:rows], shared))) for rows in (9, 10)]
+    assert reports[0] == reports[1]
+    assert {p.name: p.share for p in reports[0].parameters}["first.weight"] == 0
+
+
 def test_a_single_shared_row_is_not_repeated_with_a_single_target():
     class Scaled(nn.Module):
         """Multiplies by the sum of a bank, which here has one entry."""
@@ -256,7 +264,7 @@ def test_models_that_are_odd_but_by_rows_are_scored_as_before(make):
     network = attached(make())
     network.model(tiny.features(2, 6))
     before = torch.get_rng_state()
-    checked = Influence(network, ghosts=20)._row_check(Batch(tiny.features(4, 6), tiny.labels(4)))
+    checked = Influence(network, ghosts=20)._given.check(Batch(tiny.features(4, 6), tiny.labels(4)))
     assert torch.equal(torch.get_rng_state(), before)
     assert checked.shared == ()
     scores = Influence(network, ghosts=20).estimate([checked], IDS).scores

@@ -9,7 +9,7 @@ the start) would hide a leak.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from turnover.batches import Batch
 from turnover.checkpoints import has_reentrant, is_reentrant
 from turnover.errors import InputError
 from turnover.modes import exclusive
+from turnover.objectives import logits_of
+from turnover.rowwise import RowCheck
 from turnover.site_order import check_site_order
 from turnover.sites import canonical_name, device_of, is_sharded
 
@@ -130,6 +132,10 @@ def audit(
             "the model's parameters are sharded over processes, and a process sees the gradients of its "
             "own shard alone: audit before fully_shard"
         )
+    if len(batch) > _ROWS:
+        # What all rows share is not cut, however long; that rows mix is what an audit may find.
+        with suppress(InputError):
+            batch = RowCheck(model, _summed, network.mean)(batch)
     batch = batch.rows(0, _ROWS).to(device_of(model))
     ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
@@ -158,6 +164,11 @@ def audit(
         tuple(changed),
         tuple(_settings(max_grad_norm, optimizer)),
     )
+
+
+def _summed(outputs: Any, _batch: Batch) -> Tensor:
+    """One number for each row."""
+    return logits_of(outputs).float().flatten(1).sum(dim=1)
 
 
 def _reached(

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turnover.batches import Adapter, Batch, as_batch
+from turnover.batches import Adapter, Batch
 from turnover.errors import InputError
+from turnover.influence.bars import bar_of, own_bar
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
-from turnover.influence.cost import Plan, pilot, plan
+from turnover.influence.cost import Plan, plan
 from turnover.influence.engine import Engine, Scores, TargetBlock, measure
+from turnover.influence.given import Given
 from turnover.influence.gram import DEFAULT_RIDGE, Gram, Options
 from turnover.influence.progress import Counts, Progress
 from turnover.influence.result import Result
-from turnover.influence.rowwise import RowCheck
 from turnover.influence.signature import precision, signature_columns
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
-from turnover.loaders import Numbers, check_numbered, warn_left_out
+from turnover.loaders import Numbers
 from turnover.masks import check_ids, ghost_ids
 from turnover.modes import exclusive
 from turnover.network import Network
@@ -127,10 +128,7 @@ class Influence:
         self._gram: Gram | None = None
         models = _several(network)
         self._models = [one.model if isinstance(one, Network) else one for one in models]
-        attached = models[0].adapter if isinstance(models[0], Network) else as_batch
-        self.adapter: Adapter = adapter or attached
-        masked = method not in ("exact", "gram")  # an exact target is one row, repeated
-        self._row_check = RowCheck(models[0], objective, masked=masked)
+        self._given = Given(models[0], objective, adapter)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
@@ -141,8 +139,7 @@ class Influence:
                     models,
                     objective,
                     Options(ridge, residual, directions, features, resamples),
-                    batches=self._batches,
-                    adapted=self._adapted,
+                    given=self._given,
                     progress=progress,
                 )
             return
@@ -150,6 +147,17 @@ class Influence:
         first = self.networks[0]
         self.sites = first.sites if sites is None else first.select(sites)
         self._engines = [Engine(one, objective, block, self.sites) for one in self.networks]
+        if method != "exact":  # whose targets are one row, repeated
+            self._given.ordered = self.sites
+
+    @property
+    def adapter(self) -> Adapter:
+        """How a batch becomes :class:`turnover.Batch`."""
+        return self._given.adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter) -> None:
+        self._given.adapter = adapter
 
     def fit(self, train_batches: Iterable[Any]) -> Influence:
         """Take in the training set, as ``"gram"`` needs it. A second call starts anew.
@@ -254,7 +262,7 @@ class Influence:
         if coordinates and out is None:
             raise InputError("coordinates are stored beside the scores: give out= as well")
         with self._evaluating():
-            batches = self._batches(targets, Numbers.ROWS)
+            batches = self._given.batches(targets, Numbers.ROWS)
             walk, batches = self._begun(targets, batches, ids, top, out)
             if out is None:
                 sink = MemorySink(len(ids))
@@ -278,7 +286,7 @@ class Influence:
                 return self._gram.aggregate(targets, train_ids)
         ids = self._check(train_ids)
         with self._evaluating():
-            batches = self._batches(targets)
+            batches = self._given.batches(targets)
             walk, batches = self._begun(targets, batches, ids, None, None, mean=True)
             sink = MemorySink(len(ids))
             walk.over_mean(list(batches), ids, sink)
@@ -321,10 +329,11 @@ class Influence:
         ids: list[Tensor] = []
         own, errors, floors = [], [], []
         seen: set[int] = set()
-        progress = Progress("self-influence", self._own_work(), unit="row", shown=self.progress)
+        exact = (1 + min(self.ghosts, _OWN_GHOSTS)) if self.method == "exact" else 0
+        progress = own_bar(len(self.networks), exact, shown=self.progress)
         with self._evaluating():
             self._listen(progress)
-            for batch in progress.follow(train_batches, self._adapted(train_batches)):
+            for batch in progress.follow(train_batches, self._given.adapted(train_batches)):
                 if batch.ids is None:
                     raise InputError("self-influence needs the ids of its batches")
                 row_ids = self._check(batch.ids)
@@ -332,7 +341,7 @@ class Influence:
                 if again:
                     raise InputError(_TWICE.format(again[:5]))
                 seen.update(row_ids.tolist())
-                batch = self._row_check(batch)
+                batch = self._given.check(batch)
                 if not ids:
                     measure(self._engines, batch)
                 scores, noise = self._own(batch, row_ids)
@@ -357,12 +366,6 @@ class Influence:
             standard_error=np.concatenate(errors) if errors else None,
             **described,
         )
-
-    def _own_work(self) -> dict[str, int]:
-        networks = len(self.networks)
-        if self.method == "exact":
-            return {"exact": networks * (1 + min(self.ghosts, _OWN_GHOSTS))}
-        return {"backward": networks}
 
     def _own(self, batch: Batch, ids: Tensor) -> tuple[Scores, Tensor]:
         """Scores of every row under its own id (1, rows), and under ghosts (rows, ghosts)."""
@@ -402,7 +405,7 @@ class Influence:
             raise InputError('plan compares the methods that need masks: leave method="gram" out')
         ids = self._check(train_ids)
         with self._evaluating():
-            batches = self._measured(self._batches(targets))
+            batches = self._measured(self._given.batches(targets))
             walk = self._walk("linear", top)
             return plan(walk, list(batches), len(ids), budget=self.seconds, in_memory=out is None)
 
@@ -427,20 +430,9 @@ class Influence:
                 chosen = plan(walk, listed, count, budget=budget, in_memory=out is None).chosen
             walk, targets, batches = self._walk(chosen, top), listed, iter(listed)
         first = next(batches)
-        progress = self._counted(walk, len(ids), first, mean=mean)
-        return walk, progress.follow(targets, chain([first], batches))
-
-    def _counted(self, walk: Walk, ids: int, first: Batch, *, mean: bool) -> Progress:
-        """A progress bar that hears of what is done."""
-        networks = len(self.networks)
-        work = {kind: networks * each for kind, each in walk.work(ids).items()}
-        # The derivatives of the mean are one target's.
-        once = {"pair": work.pop("pair")} if mean and "pair" in work else None
-        guesses = pilot(walk, first, 1 if mean else len(first)) if self.progress else None
-        title = f"influence ({walk.method})"
-        progress = Progress(title, work, once=once, seconds=guesses, shown=self.progress)
+        progress = bar_of(walk, len(ids), first, mean=mean, shown=self.progress)
         self._listen(progress)
-        return progress
+        return walk, progress.follow(targets, chain([first], batches))
 
     def _listen(self, progress: Progress) -> None:
         for engine in self._engines:
@@ -529,30 +521,6 @@ class Influence:
             "network": "+".join(network.digest() for network in self.networks),
             "considered": len(ids),
         }
-
-    def _batches(
-        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
-    ) -> Iterator[Batch]:
-        return map(self._row_check, self._adapted(batches, numbers))
-
-    def _adapted(
-        self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED
-    ) -> Iterator[Batch]:
-        """The batches, of which nothing has run yet."""
-        warn_left_out(batches)
-        for raw in batches:
-            batch = raw if isinstance(raw, Batch) else self.adapter(raw)
-            rows = len(batch)
-            if not rows:
-                raise InputError("a batch has no rows")
-            if batch.ids is None:
-                check_numbered(batches, numbers)
-            elif batch.ids.shape != (rows,):
-                raise InputError(
-                    f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
-                    f"for each row"
-                )
-            yield batch
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -196,7 +196,7 @@ def _exact(engine: Engine, batch: Batch) -> float:
 
 
 def _glimpse(engine: Engine, batch: Batch) -> float:
-    """Seconds of one exact pair, less surely and sooner."""
+    """Seconds of one exact pair, once the way is found; less surely and sooner."""
     target, ids = batch.rows(0, 1), ghost_ids(_FEW_GHOSTS)
     return _seconds(engine, lambda: engine.exact([target], ids)) / len(ids)
 

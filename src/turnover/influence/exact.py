@@ -125,12 +125,13 @@ class ExactEstimator:
         """Influence of ids on the targets of some batches: float32 (targets, ids).
 
         Args:
-            advance: told how many pairs more are scored.
+            advance: told how many pairs more are scored; 0: what was done until now was made ready.
         """
         self._advance = advance or (lambda _: None)
         _keep_freed_memory()
         with torch.no_grad():
             ways = [self._way(batch) for batch in batches]
+            self._advance(0)  # finding ways takes time once
             counts = [len(batch) for batch in batches]
             scores = torch.empty((sum(counts), len(ids)), device=device_of(self._network.model))
             blocks = torch.split(scores, counts)

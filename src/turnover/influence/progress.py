@@ -16,6 +16,9 @@ from tqdm.auto import tqdm
 from turnover.batches import Batch
 from turnover.loaders import length_of
 
+_FIRST = 0.05
+"""Share of the work by which a guess counts: what runs first takes longer than what follows."""
+
 
 def counting(title: str, total: int, unit: str, *, shown: bool) -> Any:
     """A bar of one kind of work, of which the whole is known."""
@@ -89,9 +92,9 @@ class Progress(Counts):
             self._bar.total = rows
 
     def advance(self, kind: str, count: int) -> None:
-        """See :class:`Counts`; the time since the last report was spent on it."""
+        """See :class:`Counts`; the time since the last report was spent on it, or on nothing that recurs."""
         now = time.perf_counter()
-        self._spent[kind] = self._spent.get(kind, 0.0) + now - self._last
+        self._spent[kind] = self._spent.get(kind, 0.0) + (now - self._last if count else 0.0)
         self._done[kind] = self._done.get(kind, 0) + count
         self._last = now
         self._show()
@@ -106,17 +109,31 @@ class Progress(Counts):
         """The bar is done with."""
         self._bar.close()
 
+    def _seconds(self, kind: str, total: float) -> float:
+        """Seconds of a piece of a kind: as measured, and at first as guessed."""
+        done, spent = self._done.get(kind, 0), self._spent.get(kind, 0.0)
+        guess = self._guessed.get(kind)
+        weight = 0.0 if guess is None else _FIRST * total
+        if not done + weight:
+            return 0.0
+        return (spent + weight * (guess or 0.0)) / (done + weight)
+
     def _show(self) -> None:
         if self._bar.disable:
             return
         done = left = 0.0
+        known = True
         for kind in self._each.keys() | self._once.keys():
             total = self._targets * self._each.get(kind, 0) + self._once.get(kind, 0)
             finished = self._done.get(kind, 0)
             spent = self._spent.get(kind, 0.0)
-            each = spent / finished if finished else self._guessed.get(kind, 0.0)
+            each = self._seconds(kind, total)
+            missing = max(total - self._skipped.get(kind, 0) - finished, 0)
             done += spent
-            left += each * max(total - self._skipped.get(kind, 0) - finished, 0)
+            left += each * missing
+            known = known and (each > 0 or not missing)
+        if not done + left and not known:
+            return
         share = done / (done + left) if done + left else 1.0
         # Never back: a guess may have been wrong.
         now = max(self._bar.n, share * self._targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
 from typing import Any
@@ -17,6 +17,7 @@ from turnover.errors import InputError
 from turnover.influence.calibration import NoiseFloor, StudentNull
 from turnover.influence.engine import to_numpy
 from turnover.influence.extremes import Extremes
+from turnover.influence.given import Given
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
@@ -27,6 +28,7 @@ from turnover.influence.gram.options import (
     capture_of,
     digest,
     directions_of,
+    measure,
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
@@ -34,10 +36,7 @@ from turnover.influence.progress import Progress, counting
 from turnover.influence.result import Result
 from turnover.loaders import Numbers
 from turnover.masks import check_ids
-from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, cross_entropy
-from turnover.sites import device_of
 
 _TINY = 1e-30
 
@@ -49,8 +48,7 @@ class Gram:
         models: distinct.
         objective: cost of a prediction.
         options: how to score.
-        batches: checks and adapts what a user gives.
-        adapted: adapts batches of which only the ids are wanted.
+        given: checks and adapts what a user gives.
         progress: whether to show a progress bar.
 
     Raises:
@@ -63,13 +61,11 @@ class Gram:
         objective: Objective,
         options: Options,
         *,
-        batches: Callable[[Iterable[Any], Numbers], Iterator[Batch]],
-        adapted: Callable[[Iterable[Any]], Iterator[Batch]],
+        given: Given,
         progress: bool,
     ) -> None:
         self._options = options
-        self._batches = batches
-        self._adapted = adapted
+        self._given = given
         self._models = models
         self._objective = objective
         self._shown = progress
@@ -110,9 +106,11 @@ class Gram:
             "gram (gradients)", {"row": networks}, unit="instance", shown=self._shown
         )
         with closing(progress):
-            for batch in progress.follow(train_batches, self._batches(train_batches, Numbers.DATA)):
+            for batch in progress.follow(
+                train_batches, self._given.batches(train_batches, Numbers.DATA)
+            ):
                 if not sizes:
-                    _measure(self._models, batch)
+                    measure(self._models, batch)
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
@@ -215,7 +213,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._adapted(train_batches)]
+            given = [batch.ids for batch in self._given.adapted(train_batches)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "
@@ -266,10 +264,11 @@ class Gram:
                 count = sum(map(len, pending)) * networks
                 progress.advance("cross", count)
                 yield pending, crosses
-                progress.advance("halves", int(count == seen * networks))
+                if count == seen * networks:
+                    progress.advance("halves", 1)
                 progress.advance("score", count)
 
-            for batch in progress.follow(targets, self._batches(targets, numbers)):
+            for batch in progress.follow(targets, self._given.batches(targets, numbers)):
                 seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
@@ -364,14 +363,6 @@ def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean over networks, variance of the mean, degrees of freedom."""
     stacked = torch.stack([one.to(scores[0].device) for one in scores])
     return stacked.mean(dim=0), stacked.var(dim=0) / len(scores), len(scores) - 1
-
-
-def _measure(models: Sequence[Model], batch: Batch) -> None:
-    """Learn the widths of sites, by which a network is told, where nothing ran under masks yet."""
-    for one in models:
-        if isinstance(one, Network) and None in one.units.values():
-            with torch.no_grad(), evaluating(one.model), one._probing():
-                batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
 def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:

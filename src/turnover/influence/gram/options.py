@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
+from turnover.modes import evaluating
 from turnover.network import Network
 from turnover.objectives import Objective, cross_entropy, margin
-from turnover.sites import whole
+from turnover.sites import device_of, whole
 
 Model = Network | nn.Module
 
@@ -92,6 +95,14 @@ def digest(model: Model) -> str:
             flat = whole(value.detach()).contiguous().cpu().flatten()
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def measure(models: Sequence[Model], batch: Batch) -> None:
+    """Learn the widths of sites, by which a network is told, where nothing ran under masks yet."""
+    for one in models:
+        if isinstance(one, Network) and None in one.units.values():
+            with torch.no_grad(), evaluating(one.model), one._probing():
+                batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
 def directions_of(objective: Objective, options: Options) -> int:

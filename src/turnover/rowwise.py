@@ -9,8 +9,8 @@ row alone, and repeated, beside the row in its batch, in the mean network.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any
@@ -22,9 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from turnover.batches import Batch, named, tensors
 from turnover.errors import InputError
 from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
-from turnover.site_order import check_site_order
 from turnover.sites import device_of
 
 _ROWS = 1024
@@ -59,18 +57,19 @@ class RowCheck:
     Args:
         model: what the batches are for.
         objective: callable (outputs, batch) -> (rows,).
-        masked: whether masks are differentiated, so that sites have to see rows in their order.
+        within: makes a context that every forward is run in: that of the mean network.
     """
 
     def __init__(
-        self, model: Network | nn.Module, objective: Objective, *, masked: bool = False
+        self,
+        model: nn.Module,
+        objective: Objective,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._network = model if isinstance(model, Network) else None
-        whole = model.model if isinstance(model, Network) else model
-        self._model: nn.Module = getattr(whole, "_orig_mod", whole)
+        # A compiled model would be compiled anew for every number of rows.
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._within = within
         self._objective = objective
-        self._ordered = not masked or self._network is None
-        """Whether sites are known to see the rows of every batch in their order."""
         self._rowed: set[str] = set()
         self._single: set[str] = set()
         """Inputs looked at in batches of one row, in which rows cannot mix."""
@@ -101,14 +100,14 @@ class RowCheck:
         sure = self._rowed if size > 1 else self._rowed | self._single
         unsure = [name for name in same if name not in known and name not in sure]
         if not unsure:
-            return self._in_order(batch)
+            return batch
         batch = self._checked(batch, unsure)
         for name in unsure:
             if batch.shares(name):
                 self._lengths.add((name, size))
             else:
                 (self._rowed if size > 1 else self._single).add(name)
-        return self._in_order(batch)
+        return batch
 
     def _check_kind(self, batch: Batch) -> None:
         if _holds(batch.inputs, PackedSequence):
@@ -116,14 +115,6 @@ class RowCheck:
                 "the batch holds a PackedSequence, which is not laid out by rows: pad it "
                 "(torch.nn.utils.rnn.pad_packed_sequence), and let the model pack it again"
             )
-
-    def _in_order(self, batch: Batch) -> Batch:
-        """The batch, whose rows all sites see in their order."""
-        if not self._ordered:
-            assert self._network is not None
-            few = batch if len(batch) <= _ROWS else batch.rows(0, _ROWS)
-            self._ordered = check_site_order(self._network, few.to(device_of(self._model)))
-        return batch
 
     def _first(self, batch: Batch) -> _Seen:
         try:
@@ -225,12 +216,13 @@ class RowCheck:
         """The mean network in eval mode; what it draws does not move the generators."""
         device = device_of(self._model)
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), evaluating(self._model), torch.random.fork_rng(devices=devices):
-            if self._network is None:
-                yield
-                return
-            with self._network.mean():
-                yield
+        with (
+            torch.no_grad(),
+            evaluating(self._model),
+            torch.random.fork_rng(devices=devices),
+            self._within(),
+        ):
+            yield
 
 
 def _holds(value: Any, kind: type) -> bool:

@@ -1,0 +1,100 @@
+"""What a user gives as batches, made into batches that are cut into the right rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from turnover.batches import Adapter, Batch, as_batch
+from turnover.bindings import Binding
+from turnover.errors import InputError
+from turnover.loaders import Numbers, check_numbered, warn_left_out
+from turnover.network import Network
+from turnover.objectives import Objective
+from turnover.rowwise import RowCheck
+from turnover.site_order import check_site_order
+from turnover.sites import device_of
+
+_ROWS = 1024
+"""Rows of a batch whose order is looked at."""
+
+
+class Given:
+    """Adapts and checks what is given.
+
+    Args:
+        model: what the batches are for.
+        objective: callable (outputs, batch) -> (rows,).
+        adapter: how a batch becomes :class:`turnover.Batch`; ``None``: as the network was attached.
+
+    Attributes:
+        ordered: sites that have to see the rows in the order of the batch, since masks of all rows are
+            differentiated at once; none of them once that is known of every batch.
+    """
+
+    def __init__(
+        self, model: Network | nn.Module, objective: Objective, adapter: Adapter | None
+    ) -> None:
+        self._network = model if isinstance(model, Network) else None
+        self.ordered: Sequence[str] = ()
+        if isinstance(model, Network):
+            self.adapter = adapter or model.adapter
+            # The mean network; sites that are not asked for need not be fit to run.
+            self._rows = RowCheck(
+                model.model, objective, partial(model._context, Binding(sites=frozenset()))
+            )
+        else:
+            self.adapter = adapter or as_batch
+            self._rows = RowCheck(model, objective)
+
+    def check(self, batch: Batch) -> Batch:
+        """A batch, looked at with the model.
+
+        Raises:
+            InputError: rows that cannot be told apart, or that a site sees in another order.
+        """
+        batch = self._rows(batch)
+        if self._network is not None and self.ordered:
+            few = batch.rows(0, min(len(batch), _ROWS)).to(device_of(self._network.model))
+            if check_site_order(self._network, few, self.ordered):
+                self.ordered = ()
+        return batch
+
+    def batches(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
+        """The batches, looked at with the model.
+
+        Args:
+            batches: what was given.
+            numbers: what the numbers of rows without ids are used for.
+
+        Raises:
+            InputError: rows that cannot be told apart, or as in :meth:`adapted`.
+        """
+        return map(self.check, self.adapted(batches, numbers))
+
+    def adapted(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
+        """The batches, of which nothing has run yet.
+
+        Arguments as in :meth:`batches`.
+
+        Raises:
+            InputError: a batch that is not understood or has no rows, not one id for each row, or rows
+                without ids whose order is not known.
+        """
+        warn_left_out(batches)
+        for raw in batches:
+            batch = raw if isinstance(raw, Batch) else self.adapter(raw)
+            rows = len(batch)
+            if not rows:
+                raise InputError("a batch has no rows")
+            if batch.ids is None:
+                check_numbered(batches, numbers)
+            elif batch.ids.shape != (rows,):
+                raise InputError(
+                    f"a batch of {rows} rows has ids of shape {tuple(batch.ids.shape)}; give one id "
+                    f"for each row"
+                )
+            yield batch
