@@ -128,8 +128,7 @@ class Influence:
         self._gram: Gram | None = None
         models = _several(network)
         self._models = [one.model if isinstance(one, Network) else one for one in models]
-        masked = method not in ("exact", "gram")  # an exact target is one row, repeated
-        self._given = Given(models[0], objective, adapter, masked=masked)
+        self._given = Given(models[0], objective, adapter)
         if method == "gram":
             self.sites: list[str] = []
             self.networks: list[Network] = []
@@ -148,6 +147,8 @@ class Influence:
         first = self.networks[0]
         self.sites = first.sites if sites is None else first.select(sites)
         self._engines = [Engine(one, objective, block, self.sites) for one in self.networks]
+        if method != "exact":  # whose targets are one row, repeated
+            self._given.ordered = self.sites
 
     @property
     def adapter(self) -> Adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from turnover.site_order import check_site_order
 from turnover.sites import device_of
 
 _ROWS = 1024
-"""Of a batch that are looked at for their order."""
+"""Rows of a batch whose order is looked at."""
 
 
 class Given:
@@ -29,19 +29,17 @@ class Given:
         model: what the batches are for.
         objective: callable (outputs, batch) -> (rows,).
         adapter: how a batch becomes :class:`turnover.Batch`; ``None``: as the network was attached.
-        masked: whether masks are differentiated, so that sites have to see rows in their order.
+
+    Attributes:
+        ordered: sites that have to see the rows in the order of the batch, since masks of all rows are
+            differentiated at once; none of them once that is known of every batch.
     """
 
     def __init__(
-        self,
-        model: Network | nn.Module,
-        objective: Objective,
-        adapter: Adapter | None,
-        *,
-        masked: bool = False,
+        self, model: Network | nn.Module, objective: Objective, adapter: Adapter | None
     ) -> None:
-        self._unordered = model if masked and isinstance(model, Network) else None
-        """Where sites are not yet known to see the rows of every batch in their order."""
+        self._network = model if isinstance(model, Network) else None
+        self.ordered: Sequence[str] = ()
         if isinstance(model, Network):
             self.adapter = adapter or model.adapter
             # The mean network; sites that are not asked for need not be fit to run.
@@ -53,16 +51,16 @@ class Given:
             self._rows = RowCheck(model, objective)
 
     def check(self, batch: Batch) -> Batch:
-        """The batch, with the names of all inputs that its rows share.
+        """A batch, looked at with the model.
 
         Raises:
             InputError: rows that cannot be told apart, or that a site sees in another order.
         """
         batch = self._rows(batch)
-        if self._unordered is not None:
-            few = batch.rows(0, min(len(batch), _ROWS))
-            if check_site_order(self._unordered, few.to(device_of(self._unordered.model))):
-                self._unordered = None
+        if self._network is not None and self.ordered:
+            few = batch.rows(0, min(len(batch), _ROWS)).to(device_of(self._network.model))
+            if check_site_order(self._network, few, self.ordered):
+                self.ordered = ()
         return batch
 
     def batches(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
