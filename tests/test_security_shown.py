@@ -23,6 +23,7 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 
+from edited import made_whole
 from test_cli import data, encoder, fit_arguments, run, turnover, write_csv  # noqa: F401 - fixtures
 from test_report import make_content
 from turnover.cli.output import visible
@@ -60,7 +61,7 @@ def rewritten(folder: Path, inside: str) -> Path:
             line["label"] = classes[line["label"]]
             line["key"], line["text"] = f"{line['key']}{inside}", f"{inside}{line['text']}"
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    write_digests(folder)
+    made_whole(folder)
     return folder
 
 

@@ -26,14 +26,14 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
+from edited import made_whole
 from test_cli import encoder, fit_arguments, sentences, turnover, write_csv  # noqa: F401
 from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover.errors import InputError
 from turnover.report.from_run import explain_errors
-from turnover.run import Run, read_json, write_digests, write_json
+from turnover.run import Run
 from turnover.tasks.review import read_decisions
-from turnover.tasks.targets import rows_digest
 from turnover.view import open_view
 from turnover.view.columns import open_columns
 from viewing import Server, serving, serving_process
@@ -48,10 +48,7 @@ def with_texts(run: Path, name: str, texts: dict[int, str]) -> None:
     for row, text in texts.items():
         lines[row]["text"] = text
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    write_digests(run)
-    targets = run / "results" / "targets.json"
-    of_these = {"data": rows_digest(Run.load(run))}  # as if they had been scored
-    write_json(targets, read_json(targets) | of_these, sealed=True)
+    made_whole(run)
 
 
 @pytest.fixture(scope="module")
