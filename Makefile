@@ -18,7 +18,7 @@ demo: $(VENV)/.text
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# Clusters, several nodes, stores that fail, processes killed again and again, memory, whole trainings and boards.
+# Clusters, several nodes, stores that fail, processes killed again and again, memory, whole trainings, examples, boards.
 test-long: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 

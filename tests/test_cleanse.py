@@ -288,3 +288,15 @@ def test_a_run_with_groups_is_refused(encoder: Path, tmp_path: Path) -> None:  #
     held = write_csv(tmp_path / "held.csv", sentences(20, 800))
     given = ("--validation", held, "--out", tmp_path / "o.csv")
     assert "has groups" in turnover("cleanse", out, *given, expect=2).stderr
+
+
+def test_logits_that_hardly_differ_are_calibrated_to_numbers() -> None:
+    from turnover.tasks.frozen import Calibrated
+
+    draw = torch.Generator().manual_seed(268)  # of 300 the one whose line search went astray
+    logits = torch.randn(40, 2, generator=draw) * 0.01
+    labels = torch.randint(0, 2, (40,), generator=draw)
+    fitted = Calibrated(torch.nn.Identity(), logits, labels).of(logits)
+    assert torch.nn.functional.cross_entropy(fitted, labels) < torch.nn.functional.cross_entropy(
+        logits, labels
+    )

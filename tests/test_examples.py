@@ -34,7 +34,7 @@ def test_an_example_is_short_and_marks_at_most_three_lines(script):
     assert 1 <= len(marked) <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @of_script
 def test_an_example_runs_and_names_training_instances(script, tmp_path):
     for package in NEEDED.get(script.stem, ()):

@@ -36,7 +36,7 @@ def test_notebook_is_committed_with_its_outputs_and_small(path: Path) -> None:
     assert str(ROOT) not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_finds_what_it_says(path: Path, tmp_path: Path) -> None:
     client = pytest.importorskip("nbclient")

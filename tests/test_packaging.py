@@ -235,7 +235,7 @@ def test_types_of_the_installed_package_are_seen(installed: Built, tmp_path: Pat
     assert 'user.py:6: error: Argument "seed" to "MaskSpec"' in errors[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_extras_resolve_beside_the_installed_torch(installed: Built) -> None:
     wanted = f"{installed.wheel}[{','.join(sorted(set(EXTRAS) - {'bench', 'dev'}))}]"
     planned = run(installed.python, "-m", "pip", "install", "--dry-run", wanted).stdout

@@ -201,6 +201,7 @@ def films_and_electronics():
     return pools
 
 
+@pytest.mark.long
 def test_cleansing_for_another_domain_is_compared_with_tuning(monkeypatch):
     monkeypatch.setattr(frozen, "_STEPS", 1)
     design = shift.Design(
@@ -251,6 +252,7 @@ def test_reviews_without_a_clear_rating_have_no_label(tmp_path):
     assert shift.load(tmp_path / "images.npz", "some")[0] == texts
 
 
+@pytest.mark.long
 def test_a_bert_is_tuned_on_what_every_cleansing_leaves_and_explained(
     tmp_path,
     encoder,  # noqa: F811

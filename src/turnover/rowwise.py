@@ -27,6 +27,8 @@ from turnover.sites import device_of
 
 _ROWS = 1024
 """Rows of a batch that are run at once, where the batch can be cut to them."""
+_FEW = 16
+"""Rows that are run where only one input can have rows."""
 _GUESSES = 30
 _CLOSE, _FAR = 1e-4, 1e-2
 """Shares of the scale of outputs: what rounding may make of a row in batches of one size, and what no
@@ -141,6 +143,8 @@ class RowCheck:
         size = len(batch)
         moved = batch.to(device_of(self._model))
         with self._quiet():
+            if len(unsure) == 1 and size > _FEW and self._agrees_in_few(moved.rows(0, _FEW)):
+                return batch
             seen = self._first(moved if size <= _ROWS else moved.rows(0, _ROWS))
             if self._agrees(moved, seen):
                 return batch
@@ -155,6 +159,11 @@ class RowCheck:
                     return replace(batch, shared=guess.shared)
             alone = self._tried(moved.rows(size - 1, size))
         raise InputError(_refusal(batch, unsure, seen, alone))
+
+    def _agrees_in_few(self, few: Batch) -> bool:
+        """Whether some rows agree: enough where the one input that may have rows has them."""
+        seen = self._tried(few)
+        return seen is not None and self._agrees(few, seen)
 
     def _agrees(self, batch: Batch, seen: _Seen, *, surely: bool = False) -> bool:
         """Whether rows alone, and repeated, are what they are in the batch.

@@ -34,6 +34,8 @@ _BATCH = 50
 _RATE = 0.01
 _DECAY = 0.03
 _PENALTY = 1e-3
+_LARGEST_SCALE = 30.0
+"""Of the logarithm: a step of the line search beyond it would make numbers that are none."""
 # Under masks: the recipe that docs/cleanse.md measured; of fewer rows as many steps.
 MASKED_UNITS = 8192
 _MASKED_EPOCHS = 4
@@ -201,14 +203,17 @@ class Calibrated(nn.Module):
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            fitted = functional.cross_entropy(values[0].exp() * logits + values[1:], labels)
+            scale = values[0].clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
+            fitted = functional.cross_entropy(scale * logits + values[1:], labels)
             # Where all are right the scale would grow without end.
             cost = fitted + _PENALTY * values.square().sum()
             torch.autograd.backward(cost)
             return cost
 
         optimiser.step(loss)  # type: ignore[no-untyped-call]
-        self.register_buffer("scale", values[0].detach().exp())
+        self.register_buffer(
+            "scale", values[0].detach().clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
+        )
         self.register_buffer("shift", values[1:].detach())
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:

@@ -220,7 +220,9 @@ class Capture:
         calls_of = {name: tuple(one.spread for one in every) for name, every in seen.items()}
         layout = (len(batch) > 1, frozenset(calls_of.items()))
         if layout not in self._known:
-            self._rearranges = self._rearranges or may_rearrange(values)
+            # Of the objective, which picks the logits of labels, nothing goes to a layer.
+            held = tensors([outputs]) or [values]
+            self._rearranges = self._rearranges or any(map(may_rearrange, held))
         return Rows(parts, values.detach(), wrong, weights), layout, _inputs(seen)
 
     def _generally(self, batch: Batch, pulls: Sequence[Mapping[int, Tensor]]) -> dict[str, Factors]:
