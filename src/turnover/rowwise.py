@@ -143,7 +143,8 @@ class RowCheck:
         size = len(batch)
         moved = batch.to(device_of(self._model))
         with self._quiet():
-            if len(unsure) == 1 and size > _FEW and self._agrees_in_few(moved.rows(0, _FEW)):
+            as_long = [name for name, value in batch.by_rows() if len(value) == size]
+            if len(as_long) == 1 and size > _FEW and self._agrees_in_few(moved.rows(0, _FEW)):
                 return batch
             seen = self._first(moved if size <= _ROWS else moved.rows(0, _ROWS))
             if self._agrees(moved, seen):
