@@ -219,11 +219,7 @@ def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) ->
         return batch
     if isinstance(batch, Identified):
         return replace(as_batch(batch.rows, label_names=label_names), ids=check_ids(batch.ids))
-    if isinstance(batch, PackedSequence):
-        raise InputError(
-            "a PackedSequence is not laid out by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "
-            "and let the model pack it again"
-        )
+    check_not_packed(batch)
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         labels = None
@@ -234,8 +230,6 @@ def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) ->
         return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
     if isinstance(batch, tuple | list) and 1 <= len(batch) <= 3 and not _are_rows(batch):
         inputs, labels, ids = (*batch, None, None)[:3]
-        if isinstance(inputs, PackedSequence):
-            as_batch(inputs)
         return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
     if isinstance(batch, Tensor):
         return Batch(batch)
@@ -243,6 +237,22 @@ def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) ->
         f"a batch of type {_described(batch)} is not understood: pass adapter=, a function from "
         f"your batch to turnover.Batch(inputs, labels, ids)"
     )
+
+
+def check_not_packed(inputs: Any) -> None:
+    """Refuse sequences that are packed one after another, in any nest of inputs.
+
+    Raises:
+        InputError: there is one.
+    """
+    if isinstance(inputs, PackedSequence):
+        raise InputError(
+            "a PackedSequence is not laid out by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "
+            "and let the model pack it again"
+        )
+    if isinstance(inputs, Mapping | tuple | list):
+        for one in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            check_not_packed(one)
 
 
 def _are_rows(batch: Sequence[Any]) -> bool:

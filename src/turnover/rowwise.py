@@ -9,7 +9,7 @@ row alone, and repeated, beside the row in its batch, in the mean network.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from turnover.batches import Batch, named, tensors
+from turnover.batches import Batch, check_not_packed, named, tensors
 from turnover.errors import InputError
 from turnover.modes import evaluating
 from turnover.objectives import Objective, costs, logits_of
@@ -84,7 +83,7 @@ class RowCheck:
             InputError: the model does not take the inputs, or a row alone costs something else than in
                 its batch whatever is taken for shared.
         """
-        self._check_kind(batch)
+        check_not_packed(batch.inputs)
         size = len(batch)
         if not size:
             return batch
@@ -110,13 +109,6 @@ class RowCheck:
             else:
                 (self._rowed if size > 1 else self._single).add(name)
         return batch
-
-    def _check_kind(self, batch: Batch) -> None:
-        if _holds(batch.inputs, PackedSequence):
-            raise InputError(
-                "the batch holds a PackedSequence, which is not laid out by rows: pad it "
-                "(torch.nn.utils.rnn.pad_packed_sequence), and let the model pack it again"
-            )
 
     def _first(self, batch: Batch) -> _Seen:
         try:
@@ -233,14 +225,6 @@ class RowCheck:
             self._within(),
         ):
             yield
-
-
-def _holds(value: Any, kind: type) -> bool:
-    if isinstance(value, kind):
-        return True
-    if isinstance(value, Mapping):
-        return any(_holds(one, kind) for one in value.values())
-    return isinstance(value, tuple | list) and any(_holds(one, kind) for one in value)
 
 
 def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
