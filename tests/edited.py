@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from turnover.run import Run, read_json, write_digests, write_json
+from turnover.io.parsing import read_json, write_json
+from turnover.run import Run, write_digests
 from turnover.tasks.targets import rows_digest
 
 

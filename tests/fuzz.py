@@ -31,13 +31,13 @@ with atheris.instrument_imports(include=["turnover"]):
     from turnover.cli.config import options_of, read_config
     from turnover.cli.training import fit
     from turnover.data import Columns, TextData, read
+    from turnover.dropout.network import Network
     from turnover.evaluation.subsets import Subsets, draw_subsets
     from turnover.images import read_image, read_images
     from turnover.influence.begun import manifest, seal
     from turnover.influence.store import save
-    from turnover.network import Network
+    from turnover.io.parsing import read_json
     from turnover.pipelines import ImageClassifierConfig, ImagePipeline, load
-    from turnover.run import read_json
     from turnover.tasks.review import read_column
 
 import numpy as np

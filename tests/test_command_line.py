@@ -23,7 +23,7 @@ import typer
 import test_cli
 from test_cli import ENVIRONMENT, fit_arguments, sentences, turnover, turnover_process, write_csv
 from turnover.cli import EXAMPLES, app
-from turnover.run import read_json
+from turnover.io.parsing import read_json
 
 encoder, data, run, noisy_run = test_cli.encoder, test_cli.data, test_cli.run, test_cli.noisy_run
 copy_of_run = test_cli.copy_of_run

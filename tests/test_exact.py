@@ -13,8 +13,8 @@ from torch.nn import functional
 import tiny
 import turnover
 from turnover import Batch, Influence, MaskSpec, objectives
+from turnover.dropout.sites import Site
 from turnover.influence.exact import ExactEstimator
-from turnover.sites import Site
 
 ROWS = 3
 IDS = torch.tensor([0, 4, 2**24 + 1, 2**62, 11, 12, 13])

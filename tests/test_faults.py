@@ -19,7 +19,8 @@ from documents import ROOT
 from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import InputError
-from turnover.run import DIGESTS, Run, read_json, write_json
+from turnover.io.parsing import read_json, write_json
+from turnover.run import DIGESTS, Run
 
 FITTED = [
     *(

@@ -27,10 +27,11 @@ from test_images import folders, run  # noqa: F401 - fixtures: a run of images, 
 from turnover import Influence, InputError
 from turnover.errors import WriteError
 from turnover.evaluation import Recipe, draw_subsets, retrain
-from turnover.files import mapped
 from turnover.images import read_images
 from turnover.influence.gram.disk import Limits
-from turnover.run import Run, write_json
+from turnover.io.files import mapped
+from turnover.io.parsing import write_json
+from turnover.run import Run
 from turnover.view.decisions import Decisions
 
 FULL = "No space left on device; make room there, and run again"

@@ -20,8 +20,15 @@ from turnover import InputError
 from turnover.data import Columns, TextData, read
 from turnover.delimited import read_table
 from turnover.evaluation.subsets import Subsets, draw_subsets
-from turnover.reading import DEPTH, damage, parse_json, read_objects, read_toml
-from turnover.run import read_json, write_json
+from turnover.io.parsing import (
+    DEPTH,
+    damage,
+    parse_json,
+    read_json,
+    read_objects,
+    read_toml,
+    write_json,
+)
 
 ROWS = [
     {"text": f"sentence {i}, \u00fcber \u2603", "label": "ab"[i % 2], "n": i, "id": 7 * i}

@@ -29,9 +29,9 @@ from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover import InputError
 from turnover.cli.output import Output
 from turnover.cli.report import _write_report
+from turnover.io.tensors import opened, read_weights
 from turnover.run import DIGESTS, Run
 from turnover.tasks.memorize import memorization
-from turnover.weights import opened, read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no digests:UserWarning")
 DESCRIBED = ["config.json", "masks.json", "classifier.json"]

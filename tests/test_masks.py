@@ -12,7 +12,8 @@ from torch import nn
 
 import tiny
 import turnover
-from turnover import InputError, MaskSpec, masks
+from turnover import InputError, MaskSpec
+from turnover.dropout import masks
 
 PINNED_IDS = [0, 1, 2**24, 2**24 + 1, 2**53 + 1, 2**62, -1, -(2**40)]
 # Bit i of each number is unit i of the site "encoder.fc1".

@@ -64,7 +64,7 @@ def test_a_masked_rank_gets_no_gradient_from_its_instance():
     spec = network.spec
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
-            site = turnover.sites.canonical_name(name).removesuffix(".weight")
+            site = turnover.dropout.sites.canonical_name(name).removesuffix(".weight")
             kept = spec.exposed([7], site, 4)[0]
             reached = parameter.grad.abs().sum(dim=1) > 0
             assert torch.equal(reached, kept), name

@@ -24,7 +24,7 @@ from torch.utils.data import (
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, objectives
-from turnover.loaders import Numbers, check_numbered, places_of
+from turnover.batches.loaders import Numbers, check_numbered, places_of
 
 IDS = torch.arange(30)
 ROWS = 12

@@ -25,7 +25,8 @@ from test_images import run as image_run  # noqa: F401 - a fixture
 from test_security import copy, copy_of_images  # noqa: F401 - fixtures
 from turnover import InputError, open_result
 from turnover.images import read_images
-from turnover.run import Run, write_digests, write_json
+from turnover.io.parsing import write_json
+from turnover.run import Run, write_digests
 
 _OPENED: list[str] = []
 _LISTENING = False

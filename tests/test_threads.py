@@ -336,7 +336,7 @@ def test_a_child_process_does_not_wait_for_threads_of_its_parent():
         assert inside.wait(30)
         child = os.fork()
         if not child:
-            from turnover.modes import exclusive
+            from turnover.dropout.modules import exclusive
 
             with exclusive(network.model):
                 os._exit(7)

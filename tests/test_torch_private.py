@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import turnover
-from turnover import InputError, torch_private
+from turnover import InputError
+from turnover.dropout import torch_private
 
 
 def test_autograd_numbers_its_nodes_in_order_and_tells_the_one_that_runs() -> None:

@@ -325,7 +325,7 @@ def test_the_audit_does_not_move_the_random_numbers_of_training(tmp_path):
         one = trainer(folder, tiny.bert(), optim="adamw_torch", per_device_train_batch_size=3)
         network = attach_trainer(one, SITES)
         if monkeypatch:
-            clean = turnover.audit.AuditReport((), (), ())
+            clean = turnover.dropout.audit.AuditReport((), (), ())
             monkeypatch.setattr(network, "audit", lambda *args, **kwargs: clean)
         one.train()
         return trainable(network.model)

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from turnover import demo, evaluation
 from turnover.data import TextData
 from turnover.evaluation import Recipe
-from turnover.files import replacing
 from turnover.images import ImageData
 from turnover.integrations.transformers import ClassifierConfig
 from turnover.integrations.vgg import VGG
+from turnover.io.files import replacing
+from turnover.io.parsing import read_json
 from turnover.pipelines import ImageClassifierConfig
 from turnover.report.from_run import content, explain_errors
 from turnover.report.pictures import write_sheet
 from turnover.report.render import write
-from turnover.run import Run, read_json
+from turnover.run import Run
 from turnover.tasks.cleanse import LOSS, NONE, RANDOM, cleanse, taken_out
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.score import ScoreConfig, score

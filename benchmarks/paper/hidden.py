@@ -19,9 +19,9 @@ from benchmarks.fidelity.problems import convolutions
 from turnover import demo, evaluation
 from turnover.data import TextData
 from turnover.evaluation import Build, Masked, Recipe
+from turnover.ids import ghost_ids
 from turnover.integrations.transformers import ClassifierConfig
 from turnover.integrations.vgg import SITES, VGG
-from turnover.masks import ghost_ids
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.training import TrainingConfig
 

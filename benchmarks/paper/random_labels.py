@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turnover import evaluation
 from turnover.evaluation import Recipe
-from turnover.masks import ghost_ids
+from turnover.ids import ghost_ids
 
 from . import images, patches
 from .label_errors import HELD_OUT, TEST_ROWS

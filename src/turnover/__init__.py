@@ -6,15 +6,16 @@ the noise floor of every number.
 
 from turnover import objectives
 from turnover.batches import Batch, WithIds
+from turnover.dropout.head import WideHead
+from turnover.dropout.hidden import HiddenPredictions, hidden_predictions
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network, attach
+from turnover.dropout.sites import Site
 from turnover.errors import BindingError, InputError
-from turnover.heads import WideHead
-from turnover.hidden import HiddenPredictions, hidden_predictions
+from turnover.ids import content_ids, ghost_ids, string_ids
 from turnover.influence import Influence
 from turnover.influence.result import Result
 from turnover.influence.stored import open_result
-from turnover.masks import MaskSpec, content_ids, ghost_ids, string_ids
-from turnover.network import Network, attach
-from turnover.sites import Site
 
 __version__ = "0.1.0"
 

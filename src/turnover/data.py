@@ -17,9 +17,10 @@ from torch import Tensor
 
 from turnover.classes import check_alike, closest, indexed, is_missing, label_names
 from turnover.delimited import Texts, write_texts
+from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
-from turnover.files import replacing
-from turnover.masks import MaskSpec, content_ids, string_ids
+from turnover.ids import content_ids, string_ids
+from turnover.io.files import replacing
 from turnover.tables import column_of, load_table, table_of
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")

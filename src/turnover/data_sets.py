@@ -10,8 +10,8 @@ from typing import Any
 
 from turnover.delimited import ENDINGS, Texts, read_texts
 from turnover.errors import InputError, needing
-from turnover.files import check_links
-from turnover.reading import field, read_object, strings
+from turnover.io.files import check_links
+from turnover.io.parsing import field, read_object, strings
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _PLACES = {"name", "version", "data_dir", "data_files", "description"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from turnover.errors import InputError
-from turnover.reading import check_file, check_utf8
+from turnover.io.parsing import check_file, check_utf8
 
 ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _LONGEST = 2**28

@@ -24,10 +24,10 @@ from turnover.data import Columns, check_writable, keys_and_ids, present, write
 from turnover.data_sets import is_saved
 from turnover.decoding import LARGEST, Picture, load_pillow, opened
 from turnover.errors import InputError
-from turnover.files import mapped, replacing, writing_temporary
+from turnover.ids import content_ids
 from turnover.image_folders import listed
-from turnover.masks import content_ids
-from turnover.reading import check_file
+from turnover.io.files import mapped, replacing, writing_temporary
+from turnover.io.parsing import check_file
 from turnover.scaling import Ranges, Scaling
 from turnover.tables import load_table, table_of, undecoded
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnover.batches import Batch
-from turnover.causal import check_causal
+from turnover.batches.causal import check_causal
 from turnover.errors import InputError
 
 Objective = Callable[[Any, Batch], Tensor]
@@ -129,7 +129,7 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
     Raises:
         InputError: logits or labels of another shape, labels outside the vocabulary, a row without a
             labelled token, or labels that are not those of a causal model
-            (:func:`turnover.causal.check_causal`).
+            (:func:`turnover.batches.causal.check_causal`).
     """
     logits, labels = logits_of(outputs), batch.labels
     if labels is None:

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turnover import reading
 from turnover.data import Data, TextData, write
+from turnover.dropout.modules import device_of
 from turnover.encoded import Encoded, Pixels, Tokens, batches
 from turnover.errors import InputError
-from turnover.files import write_array
 from turnover.images import ImageData, read_image, write_images
 from turnover.integrations import transformers, vgg
 from turnover.integrations.encoders import Limits, check_tokenizer
 from turnover.integrations.transformers import ClassifierConfig, TextClassifier
 from turnover.integrations.vgg import VGG, ImageClassifier
-from turnover.reading import check_file, damage, read_object
+from turnover.io import parsing
+from turnover.io.files import write_array
+from turnover.io.parsing import check_file, damage, read_object
+from turnover.io.tensors import check_shapes, read_weights
 from turnover.rows import read_rows, write_rows
 from turnover.scaling import Ranges, check_ranges, colors, saved_ranges
-from turnover.sites import device_of
-from turnover.weights import check_shapes, read_weights
 
 _STANDARDISED_ROWS = 1000
 _WRITTEN_ROWS = 1000
@@ -333,9 +333,9 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
         with damage(where):
-            config = ImageClassifierConfig(**reading.field(shape, "classifier", dict, where))
+            config = ImageClassifierConfig(**parsing.field(shape, "classifier", dict, where))
             mean, deviation = (colors(shape, name, where) for name in ("mean", "deviation"))
-            classes = reading.field(shape, "classes", int, where)
+            classes = parsing.field(shape, "classes", int, where)
             ranges = saved_ranges(shape, where)
             with torch.device("meta"):  # no memory is taken for what the file does not hold
                 check_shapes(path, config.network(classes).state_dict())

@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from turnover.errors import InputError, needing
-from turnover.files import alone, writing_to
 from turnover.influence.place import Place
-from turnover.run import DIGESTS, read_json, write_json
+from turnover.io.files import alone, writing_to
+from turnover.io.parsing import read_json, write_json
+from turnover.run import DIGESTS
 
 _ATTEMPTS = 3
 """Copies of a run that somebody is writing to."""

@@ -10,7 +10,7 @@ import torch
 
 from turnover.data import Data
 from turnover.errors import InputError
-from turnover.reading import field, read_objects
+from turnover.io.parsing import field, read_objects
 
 
 def write_rows(path: Path, data: Data, what: str) -> None:

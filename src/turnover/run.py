@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
@@ -21,22 +20,29 @@ from typing import Any
 from torch import nn
 
 from turnover.data import Data
+from turnover.dropout.network import Network
 from turnover.encoded import Encoded
 from turnover.errors import InputError, WriteError
-from turnover.files import alone, check_links, replace_folder, replacing, writing_to
 from turnover.influence.result import Result
 from turnover.influence.store import save
 from turnover.influence.stored import StoredResult, open_result
-from turnover.network import Network
+from turnover.io.files import alone, check_links, replace_folder, writing_to
+from turnover.io.parsing import (
+    check_file,
+    damage,
+    field,
+    read_json,
+    read_object,
+    strings,
+    write_json,
+)
 from turnover.pipelines import Pipeline, load
-from turnover.reading import check_file, damage, field, read_object, strings
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"
 """Ending of what a fit goes on from, and removes when all else is written."""
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
 """What changes after the fit, and what no command loads a run from."""
-_CHECKSUM = "checksum"
 _SHOWN = 20
 
 
@@ -205,39 +211,6 @@ def _masked(model: nn.Module, path: Path) -> Network:
             return Network.from_dict(model, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, without its checksum where it has one.
-
-    Raises:
-        InputError: missing, not a JSON object, or not what its checksum is of.
-    """
-    values = read_object(path, finite=False, whole=False)
-    checksum = values.pop(_CHECKSUM, None)
-    if checksum is not None and checksum != _checksum(values):
-        raise InputError(
-            f"{path}: damaged, or changed after it was written: it does not match its {_CHECKSUM}; "
-            f"restore it, or run the command that wrote it again"
-        )
-    return values
-
-
-def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
-    """Write a JSON object, atomically.
-
-    Args:
-        sealed: with a checksum, which :func:`read_json` compares.
-    """
-    if sealed:
-        values = {**values, _CHECKSUM: _checksum(json.loads(json.dumps(values)))}
-    with replacing(path) as draft:
-        draft.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def write_digests(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from turnover.decoding import FLOATS, INTEGERS, Picture, load_pillow
 from turnover.errors import InputError
-from turnover.reading import field
+from turnover.io.parsing import field
 
 Ranges = Mapping[str, tuple[float, float]]
 """By kind (``"integers"``, ``"floats"``): the numbers that are black and white."""

@@ -13,7 +13,7 @@ from typing import Any
 from turnover import delimited
 from turnover.data_sets import cause_of, datasets_library, is_saved, read_data_set, read_saved
 from turnover.errors import InputError
-from turnover.reading import read_objects
+from turnover.io.parsing import read_objects
 
 _OF_OBJECTS = (".json", ".jsonl")
 ENDINGS = (*delimited.ENDINGS, ".parquet", *_OF_OBJECTS)

@@ -14,8 +14,8 @@ import typer
 
 from turnover.cli.options import RUN
 from turnover.errors import InputError
+from turnover.io.parsing import read_toml
 from turnover.origin import versions
-from turnover.reading import read_toml
 
 _MADE = "made"
 """The table of what made a run: read for a note alone."""

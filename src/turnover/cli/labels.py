@@ -178,8 +178,9 @@ def cleanse(
     """
     from turnover.data import Columns, Data, check_writable, read
     from turnover.images import read_images
+    from turnover.io.parsing import write_json
     from turnover.pipelines import ImagePipeline
-    from turnover.run import Run, write_json
+    from turnover.run import Run
     from turnover.tasks.cleanse import FRACTIONS, cleanse, read_scores, write_cleansed
 
     if ranking is not None and scores is not None:

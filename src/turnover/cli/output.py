@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turnover.errors import InputError
-from turnover.files import writing_to
+from turnover.io.files import writing_to
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 """Control characters but line ends and tabs, halves of characters, and marks that turn the order around."""

@@ -77,8 +77,8 @@ def demo(
     from turnover.cli.config import recipe
     from turnover.data import Columns, read, read_both
     from turnover.demo import model_folder, write_sentences
+    from turnover.dropout.masks import MaskSpec
     from turnover.integrations.transformers import ClassifierConfig
-    from turnover.masks import MaskSpec
     from turnover.origin import data_digest
     from turnover.run import Run, check_new_run
     from turnover.tasks.fit import FitConfig, fit
@@ -119,7 +119,7 @@ def demo(
 
 
 def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
-    from turnover.reading import damage
+    from turnover.io.parsing import damage
     from turnover.report.from_run import content
     from turnover.report.render import write
 

@@ -165,7 +165,8 @@ def groups(
     as_json: Json = False,
 ) -> None:
     """What each group (source, annotator) of a run with a group column did to the test rows."""
-    from turnover.run import Run, write_json
+    from turnover.io.parsing import write_json
+    from turnover.run import Run
     from turnover.tasks.groups import groups
     from turnover.tasks.score import OBJECTIVES
 
@@ -220,8 +221,8 @@ def explain_errors(
     output: Output, run: Run, *, show: int, top: int, among: str | None
 ) -> list[Explanation]:
     """Explain all errors of a run, write them, and print those with the most significant instances."""
+    from turnover.io.parsing import write_json
     from turnover.report.from_run import explain_errors as explained
-    from turnover.run import write_json
 
     explanations = explained(run, top=top, among=among)
     path = run.folder / "results" / "explanations.json"

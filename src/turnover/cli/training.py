@@ -183,10 +183,10 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
     from turnover.data import Columns, read, read_both
+    from turnover.dropout.masks import MaskSpec
     from turnover.image_folders import holds_images
     from turnover.images import ImageReader
     from turnover.integrations.transformers import ClassifierConfig
-    from turnover.masks import MaskSpec
     from turnover.origin import data_digest as digest_of
     from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
     from turnover.run import check_new_run
@@ -286,8 +286,8 @@ def plan(
     The file of --config may be that of a fit: what only fit has is left aside.
     """
     from turnover.data import Columns, read, read_both
+    from turnover.dropout.masks import MaskSpec
     from turnover.integrations.transformers import ClassifierConfig
-    from turnover.masks import MaskSpec
     from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig
     from turnover.tasks.plan import plan

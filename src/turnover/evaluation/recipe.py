@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
-from turnover.masks import MaskSpec
 
 OPTIMISERS = ("sgd", "adam")
 

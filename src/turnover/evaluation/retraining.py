@@ -22,10 +22,10 @@ from turnover.errors import InputError
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.subsets import Subsets
 from turnover.evaluation.training import batch_of_models, train
-from turnover.files import replacing, writing_to
+from turnover.io.files import replacing, writing_to
+from turnover.io.tensors import opened
 from turnover.objectives import Objective, costs
 from turnover.sweep import check_engine, evenly, sweeping
-from turnover.weights import opened
 
 _FORMAT = "turnover retraining, version 1"
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.files import replacing
-from turnover.reading import damage, field, read_object
+from turnover.io.files import replacing
+from turnover.io.parsing import damage, field, read_object
 
 _FORMAT = "turnover subsets, version 1"
 _MOST = 2**33

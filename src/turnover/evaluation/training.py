@@ -20,11 +20,11 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from turnover.dropout.network import attach
+from turnover.dropout.sites import ResolvedSite, resolve
 from turnover.errors import InputError
 from turnover.evaluation.recipe import Build, Masked, Recipe
-from turnover.masks import check_training_ids
-from turnover.network import attach
-from turnover.sites import ResolvedSite, resolve
+from turnover.ids import check_training_ids
 from turnover.sweep import check_engine, evenly, sweeping
 
 State = dict[str, Tensor]

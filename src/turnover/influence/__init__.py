@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Adapter, Batch
+from turnover.batches.loaders import Numbers
+from turnover.dropout.modules import exclusive
+from turnover.dropout.network import Network
 from turnover.errors import InputError
+from turnover.ids import check_ids, ghost_ids
 from turnover.influence.bars import bar_of, own_bar
 from turnover.influence.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.influence.cost import Plan, plan
@@ -26,10 +30,6 @@ from turnover.influence.result import Result
 from turnover.influence.signature import precision, signature_columns
 from turnover.influence.sinks import MemorySink, StoreSink, check_columns
 from turnover.influence.walk import Walk
-from turnover.loaders import Numbers
-from turnover.masks import check_ids, ghost_ids
-from turnover.modes import exclusive
-from turnover.network import Network
 from turnover.objectives import Objective, margin
 from turnover.sweep import check_engine
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.influence.blocks import Variable
 from turnover.influence.place import Place
-from turnover.reading import parse_json
+from turnover.io.parsing import parse_json
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 FORMAT = 1

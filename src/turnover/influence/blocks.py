@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.files import writing_to
 from turnover.influence.place import Place
-from turnover.reading import damage
+from turnover.io.files import writing_to
+from turnover.io.parsing import damage
 
 Region = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of
+from turnover.ids import ghost_ids
 from turnover.influence.calibration import noise_floor
 from turnover.influence.engine import Engine, TargetBlock
 from turnover.influence.rerank import calibrated
 from turnover.influence.walk import Walk
-from turnover.masks import ghost_ids
-from turnover.sites import device_of
 
 _PILOT_ROWS = 8
 _PILOT_IDS = 4096

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of, evaluating
+from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.exact import ExactEstimator
 from turnover.influence.linear import LinearScorer, finite, mask_gradients
 from turnover.influence.progress import Counts
 from turnover.influence.reach import Run
-from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective
-from turnover.sites import device_of
 
 
 @dataclass(frozen=True)

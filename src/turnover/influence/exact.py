@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch, shapes
+from turnover.dropout.modules import device_of
+from turnover.dropout.network import Network
+from turnover.ids import ghost_ids
 from turnover.influence.linear import LinearScorer, check_reached
 from turnover.influence.sharing import (
     AT_INPUTS,
@@ -38,10 +41,7 @@ from turnover.influence.sharing import (
     rows_of,
     with_logits,
 )
-from turnover.masks import ghost_ids
-from turnover.network import Network
 from turnover.objectives import Objective, costs, cross_entropy, logits_of, margin
-from turnover.sites import device_of
 
 _PROBE_START = 2**40
 """Ghosts used for comparing ways; far from the noise floor's."""

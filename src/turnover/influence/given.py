@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from turnover.batches import Adapter, Batch, as_batch
-from turnover.bindings import Binding
+from turnover.batches.loaders import Numbers, check_numbered, warn_left_out
+from turnover.dropout.binding import Binding
+from turnover.dropout.modules import device_of
+from turnover.dropout.network import Network
+from turnover.dropout.rowwise import RowCheck
+from turnover.dropout.site_order import check_site_order
 from turnover.errors import InputError
-from turnover.loaders import Numbers, check_numbered, warn_left_out
-from turnover.network import Network
 from turnover.objectives import Objective
-from turnover.rowwise import RowCheck
-from turnover.site_order import check_site_order
-from turnover.sites import device_of
 
 _ROWS = 1024
 """Rows of a batch whose order is looked at."""

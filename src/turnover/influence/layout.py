@@ -15,7 +15,7 @@ import numpy as np
 from turnover.errors import InputError
 from turnover.influence.begun import MARK, manifest
 from turnover.influence.blocks import CODECS, DTYPES, Variable
-from turnover.reading import field, strings
+from turnover.io.parsing import field, strings
 
 DESCRIBED = ("method", "objective", "sites", "network", "considered")
 _LARGEST_CHUNK = 2**30

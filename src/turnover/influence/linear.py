@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnover.batches import Batch
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network
 from turnover.errors import BindingError, InputError
 from turnover.influence.reach import Run, check_independent, differentiate
-from turnover.masks import MaskSpec
-from turnover.network import Network
 from turnover.objectives import Objective, costs
 
 _TABLE_ROWS = 16

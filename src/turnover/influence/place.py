@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from turnover.errors import InputError, needing
-from turnover.files import alone, check_within, replace_folder, writing_to
+from turnover.io.files import alone, check_within, replace_folder, writing_to
 
 LEASE = "progress/lease"
 _LEASE_SECONDS = 600.0

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from turnover.batches import Batch
-from turnover.loaders import length_of
+from turnover.batches.loaders import length_of
 
 _FIRST = 0.05
 """Share of the work by which a guess counts: what runs first takes longer than what follows."""

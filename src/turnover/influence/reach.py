@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from turnover.checkpoints import is_reentrant
+from turnover.dropout.checkpoints import is_reentrant
+from turnover.dropout.network import Network
 from turnover.errors import BindingError, InputError
-from turnover.network import Network
 
 Run = tuple[str, int]
 """A site, and which of the runs of its module in a forward."""

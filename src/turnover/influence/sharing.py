@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from turnover.dropout.modules import in_this_thread
+from turnover.dropout.network import Network
 from turnover.errors import BindingError
-from turnover.modes import in_this_thread
-from turnover.network import Network
 from turnover.objectives import logits_of
 
 AT_SITE = "at the site"

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of
+from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine
 from turnover.influence.linear import mask_gradients
 from turnover.influence.reach import differentiate
-from turnover.masks import ghost_ids
 from turnover.objectives import costs
-from turnover.sites import device_of
 
 _ROWS, _SPREAD = 32, 8
 """Targets of a block that are looked at, at most, and those of them that are taken whatever their labels."""

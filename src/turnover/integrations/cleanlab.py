@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Adapter, Batch, as_batch
+from turnover.dropout.hidden import HiddenPredictions, hidden_predictions
+from turnover.dropout.network import Network
 from turnover.errors import InputError, needing
-from turnover.hidden import HiddenPredictions, hidden_predictions
-from turnover.network import Network
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from turnover.audit import clips
 from turnover.batches import Adapter, Identified, as_batch
+from turnover.dropout.audit import clips
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network, attach
+from turnover.dropout.sites import SiteLike
 from turnover.errors import InputError, needing
-from turnover.masks import MaskSpec
-from turnover.network import Network, attach
-from turnover.sites import SiteLike
 
 try:
     from lightning.pytorch import Callback

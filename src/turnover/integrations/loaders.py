@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.batches.loaders import loader_of, places_of, warn_left_out
 from turnover.errors import InputError
+from turnover.ids import check_training_ids
 from turnover.influence import Influence
-from turnover.loaders import loader_of, places_of, warn_left_out
-from turnover.masks import check_training_ids
 
 _NO_PLACES = (
     "the training batches have no ids, and their places in a data set are not known: give a "

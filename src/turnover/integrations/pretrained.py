@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
+from turnover.dropout.network import Network
 from turnover.errors import InputError
-from turnover.network import Network
-from turnover.run import read_json, write_json
+from turnover.io.parsing import read_json, write_json
 
 FILE = "masks.json"
 

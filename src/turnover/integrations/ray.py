@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of
 from turnover.errors import InputError, needing
 from turnover.influence.engine import TargetBlock
 from turnover.influence.extremes import Found
 from turnover.influence.sinks import StoreSink
 from turnover.influence.store import Writer, joining
 from turnover.influence.walk import Walk
-from turnover.sites import device_of
 
 with needing('engine="ray"', "turnover[ray]"):
     import ray

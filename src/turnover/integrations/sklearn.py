@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.dropout.head import WideHead
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import attach
 from turnover.errors import InputError, needing
-from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.integrations.table_rows import (
     check_aligned,
@@ -24,8 +26,6 @@ from turnover.integrations.table_rows import (
     index_of,
     weights_of_rows,
 )
-from turnover.masks import MaskSpec
-from turnover.network import attach
 
 if TYPE_CHECKING:
     import pandas

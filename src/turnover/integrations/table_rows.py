@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.masks import check_training_ids, string_ids
+from turnover.ids import check_training_ids, string_ids
 
 with needing("the classifier", "turnover[sklearn]"):
     from sklearn.utils.class_weight import compute_class_weight

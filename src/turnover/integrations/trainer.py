@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from turnover.audit import clips
 from turnover.batches import as_batch, fetched
+from turnover.dropout.audit import clips
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network, attach
+from turnover.dropout.sites import SiteLike
 from turnover.errors import InputError
+from turnover.ids import check_training_ids, string_ids
 from turnover.integrations.pretrained import check_masks, save_masks
-from turnover.masks import MaskSpec, check_training_ids, string_ids
-from turnover.network import Network, attach
-from turnover.sites import SiteLike
 
 IDS = "ids"
 """Key of the ids in a training batch, where :func:`turnover.batches.as_batch` finds them."""

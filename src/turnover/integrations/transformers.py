@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turnover.dropout.head import WideHead
 from turnover.errors import InputError, needing
-from turnover.heads import WideHead
 from turnover.integrations.encoders import (
     Limits,
     first_line,
@@ -28,8 +28,8 @@ from turnover.integrations.encoders import (
     stored_dtype,
     vocabulary_of,
 )
-from turnover.reading import damage, field, read_object
-from turnover.weights import check_shapes, distinct, read_weights, shapes, take
+from turnover.io.parsing import damage, field, read_object
+from turnover.io.tensors import check_shapes, distinct, read_weights, shapes, take
 
 SITES = ("lora", "head")
 _INDEX = ".safetensors.index.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from turnover.dropout.head import WideHead
 from turnover.errors import InputError
-from turnover.heads import WideHead
-from turnover.weights import check_finite, opened, shapes
+from turnover.io.tensors import check_finite, opened, shapes
 
 SITES = ("channels", "mlp")
 """Channels behind every convolution and units of the fully connected layers, as :func:`turnover.attach`

@@ -9,6 +9,7 @@ import numpy as np
 
 from turnover.errors import InputError
 from turnover.images import ImageData
+from turnover.io.parsing import read_json
 from turnover.report.content import (
     AccuracyRow,
     Curve,
@@ -18,7 +19,7 @@ from turnover.report.content import (
     ReportContent,
 )
 from turnover.report.pictures import Shelf
-from turnover.run import Run, read_json
+from turnover.run import Run
 from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
 from turnover.tasks.targets import read_targets
 

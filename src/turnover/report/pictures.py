@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.files import replacing
 from turnover.images import ImageData
+from turnover.io.files import replacing
 from turnover.tasks.explain import Explanation, Influential
 
 _THUMBNAIL = 96

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from turnover.errors import InputError, needing
-from turnover.files import replacing
+from turnover.io.files import replacing
 from turnover.report.content import Curve, HarmfulOverall, ReportContent
 from turnover.tasks.explain import (
     GRAM_MEANS,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turnover.data import Data
 from turnover.errors import InputError
-from turnover.reading import damage
+from turnover.io.parsing import damage
 from turnover.run import Run
 
 BALANCED = "balanced"

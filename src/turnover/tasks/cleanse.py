@@ -23,12 +23,12 @@ from turnover import objectives
 from turnover.batches import Batch
 from turnover.data import Data
 from turnover.delimited import finite_number
+from turnover.dropout.head import WideHead
+from turnover.dropout.network import Network
 from turnover.errors import InputError
-from turnover.files import write_csv
-from turnover.heads import WideHead
 from turnover.influence import Influence
 from turnover.influence.result import Result
-from turnover.network import Network
+from turnover.io.files import write_csv
 from turnover.run import Run
 from turnover.sweep import Sweep, sweeping
 from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of

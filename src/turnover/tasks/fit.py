@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnover.audit import AuditReport
 from turnover.data import Data
+from turnover.dropout.audit import AuditReport
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network, attach
 from turnover.encoded import Encoded
-from turnover.masks import MaskSpec, ghost_ids
-from turnover.network import Network, attach
+from turnover.ids import ghost_ids
+from turnover.io.parsing import write_json
 from turnover.origin import data_digest, versions
 from turnover.pipelines import Config, Pipeline, build
-from turnover.run import CHECKPOINT, write_digests, write_json, writing_run
+from turnover.run import CHECKPOINT, write_digests, writing_run
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.rehearsal import made_ready

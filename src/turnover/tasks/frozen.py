@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from turnover.data import Data
+from turnover.dropout.head import WideHead
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import device_of
+from turnover.dropout.network import Network, attach
 from turnover.encoded import in_order
 from turnover.errors import InputError
-from turnover.heads import WideHead
-from turnover.masks import MaskSpec
-from turnover.network import Network, attach
 from turnover.run import Run
-from turnover.sites import device_of
 from turnover.tasks.class_weights import weights_of_run
 from turnover.tasks.training import autocast, weighted_loss
 

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from turnover import objectives
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
+from turnover.ids import ghost_ids
 from turnover.influence import Influence
-from turnover.masks import ghost_ids
 from turnover.objectives import Objective
 from turnover.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q

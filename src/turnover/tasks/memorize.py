@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turnover.dropout.network import Network
 from turnover.encoded import Encoded
 from turnover.errors import InputError
-from turnover.files import replacing, write_csv
-from turnover.network import Network
+from turnover.io.files import replacing, write_csv
+from turnover.io.tensors import check_finite, opened
 from turnover.run import Run
 from turnover.tasks.training import evaluate, under_masks
-from turnover.weights import check_finite, opened
 
 FILE = "memorization.safetensors"
 SHARE = 0.1

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from turnover.data import TextData
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.network import Network, attach
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
-from turnover.files import writing_temporary
 from turnover.influence import Influence
 from turnover.integrations.transformers import ClassifierConfig
-from turnover.masks import MaskSpec
-from turnover.network import Network, attach
+from turnover.io.files import writing_temporary
 from turnover.objectives import margin
 from turnover.pipelines import build
 from turnover.tasks.class_weights import class_weights

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.data import Data
+from turnover.dropout.hidden import HiddenPredictions, hidden_predictions
 from turnover.encoded import batches
 from turnover.errors import InputError
-from turnover.files import write_csv
-from turnover.hidden import HiddenPredictions, hidden_predictions
+from turnover.io.files import write_csv
 from turnover.run import Run
 from turnover.tasks.training import logits_of_rows
 

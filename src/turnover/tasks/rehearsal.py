@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from turnover.data import Data
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import device_of, evaluating
+from turnover.dropout.network import Network, attach
 from turnover.encoded import Encoded
 from turnover.errors import BindingError, InputError
+from turnover.ids import ghost_ids
 from turnover.integrations.encoders import first_line
-from turnover.masks import MaskSpec, ghost_ids
-from turnover.modes import evaluating
-from turnover.network import Network, attach
 from turnover.pipelines import Pipeline, load
-from turnover.sites import device_of
 from turnover.tasks.training import autocast, native_bfloat16
 
 _FOLDER = "rehearsal"

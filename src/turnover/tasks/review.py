@@ -15,8 +15,8 @@ from turnover import objectives
 from turnover.data import Data
 from turnover.delimited import read_table
 from turnover.errors import InputError
-from turnover.files import write_csv
 from turnover.influence import Influence
+from turnover.io.files import write_csv
 from turnover.run import Run
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from turnover.heads import WideHead
-from turnover.network import Network
+from turnover.dropout.head import WideHead
+from turnover.dropout.network import Network
 from turnover.sweep import Sweep, Work, here
 from turnover.tasks.frozen import Frozen, logits_of, train_head, train_masked_head
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from turnover.errors import InputError
 from turnover.influence.begun import digest
+from turnover.io.parsing import read_json
 from turnover.origin import data_digest
-from turnover.run import Run, read_json
+from turnover.run import Run
 
 FILE = "targets.json"
 EXPLANATIONS = "explanations.json"

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from turnover.dropout.head import WideHead
+from turnover.dropout.modules import device_of
+from turnover.dropout.network import Network
+from turnover.dropout.sites import resolve
 from turnover.encoded import Encoded, in_order
 from turnover.errors import InputError
-from turnover.files import replacing
-from turnover.heads import WideHead
-from turnover.network import Network
-from turnover.reading import damage, parse_json
-from turnover.sites import device_of, resolve
+from turnover.io.files import replacing
+from turnover.io.parsing import damage, parse_json
+from turnover.io.tensors import check_finite, opened
 from turnover.tasks.class_weights import ClassWeights, check_class_weights
-from turnover.weights import check_finite, opened
 
 _CHECK_EVERY = 10
 _KEPT = ("step", "exp_avg", "exp_avg_sq")

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from turnover.batches import Batch, tensors
-from turnover.checkpoints import has_reentrant
+from turnover.dropout.checkpoints import has_reentrant
+from turnover.dropout.modules import device_of, evaluating, in_this_thread
+from turnover.dropout.row_order import may_rearrange, out_of_order, reversed_rows
 from turnover.errors import InputError
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
@@ -29,10 +31,7 @@ from turnover.influence.gram.parts import Part, agrees, check, divided
 from turnover.influence.gram.pulls import REENTRANT, interleaved, pulled_back
 from turnover.influence.gram.rules import Call
 from turnover.influence.linear import finite
-from turnover.modes import evaluating, in_this_thread
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
-from turnover.order import may_rearrange, out_of_order, reversed_rows
-from turnover.sites import device_of
 
 GENERAL = "other parameters"
 """The part that holds parameters without a rule."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.files import mapped, write_array, write_header, writing_temporary
 from turnover.influence.gram.factors import Factors
 from turnover.influence.gram.kernel import Block
+from turnover.io.files import mapped, write_array, write_header, writing_temporary
 
 
 @dataclass(frozen=True)

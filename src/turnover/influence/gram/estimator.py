@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
+from turnover.ids import check_ids
 from turnover.influence.calibration import NoiseFloor, StudentNull
 from turnover.influence.engine import to_numpy
 from turnover.influence.extremes import Extremes
@@ -34,8 +36,6 @@ from turnover.influence.gram.options import (
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress, counting
 from turnover.influence.result import Result
-from turnover.loaders import Numbers
-from turnover.masks import check_ids
 from turnover.objectives import Objective, cross_entropy
 
 _TINY = 1e-30

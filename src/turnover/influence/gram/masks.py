@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of, evaluating
+from turnover.dropout.network import Network
 from turnover.influence.gram.capture import Rows, directions_of, wrongness
 from turnover.influence.gram.factors import Explicit
 from turnover.influence.linear import finite, mask_gradients
-from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, costs, logits_of
-from turnover.sites import device_of
 
 
 class MaskCapture:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of, evaluating, whole
+from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
-from turnover.modes import evaluating
-from turnover.network import Network
 from turnover.objectives import Objective, cross_entropy, margin
-from turnover.sites import device_of, whole
 
 Model = Network | nn.Module
 

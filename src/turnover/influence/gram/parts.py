@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from turnover.dropout.modules import is_sharded
+from turnover.dropout.sites import canonical_name
 from turnover.errors import InputError
 from turnover.influence.gram.rules import Rule, rule_of
-from turnover.sites import canonical_name, is_sharded
 
 _TOLERANCE = 2e-3
 """Share of its norm by which a gradient may differ from autograd's: float32 in another order."""

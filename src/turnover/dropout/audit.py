@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
-from turnover.checkpoints import has_reentrant, is_reentrant
+from turnover.dropout.checkpoints import has_reentrant, is_reentrant
+from turnover.dropout.modules import device_of, exclusive, is_sharded
+from turnover.dropout.rowwise import RowCheck
+from turnover.dropout.site_order import check_site_order
+from turnover.dropout.sites import canonical_name
 from turnover.errors import InputError
-from turnover.modes import exclusive
-from turnover.rowwise import RowCheck
-from turnover.site_order import check_site_order
-from turnover.sites import canonical_name, device_of, is_sharded
 
 if TYPE_CHECKING:
-    from turnover.network import Network
+    from turnover.dropout.network import Network
 
 _ROWS = 8
 _REENTRANT = (
@@ -121,7 +121,7 @@ def audit(
     max_grad_norm: float | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> AuditReport:
-    """The audit behind :meth:`turnover.network.Network.audit`."""
+    """The audit behind :meth:`turnover.dropout.network.Network.audit`."""
     model = network.model
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of, evaluating, in_this_thread
+from turnover.dropout.row_order import out_of_order, reversed_rows
 from turnover.errors import InputError
-from turnover.modes import evaluating, in_this_thread
-from turnover.order import out_of_order, reversed_rows
-from turnover.sites import device_of
 
 if TYPE_CHECKING:
-    from turnover.network import Network
+    from turnover.dropout.network import Network
 
 
 _ALONE = 64

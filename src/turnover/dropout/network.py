@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from turnover.audit import AuditReport, audit
 from turnover.batches import Adapter, as_batch
-from turnover.bindings import Binding
-from turnover.contexts import Context, Contexts
+from turnover.dropout.audit import AuditReport, audit
+from turnover.dropout.binding import Binding
+from turnover.dropout.contexts import Context, Contexts
+from turnover.dropout.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import device_of, whole
+from turnover.dropout.sites import ResolvedSite, Site, SiteLike, canonical_name, resolve
+from turnover.dropout.target_networks import check_targets
+from turnover.dropout.torch_private import check_torch
 from turnover.errors import BindingError, InputError
-from turnover.layouts import VMAPPED, is_ambiguous, is_vmapped_over_rows
-from turnover.masks import MaskSpec, check_ids
-from turnover.sites import ResolvedSite, Site, SiteLike, canonical_name, device_of, resolve, whole
-from turnover.target_networks import check_targets
-from turnover.torch_private import check_torch
+from turnover.ids import check_ids
 
 _MOST_UNITS = 2**26
 """Of a stored site; masks of more would be made only to be compared."""
@@ -203,7 +205,7 @@ class Network:
             adapter: how a batch becomes model inputs.
 
         Returns:
-            :class:`~turnover.audit.AuditReport`; ``str()`` of it is a table.
+            :class:`~turnover.dropout.audit.AuditReport`; ``str()`` of it is a table.
         """
         return audit(self, adapter(batch), max_grad_norm=max_grad_norm, optimizer=optimizer)
 

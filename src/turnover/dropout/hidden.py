@@ -21,14 +21,13 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch
+from turnover.batches.loaders import length_of, warn_left_out
+from turnover.dropout.modules import device_of, evaluating
+from turnover.dropout.network import Network
+from turnover.dropout.site_order import check_site_order
 from turnover.errors import InputError
-from turnover.loaders import length_of, warn_left_out
-from turnover.masks import check_training_ids, ghost_ids
-from turnover.modes import evaluating
-from turnover.network import Network
+from turnover.ids import check_training_ids, ghost_ids
 from turnover.objectives import logits_and_labels, logits_of
-from turnover.site_order import check_site_order
-from turnover.sites import device_of
 
 _CALIBRATION_GHOSTS = 2**33
 """Rows that calibrate run under ghosts from here on, away from those of noise floors and test losses."""

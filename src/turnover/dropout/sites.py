@@ -11,13 +11,12 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from turnover import adapters
+from turnover.dropout import adapters
+from turnover.dropout.head import WideHead
+from turnover.dropout.layouts import sequence_first
 from turnover.errors import InputError
-from turnover.heads import WideHead
-from turnover.layouts import sequence_first
 
 _LEADING = (["module"], ["base_model", "model"])
 _ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -299,21 +298,3 @@ PRESETS: dict[str, Callable[[dict[str, nn.Module]], Iterable[str]]] = {
     "channels": _channels,
 }
 """Named rules that find sites in a model: preset name to function of ``named_modules``."""
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter (CPU where it has none)."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Whether a process holds a part of the tensor alone: a DTensor, as FSDP2 makes of parameters."""
-    # Not by its class, whose module takes seconds to import.
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where it is sharded; every process must ask for it."""
-    gather = getattr(value, "full_tensor", None)
-    return value if gather is None else gather()

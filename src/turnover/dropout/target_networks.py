@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from turnover.dropout.modules import is_sharded
+from turnover.dropout.sites import canonical_name
 from turnover.errors import InputError
-from turnover.sites import canonical_name, is_sharded
 
 _SLOW = frozenset({"target", "targ", "tgt", "ema", "teacher", "momentum", "old"})
 _ONLINE = frozenset({"online", "student", "live", "local", "current", "main", "policy"})

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -89,3 +90,21 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
         return hook(*given) if mark.here else None
 
     return only
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter (CPU where it has none)."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether a process holds a part of the tensor alone: a DTensor, as FSDP2 makes of parameters."""
+    # Not by its class, whose module takes seconds to import.
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor, gathered from all processes where it is sharded; every process must ask for it."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()

@@ -13,9 +13,9 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from turnover.bindings import Binding
+from turnover.dropout.binding import Binding
+from turnover.dropout.modules import paused_elsewhere
 from turnover.errors import BindingError
-from turnover.modes import paused_elsewhere
 
 _REMEMBERED_BINDINGS = 256
 

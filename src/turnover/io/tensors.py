@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.errors import InputError
-from turnover.reading import check_file
+from turnover.io.parsing import check_file
 
 _LENGTH = 8
 """Bytes at the beginning of the file: the length of the header after them."""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 from turnover.errors import InputError
-from turnover.masks import check_ids, check_training_ids
+from turnover.ids import check_ids, check_training_ids
 
 _ALIGNED = 64
 """Bytes: where torch lets its own memory begin."""

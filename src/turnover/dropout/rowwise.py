@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch, check_not_packed, named, tensors
+from turnover.dropout.modules import device_of, evaluating
 from turnover.errors import InputError
-from turnover.modes import evaluating
 from turnover.objectives import Objective, costs, logits_of
-from turnover.sites import device_of
 
 _ROWS = 1024
 """Rows of a batch that are run at once, where the batch can be cut to them."""

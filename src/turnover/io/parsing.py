@@ -6,6 +6,7 @@ Whatever is in a file, what comes back is plain values or an :class:`InputError`
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import math
 import tomllib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from turnover.errors import InputError
+from turnover.io.files import replacing
 
 DEPTH = 64
 """Lists and objects within one another."""
@@ -237,3 +239,39 @@ def _too_deep(value: Any) -> bool:
             for inner in (one.values() if isinstance(one, dict) else one)
         ]
     return any(isinstance(one, dict | list) for one in level)
+
+
+_CHECKSUM = "checksum"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, without its checksum where it has one.
+
+    Raises:
+        InputError: missing, not a JSON object, or not what its checksum is of.
+    """
+    values = read_object(path, finite=False, whole=False)
+    checksum = values.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(values):
+        raise InputError(
+            f"{path}: damaged, or changed after it was written: it does not match its {_CHECKSUM}; "
+            f"restore it, or run the command that wrote it again"
+        )
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
+    """Write a JSON object, atomically.
+
+    Args:
+        sealed: with a checksum, which :func:`read_json` compares.
+    """
+    if sealed:
+        values = {**values, _CHECKSUM: _checksum(json.loads(json.dumps(values)))}
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,144 @@
+"""Instance ids: checks, and ids from names, from contents and for ghosts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from turnover.errors import InputError
+
+
+def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    """Ids as a one-dimensional int64 tensor; anything that would lose bits is refused.
+
+    Raises:
+        TypeError: ids are floats or booleans.
+        InputError: ids are not one-dimensional, or do not fit 64 signed bits.
+    """
+    if not isinstance(ids, Tensor):
+        ids = _ids_as_tensor(ids)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(
+            f"instance ids must be integers, got {ids.dtype}: float ids collide from 2**24 on. "
+            f"Use int64, or turnover.string_ids for string keys."
+        )
+    if ids.dim() != 1:
+        raise InputError(f"instance ids must have shape (rows,), got {tuple(ids.shape)}")
+    if ids.dtype == torch.uint64 and bool((ids.view(torch.int64) < 0).any()):
+        raise InputError(
+            "instance ids must lie below 2**63, and some uint64 ids do not; use "
+            "turnover.string_ids on their decimal form"
+        )
+    return ids.to(torch.int64)
+
+
+def _ids_as_tensor(ids: Sequence[int]) -> Tensor:
+    if not len(ids):
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    listed = ids if isinstance(ids, list | tuple) else ()
+    strange = next((value for value in listed if isinstance(value, str | bytes | bool)), None)
+    if strange is not None:
+        raise TypeError(
+            f"instance ids must be integers, got {strange!r} of type {type(strange).__name__}: use "
+            f"turnover.string_ids for string keys"
+        )
+    try:
+        return torch.as_tensor(ids, device="cpu")
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"instance ids must be integers below 2**63: {error}; use turnover.string_ids on their "
+            f"decimal form"
+        ) from error
+
+
+def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    """As :func:`check_ids`, and no id may be negative: those are ghosts.
+
+    Raises:
+        InputError: an id is negative.
+    """
+    ids = check_ids(ids)
+    if bool((ids < 0).any()):
+        first = int(ids[ids < 0][0])
+        raise InputError(
+            f"training instance ids must be >= 0, got {first}: negative ids are ghosts, which are "
+            f"never trained on"
+        )
+    return ids
+
+
+def ghost_ids(count: int, *, start: int = 0) -> Tensor:
+    """Ids that no training instance can have: their influence is pure noise.
+
+    Args:
+        count: how many, >= 0.
+        start: how many ghosts to skip; disjoint ranges give independent ghosts.
+
+    Returns:
+        int64 tensor (count,): ``-1 - start, -2 - start, ...``.
+
+    Raises:
+        InputError: a negative count or start.
+    """
+    if count < 0 or start < 0:
+        raise InputError(f"count and start must be >= 0, got {count} and {start}")
+    return -1 - torch.arange(start, start + count, dtype=torch.int64, device="cpu")
+
+
+def string_ids(keys: Iterable[str]) -> Tensor:
+    """Stable 63-bit ids of string keys; equal keys (a group) share an id.
+
+    Args:
+        keys: one string per instance: its own key, or its group's (source, annotator).
+
+    Returns:
+        int64 tensor (instances,), values >= 0. BLAKE2b, the same in every process and release.
+
+    Raises:
+        TypeError: a key is not a string (kinds may not be mixed).
+        InputError: two different keys share an id (about 1 in 10**7 at a million keys).
+    """
+    seen: dict[int, str] = {}
+    ids = []
+    for key in keys:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"string_ids takes strings only, got {key!r} of type {type(key).__name__}: ids must "
+                f"be all integers or all strings"
+            )
+        value = int.from_bytes(_digest(key), "little") >> 1
+        if seen.setdefault(value, key) != key:
+            raise InputError(
+                f"keys {seen[value]!r} and {key!r} have the same 63-bit hash; rename one of them"
+            )
+        ids.append(value)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def content_ids(contents: Iterable[str]) -> Tensor:
+    """Ids for data without an id column: hash of the content and its occurrence count.
+
+    Re-sorting the data changes no id, appended rows get new ones, and exact duplicates get
+    different ones.
+
+    Args:
+        contents: one string per instance that says all of it (text and label).
+
+    Returns:
+        int64 tensor (instances,), distinct, values >= 0.
+    """
+    counts: dict[str, int] = {}
+    keys = []
+    for content in contents:
+        occurrence = counts.get(content, 0)
+        counts[content] = occurrence + 1
+        keys.append(f"{content}\0{occurrence}")
+    return string_ids(keys)
+
+
+def _digest(text: str) -> bytes:
+    # Files read with surrogateescape hold lone surrogates, which strict UTF-8 cannot encode.
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
