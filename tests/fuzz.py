@@ -34,10 +34,10 @@ with atheris.instrument_imports(include=["turnover"]):
     from turnover.dropout.network import Network
     from turnover.evaluation.subsets import Subsets, draw_subsets
     from turnover.images import read_image, read_images
-    from turnover.influence.begun import manifest, seal
-    from turnover.influence.store import save
     from turnover.io.parsing import read_json
     from turnover.pipelines import ImageClassifierConfig, ImagePipeline, load
+    from turnover.results.manifest import manifest, seal
+    from turnover.results.store import save
     from turnover.tasks.review import read_column
 
 import numpy as np

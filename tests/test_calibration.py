@@ -6,15 +6,15 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 
 from turnover import InputError
-from turnover.influence import calibration
-from turnover.influence.calibration import (
+from turnover.results import calibration
+from turnover.results.calibration import (
     GhostPool,
     NullDistribution,
     noise_floor,
     q_values,
     standardise_left_out,
 )
-from turnover.influence.result import Result
+from turnover.results.result import Result
 
 NULLS = {
     "gaussian": lambda rng, shape: rng.standard_normal(shape),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import test_store
 from turnover import InputError, open_result
-from turnover.influence.chunks import unpacked_bytes
+from turnover.results.guard import unpacked_bytes
 
 
 @pytest.fixture

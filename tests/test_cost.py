@@ -7,7 +7,7 @@ import torch
 import tiny
 import turnover
 from turnover import Batch, Influence, objectives
-from turnover.influence import cost
+from turnover.influence import plan
 
 IDS = torch.arange(400)
 
@@ -73,7 +73,7 @@ def test_auto_goes_on_with_the_method_that_a_result_was_begun_with(tmp_path):
 
 def test_auto_stores_what_it_reranks(tmp_path, monkeypatch):
     network, batches = build()
-    monkeypatch.setattr(cost, "_choose", lambda *_: ("rerank", "it fits"))
+    monkeypatch.setattr(plan, "_choose", lambda *_: ("rerank", "it fits"))
     auto = Influence(network, method="auto", ghosts=150, candidates=5)
     stored = auto.estimate(batches, IDS, out=tmp_path / "scores.zarr").load()
     expected = Influence(network, method="rerank", ghosts=150, candidates=5).estimate(batches, IDS)

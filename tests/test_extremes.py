@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnover.influence.extremes import Extremes, merged
+from turnover.influence.topk import Extremes, merged
 
 
 @given(
@@ -42,7 +42,7 @@ def test_they_are_the_two_ends_of_the_sorted_scores(
 HELD = """
 import sys
 import torch
-from turnover.influence.extremes import Extremes
+from turnover.influence.topk import Extremes
 
 def held():
     with open("/proc/self/status") as file:

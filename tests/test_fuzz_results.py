@@ -20,8 +20,8 @@ import fuzzing
 import tiny
 import turnover
 from turnover import Batch, open_result
-from turnover.influence.begun import MARK, manifest, seal
-from turnover.influence.store import save
+from turnover.results.manifest import MARK, manifest, seal
+from turnover.results.store import save
 
 KINDS = ["dense", "top", "aggregate", "self"]
 

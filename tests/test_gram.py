@@ -12,9 +12,9 @@ import tiny
 import turnover
 from test_gram_gradients import build, by_hand
 from turnover import Batch, Influence, InputError, objectives
-from turnover.influence.calibration import StudentNull
 from turnover.influence.gram import ridge
-from turnover.influence.store import save
+from turnover.results.calibration import StudentNull
+from turnover.results.store import save
 
 
 def problem(train=40, targets=5, seed=0, *, epochs=40):

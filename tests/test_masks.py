@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny
 import turnover
-from turnover import InputError, MaskSpec
+from turnover import InputError, MaskSpec, ids
 from turnover.dropout import masks
 
 PINNED_IDS = [0, 1, 2**24, 2**24 + 1, 2**53 + 1, 2**62, -1, -(2**40)]
@@ -386,7 +386,7 @@ def test_mixed_kinds_of_keys_are_refused(keys):
 
 
 def test_keys_of_one_hash_are_refused(monkeypatch):
-    monkeypatch.setattr(masks, "_digest", lambda text: b"\1" * 8)
+    monkeypatch.setattr(ids, "_digest", lambda text: b"\1" * 8)
     with pytest.raises(InputError, match="'a' and 'b'"):
         turnover.string_ids(["a", "a", "b"])
 

@@ -20,7 +20,7 @@ pytest.importorskip("typer")
 
 
 from turnover import Influence, InputError, MaskSpec, WideHead, attach
-from turnover.influence.calibration import q_values
+from turnover.results.calibration import q_values
 from turnover.tasks.pilot import Pilot, Setting, measure, pilot_training, without_noise, z_asked
 from turnover.tasks.training import TrainingConfig
 

@@ -15,7 +15,8 @@ import tiny
 import turnover
 from test_stored_objective import older
 from turnover import Batch, Influence, InputError, objectives
-from turnover.influence import store, walk
+from turnover.influence import blockwise
+from turnover.results import store
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 
@@ -80,9 +81,9 @@ def blocks(monkeypatch):
     """One thread, and several blocks of targets and of ids by every method."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(walk, "_MOST_TARGETS", 32)
-    monkeypatch.setattr(walk, "_SCORE_BYTES", 2**17)
-    monkeypatch.setattr(walk, "_SCANNED", 1)
+    monkeypatch.setattr(blockwise, "_MOST_TARGETS", 32)
+    monkeypatch.setattr(blockwise, "_SCORE_BYTES", 2**17)
+    monkeypatch.setattr(blockwise, "_SCANNED", 1)
     yield
     torch.set_num_threads(threads)
 
@@ -197,7 +198,7 @@ import test_ray
 from turnover.influence import walk
 
 torch.set_num_threads(1)
-walk._MOST_TARGETS, walk._SCORE_BYTES = 32, 2**17
+blockwise._MOST_TARGETS, blockwise._SCORE_BYTES = 32, 2**17
 
 class Slow:
     __name__ = "margin"

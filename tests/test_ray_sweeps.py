@@ -15,7 +15,7 @@ from torch import nn
 import tiny
 from turnover import InputError, evaluation
 from turnover.evaluation import Masked, Recipe, Subsets, draw_subsets, retrain, train
-from turnover.sweep import sweeping
+from turnover.parallel.engines import sweeping
 
 pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 

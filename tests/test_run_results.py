@@ -17,9 +17,9 @@ pytest.importorskip("typer", reason="typer is not installed")
 from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import InputError
-from turnover.influence.stored import open_result
 from turnover.io.parsing import read_json, write_json
 from turnover.report.from_run import content, explain_errors
+from turnover.results.reader import open_result
 from turnover.run import Run
 from turnover.tasks import cleanse
 from turnover.tasks import score as scoring

@@ -20,9 +20,10 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
-from turnover.influence import store, walk
-from turnover.influence.calibration import GhostPool
+from turnover.influence import blockwise
 from turnover.influence.linear import LinearScorer
+from turnover.results import store
+from turnover.results.calibration import GhostPool
 
 IDS = torch.arange(40) * 7919
 TARGETS = 5
@@ -139,7 +140,7 @@ def test_a_shared_input_as_long_as_a_block_of_targets_is_not_cut(method, length,
         def forward(self, x, table):
             return self.body(x + table.sum(0))
 
-    monkeypatch.setattr(walk, "_MOST_TARGETS", 16)
+    monkeypatch.setattr(blockwise, "_MOST_TARGETS", 16)
     net = turnover.attach(tiny.randomise(Shifted()).eval(), "mlp")
     x, y, table = tiny.features(21), tiny.labels(21), tiny.features(length, seed=3)
     make = influence(method, net)
@@ -470,11 +471,11 @@ import json, sys, time
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-import tiny, turnover, turnover.influence.walk
+import tiny, turnover, turnover.influence.blockwise
 from test_scale import influence, network, targets, several
 from turnover import Batch, objectives
 
-turnover.influence.walk._MOST_TARGETS = 32  # several blocks of the linear method
+turnover.influence.blockwise._MOST_TARGETS = 32  # several blocks of the linear method
 method, top, out, pause = json.loads(sys.argv[1])
 nets = several(2, width=8)
 def slow(module, args, output):
@@ -574,11 +575,11 @@ import resource, sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-import turnover.influence.walk
+import turnover.influence.blockwise
 from test_scale import influence, network, targets, several
 
 call, method, count, many, out = sys.argv[1:]
-turnover.influence.walk._SCORE_BYTES = 2**22  # that both counts of ids fill their blocks
+turnover.influence.blockwise._SCORE_BYTES = 2**22  # that both counts of ids fill their blocks
 nets = several(int(many), width=64)
 make = influence(method, nets, ghosts=100, candidates=10)
 batches = [targets(64)]

@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
-from turnover.influence.begun import BEGUN, ROOT, manifest, seal
+from turnover.results.manifest import BEGUN, ROOT, manifest, seal
 
 IDS = torch.arange(40) * 7919
 METHODS = ("linear", "exact", "rerank")

@@ -27,8 +27,8 @@ from test_images import run as image_run  # noqa: F401 - a fixture
 from test_view import HOSTILE, text_run, with_texts  # noqa: F401 - a fixture
 from turnover.data import TextData
 from turnover.influence import Result
-from turnover.influence.calibration import NoiseFloor, NullDistribution
 from turnover.io.parsing import write_json
+from turnover.results.calibration import NoiseFloor, NullDistribution
 from turnover.run import Run, write_digests
 from viewing import Server, serving, serving_process
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from turnover.influence import walk
+from turnover.influence import blockwise
 
 Json = dict[str, Any]
 
@@ -79,11 +79,13 @@ def fitted(runs: list[Json]) -> Rates:
 def blocks(asked: Json) -> tuple[int, int]:
     """Tasks, by blocks of targets and parts of ids."""
     if asked["method"] == "exact":
-        rows, columns = walk._EXACT_BLOCK
+        rows, columns = blockwise._EXACT_BLOCK
     else:
-        rows, columns = walk._MOST_TARGETS, _IDS_BLOCK
+        rows, columns = blockwise._MOST_TARGETS, _IDS_BLOCK
         if "top" in asked:
-            columns *= max(walk._SCANNED, -(-asked["ids"] // (columns * walk._MOST_PARTS)))
+            columns *= max(
+                blockwise._SCANNED, -(-asked["ids"] // (columns * blockwise._MOST_PARTS))
+            )
     return math.ceil(asked["targets"] / rows), math.ceil(asked["ids"] / columns)
 
 

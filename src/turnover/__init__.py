@@ -13,9 +13,9 @@ from turnover.dropout.network import Network, attach
 from turnover.dropout.sites import Site
 from turnover.errors import BindingError, InputError
 from turnover.ids import content_ids, ghost_ids, string_ids
-from turnover.influence import Influence
-from turnover.influence.result import Result
-from turnover.influence.stored import open_result
+from turnover.influence.estimator import Influence
+from turnover.results.reader import open_result
+from turnover.results.result import Result
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from turnover.errors import InputError, needing
-from turnover.influence.place import Place
 from turnover.io.files import alone, writing_to
 from turnover.io.parsing import read_json, write_json
+from turnover.results.location import Place
 from turnover.run import DIGESTS
 
 _ATTEMPTS = 3

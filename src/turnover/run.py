@@ -23,9 +23,6 @@ from turnover.data import Data
 from turnover.dropout.network import Network
 from turnover.encoded import Encoded
 from turnover.errors import InputError, WriteError
-from turnover.influence.result import Result
-from turnover.influence.store import save
-from turnover.influence.stored import StoredResult, open_result
 from turnover.io.files import alone, check_links, replace_folder, writing_to
 from turnover.io.parsing import (
     check_file,
@@ -37,6 +34,9 @@ from turnover.io.parsing import (
     write_json,
 )
 from turnover.pipelines import Pipeline, load
+from turnover.results.reader import StoredResult, open_result
+from turnover.results.result import Result
+from turnover.results.store import save
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"

@@ -17,6 +17,6 @@ def connecting(engine: str, address: str | None) -> AbstractContextManager[None]
         raise InputError("--address is that of a Ray cluster: give --engine ray as well")
     if engine != "ray":
         return nullcontext()
-    from turnover.integrations.ray import connected
+    from turnover.parallel.ray import connected
 
     return connected(address)

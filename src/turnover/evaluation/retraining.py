@@ -25,7 +25,8 @@ from turnover.evaluation.training import batch_of_models, train
 from turnover.io.files import replacing, writing_to
 from turnover.io.tensors import opened
 from turnover.objectives import Objective, costs
-from turnover.sweep import check_engine, evenly, sweeping
+from turnover.parallel.engines import check_engine, sweeping
+from turnover.parallel.jobs import evenly
 
 _FORMAT = "turnover retraining, version 1"
 

@@ -25,7 +25,8 @@ from turnover.dropout.sites import ResolvedSite, resolve
 from turnover.errors import InputError
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.ids import check_training_ids
-from turnover.sweep import check_engine, evenly, sweeping
+from turnover.parallel.engines import check_engine, sweeping
+from turnover.parallel.jobs import evenly
 
 State = dict[str, Tensor]
 Rows = Tensor | NDArray[np.int64]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from turnover.batches import Batch
-from turnover.influence.cost import pilot
+from turnover.influence.blockwise import Walk
+from turnover.influence.plan import pilot
 from turnover.influence.progress import Progress
-from turnover.influence.walk import Walk
 
 
 def bar_of(walk: Walk, ids: int, first: Batch, *, mean: bool, shown: bool) -> Progress:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.influence.engine import Scores, TargetBlock, to_numpy
-from turnover.influence.extremes import Extremes
+from turnover.influence.topk import Extremes
 
 EXACT_GHOSTS = 100
 """Ghosts of every target that are scored exactly."""

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from turnover.batches import Batch, named
 from turnover.errors import InputError
-from turnover.influence.calibration import GhostPool, NoiseFloor
-from turnover.influence.result import Result
 from turnover.influence.signature import Signed, signatures, tolerance
+from turnover.results.calibration import GhostPool, NoiseFloor
+from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.influence.store import Writer
-    from turnover.influence.walk import Walk
+    from turnover.influence.blockwise import Walk
+    from turnover.results.store import Writer
 
 Array = NDArray[Any]
 

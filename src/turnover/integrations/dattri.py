@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from turnover.errors import needing
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
 with needing("the attributor", "dattri"):

@@ -16,7 +16,7 @@ from turnover.batches import Batch
 from turnover.batches.loaders import loader_of, places_of, warn_left_out
 from turnover.errors import InputError
 from turnover.ids import check_training_ids
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 
 _NO_PLACES = (
     "the training batches have no ids, and their places in a data set are not known: give a "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 
 from turnover.errors import InputError, needing
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
 with needing("the evaluator", "opendataval"):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from turnover.batches import Batch
 from turnover.errors import needing
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.integrations.loaders import LoaderInfluence
 
 with needing("the explainer", "quanda"):

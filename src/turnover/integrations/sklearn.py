@@ -19,7 +19,7 @@ from turnover.dropout.head import WideHead
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import attach
 from turnover.errors import InputError, needing
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.integrations.table_rows import (
     check_aligned,
     identified,
@@ -30,7 +30,7 @@ from turnover.integrations.table_rows import (
 if TYPE_CHECKING:
     import pandas
 
-    from turnover.influence.result import Result
+    from turnover.results.result import Result
 
 with needing("the classifier", "turnover[sklearn]"):
     from sklearn.base import BaseEstimator, ClassifierMixin

@@ -10,8 +10,8 @@ import torch
 
 from turnover.batches import Batch
 from turnover.encoded import Encoded
-from turnover.influence import Influence
-from turnover.influence.result import Result
+from turnover.influence.estimator import Influence
+from turnover.results.result import Result
 from turnover.run import Run
 
 EXACT_GHOSTS = 64

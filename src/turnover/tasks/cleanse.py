@@ -26,11 +26,12 @@ from turnover.delimited import finite_number
 from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
 from turnover.errors import InputError
-from turnover.influence import Influence
-from turnover.influence.result import Result
+from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
+from turnover.parallel.engines import sweeping
+from turnover.parallel.jobs import Sweep
+from turnover.results.result import Result
 from turnover.run import Run
-from turnover.sweep import Sweep, sweeping
 from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of
 from turnover.tasks.review import check_rows, read_column
 from turnover.tasks.sweeps import figures_without, masked_heads, ranking_heads

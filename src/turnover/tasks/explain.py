@@ -10,7 +10,7 @@ import numpy as np
 
 from turnover.data import Data
 from turnover.errors import InputError
-from turnover.influence.result import Result
+from turnover.results.result import Result
 
 SIGNIFICANT_Q = 0.05
 AMONG = ("predicted", "true")

@@ -16,7 +16,7 @@ from turnover import objectives
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.objectives import Objective
 from turnover.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q

@@ -22,7 +22,7 @@ from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.integrations.transformers import ClassifierConfig
 from turnover.io.files import writing_temporary
 from turnover.objectives import margin

@@ -15,7 +15,7 @@ from turnover import objectives
 from turnover.data import Data
 from turnover.delimited import read_table
 from turnover.errors import InputError
-from turnover.influence import Influence
+from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
 from turnover.run import Run
 from turnover.tasks.explain import rows_by_id

@@ -18,14 +18,14 @@ from turnover.data import Data
 from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence import METHODS, Influence
-from turnover.influence.begun import ROOT
-from turnover.influence.calibration import noise_floor
-from turnover.influence.cost import Plan
+from turnover.influence.estimator import METHODS, Influence
 from turnover.influence.linear import LinearScorer, mask_gradients
-from turnover.influence.result import Result
+from turnover.influence.plan import Plan
 from turnover.io.parsing import field, read_json, write_json
 from turnover.objectives import Objective
+from turnover.results.calibration import noise_floor
+from turnover.results.manifest import ROOT
+from turnover.results.result import Result
 from turnover.run import Run
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
-from turnover.sweep import Sweep, Work, here
+from turnover.parallel.jobs import Sweep, Work, here
 from turnover.tasks.frozen import Frozen, logits_of, train_head, train_masked_head
 
 _RANKING_HEADS = 5

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.begun import digest
 from turnover.io.parsing import read_json
 from turnover.origin import data_digest
+from turnover.results.manifest import digest
 from turnover.run import Run
 
 FILE = "targets.json"

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from turnover.errors import InputError
-from turnover.influence.store import Variable, writing
-from turnover.influence.stored import StoredResult, open_result
+from turnover.results.reader import StoredResult, open_result
+from turnover.results.store import Variable, writing
 from turnover.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from turnover.data import Data
 from turnover.errors import InputError
 from turnover.images import ImageData
-from turnover.influence.calibration import NoiseFloor
-from turnover.influence.result import Result
+from turnover.results.calibration import NoiseFloor
+from turnover.results.result import Result
 from turnover.run import Run
 from turnover.tasks.explain import (
     GRAM_MEANS,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.influence.result import Result
+from turnover.results.result import Result
 from turnover.tasks.explain import SIGNIFICANT_Q
 
 

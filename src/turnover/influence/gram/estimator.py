@@ -16,9 +16,7 @@ from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
 from turnover.ids import check_ids
-from turnover.influence.calibration import NoiseFloor, StudentNull
 from turnover.influence.engine import to_numpy
-from turnover.influence.extremes import Extremes
 from turnover.influence.given import Given
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
@@ -35,8 +33,10 @@ from turnover.influence.gram.options import (
 )
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.progress import Progress, counting
-from turnover.influence.result import Result
+from turnover.influence.topk import Extremes
 from turnover.objectives import Objective, cross_entropy
+from turnover.results.calibration import NoiseFloor, StudentNull
+from turnover.results.result import Result
 
 _TINY = 1e-30
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of
 from turnover.ids import ghost_ids
-from turnover.influence.calibration import noise_floor
+from turnover.influence.blockwise import Walk
 from turnover.influence.engine import Engine, TargetBlock
 from turnover.influence.rerank import calibrated
-from turnover.influence.walk import Walk
+from turnover.results.calibration import noise_floor
 
 _PILOT_ROWS = 8
 _PILOT_IDS = 4096

@@ -7,78 +7,29 @@ finishes the result. A task that is lost with its worker is run again by Ray, an
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import socket
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 from torch import Tensor, nn
 
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of
-from turnover.errors import InputError, needing
+from turnover.errors import InputError
+from turnover.influence.blockwise import Walk
 from turnover.influence.engine import TargetBlock
-from turnover.influence.extremes import Found
 from turnover.influence.sinks import StoreSink
-from turnover.influence.store import Writer, joining
-from turnover.influence.walk import Walk
-
-with needing('engine="ray"', "turnover[ray]"):
-    import ray
-    from ray import cloudpickle
-    from ray.exceptions import RayTaskError
-
-_RETRIES = 5
-"""Workers that a task may lose: one that always takes its worker with it must end."""
-WAITING = 2
-"""Tasks submitted for each place where one can run, so that none stands idle."""
-_PATIENCE = 10.0
-"""Seconds between two looks at the right to write."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of this process, and of its tasks: with others they would not compute the same bits."""
-
-    threads: int
-    precision: str
-    dtype: torch.dtype
-
-    @classmethod
-    def here(cls) -> Settings:
-        """Those of this process.
-
-        Raises:
-            InputError: autocast, or threads that no node has.
-        """
-        if torch.is_autocast_enabled("cpu"):
-            raise InputError(
-                'engine="ray" leaves autocast behind: open it within the model\'s forward'
-            )
-        if not places():
-            raise InputError(
-                f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so "
-                f"many CPUs: call torch.set_num_threads, or set OMP_NUM_THREADS"
-            )
-        return cls(
-            torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-        )
-
-    def task(self, function: Any, **options: Any) -> Any:
-        """The remote function as a task that takes as many CPUs as it has threads."""
-        return function.options(num_cpus=self.threads, max_retries=_RETRIES, **options)
-
-    def take(self) -> None:
-        """Make them those of this process, which is a worker."""
-        torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.precision)
-        torch.set_default_dtype(self.dtype)
+from turnover.influence.topk import Found
+from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, tensor_of
+from turnover.results.store import Writer, joining
 
 
 @dataclass(frozen=True)
@@ -91,50 +42,6 @@ class _Task:
     url: str
     begun_with: Mapping[str, Any]
     settings: Settings
-
-
-@contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
-    """The Ray that this process is connected to; else one that is there, or one of this machine.
-
-    Args:
-        address: of the one that is there, host:port; ``None``: that of ``RAY_ADDRESS``, if it is set.
-
-    Raises:
-        InputError: there is none.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    if address is not None:
-        _probe(address)
-    try:
-        ray.init(address, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    # It also leaves by SystemExit, which would end the process without a word.
-    except (ConnectionError, ValueError, RuntimeError, ImportError, SystemExit) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise InputError(
-            f"no connection to Ray at {where}: {error}. A cluster that asks for a token wants "
-            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here as well"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _probe(address: str) -> None:
-    """Whether anything answers there: Ray itself takes a minute to say no."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise InputError(f"the address of a Ray cluster is host:port, not {address!r}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"no connection to Ray at {address}: {error}; is it running there (ray start --head)?"
-        ) from error
 
 
 def check(walk: Walk) -> None:
@@ -172,7 +79,7 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     count = 0
 
     def land() -> None:
-        done, _ = ray.wait(list(flight), timeout=_PATIENCE)
+        done, _ = ray.wait(list(flight), timeout=PATIENCE)
         writer.renew()
         for one in done:
             try:
@@ -209,17 +116,6 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
     return count
 
 
-def places() -> int:
-    """Tasks that the cluster can run at once."""
-    threads = torch.get_num_threads()
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(resources.get("CPU", 0)) // threads for resources in alive)
-
-
-_held: dict[str, Any] = {}
-"""Of a worker: what it was sent, and the block of targets it scored last, whose derivatives serve again."""
-
-
 @ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
     with _begun(task, broadcast, targets) as (walk, block, ids, sink):
@@ -251,15 +147,6 @@ def _begun(
         for engine in walk.engines:
             stack.enter_context(engine.evaluating())
         yield walk, block, ids, sink
-
-
-def kept(name: str, reference: Any, make: Any) -> Any:
-    """What is made of an object, made once as long as the object is the same."""
-    found = _held.get(name)
-    if found is None or found[0] != reference:
-        _held.pop(name, None)
-        found = _held[name] = (reference, make(ray.get(reference)))
-    return found[1]
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
@@ -320,12 +207,3 @@ def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
             f"objective is of: install it there, or name its folder in PYTHONPATH before Ray starts"
         ) from error
     return walk, tensor_of(ids)
-
-
-def tensor_of(values: np.ndarray[Any, Any]) -> Tensor:
-    """An array as a tensor in the same memory, where that begins as torch's own does."""
-    if values.ctypes.data % 64:
-        return torch.tensor(values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it may not be written to, and is not
-        return torch.from_numpy(values)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import pairwise
-from typing import Any
-
-from torch import Tensor
 
 from turnover.errors import InputError
+from turnover.parallel.jobs import Sweep, here
 
 ENGINES = ("process", "ray")
-
-Work = Callable[..., Any]
-"""From the data and a job to its result: deterministic, and without a change to the data."""
-Sweep = Callable[[Work, Sequence[Tensor], Iterable[Any]], Iterator[tuple[int, Any]]]
-"""From work, data and jobs to the number and the result of every job, as they end."""
 
 
 def check_engine(engine: str) -> None:
@@ -28,7 +20,7 @@ def check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
     if engine == "ray":
-        from turnover.integrations import ray  # noqa: F401 - says what is missing
+        from turnover.parallel import ray  # noqa: F401 - says what is missing
 
 
 @contextmanager
@@ -46,20 +38,8 @@ def sweeping(engine: str) -> Iterator[Sweep]:
     if engine == "process":
         yield here
         return
-    from turnover.integrations import ray, ray_tasks
+    from turnover.parallel import ray, ray_jobs
 
     with ray.connected(), ExitStack() as under_way:
         ray.Settings.here()
-        yield lambda *given: under_way.enter_context(closing(ray_tasks.sweep(*given)))
-
-
-def evenly(count: int, most: int) -> list[slice]:
-    """As few parts of as equal size as there can be, none of more than ``most``; ``count`` is >= 1."""
-    parts = -(-count // most)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(*pair) for pair in pairwise(bounds)]
-
-
-def here(work: Work, data: Sequence[Tensor], jobs: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The jobs in this process, one after the other."""
-    return ((number, work(*data, job)) for number, job in enumerate(jobs))
+        yield lambda *given: under_way.enter_context(closing(ray_jobs.sweep(*given)))

@@ -12,7 +12,7 @@ from zarr.storage import WrapperStore
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
-    from turnover.influence.place import Place
+    from turnover.results.location import Place
 
 MOST_BYTES = 2**30
 """Of a chunk, packed or unpacked."""

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.blocks import Variable
-from turnover.influence.place import Place
 from turnover.io.parsing import parse_json
+from turnover.results.arrays import Variable
+from turnover.results.location import Place
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 FORMAT = 1

@@ -14,9 +14,9 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
-from turnover.influence.extremes import Extremes, Found, merged
 from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
 from turnover.influence.sinks import Sink
+from turnover.influence.topk import Extremes, Found, merged
 
 _GRADIENT_BYTES = 2**28
 _SCORE_BYTES = 2**25

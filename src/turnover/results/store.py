@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.begun import (
+from turnover.results.arrays import Variable
+from turnover.results.calibration import NullDistribution, StudentNull
+from turnover.results.location import Place
+from turnover.results.manifest import (
     BEGUN,
     ROOT,
     Coordinates,
@@ -26,14 +29,11 @@ from turnover.influence.begun import (
     manifest,
     marked,
 )
-from turnover.influence.blocks import Variable
-from turnover.influence.calibration import NullDistribution, StudentNull
-from turnover.influence.layout import DESCRIBED
-from turnover.influence.place import Place
-from turnover.influence.result import Result
-from turnover.influence.stored import StoredResult
-from turnover.influence.stored import open_result as read
-from turnover.influence.writer import Writer
+from turnover.results.reader import StoredResult
+from turnover.results.reader import open_result as read
+from turnover.results.result import Result
+from turnover.results.schema import DESCRIBED
+from turnover.results.writer import Writer
 
 __all__ = [
     "StoredResult",
@@ -72,7 +72,7 @@ def writing(
             that only coordinates have need not be given. ``signature``: numbers that say what the
             objective computes on a target (:mod:`turnover.influence.signature`), where they are kept.
         coordinates: name to (dimension, values): numbers or strings.
-        kind: see :class:`turnover.influence.stored.StoredResult`.
+        kind: see :class:`turnover.results.reader.StoredResult`.
 
     Raises:
         InputError: the place holds something else, or the result of other values; another process

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.begun import (
+from turnover.results.arrays import MISSING, Blocks, Region, Variable, documents
+from turnover.results.calibration import GhostPool
+from turnover.results.location import Place
+from turnover.results.manifest import (
     BEGUN,
     ROOT,
     SIGNATURE,
@@ -23,10 +26,7 @@ from turnover.influence.begun import (
     plain,
     seal,
 )
-from turnover.influence.blocks import MISSING, Blocks, Region, Variable, documents
-from turnover.influence.calibration import GhostPool
-from turnover.influence.layout import DESCRIBED
-from turnover.influence.place import Place
+from turnover.results.schema import DESCRIBED
 
 if TYPE_CHECKING:
     from turnover.influence.signature import Signed

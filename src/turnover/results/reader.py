@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.influence.begun import BEGUN, ROOT, marked
-from turnover.influence.blocks import Blocks
-from turnover.influence.calibration import NoiseFloor, NullDistribution, StudentNull
-from turnover.influence.layout import attributes_of, layout
-from turnover.influence.place import Place
-from turnover.influence.result import Result
+from turnover.results.arrays import Blocks
+from turnover.results.calibration import NoiseFloor, NullDistribution, StudentNull
+from turnover.results.location import Place
+from turnover.results.manifest import BEGUN, ROOT, marked
+from turnover.results.result import Result
+from turnover.results.schema import attributes_of, layout
 
 if TYPE_CHECKING:
     import xarray

@@ -76,7 +76,7 @@ class Place:
         """The folder as zarr sees it."""
         from zarr.storage import FsspecStore, LocalStore
 
-        from turnover.influence.chunks import Checked
+        from turnover.results.guard import Checked
 
         if self.local is not None:
             return Checked(LocalStore(self.local, read_only=not writable), self)

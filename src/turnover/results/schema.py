@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from turnover.errors import InputError
-from turnover.influence.begun import MARK, manifest
-from turnover.influence.blocks import CODECS, DTYPES, Variable
 from turnover.io.parsing import field, strings
+from turnover.results.arrays import CODECS, DTYPES, Variable
+from turnover.results.manifest import MARK, manifest
 
 DESCRIBED = ("method", "objective", "sites", "network", "considered")
 _LARGEST_CHUNK = 2**30

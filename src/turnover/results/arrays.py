@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.influence.place import Place
 from turnover.io.files import writing_to
 from turnover.io.parsing import damage
+from turnover.results.location import Place
 
 Region = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]

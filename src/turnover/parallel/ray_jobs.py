@@ -1,4 +1,4 @@
-"""Jobs of a sweep (:mod:`turnover.sweep`) as Ray tasks. Needs ``turnover[ray]``.
+"""Jobs of a sweep (:mod:`turnover.parallel.engines`) as Ray tasks. Needs ``turnover[ray]``.
 
 The data are sent once, and each job when it is its turn. Results come back to this process, which alone
 writes what is kept. A job that is lost with its worker is done again by Ray, and gives the same bits.
@@ -20,8 +20,8 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from turnover.errors import InputError
-from turnover.integrations.ray import WAITING, Settings, kept, places, tensor_of
-from turnover.sweep import Work
+from turnover.parallel.jobs import Work
+from turnover.parallel.ray import WAITING, Settings, kept, places, tensor_of
 
 _Packed = tuple[bytes, list[tuple[NDArray[np.uint8], torch.dtype, torch.Size]]]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.influence.calibration import (
+from turnover.results.calibration import (
     NoiseFloor,
     NullDistribution,
     PairNoise,

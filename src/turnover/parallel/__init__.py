@@ -1,0 +1,1 @@
+"""Many computations, by this process or by Ray."""

@@ -1,0 +1,1 @@
+"""What an estimate returns, in memory and on disk."""
