@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Known flaws of the installed packages; says so where no list of them can be had.
 audit: $(VENV)/.dev

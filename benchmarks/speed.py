@@ -202,16 +202,17 @@ def mlp(_: argparse.Namespace) -> Found:
 
 def demo_run(folder: Path) -> Any:
     """The demo's trained network; fitted anew, without the comparison, where there is none."""
-    from turnover.demo import model_folder, write_sentences
-    from turnover.integrations.transformers import ClassifierConfig
-    from turnover.run import Run
+    from turnover.data.demo import model_folder, write_sentences
+    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.runs.run import Run
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
 
     if not (folder / "masks.json").is_file():
         folder = folder.with_name("speed")
     if not (folder / "masks.json").is_file():
-        from turnover.data import Columns, read
+        from turnover.data.base import Columns
+        from turnover.data.text import read
 
         columns = Columns("text", "label", "id", None)
         train, test = write_sentences(folder.with_name(f"{folder.name}-data"))
@@ -371,8 +372,8 @@ def memory(arguments: argparse.Namespace) -> Found:
 
 def training(arguments: argparse.Namespace) -> Found:
     """One optimiser step with masks beside one with ordinary dropout at the same sites."""
-    from turnover.demo import model_folder
-    from turnover.integrations.transformers import SITES, ClassifierConfig, build
+    from turnover.data.demo import model_folder
+    from turnover.models.text_classifier import SITES, ClassifierConfig, build
     from turnover.tasks.training import ordinary_dropout
 
     del arguments

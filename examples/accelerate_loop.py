@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoTokenizer
 
 import turnover  # turn-over
-from turnover.demo import model_folder, write_sentences
+from turnover.data.demo import model_folder, write_sentences
 
 torch.manual_seed(0)
 folder, tokenizer = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(model_folder())

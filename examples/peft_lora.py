@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import turnover.integrations.trainer  # turn-over
-from turnover.demo import model_folder, write_sentences
+from turnover.data.demo import model_folder, write_sentences
 
 set_seed(0)
 folder, tokenizer = Path(tempfile.mkdtemp()), AutoTokenizer.from_pretrained(model_folder())

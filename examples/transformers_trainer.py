@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import turnover.integrations.trainer  # turn-over
-from turnover.demo import model_folder, write_sentences
+from turnover.data.demo import model_folder, write_sentences
 
 
 class Reviewer(nn.ModuleDict):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from turnover.io.parsing import read_json, write_json
-from turnover.run import Run, write_digests
-from turnover.tasks.targets import rows_digest
+from turnover.runs.run import Run, write_digests
+from turnover.runs.targets import rows_digest
 
 
 def made_whole(run: Path) -> None:

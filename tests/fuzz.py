@@ -30,12 +30,14 @@ with atheris.instrument_imports(include=["turnover"]):
     import turnover
     from turnover.cli.config import options_of, read_config
     from turnover.cli.training import fit
-    from turnover.data import Columns, TextData, read
+    from turnover.data.base import Columns
+    from turnover.data.images import read_image, read_images
+    from turnover.data.text import TextData, read
     from turnover.dropout.network import Network
     from turnover.evaluation.subsets import Subsets, draw_subsets
-    from turnover.images import read_image, read_images
     from turnover.io.parsing import read_json
-    from turnover.pipelines import ImageClassifierConfig, ImagePipeline, load
+    from turnover.models.image import ImageClassifierConfig, ImagePipeline
+    from turnover.models.pipeline import load
     from turnover.results.manifest import manifest, seal
     from turnover.results.store import save
     from turnover.tasks.review import read_column

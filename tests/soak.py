@@ -70,7 +70,7 @@ def estimating(folder: Path) -> Iterator[tuple[Round, nn.Module]]:
 @contextmanager
 def viewing(folder: Path) -> Iterator[tuple[Round, nn.Module]]:
     """Requests of every kind to the view of a run, and the run opened again."""
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
     kept = Run.load(folder)
     with serving(folder) as server:

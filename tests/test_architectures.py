@@ -159,7 +159,7 @@ def test_a_real_bert_is_trained_by_the_trainer_and_scored(tmp_path):
     """MiniLM, frozen under LoRA and a wide head, on sentences: nothing leaks, estimates agree."""
     peft = pytest.importorskip("peft", reason="pip install 'turnover[text]'")
     datasets = pytest.importorskip("datasets", reason="pip install 'turnover[text]'")
-    from turnover import demo
+    from turnover.data import demo
 
     try:
         folder = demo.model_folder()

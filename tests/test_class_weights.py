@@ -17,9 +17,9 @@ import test_cli
 from encoders import SHAPE
 from test_cli import turnover
 from turnover import InputError
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.class_weights import class_weights, parse_class_weights, weights_of_run
-from turnover.tasks.frozen import frozen, train_head
+from turnover.tasks.linear_probe import frozen, train_head
 from turnover.tasks.training import TrainingConfig, evaluate, logits_of_rows, weighted_loss
 
 
@@ -170,7 +170,7 @@ def test_weights_that_cannot_be_are_refused_before_training(
 
 
 def test_from_python() -> None:
-    from turnover.data import TextData
+    from turnover.data.text import TextData
 
     data = TextData(["a", "b", "c"], [0, 0, 2], torch.arange(3), ["a", "b", "c"], ["p", "q", "r"])
     assert parse_class_weights(None) is None

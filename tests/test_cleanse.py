@@ -99,8 +99,9 @@ def test_harmful_rows_are_taken_out_and_the_test_rows_are_predicted_better(
 
 
 def test_what_was_learned_by_heart_can_be_taken_out(run: Path) -> None:
-    from turnover.data import Columns, read
-    from turnover.run import Run
+    from turnover.data.base import Columns
+    from turnover.data.text import read
+    from turnover.runs.run import Run
     from turnover.tasks.cleanse import cleanse
 
     loaded = Run.load(run)
@@ -176,8 +177,9 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_run_alone(
 
 
 def test_no_global_generator_is_touched(run: Path, validation: Path) -> None:
-    from turnover.data import Columns, read
-    from turnover.run import Run
+    from turnover.data.base import Columns
+    from turnover.data.text import read
+    from turnover.runs.run import Run
     from turnover.tasks.cleanse import cleanse
 
     loaded = Run.load(run)
@@ -191,8 +193,8 @@ def test_no_global_generator_is_touched(run: Path, validation: Path) -> None:
 def test_features_are_those_of_the_pretrained_encoder(run: Path, encoder: Path) -> None:  # noqa: F811
     from transformers import AutoModel, AutoTokenizer
 
-    from turnover.run import Run
-    from turnover.tasks.frozen import frozen
+    from turnover.runs.run import Run
+    from turnover.tasks.linear_probe import frozen
 
     loaded = Run.load(run)
     model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
@@ -210,7 +212,7 @@ def test_features_are_those_of_the_pretrained_encoder(run: Path, encoder: Path) 
 
 
 def test_calibration_undoes_a_scale_and_a_shift_and_bears_perfect_logits() -> None:
-    from turnover.tasks.frozen import Calibrated
+    from turnover.tasks.linear_probe import Calibrated
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4000, 3, generator=generator)
@@ -291,7 +293,7 @@ def test_a_run_with_groups_is_refused(encoder: Path, tmp_path: Path) -> None:  #
 
 
 def test_logits_that_hardly_differ_are_calibrated_to_numbers() -> None:
-    from turnover.tasks.frozen import Calibrated
+    from turnover.tasks.linear_probe import Calibrated
 
     draw = torch.Generator().manual_seed(268)  # of 300 the one whose line search went astray
     logits = torch.randn(40, 2, generator=draw) * 0.01

@@ -170,7 +170,7 @@ def test_fit_influence_explain_and_report_work_end_to_end(run: Path, tmp_path: P
 
 def test_the_pairs_of_gram_in_a_run_are_those_of_the_estimator(run: Path) -> None:
     from turnover import Influence
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
     loaded = Run.load(run)
     train, test = loaded.encode(loaded.train), loaded.encode(loaded.test)
@@ -217,7 +217,7 @@ def test_a_new_text_can_be_explained(run: Path) -> None:
 def test_a_loaded_run_predicts_what_was_trained(run: Path) -> None:
     import torch
 
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.training import evaluate
 
     loaded = Run.load(run)
@@ -278,7 +278,8 @@ def test_other_formats_give_the_same_data(
 ) -> None:
     import datasets
 
-    from turnover.data import Columns, read
+    from turnover.data.base import Columns
+    from turnover.data.text import read
 
     table = datasets.Dataset.from_csv(str(data[0]), keep_in_memory=True)
     path = tmp_path / f"data.{ending}"
@@ -400,7 +401,7 @@ def test_a_folder_that_is_not_a_run_is_never_replaced(
 def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from turnover.run import write_digests
+    from turnover.runs.run import write_digests
 
     weights = load_file(copy_of_run / "model.safetensors")
     weights["head.spread.weight"][0, 0] += 1e-3
@@ -413,7 +414,7 @@ def test_a_result_of_another_model_is_refused(copy_of_run: Path) -> None:
 
 def test_a_result_of_another_spec_is_refused(copy_of_run: Path) -> None:
     from turnover import MaskSpec, attach
-    from turnover.run import Run, write_digests
+    from turnover.runs.run import Run, write_digests
 
     path = copy_of_run / "masks.json"
     masks = json.loads(path.read_text())
@@ -477,7 +478,7 @@ def test_bad_influence_settings_list_what_there_is(
 
 def test_gram_in_place_of_the_pairs_is_refused_with_what_to_do(run: Path) -> None:
     from turnover import InputError
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.score import ScoreConfig, score
 
     with pytest.raises(InputError, match="estimated without being asked for"):
@@ -557,7 +558,7 @@ def test_a_cut_off_fit_is_not_resumed_under_other_masks(
 def test_training_rows_are_predicted_by_the_networks_that_never_learned_them(
     copy_of_run: Path, tmp_path: Path
 ) -> None:
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
     said = turnover("predict", copy_of_run, "--hidden", "--no-calibrate").stdout
     with (copy_of_run / "results" / "hidden_predictions.csv").open(newline="") as file:
@@ -609,7 +610,7 @@ def test_a_run_without_groups_says_so(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_corrupted_source_is_found_and_predicted_without(encoder: Path, tmp_path: Path) -> None:
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
     flipped = {"pos": "neg", "neg": "pos"}
     train = [
@@ -672,7 +673,8 @@ def noisy_run(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
 
 
 def test_wrong_labels_are_listed_decided_on_and_written(noisy_run: Path, tmp_path: Path) -> None:
-    from turnover.data import Columns, read
+    from turnover.data.base import Columns
+    from turnover.data.text import read
 
     listed = tmp_path / "review.csv"
     turnover("review", noisy_run, "--out", listed, "--budget", 10)
@@ -736,7 +738,7 @@ def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: P
 
 
 def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> None:
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.memorize import memorization
 
     shown = turnover("memorize", noisy_run, "--show", 4).stdout
@@ -765,7 +767,7 @@ def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> Non
 def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(
     run: Path, noisy_run: Path, tmp_path: Path
 ) -> None:
-    from turnover.run import write_digests
+    from turnover.runs.run import write_digests
 
     assert "--memorization" in turnover("memorize", run, expect=2).stderr
     copy = Path(shutil.copytree(noisy_run, tmp_path / "copy"))

@@ -213,8 +213,8 @@ def test_the_demo_prints_one_document(
     encoder: Path, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its own sentences take minutes; what is tested here is what it prints.
-    monkeypatch.setattr("turnover.demo.model_folder", lambda: encoder)
-    monkeypatch.setattr("turnover.demo.write_sentences", lambda folder: data)
+    monkeypatch.setattr("turnover.data.demo.model_folder", lambda: encoder)
+    monkeypatch.setattr("turnover.data.demo.write_sentences", lambda folder: data)
     out = tmp_path / "demo"
     found = document("demo", "--out", out, "--head-units", 64)
     assert set(found) == {"run", "metrics", "explanations", "file"}

@@ -14,7 +14,8 @@ pytest.importorskip("datasets")
 import datasets
 
 from turnover import InputError
-from turnover.data import Columns, TextData, read
+from turnover.data.base import Columns
+from turnover.data.text import TextData, read
 
 ROWS = {"id": ["007", "7"], "text": ["a", "b"], "label": ["pos", "neg"]}
 IDS = Columns(id="id")
@@ -131,7 +132,7 @@ def test_a_folder_without_data_says_what_is_read(tmp_path: Path) -> None:
 
 def test_images_that_save_to_disk_wrote_are_read(tmp_path: Path) -> None:
     pillow = pytest.importorskip("PIL.Image")
-    from turnover.images import read_images
+    from turnover.data.images import read_images
 
     rows = {
         "image": [pillow.new("RGB", (40, 40), color) for color in ("red", "blue")],

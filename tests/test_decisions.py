@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from turnover import InputError, string_ids
-from turnover.data import TextData
+from turnover.data.text import TextData
 from turnover.tasks.cleanse import read_scores
 from turnover.tasks.predict import id_of
 from turnover.tasks.review import Flagged, read_decisions, write_decisions, write_review

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from turnover.demo import TEST_ROWS, TRAIN_ROWS, write_sentences
+from turnover.data.demo import TEST_ROWS, TRAIN_ROWS, write_sentences
 
 
 def test_sentences_go_into_a_folder_named_by_a_string(tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from test_cli import encoder, sentences, turnover, write_csv  # noqa: F401 - a fixture
-from turnover.run import Run
+from turnover.runs.run import Run
 
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 SMALL = ["--head-units", 64, "--lora-rank", 4, "--batch-size", 8, "--head-learning-rate", 0.01]

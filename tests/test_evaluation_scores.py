@@ -19,7 +19,7 @@ from turnover.evaluation import (
     draw_subsets,
     lds,
     leave_one_out,
-    memorisation,
+    memorization,
     minus_cost,
     mislabel,
     removal_curve,
@@ -181,14 +181,14 @@ def test_mislabel_looks_at_as_many_as_are_wrong():
         mislabel(np.array([0, np.nan]), np.array([True, False]))
 
 
-def test_memorisation_is_the_difference_of_shares_of_right_predictions(drawn):
+def test_memorization_is_the_difference_of_shares_of_right_predictions(drawn):
     subsets = draw_subsets(10, 40)
     labels = drawn.integers(0, 3, 10)
     logits = drawn.normal(size=(40, 2, 10, 3)).astype(np.float32)
     # The first half is right wherever it was trained on; the rest at random.
     for instance in range(5):
         logits[subsets.keep[:, instance], :, instance, labels[instance]] += 100
-    result = memorisation(subsets, logits, labels, np.arange(10.0)[::-1])
+    result = memorization(subsets, logits, labels, np.arange(10.0)[::-1])
     right = logits.argmax(axis=3) == labels
     for instance in range(10):
         inside = subsets.keep[:, instance]
@@ -199,12 +199,12 @@ def test_memorisation_is_the_difference_of_shares_of_right_predictions(drawn):
     assert result.correlation.mean > 0.5
 
 
-def test_memorisation_refuses_an_instance_that_is_in_all_subsets(drawn):
+def test_memorization_refuses_an_instance_that_is_in_all_subsets(drawn):
     keep = draw_subsets(10, 40).keep.copy()
     keep[:, 7] = True
     logits = np.zeros((40, 1, 10, 3), dtype=np.float32)
     with pytest.raises(InputError, match="instance 7"):
-        memorisation(Subsets(keep), logits, np.zeros(10, dtype=np.int64), np.zeros(10))
+        memorization(Subsets(keep), logits, np.zeros(10, dtype=np.int64), np.zeros(10))
 
 
 def _linear(seed):

@@ -20,7 +20,7 @@ from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import InputError
 from turnover.io.parsing import read_json, write_json
-from turnover.run import DIGESTS, Run
+from turnover.runs.run import DIGESTS, Run
 
 FITTED = [
     *(

@@ -25,13 +25,13 @@ import tiny
 from test_cli import data, encoder, fit_arguments, turnover  # noqa: F401 - fixtures
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import Influence, InputError
+from turnover.data.images import read_images
 from turnover.errors import WriteError
 from turnover.evaluation import Recipe, draw_subsets, retrain
-from turnover.images import read_images
 from turnover.influence.gram.disk import Limits
 from turnover.io.files import mapped
 from turnover.io.parsing import write_json
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.view.decisions import Decisions
 
 FULL = "No space left on device; make room there, and run again"

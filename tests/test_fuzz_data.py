@@ -17,8 +17,9 @@ pytest.importorskip("datasets")
 
 import fuzzing
 from turnover import InputError
-from turnover.data import Columns, TextData, read
-from turnover.delimited import read_table
+from turnover.data.base import Columns
+from turnover.data.delimited import read_table
+from turnover.data.text import TextData, read
 from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.io.parsing import (
     DEPTH,

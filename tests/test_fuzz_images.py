@@ -21,8 +21,9 @@ pytest.importorskip("datasets")
 from PIL import Image, ImageCms, features
 
 import fuzzing
-from turnover.data import Columns, read
-from turnover.images import read_image, read_images
+from turnover.data.base import Columns
+from turnover.data.images import read_image, read_images
+from turnover.data.text import read
 
 PIXELS = np.arange(40 * 36 * 3, dtype=np.uint32).reshape(40, 36, 3).astype(np.uint8)
 ENDINGS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "gif": "GIF", "ppm": "PPM", "tif": "TIFF"}

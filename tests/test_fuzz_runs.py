@@ -30,7 +30,7 @@ from turnover import InputError
 from turnover.cli.output import Output
 from turnover.cli.report import _write_report
 from turnover.io.tensors import opened, read_weights
-from turnover.run import DIGESTS, Run
+from turnover.runs.run import DIGESTS, Run
 from turnover.tasks.memorize import memorization
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no digests:UserWarning")

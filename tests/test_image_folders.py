@@ -14,7 +14,7 @@ pytest.importorskip("datasets")
 from PIL import Image, features
 
 from turnover import InputError
-from turnover.images import read_image, read_images
+from turnover.data.images import read_image, read_images
 
 PIXELS = np.arange(40 * 36 * 3, dtype=np.uint32).reshape(40, 36, 3).astype(np.uint8)
 

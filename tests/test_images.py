@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from test_cli import turnover
 from turnover import InputError
-from turnover.data import Columns
-from turnover.encoded import Pixels
-from turnover.images import ImageData, read_images, write_images
-from turnover.integrations.vgg import VGG
+from turnover.data.base import Columns
+from turnover.data.encoded import Pixels
+from turnover.data.images import ImageData, read_images, write_images
+from turnover.models.vgg import VGG
 from turnover.report.pictures import Shelf
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.training import TrainingConfig, train
 
 COLOURS = {"blue": (30, 40, 200), "green": (40, 190, 60), "red": (200, 40, 30)}

@@ -23,8 +23,8 @@ from PIL import Image, ImageCms
 
 from test_cli import turnover
 from turnover import InputError
-from turnover.images import ImageReader, read_image, read_images
-from turnover.run import Run
+from turnover.data.images import ImageReader, read_image, read_images
+from turnover.runs.run import Run
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 RED, BLUE, WHITE, GREEN = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 128, 0)

@@ -168,7 +168,7 @@ MISSING = {
     "turnover.Influence(net).estimate([(x, y)], ids, out='s.zarr')": "turnover[results]",
     "import turnover.evaluation": "turnover[evaluation]",
     "from turnover.data import Columns, read; read('a.parquet', Columns('text', 'label'))": "turnover[text]",
-    "from turnover.images import read_images; read_images('photos', 32)": "turnover[images]",
+    "from turnover.data.images import read_images; read_images('photos', 32)": "turnover[images]",
     "from turnover.integrations.sklearn import TurnoverClassifier": "turnover[sklearn]",
     "from turnover.integrations.lightning import TurnoverCallback": "turnover[lightning]",
     "from turnover.integrations.dattri import TurnoverAttributor": "dattri",

@@ -11,11 +11,11 @@ import torch
 
 from test_cli import encoder, sentences  # noqa: F401 - a fixture
 from turnover import InputError
-from turnover.data import TextData
+from turnover.data.text import TextData
 from turnover.evaluation import Masked, Recipe
-from turnover.integrations.transformers import ClassifierConfig
-from turnover.tasks import frozen
-from turnover.tasks.frozen import Frozen
+from turnover.models.text_classifier import ClassifierConfig
+from turnover.tasks import linear_probe
+from turnover.tasks.linear_probe import Frozen
 from turnover.tasks.training import TrainingConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -203,7 +203,7 @@ def films_and_electronics():
 
 @pytest.mark.long
 def test_cleansing_for_another_domain_is_compared_with_tuning(monkeypatch):
-    monkeypatch.setattr(frozen, "_STEPS", 1)
+    monkeypatch.setattr(linear_probe, "_STEPS", 1)
     design = shift.Design(
         rows=200,
         held_out=60,

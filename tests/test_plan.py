@@ -390,7 +390,7 @@ def test_a_pilot_without_all_classes_asks_for_more_rows(
 def test_a_pilot_on_real_sentences_predicts_the_whole_training(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from turnover.demo import model_folder, write_sentences
+    from turnover.data.demo import model_folder, write_sentences
 
     try:
         model = model_folder()

@@ -14,10 +14,10 @@ pytest.importorskip("typer")
 
 from test_cli import data, encoder, run  # noqa: F401 - fixtures
 from turnover import Influence, objectives
-from turnover.encoded import batches
-from turnover.run import Run
+from turnover.data.encoded import batches
+from turnover.runs.run import Run
 from turnover.tasks import training
-from turnover.tasks.frozen import frozen
+from turnover.tasks.linear_probe import frozen
 from turnover.tasks.predict import predict_test
 from turnover.tasks.training import evaluate, under_masks
 
@@ -64,7 +64,7 @@ def test_a_training_resumes_though_a_parameter_was_never_reached(tmp_path: Path)
     from torch import nn
 
     import turnover
-    from turnover.encoded import Tokens
+    from turnover.data.encoded import Tokens
     from turnover.tasks.training import TrainingConfig, train
 
     class Model(nn.Module):

@@ -20,7 +20,7 @@ pytest.importorskip("typer", reason="typer is not installed")
 from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from test_store import wait_for
-from turnover.run import Run
+from turnover.runs.run import Run
 
 TIMED = {"metrics.json"}
 HERE = Path(__file__).parent
@@ -89,7 +89,7 @@ def test_influence_killed_between_two_stages_ends_as_if_never_cut_off(
     turnover("explain", copy, "--show", 0)
     stages = (
         "turnover.tasks.score:_fresh:0",  # the errors are estimated
-        "turnover.run:replacing:1",  # all is, but for the metrics
+        "turnover.runs.run:replacing:1",  # all is, but for the metrics
     )
     for stage in stages:
         kill(paused(stage, "influence", copy, "--ghosts", 1000))

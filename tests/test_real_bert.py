@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from turnover import Influence, InputError, MaskSpec, Network, attach, ghost_ids
-from turnover.data import Columns, TextData, read
-from turnover.demo import model_folder, write_sentences
-from turnover.encoded import Encoded
-from turnover.integrations.transformers import ClassifierConfig
-from turnover.pipelines import build
+from turnover.data.base import Columns
+from turnover.data.demo import model_folder, write_sentences
+from turnover.data.encoded import Encoded
+from turnover.data.text import TextData, read
+from turnover.models.pipeline import build
+from turnover.models.text_classifier import ClassifierConfig
 from turnover.tasks.training import TrainingConfig, evaluate, train, under_masks
 
 pytestmark = pytest.mark.slow

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from test_cli import turnover
-from turnover.images import read_images
-from turnover.integrations.vgg import VGG
-from turnover.pipelines import ImageClassifierConfig, build
-from turnover.run import Run
+from turnover.data.images import read_images
+from turnover.models.image import ImageClassifierConfig
+from turnover.models.pipeline import build
+from turnover.models.vgg import VGG
+from turnover.runs.run import Run
 
 pytestmark = pytest.mark.slow
 

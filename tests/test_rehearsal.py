@@ -20,11 +20,12 @@ import encoders
 from encoders import BART, SHAPE, T5, write_texts
 from test_cli import Finished, turnover
 from turnover import InputError, MaskSpec
-from turnover.data import Columns, read
-from turnover.integrations.encoders import check_tokenizer
-from turnover.integrations.transformers import ClassifierConfig
-from turnover.pipelines import build
-from turnover.run import Run
+from turnover.data.base import Columns
+from turnover.data.text import read
+from turnover.models.encoders import check_tokenizer
+from turnover.models.pipeline import build
+from turnover.models.text_classifier import ClassifierConfig
+from turnover.runs.run import Run
 from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import logits_of_rows
 

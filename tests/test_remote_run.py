@@ -26,8 +26,8 @@ from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from test_remote_store import child, names, server, tree, url  # noqa: F401 - likewise: an S3 server
 from turnover import InputError
-from turnover.remote import _Mirror, mirrored
-from turnover.run import Run
+from turnover.runs.remote import _Mirror, mirrored
+from turnover.runs.run import Run
 
 TIMED = {"metrics.json", "fit.toml"}
 
@@ -239,8 +239,8 @@ def test_a_copy_that_is_deleted_removes_nothing_there(
 
 
 SCORING = """
-import sys, turnover.remote
-put, left = turnover.remote._Mirror._put, int(sys.argv[2])
+import sys, turnover.runs.remote
+put, left = turnover.runs.remote._Mirror._put, int(sys.argv[2])
 def slowly(self, names):
     global left
     for name in names:
@@ -249,7 +249,7 @@ def slowly(self, names):
             sys.stdin.read()
         left -= 1
         put(self, [name])
-turnover.remote._Mirror._put = slowly
+turnover.runs.remote._Mirror._put = slowly
 from turnover import cli
 sys.argv = ["turnover", "influence", sys.argv[1], "--ghosts", "200"]
 cli.main()

@@ -14,9 +14,9 @@ pytest.importorskip("filelock")
 
 from test_store import wait_for
 from turnover import InputError
-from turnover import run as runs
 from turnover.io.files import alone
-from turnover.run import writing_run
+from turnover.runs import run as runs
+from turnover.runs.run import writing_run
 
 WRITTEN = "is being written by another process; wait for it to end"
 

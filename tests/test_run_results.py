@@ -20,7 +20,7 @@ from turnover import InputError
 from turnover.io.parsing import read_json, write_json
 from turnover.report.from_run import content, explain_errors
 from turnover.results.reader import open_result
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks import cleanse
 from turnover.tasks import score as scoring
 from turnover.tasks.review import review

@@ -25,10 +25,10 @@ from test_cli import run as text_run  # noqa: F401 - a fixture
 from test_images import arrays, folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover import InputError
-from turnover.data import load_table
-from turnover.images import read_images
-from turnover.integrations.transformers import ClassifierConfig, build
-from turnover.run import Run, write_digests
+from turnover.data.images import read_images
+from turnover.data.text import load_table
+from turnover.models.text_classifier import ClassifierConfig, build
+from turnover.runs.run import Run, write_digests
 
 SOURCE = Path(package.__file__).parent
 BETWEEN_PROCESSES = ("integrations/ray.py", "integrations/ray_tasks.py")

@@ -24,9 +24,9 @@ from test_images import folder_of, folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from test_security import copy, copy_of_images  # noqa: F401 - fixtures
 from turnover import InputError, open_result
-from turnover.images import read_images
+from turnover.data.images import read_images
 from turnover.io.parsing import write_json
-from turnover.run import Run, write_digests
+from turnover.runs.run import Run, write_digests
 
 _OPENED: list[str] = []
 _LISTENING = False

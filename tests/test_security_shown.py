@@ -28,7 +28,7 @@ from test_cli import data, encoder, fit_arguments, run, turnover, write_csv  # n
 from test_report import make_content
 from turnover.cli.output import visible
 from turnover.report import render
-from turnover.run import Run, write_digests
+from turnover.runs.run import Run, write_digests
 from turnover.tasks.review import read_decisions
 from turnover.view import open_view
 from turnover.view.decisions import Decisions

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from turnover import InputError, content_ids, string_ids
-from turnover.data import Columns, TextData, hold_out, read, write
+from turnover.data.base import Columns, hold_out, write
+from turnover.data.text import TextData, read
 
 IDS, GROUPS = Columns(id="id"), Columns(group="group")
 Table = Callable[..., TextData]
@@ -192,7 +193,7 @@ def test_endings_of_any_case_and_gzip_are_read(table: Table) -> None:
 def test_a_gzip_file_that_unpacks_to_a_disk_is_refused(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turnover.delimited._UNPACKED", 1000)
+    monkeypatch.setattr("turnover.data.delimited._UNPACKED", 1000)
     with pytest.raises(InputError, match="unpacks to far more than its size"):
         table(gzip.compress(b"text,label\n" + b"a,x\n" * 100_000), name="a.csv.gz")
 

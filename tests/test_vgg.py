@@ -6,7 +6,7 @@ from torch import nn
 
 import turnover
 from turnover import InputError
-from turnover.integrations.vgg import SITES, VGG
+from turnover.models.vgg import SITES, VGG
 
 # From torchvision's own vgg11, vgg11_bn and vgg16.
 CONVOLUTIONS = {

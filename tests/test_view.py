@@ -32,7 +32,7 @@ from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover.errors import InputError
 from turnover.report.from_run import explain_errors
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.review import read_decisions
 from turnover.view import open_view
 from turnover.view.columns import open_columns

@@ -78,7 +78,7 @@ def serving(run: Path) -> Iterator[Server]:
     """A server in this process: importing the libraries anew takes longer than the work."""
     import uvicorn
 
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.view.contents import Contents
     from turnover.view.decisions import Decisions
     from turnover.view.server import application

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turnover import demo
+from turnover.data import demo
 
 _ROWS_AT_ONCE = 64
 _TOKENS = 128

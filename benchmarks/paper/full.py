@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from turnover import demo, evaluation
-from turnover.data import TextData
+from turnover import evaluation
+from turnover.data import demo
+from turnover.data.images import ImageData
+from turnover.data.text import TextData
 from turnover.evaluation import Recipe
-from turnover.images import ImageData
-from turnover.integrations.transformers import ClassifierConfig
-from turnover.integrations.vgg import VGG
 from turnover.io.files import replacing
 from turnover.io.parsing import read_json
-from turnover.pipelines import ImageClassifierConfig
+from turnover.models.image import ImageClassifierConfig
+from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.vgg import VGG
 from turnover.report.from_run import content, explain_errors
 from turnover.report.pictures import write_sheet
 from turnover.report.render import write
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.cleanse import LOSS, NONE, RANDOM, cleanse, taken_out
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.score import ScoreConfig, score

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from benchmarks.fidelity import features
 from benchmarks.fidelity.problems import convolutions
-from turnover import demo, evaluation
-from turnover.data import TextData
+from turnover import evaluation
+from turnover.data import demo
+from turnover.data.text import TextData
 from turnover.evaluation import Build, Masked, Recipe
 from turnover.ids import ghost_ids
-from turnover.integrations.transformers import ClassifierConfig
-from turnover.integrations.vgg import SITES, VGG
+from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.vgg import SITES, VGG
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.training import TrainingConfig
 

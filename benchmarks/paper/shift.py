@@ -35,7 +35,7 @@ from turnover.tasks.cleanse import (
     by_masks,
     taken_out,
 )
-from turnover.tasks.frozen import MASKED_UNITS, Calibrated, Frozen, logits_of, train_head
+from turnover.tasks.linear_probe import MASKED_UNITS, Calibrated, Frozen, logits_of, train_head
 from turnover.tasks.sweeps import MASKED_HEADS, masked_heads, ranking_heads
 
 Json = dict[str, Any]

@@ -15,7 +15,7 @@ import typer
 from turnover.cli.options import RUN
 from turnover.errors import InputError
 from turnover.io.parsing import read_toml
-from turnover.origin import versions
+from turnover.runs.run import versions
 
 _MADE = "made"
 """The table of what made a run: read for a note alone."""

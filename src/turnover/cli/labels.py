@@ -47,7 +47,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Write predictions as CSV: of the test rows, or out of sample of the training rows."""
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.predict import predict_test, predict_training, write_predictions
 
     if hidden and without is not None:
@@ -94,8 +94,8 @@ def review(
     as_json: Json = False,
 ) -> None:
     """List training rows with doubtful labels, or write the data set after the decisions on them."""
-    from turnover.data import check_writable
-    from turnover.run import Run
+    from turnover.data.base import check_writable
+    from turnover.runs.run import Run
     from turnover.tasks.review import apply_decisions, review, write_review
 
     name = "review.csv" if decisions is None else "decided.csv"
@@ -176,11 +176,12 @@ def cleanse(
 
     New heads on the pretrained encoder's features are trained without them; the run stays as it is.
     """
-    from turnover.data import Columns, Data, check_writable, read
-    from turnover.images import read_images
+    from turnover.data.base import Columns, Data, check_writable
+    from turnover.data.images import read_images
+    from turnover.data.text import read
     from turnover.io.parsing import write_json
-    from turnover.pipelines import ImagePipeline
-    from turnover.run import Run
+    from turnover.models.image import ImagePipeline
+    from turnover.runs.run import Run
     from turnover.tasks.cleanse import FRACTIONS, cleanse, read_scores, write_cleansed
 
     if ranking is not None and scores is not None:

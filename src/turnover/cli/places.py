@@ -24,7 +24,7 @@ def anywhere(command: Callable[..., None]) -> Callable[..., None]:
         with ExitStack() as copies:
             for name, value in options.items():
                 if name in {"run", "out"} and isinstance(value, str):
-                    from turnover.remote import mirrored
+                    from turnover.runs.remote import mirrored
 
                     urls.append(value)
                     options[name] = copies.enter_context(mirrored(value, new=name == "out"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from turnover.cli.output import Output
 
 if TYPE_CHECKING:
-    from turnover.data import Data
+    from turnover.data.base import Data
 
 _SHOWN = 10
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,7 +16,7 @@ from turnover.cli.scores import explain_errors, print_influence
 from turnover.cli.training import print_fit
 
 if TYPE_CHECKING:
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the run's report: one HTML file that needs nothing else."""
-    from turnover.run import Run
+    from turnover.runs.run import Run
 
     check_folder(out)
     path = out or run / "report.html"
@@ -51,7 +51,7 @@ def view(
     as_json: Json = False,
 ) -> None:
     """Serve the run's interactive view on this machine, until Ctrl-C."""
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.view import open_view
 
     output = Output(as_json=as_json)
@@ -75,12 +75,12 @@ def demo(
 ) -> None:
     """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
     from turnover.cli.config import recipe
-    from turnover.data import Columns, read, read_both
-    from turnover.demo import model_folder, write_sentences
+    from turnover.data.base import Columns, read_both
+    from turnover.data.demo import model_folder, write_sentences
+    from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
-    from turnover.integrations.transformers import ClassifierConfig
-    from turnover.origin import data_digest
-    from turnover.run import Run, check_new_run
+    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.runs.run import Run, check_new_run, data_digest
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.score import ScoreConfig, score
     from turnover.tasks.training import TrainingConfig
@@ -100,7 +100,7 @@ def demo(
         "test": test,
         "id_column": "id",
         "data_digest": data_digest(*both),
-        **asdict(task.classifier),
+        **asdict(cast(Any, task.classifier)),
         **asdict(task.training),
         "keep": task.masks.keep,
     }

@@ -15,7 +15,7 @@ from turnover.cli.output import Output, in_results
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.explain import Explanation
     from turnover.tasks.groups import Groups
     from turnover.tasks.memorize import Memorization
@@ -75,7 +75,7 @@ def influence(
 
     Where it was interrupted, the same command goes on.
     """
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.score import ScoreConfig, score
     from turnover.tasks.score import explain_plan as explained
 
@@ -123,8 +123,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Explain misclassified test rows, or one text or image, by training instances."""
-    from turnover.images import ImageData
-    from turnover.run import Run
+    from turnover.data.images import ImageData
+    from turnover.runs.run import Run
     from turnover.tasks.score import explain_input
 
     if text is not None and image is not None:
@@ -166,7 +166,7 @@ def groups(
 ) -> None:
     """What each group (source, annotator) of a run with a group column did to the test rows."""
     from turnover.io.parsing import write_json
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.groups import groups
     from turnover.tasks.score import OBJECTIVES
 
@@ -185,7 +185,7 @@ def memorize(
     as_json: Json = False,
 ) -> None:
     """What was learned by heart, and when, in a run trained with --memorization."""
-    from turnover.run import Run
+    from turnover.runs.run import Run
     from turnover.tasks.memorize import memorization, write_memorization
 
     output = Output(as_json=as_json)

@@ -42,7 +42,7 @@ from turnover.cli.reading import reading, say_rows
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
-    from turnover.data import Data
+    from turnover.data.base import Data
     from turnover.tasks.plan import Plan
 
 _NOT_IN_RECIPE = ("out", "overwrite", "config", "as_json")
@@ -182,14 +182,16 @@ def fit(
     turnover fit --config RUN/fit.toml --out OTHER.
     """
     settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
-    from turnover.data import Columns, read, read_both
+    from turnover.data.base import Columns, read_both
+    from turnover.data.image_folders import holds_images
+    from turnover.data.images import ImageReader
+    from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
-    from turnover.image_folders import holds_images
-    from turnover.images import ImageReader
-    from turnover.integrations.transformers import ClassifierConfig
-    from turnover.origin import data_digest as digest_of
-    from turnover.pipelines import IMAGE_MODELS, Config, ImageClassifierConfig
-    from turnover.run import check_new_run
+    from turnover.models.base import Config
+    from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
+    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.runs.run import check_new_run
+    from turnover.runs.run import data_digest as digest_of
     from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
@@ -285,9 +287,10 @@ def plan(
 
     The file of --config may be that of a fit: what only fit has is left aside.
     """
-    from turnover.data import Columns, read, read_both
+    from turnover.data.base import Columns, read_both
+    from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
-    from turnover.integrations.transformers import ClassifierConfig
+    from turnover.models.text_classifier import ClassifierConfig
     from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig
     from turnover.tasks.plan import plan

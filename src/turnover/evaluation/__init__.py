@@ -11,7 +11,7 @@ with needing("turnover.evaluation", "turnover[evaluation]"):
 from turnover.evaluation.correlation import Correlation
 from turnover.evaluation.lds import Lds, lds
 from turnover.evaluation.leave_one_out import LeaveOneOut, leave_one_out
-from turnover.evaluation.memorisation import Memorisation, memorisation
+from turnover.evaluation.memorization import Memorization, memorization
 from turnover.evaluation.mislabel import Mislabel, mislabel
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.removal import Removal, removal_curve
@@ -25,7 +25,7 @@ __all__ = [
     "Lds",
     "LeaveOneOut",
     "Masked",
-    "Memorisation",
+    "Memorization",
     "Mislabel",
     "Recipe",
     "Removal",
@@ -35,7 +35,7 @@ __all__ = [
     "lds",
     "leave_one_out",
     "logits",
-    "memorisation",
+    "memorization",
     "minus_cost",
     "mislabel",
     "removal_curve",

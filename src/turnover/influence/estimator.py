@@ -309,7 +309,7 @@ class Influence:
         )
 
     def self_influence(self, train_batches: Iterable[Any] | None = None) -> Result:
-        """Influence of every training instance on itself: memorisation, and mislabels.
+        """Influence of every training instance on itself: memorization, and mislabels.
 
         Every row is scored under its own id and under ghosts: all of them with the linear method, 20
         with the exact one, whose null distribution is pooled over the rows. With ``"rerank"`` there is

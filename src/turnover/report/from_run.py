@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from turnover.data.images import ImageData
 from turnover.errors import InputError
-from turnover.images import ImageData
 from turnover.io.parsing import read_json
 from turnover.report.content import (
     AccuracyRow,
@@ -19,9 +19,9 @@ from turnover.report.content import (
     ReportContent,
 )
 from turnover.report.pictures import Shelf
-from turnover.run import Run
+from turnover.runs.run import Run
+from turnover.runs.targets import read_targets
 from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
-from turnover.tasks.targets import read_targets
 
 _OVERALL = 50
 _OBJECTIVES = {

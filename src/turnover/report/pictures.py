@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from turnover.data.images import ImageData
 from turnover.errors import InputError
-from turnover.images import ImageData
 from turnover.io.files import replacing
 from turnover.tasks.explain import Explanation, Influential
 

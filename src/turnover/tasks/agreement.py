@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from turnover.batches import Batch
-from turnover.encoded import Encoded
+from turnover.data.encoded import Encoded
 from turnover.influence.estimator import Influence
 from turnover.results.result import Result
-from turnover.run import Run
+from turnover.runs.run import Run
 
 EXACT_GHOSTS = 64
 _TARGETS, _IDS = 8, 256

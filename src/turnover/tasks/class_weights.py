@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turnover.data import Data
+from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.io.parsing import damage
-from turnover.run import Run
+from turnover.runs.run import Run
 
 BALANCED = "balanced"
 

@@ -1,7 +1,7 @@
 """Cleansing: which training rows to take out so that a validation set is predicted better.
 
 Rows are ranked, the lowest of the ranking are taken out, and new heads on the pretrained encoder's
-features (:mod:`turnover.tasks.frozen`) are trained without them, beside heads trained on all rows,
+features (:mod:`turnover.tasks.linear_probe`) are trained without them, beside heads trained on all rows,
 without as many drawn at random, and without those of the highest loss. The run's own network is not
 trained again.
 """
@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from turnover import objectives
 from turnover.batches import Batch
-from turnover.data import Data
-from turnover.delimited import finite_number
+from turnover.data.base import Data
+from turnover.data.delimited import finite_number
 from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
 from turnover.errors import InputError
@@ -31,11 +31,11 @@ from turnover.io.files import write_csv
 from turnover.parallel.engines import sweeping
 from turnover.parallel.jobs import Sweep
 from turnover.results.result import Result
-from turnover.run import Run
-from turnover.tasks.frozen import Calibrated, Frozen, frozen, logits_of
+from turnover.runs.run import Run
+from turnover.runs.targets import check_scored
+from turnover.tasks.linear_probe import Calibrated, Frozen, frozen, logits_of
 from turnover.tasks.review import check_rows, read_column
 from turnover.tasks.sweeps import figures_without, masked_heads, ranking_heads
-from turnover.tasks.targets import check_scored
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)

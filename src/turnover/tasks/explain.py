@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from turnover.data import Data
+from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.results.result import Result
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.encoded import Encoded
 from turnover.dropout.audit import AuditReport
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
-from turnover.encoded import Encoded
 from turnover.ids import ghost_ids
 from turnover.io.parsing import write_json
-from turnover.origin import data_digest, versions
-from turnover.pipelines import Config, Pipeline, build
-from turnover.run import CHECKPOINT, write_digests, writing_run
+from turnover.models.base import Config, Pipeline
+from turnover.models.pipeline import build
+from turnover.runs.run import CHECKPOINT, data_digest, versions, write_digests, writing_run
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.rehearsal import made_ready

@@ -13,12 +13,12 @@ import torch
 from tqdm.auto import tqdm
 
 from turnover import objectives
-from turnover.encoded import Encoded, batches
+from turnover.data.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.estimator import Influence
 from turnover.objectives import Objective
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.training import evaluate
 

@@ -1,4 +1,4 @@
-"""Memorisation over training: the exposed and the hidden loss of every training row, epoch by epoch.
+"""Memorization over training: the exposed and the hidden loss of every training row, epoch by epoch.
 
 The exposed network of a row is trained on it, the hidden one is not. Where both losses fall, the others
 teach what the row says; where the exposed one alone falls, the row is learned by heart.
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turnover.data.encoded import Encoded
 from turnover.dropout.network import Network
-from turnover.encoded import Encoded
 from turnover.errors import InputError
 from turnover.io.files import replacing, write_csv
 from turnover.io.tensors import check_finite, opened
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.training import evaluate, under_masks
 
 FILE = "memorization.safetensors"

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turnover.data import TextData
+from turnover.data.encoded import Encoded, batches
+from turnover.data.text import TextData
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
-from turnover.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
-from turnover.integrations.transformers import ClassifierConfig
 from turnover.io.files import writing_temporary
+from turnover.models.pipeline import build
+from turnover.models.text_classifier import ClassifierConfig
 from turnover.objectives import margin
-from turnover.pipelines import build
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.fit import FitConfig, fixed_rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from turnover.data import TextData
+from turnover.data.text import TextData
 from turnover.tasks.fit import FitConfig
 from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, run_pilot, z_asked
 

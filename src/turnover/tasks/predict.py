@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.encoded import batches
 from turnover.dropout.hidden import HiddenPredictions, hidden_predictions
-from turnover.encoded import batches
 from turnover.errors import InputError
 from turnover.io.files import write_csv
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.training import logits_of_rows
 
 

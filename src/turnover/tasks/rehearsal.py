@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.encoded import Encoded
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network, attach
-from turnover.encoded import Encoded
 from turnover.errors import BindingError, InputError
 from turnover.ids import ghost_ids
-from turnover.integrations.encoders import first_line
-from turnover.pipelines import Pipeline, load
+from turnover.models.base import Pipeline
+from turnover.models.encoders import first_line
+from turnover.models.pipeline import load
 from turnover.tasks.training import autocast, native_bfloat16
 
 _FOLDER = "rehearsal"

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from turnover import objectives
-from turnover.data import Data
-from turnover.delimited import read_table
+from turnover.data.base import Data
+from turnover.data.delimited import read_table
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
-from turnover.run import Run
+from turnover.runs.run import Run
+from turnover.runs.targets import check_scored
 from turnover.tasks.explain import rows_by_id
 from turnover.tasks.predict import predict_training
-from turnover.tasks.targets import check_scored
 
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10

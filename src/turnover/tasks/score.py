@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from turnover import objectives
-from turnover.data import Data
-from turnover.encoded import Encoded, batches
+from turnover.data.base import Data
+from turnover.data.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.estimator import METHODS, Influence
@@ -26,11 +26,11 @@ from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
 from turnover.results.manifest import ROOT
 from turnover.results.result import Result
-from turnover.run import Run
+from turnover.runs.run import Run
+from turnover.runs.targets import EXPLANATIONS, rows_digest
+from turnover.runs.targets import FILE as TARGETS
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
-from turnover.tasks.targets import EXPLANATIONS, rows_digest
-from turnover.tasks.targets import FILE as TARGETS
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}

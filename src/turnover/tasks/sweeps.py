@@ -1,6 +1,6 @@
 """Heads on frozen features, many of them: trained in this process, or as Ray tasks.
 
-What each is trained on is told by :mod:`turnover.tasks.cleanse`, how by :mod:`turnover.tasks.frozen`.
+What each is trained on is told by :mod:`turnover.tasks.cleanse`, how by :mod:`turnover.tasks.linear_probe`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
 from turnover.parallel.jobs import Sweep, Work, here
-from turnover.tasks.frozen import Frozen, logits_of, train_head, train_masked_head
+from turnover.tasks.linear_probe import Frozen, logits_of, train_head, train_masked_head
 
 _RANKING_HEADS = 5
 MASKED_HEADS = 2

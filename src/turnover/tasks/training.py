@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from turnover.data.encoded import Encoded, in_order
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.dropout.sites import resolve
-from turnover.encoded import Encoded, in_order
 from turnover.errors import InputError
 from turnover.io.files import replacing
 from turnover.io.parsing import damage, parse_json

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from turnover.errors import InputError
 from turnover.results.reader import StoredResult, open_result
 from turnover.results.store import Variable, writing
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
 
 _NAME = "columns"

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.images import ImageData
 from turnover.errors import InputError
-from turnover.images import ImageData
 from turnover.results.calibration import NoiseFloor
 from turnover.results.result import Result
-from turnover.run import Run
+from turnover.runs.run import Run
+from turnover.runs.targets import read_targets
 from turnover.tasks.explain import (
     GRAM_MEANS,
     NOT_SIGNIFICANT,
@@ -28,7 +29,6 @@ from turnover.tasks.explain import (
     rows_by_id,
 )
 from turnover.tasks.review import KEEP, REMOVE
-from turnover.tasks.targets import read_targets
 from turnover.view.columns import open_columns, open_errors
 from turnover.view.filters import (
     PAGE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from turnover.errors import InputError
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.review import check_decision, check_rows, read_decisions, write_decisions
 
 _WAIT_SECONDS = 10.0

@@ -21,7 +21,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from turnover.errors import InputError, needing
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.view.contents import Contents
 from turnover.view.decisions import Decisions
 from turnover.view.filters import ErrorFilter, InstanceFilter

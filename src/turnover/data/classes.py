@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from turnover.delimited import Texts
+from turnover.data.delimited import Texts
+from turnover.data.tables import column_of
 from turnover.errors import InputError
-from turnover.tables import column_of
 
 _NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?", re.ASCII)
@@ -32,7 +32,7 @@ def label_names(
     """The labels of a table as class names.
 
     Args:
-        table: as :func:`turnover.tables.load_table` gives it.
+        table: as :func:`turnover.data.tables.load_table` gives it.
         column: of the labels.
         source: of the table, for messages.
         classes: those of the training data, which a CSV file may write in another way (1.0, TRUE).

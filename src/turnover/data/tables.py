@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from turnover import delimited
-from turnover.data_sets import cause_of, datasets_library, is_saved, read_data_set, read_saved
+from turnover.data import delimited
+from turnover.data.data_sets import cause_of, datasets_library, is_saved, read_data_set, read_saved
 from turnover.errors import InputError
 from turnover.io.parsing import read_objects
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from turnover.decoding import FLOATS, INTEGERS, Picture, load_pillow
+from turnover.data.decoding import FLOATS, INTEGERS, Picture, load_pillow
 from turnover.errors import InputError
 from turnover.io.parsing import field
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.encoded import in_order
 from turnover.dropout.head import WideHead
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network, attach
-from turnover.encoded import in_order
 from turnover.errors import InputError
-from turnover.run import Run
+from turnover.runs.run import Run
 from turnover.tasks.class_weights import weights_of_run
 from turnover.tasks.training import autocast, weighted_loss
 

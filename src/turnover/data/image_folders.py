@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from turnover.decoding import ENDINGS
+from turnover.data.decoding import ENDINGS
 from turnover.errors import InputError
 
 _ARCHIVED = "__MACOSX"

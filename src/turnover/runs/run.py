@@ -9,6 +9,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
+import platform
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
@@ -19,9 +22,9 @@ from typing import Any
 
 from torch import nn
 
-from turnover.data import Data
+from turnover.data.base import Data
+from turnover.data.encoded import Encoded
 from turnover.dropout.network import Network
-from turnover.encoded import Encoded
 from turnover.errors import InputError, WriteError
 from turnover.io.files import alone, check_links, replace_folder, writing_to
 from turnover.io.parsing import (
@@ -33,7 +36,8 @@ from turnover.io.parsing import (
     strings,
     write_json,
 )
-from turnover.pipelines import Pipeline, load
+from turnover.models.base import Pipeline
+from turnover.models.pipeline import load
 from turnover.results.reader import StoredResult, open_result
 from turnover.results.result import Result
 from turnover.results.store import save
@@ -351,3 +355,32 @@ def _written(draft: Path, folder: Path) -> Iterator[Path]:
         raise
     for left in draft.glob(".*"):  # what was being written when it was cut off
         left.unlink()
+
+
+def versions() -> dict[str, str]:
+    """Versions of turnover, torch, transformers (where it is installed) and Python."""
+    from turnover import __version__
+
+    found = {"turnover": __version__}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # images do without transformers
+            continue
+    return {**found, "python": platform.python_version()}
+
+
+def data_digest(*parts: Data) -> str:
+    """Digest of all that training takes from data: contents, labels and ids, in their order.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for data in parts:
+        digest.update(json.dumps([len(data), data.classes]).encode())
+        for content, label, one in zip(
+            data.contents(), data.labels, data.ids.tolist(), strict=True
+        ):
+            digest.update(json.dumps([content, label, one]).encode())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from turnover.data import Data
+from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.io.parsing import field, read_objects
 

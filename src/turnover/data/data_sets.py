@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from turnover.delimited import ENDINGS, Texts, read_texts
+from turnover.data.delimited import ENDINGS, Texts, read_texts
 from turnover.errors import InputError, needing
 from turnover.io.files import check_links
 from turnover.io.parsing import field, read_object, strings

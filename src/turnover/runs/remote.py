@@ -13,7 +13,7 @@ from turnover.errors import InputError, needing
 from turnover.io.files import alone, writing_to
 from turnover.io.parsing import read_json, write_json
 from turnover.results.location import Place
-from turnover.run import DIGESTS
+from turnover.runs.run import DIGESTS
 
 _ATTEMPTS = 3
 """Copies of a run that somebody is writing to."""

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from turnover.errors import InputError
 from turnover.io.parsing import read_json
-from turnover.origin import data_digest
 from turnover.results.manifest import digest
-from turnover.run import Run
+from turnover.runs.run import Run, data_digest
 
 FILE = "targets.json"
 EXPLANATIONS = "explanations.json"

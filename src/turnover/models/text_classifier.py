@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError, needing
-from turnover.integrations.encoders import (
+from turnover.io.parsing import damage, field, read_object
+from turnover.io.tensors import check_shapes, distinct, read_weights, shapes, take
+from turnover.models.encoders import (
     Limits,
     first_line,
     limits_of,
@@ -28,8 +30,6 @@ from turnover.integrations.encoders import (
     stored_dtype,
     vocabulary_of,
 )
-from turnover.io.parsing import damage, field, read_object
-from turnover.io.tensors import check_shapes, distinct, read_weights, shapes, take
 
 SITES = ("lora", "head")
 _INDEX = ".safetensors.index.json"
@@ -48,6 +48,7 @@ class ClassifierConfig:
         max_tokens: longer texts are cut.
     """
 
+    kind: ClassVar[str] = "text"
     model: str
     head_units: int = 8192
     lora_rank: int = 16

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from turnover.classes import indexed, label_names
-from turnover.data import Columns, check_writable, keys_and_ids, present, write
-from turnover.data_sets import is_saved
-from turnover.decoding import LARGEST, Picture, load_pillow, opened
+from turnover.data.base import Columns, check_writable, keys_and_ids, present, write
+from turnover.data.classes import indexed, label_names
+from turnover.data.data_sets import is_saved
+from turnover.data.decoding import LARGEST, Picture, load_pillow, opened
+from turnover.data.image_folders import listed
+from turnover.data.scaling import Ranges, Scaling
+from turnover.data.tables import load_table, table_of, undecoded
 from turnover.errors import InputError
 from turnover.ids import content_ids
-from turnover.image_folders import listed
 from turnover.io.files import mapped, replacing, writing_temporary
 from turnover.io.parsing import check_file
-from turnover.scaling import Ranges, Scaling
-from turnover.tables import load_table, table_of, undecoded
 
 COLUMNS = Columns("image", "label")
 _MANY = 1000

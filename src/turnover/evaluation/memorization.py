@@ -1,4 +1,4 @@
-"""Memorisation as subsets tell it: is an instance right only if it was trained on?
+"""Memorization as subsets tell it: is an instance right only if it was trained on?
 
 Feldman and Zhang 2020 (arXiv 2008.03703), section 3.
 """
@@ -16,8 +16,8 @@ from turnover.evaluation.subsets import Subsets
 
 
 @dataclass(frozen=True)
-class Memorisation:
-    """Memorisation of every training instance, and how scores agree with it.
+class Memorization:
+    """Memorization of every training instance, and how scores agree with it.
 
     Attributes:
         values: float64 (train,), share of right predictions of the networks that were trained on the
@@ -30,13 +30,13 @@ class Memorisation:
     correlation: Correlation
 
 
-def memorisation(
+def memorization(
     subsets: Subsets,
     logits: NDArray[np.float32],
     labels: NDArray[np.integer],
     self_scores: NDArray[np.floating],
-) -> Memorisation:
-    """Memorisation from networks trained on subsets, against a score of every instance.
+) -> Memorization:
+    """Memorization from networks trained on subsets, against a score of every instance.
 
     Args:
         subsets: of the training instances.
@@ -75,4 +75,4 @@ def memorisation(
     with_it = (right * keep).sum(axis=0) / inside
     without = (right * ~keep).sum(axis=0) / (count - inside)
     runs = with_it - without  # (seeds, train)
-    return Memorisation(runs.mean(axis=0), correlate(predicted[None], runs[:, None]))
+    return Memorization(runs.mean(axis=0), correlate(predicted[None], runs[:, None]))

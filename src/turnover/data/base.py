@@ -1,30 +1,31 @@
-"""Labelled data: what training and tasks need of it, and texts from files or Hugging Face data sets.
-
-Reading and checking only; nothing is repaired or dropped in silence.
-"""
+"""What all kinds of data have in common: columns, ids, splits, and tables to write."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from turnover.classes import check_alike, closest, indexed, is_missing, label_names
-from turnover.delimited import Texts, write_texts
+from turnover.data.classes import check_alike, closest, is_missing
+from turnover.data.delimited import Texts, write_texts
+from turnover.data.tables import column_of, table_of
 from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
-from turnover.ids import content_ids, string_ids
+from turnover.ids import string_ids
 from turnover.io.files import replacing
-from turnover.tables import column_of, load_table, table_of
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
 _LARGEST_ID = 2**63 - 1
+
+
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 
 
@@ -69,55 +70,6 @@ _Data = TypeVar("_Data", bound=Data)
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Labelled texts.
-
-    Attributes:
-        texts: one string per instance.
-        labels: class index of each, into ``classes``.
-        ids: int64 (instances,); equal ids form a group.
-        keys: what the user calls each instance: its id or group column, or a row number.
-        classes: class names, sorted.
-    """
-
-    texts: list[str]
-    labels: list[int]
-    ids: Tensor
-    keys: list[str]
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, rows: Sequence[int]) -> TextData:
-        """The rows, in that order."""
-        return TextData(
-            [self.texts[row] for row in rows],
-            [self.labels[row] for row in rows],
-            self.ids[list(rows)],
-            [self.keys[row] for row in rows],
-            self.classes,
-        )
-
-    def relabelled(self, labels: list[int]) -> TextData:
-        """The same texts with other labels."""
-        return replace(self, labels=labels)
-
-    def shown(self, row: int) -> str:
-        """What a list shows for a row: its text."""
-        return self.texts[row]
-
-    def contents(self) -> list[str]:
-        """The texts."""
-        return self.texts
-
-    def table(self) -> dict[str, list[Any]]:
-        """Key, text and label."""
-        labels = [self.classes[label] for label in self.labels]
-        return {"key": self.keys, "text": self.texts, "label": labels}
-
-
-@dataclass(frozen=True)
 class Columns:
     """Names of the columns that hold the text or image, the label, and (optionally) ids or groups."""
 
@@ -129,55 +81,6 @@ class Columns:
     def __post_init__(self) -> None:
         if self.id is not None and self.group is not None:
             raise InputError("give an id column or a group column, not both: each row has one mask")
-
-
-def read(
-    source: str,
-    columns: Columns,
-    *,
-    classes: Sequence[str] | None = None,
-    split: str = "train",
-    ids_needed: bool = True,
-) -> TextData:
-    """Read labelled texts.
-
-    Args:
-        source: a CSV, TSV (also gzip), JSON, JSONL or Parquet file, the name of a Hugging Face data set, or
-            a folder that holds one: written by ``save_to_disk``, or with a file for each split.
-        columns: which columns to read.
-        classes: the classes of the training data, for data that must not have others; ``None`` takes
-            them from the labels.
-        split: split of a Hugging Face data set.
-        ids_needed: whether the id or group column must be there; test data, which are not trained on,
-            are numbered without it.
-
-    Raises:
-        InputError: no such file, another format, no rows, a missing column (with those there are), a
-            missing value, a row that cannot be read, duplicate ids, an unknown label, fewer than two
-            classes, two that differ in blanks alone, or a label column that is a regression or multi-label
-            target.
-    """
-    needed = (columns.input, columns.label)
-    wanted = [name for name in (columns.id, columns.group) if name is not None]
-    table = load_table(source, split, needed, wanted)
-    columns = present(table.column_names, columns, source, ids_needed=ids_needed)
-    if not len(table):
-        raise InputError(f"{source}: the file has no rows")
-    texts = column_of(table, columns.input, source)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            found = "" if isinstance(text, str) or text is None else f", but {str(text)[:50]!r}"
-            mend = f" of the type {type(text).__name__}: write it as a text" if found else ""
-            raise InputError(
-                f"{source}: row {row + 1} has no text in column {columns.input!r}{found}{mend}"
-            )
-    names = label_names(table, columns.label, source, classes)
-    labels, known = indexed(names, classes, source, f"column {columns.label!r}")
-    keys, ids = keys_and_ids(table, columns, source) or (
-        [str(row + 1) for row in range(len(texts))],
-        content_ids(f"{text}\0{name}" for text, name in zip(texts, names, strict=True)),
-    )
-    return TextData(texts, labels, ids, keys, known)
 
 
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
@@ -302,7 +205,7 @@ def read_both(
     """Training and test data; without ``test`` a part of the data is held out.
 
     Args:
-        reader: :func:`read`, or :func:`~turnover.images.read_images` of a size.
+        reader: :func:`read`, or :func:`~turnover.data.images.read_images` of a size.
 
     Raises:
         InputError: as the reader and :func:`hold_out`.

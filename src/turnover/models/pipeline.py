@@ -1,0 +1,44 @@
+"""Builds and loads the model of a run, whatever kind of data it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from turnover.data.base import Data
+from turnover.errors import InputError
+from turnover.io.parsing import read_object
+from turnover.models import image, text
+from turnover.models.base import Config, Pipeline
+
+KINDS: dict[str, Any] = {"text": text, "image": image}
+"""Kinds of data, and the module that builds and loads their models: add a kind here."""
+
+
+def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
+    """Build a new model for some training data.
+
+    New weights are drawn from torch's default generator: seed it, or fork it, outside.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    built: tuple[Pipeline, nn.Module] = KINDS[config.kind].build(config, train_data)
+    return built
+
+
+def load(folder: Path) -> tuple[Pipeline, nn.Module]:
+    """Load a saved model in eval mode, and its pipeline.
+
+    Raises:
+        InputError: a missing or damaged file, an unknown kind of data, or weights that do not fit the
+            shapes.
+    """
+    where = folder / "classifier.json"
+    kind = read_object(where).get("kind", "text")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{where}: unknown kind of data {kind!r}; there are: {', '.join(KINDS)}")
+    loaded: tuple[Pipeline, nn.Module] = KINDS[kind].load(folder)
+    return loaded

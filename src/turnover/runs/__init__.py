@@ -1,0 +1,1 @@
+"""Runs: folders with a trained classifier, its data and its results."""
