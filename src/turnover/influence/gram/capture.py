@@ -24,13 +24,13 @@ from turnover.dropout.checkpoints import has_reentrant
 from turnover.dropout.modules import device_of, evaluating, in_this_thread
 from turnover.dropout.row_order import may_rearrange, out_of_order, reversed_rows
 from turnover.errors import InputError
+from turnover.influence.gradients import finite
 from turnover.influence.gram.directions import Directions, directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.parts import Part, agrees, check, divided
 from turnover.influence.gram.pulls import REENTRANT, interleaved, pulled_back
 from turnover.influence.gram.rules import Call
-from turnover.influence.linear import finite
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 
 GENERAL = "other parameters"
