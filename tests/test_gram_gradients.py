@@ -148,7 +148,7 @@ def by_hand(model, batch, objective=objectives.margin):
 
 
 def kernel(model, batch, blocks=1):
-    capture = Capture(model, objectives.margin, wrong=False)
+    capture = Capture(model, objectives.margin, residuals=False)
     step = -(-len(batch) // blocks)
     starts = range(0, len(batch), step)
     made = [block_of([capture.rows(batch.rows(i, i + step))]) for i in starts]
@@ -188,7 +188,7 @@ def test_batches_of_different_lengths_are_one_training_set():
     batches = [Batch(tiny.texts(3, n, seed=n), tiny.labels(3, n)) for n in (4, 9, 6)]
     gradients = np.concatenate([by_hand(model, batch) for batch in batches])
     expected = gradients @ gradients.T
-    capture = Capture(model, objectives.margin, wrong=False)
+    capture = Capture(model, objectives.margin, residuals=False)
     made = [block_of([capture.rows(batch) for batch in batches])]
     out = torch.empty(9, 9)
     gram_of(made, out)
