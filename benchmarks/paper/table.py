@@ -264,7 +264,7 @@ def errors(found: Json) -> str:
         parts += [
             f"**{name}**: {one['errors']:,} errors on {one['held_out']:,} held-out rows, {one['rows']:,} "
             f"training rows; wide head of {one['units']:,} units, {one['epochs']} epochs; {one['seeds']} "
-            f"trainings without each set, {one['draws']} random sets beside each.",
+            f"trainings without each set, {one['draws']} random sets for each.",
             _lines(header, rows),
         ]
     return "\n\n".join([*parts, _made(found)])
