@@ -78,7 +78,7 @@ class Batch:
                     f"adapter= that makes it dense or padded"
                 ) from error
 
-        return self._mapped(cut)
+        return self.mapped(cut)
 
     def expanded(self, rows: int) -> Batch:
         """This batch of one row, repeated to ``rows`` rows without copying."""
@@ -88,7 +88,7 @@ class Batch:
                 return value.expand(rows, *value.shape[1:])
             return value
 
-        return self._mapped(repeat)
+        return self.mapped(repeat)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; ids stay where they are."""
@@ -120,7 +120,7 @@ class Batch:
             return model(*self.inputs)
         return model(self.inputs)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with a function of everything but what is shared by name."""
 
         def of_input(name: str, value: Tensor) -> Tensor:

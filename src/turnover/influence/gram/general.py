@@ -62,7 +62,7 @@ class RowGradients:
 
         def value(parameters: Parameters, row: list[Tensor], pulls: list[Tensor]) -> Tensor:
             whole = iter([v[None] if rowed else v for v, rowed in zip(row, by_row, strict=True)])
-            filled = Batch(batch.inputs)._mapped(lambda _: next(whole))
+            filled = Batch(batch.inputs).mapped(lambda _: next(whole))
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 return torch.func.functional_call(self._model, parameters, args, kwargs)

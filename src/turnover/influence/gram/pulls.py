@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from turnover.dropout.checkpoints import is_reentrant
+from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import InputError
 
 REENTRANT = (
