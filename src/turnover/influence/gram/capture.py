@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from turnover.batches import Batch, tensors
-from turnover.dropout.checkpoints import has_reentrant
 from turnover.dropout.modules import device_of, evaluating
-from turnover.dropout.row_order import may_rearrange, out_of_order, reversed_rows
+from turnover.dropout.row_order import out_of_order, reversed_rows
+from turnover.dropout.torch_private import has_reentrant, may_rearrange
 from turnover.errors import InputError
 from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit, Factors
