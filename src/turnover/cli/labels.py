@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from turnover.cli.config import config_option
-from turnover.cli.options import DATA, Address, Engine, Positive, RunFolder
+from turnover.cli.options import DATA, Positive, RunFolder
 from turnover.cli.output import Output, check_folder, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.cli.reading import Source, say_rows
-from turnover.cli.scores import connecting
 from turnover.data.base import check_writable
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
@@ -121,8 +120,6 @@ def cleanse(
     scores: Path | None = None,
     fraction: list[float] | None = None,
     seeds: Positive = 3,
-    engine: Engine = "process",
-    address: Address = None,
     split: Annotated[str, typer.Option(rich_help_panel=DATA)] = "validation",
     **options: Any,
 ) -> None:
@@ -138,29 +135,24 @@ def cleanse(
         scores: your own ranking: CSV with key and score, positive = helpful.
         fraction: share to remove, between 0 and 1 (repeatable); default: 0.01 0.02 0.05 0.1 0.2.
         seeds: heads trained without each share.
-        engine: where the heads are trained: in this process, or on a Ray cluster's workers, with the same
-            bits.
         split: split of a Hugging Face data set.
     """
     if ranking is not None and scores is not None:
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
-    connection = connecting(engine, address)
     loaded = Run.load(run)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
     held = loaded.pipeline.reader()(validation, columns, classes=loaded.train.classes, split=split)
     say_rows(output, validation=held)
-    with connection:
-        found = cleanse_task.cleanse(
-            loaded,
-            held,
-            ranking=ranking or "gram",
-            scores=given,
-            fractions=fraction or cleanse_task.FRACTIONS,
-            seeds=seeds,
-            engine=engine,
-        )
+    found = cleanse_task.cleanse(
+        loaded,
+        held,
+        ranking=ranking or "gram",
+        scores=given,
+        fractions=fraction or cleanse_task.FRACTIONS,
+        seeds=seeds,
+    )
     removed = in_results(run, "removed.csv")
     cleanse_task.write_cleansed(loaded, found, out, removed)
     write_json(in_results(run, "cleanse.json"), found.to_dict())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from turnover.cli.config import config_option
-from turnover.cli.options import Address, Count, Engine, Objective, Positive, Rate, RunFolder
+from turnover.cli.options import Count, Objective, Positive, Rate, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.errors import InputError
@@ -57,8 +57,8 @@ def influence(
     run: RunFolder,
     output: Output,
     explain_plan: bool = False,
-    engine: Engine = "process",
-    address: Address = None,
+    engine: Literal["process", "ray"] = "process",
+    address: str | None = None,
     **options: Any,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself.
@@ -69,9 +69,11 @@ def influence(
         explain_plan: print estimated time, memory and noise of each method, and stop.
         engine: where the influence on the errors is computed: in this process, or on a Ray cluster's
             workers, with the same bits. Ray's nodes share the run's folder.
+        address: address of the Ray cluster, host:port; default: RAY_ADDRESS, or a cluster on this machine.
     """
     task = build(score_task.ScoreConfig, options)
-    connection = connecting(engine, address)
+    if address is not None and engine != "ray":
+        raise InputError("--address is that of a Ray cluster: give --engine ray as well")
     loaded = Run.load(run)
     if explain_plan:
         plan = score_task.explain_plan(loaded, task)
@@ -79,7 +81,7 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    with connection:
+    with _connected(address) if engine == "ray" else nullcontext():
         metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
@@ -201,16 +203,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
     output.document({"file": str(path), "curves": curves, "rows": rows})
 
 
-def connecting(engine: str, address: str | None) -> AbstractContextManager[None]:
-    """Connect to the Ray cluster, if that is the engine, while the body of a with statement runs.
-
-    Raises:
-        InputError: an address for another engine, or Ray is missing; on entry: no cluster was found.
-    """
-    if engine != "ray":
-        if address is not None:
-            raise InputError("--address is that of a Ray cluster: give --engine ray as well")
-        return nullcontext()
+def _connected(address: str | None) -> AbstractContextManager[None]:
     from turnover.parallel.ray import connected
 
     return connected(address)

@@ -252,6 +252,8 @@ def train(
         )
     model.eval()
     return curves
+
+
 @contextmanager
 def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Iterator[None]:
     """Ordinary random dropout at the sites, in training mode: what turn-over dropout replaces."""
