@@ -31,8 +31,8 @@ from test_cli import encoder, fit_arguments, sentences, turnover, write_csv  # n
 from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover.errors import InputError
-from turnover.report.from_run import explain_errors
 from turnover.runs.run import Run
+from turnover.tasks.explain import explain_errors
 from turnover.tasks.review import read_decisions
 from turnover.view import open_view
 from turnover.view.columns import open_columns
@@ -443,7 +443,7 @@ def test_what_cannot_be_viewed_ends_with_a_sentence(copy_of_run: Path, tmp_path:
     results = copy_of_run / "results"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port} cannot be listened on" in refused("--port", port)
+        assert f"cannot listen on port {port}" in refused("--port", port)
     decisions = results / "decisions.csv"
     decisions.write_text("key,decision\n0,perhaps\n")
     assert "unknown decision 'perhaps'" in refused()

@@ -79,9 +79,9 @@ def serving(run: Path) -> Iterator[Server]:
     import uvicorn
 
     from turnover.runs.run import Run
+    from turnover.view.application import application
     from turnover.view.contents import Contents
     from turnover.view.decisions import Decisions
-    from turnover.view.server import application
 
     loaded = Run.load(run)
     contents = Contents(loaded)
@@ -102,7 +102,7 @@ def serving(run: Path) -> Iterator[Server]:
 def serving_process(run: Path) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
     """`turnover view` itself; killed at the end where it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "turnover.cli", "view", str(run), "--no-open"],
+        [sys.executable, "-m", "turnover", "view", str(run), "--no-open"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

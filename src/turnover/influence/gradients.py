@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.dropout.checkpoints import is_reentrant
 from turnover.dropout.network import Network
+from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import BindingError, InputError
 from turnover.objectives import Objective, costs
 

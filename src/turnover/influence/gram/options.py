@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from turnover.batches import Batch
-from turnover.dropout.modules import device_of, evaluating, whole
+from turnover.dropout.modules import device_of, evaluating, weights_digest
 from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
@@ -102,13 +101,7 @@ def digest(model: Model) -> str:
     """Hash of the weights, and of the masks where there are any."""
     if isinstance(model, Network):
         return model.digest()
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-            flat = whole(value.detach()).contiguous().cpu().flatten()
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return weights_digest(model.state_dict())
 
 
 def measure(models: Sequence[Model], batch: Batch) -> None:
@@ -148,7 +141,7 @@ def residual_of(model: Model, objective: Objective, options: Gram) -> float:
 
 
 def capture_of(
-    model: Model, objective: Objective, options: Gram, *, wrong: bool
+    model: Model, objective: Objective, options: Gram, *, residuals: bool
 ) -> Capture | MaskCapture:
     """What gives the gradients of a model's rows.
 
@@ -156,7 +149,7 @@ def capture_of(
         model: a network or any module.
         objective: cost of a prediction.
         options: how to score.
-        wrong: whether to find the probability of every label.
+        residuals: whether to find the probability of every label.
 
     Raises:
         InputError: nothing is trained, or mask features of what has no masks.
@@ -168,8 +161,8 @@ def capture_of(
                 'features="masks" are derivatives by the masks of a turn-over network: give one '
                 'from turnover.attach, or take features="gradients"'
             )
-        return MaskCapture(model, objective, wrong=wrong, directions=count)
+        return MaskCapture(model, objective, residuals=residuals, directions=count)
     if isinstance(model, Network):
         within = model.mean
-        return Capture(model.model, objective, wrong=wrong, directions=count, within=within)
-    return Capture(model, objective, wrong=wrong, directions=count)
+        return Capture(model.model, objective, residuals=residuals, directions=count, within=within)
+    return Capture(model, objective, residuals=residuals, directions=count)
