@@ -68,11 +68,7 @@ class ResolvedSite:
     """The module, this one or one around it, that has ``batch_first=False``."""
 
     def check_runs(self) -> None:
-        """Refuse LoRA that does not run the module once on each row of the batch.
-
-        Raises:
-            InputError: the weights are merged into the base layer, or an unsupported kind of adapter.
-        """
+        """Refuse LoRA that does not run the module once on each row of the batch."""
         lora.check(self.name, self.lora_layer, self.adapter)
 
 
@@ -135,12 +131,7 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
 def _match(
     request: SiteLike, modules: dict[str, nn.Module], roots: dict[str, nn.Module]
 ) -> list[str]:
-    """Names of the modules that a request matches.
-
-    Args:
-        modules: candidates.
-        roots: the model itself, by the names of its wrappers; presets may look for it.
-    """
+    """Names of the modules that a request matches; presets also see the model itself (``roots``)."""
     if isinstance(request, type):
         names = [name for name, module in modules.items() if isinstance(module, request)]
         if not names:
