@@ -15,10 +15,10 @@ from torch import nn
 from turnover import InputError, evaluation, objectives
 from turnover.evaluation import (
     Recipe,
+    Retraining,
     Subsets,
     draw_subsets,
     lds,
-    Retraining,
     leave_one_out,
     memorization,
     minus_cost,

@@ -254,9 +254,7 @@ def test_retraining_gives_the_logits_of_each_subset_and_seed(data):
     keep = np.zeros((3, ROWS), dtype=np.bool_)
     keep[0, :20], keep[1, 10:30], keep[2, 5:] = True, True, True  # of different sizes
     masked = Masked(("1",))
-    logits = retrain(
-        Retraining(mlp, x, y, RECIPE, x[:4], masked=masked), Subsets(keep), [8, 6]
-    )
+    logits = retrain(Retraining(mlp, x, y, RECIPE, x[:4], masked=masked), Subsets(keep), [8, 6])
     assert logits.shape == (3, 2, 4, CLASSES) and logits.dtype == np.float32
     for subset, seed in ((0, 8), (1, 6), (2, 8)):
         rows = torch.from_numpy(np.flatnonzero(keep[subset]))

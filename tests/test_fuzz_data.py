@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from turnover.data.text import TextData, read
 from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.io.parsing import (
     DEPTH,
+    convert,
     damage,
     parse_json,
     read_json,
@@ -252,6 +254,46 @@ def test_damaged_subsets_are_the_same_or_refused(folder: Path, values: Any) -> N
     found: list[Subsets] = []
     if fuzzing.refused(lambda: found.append(Subsets.read(path)), str(path)) is None:
         assert found[0].sha256 == SUBSETS["sha256"]
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    x: float
+    at: tuple[int, int] = (0, 0)
+    more: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.x >= 0:
+            raise InputError("x must be >= 0")
+
+
+@fuzzing.bounded(300)
+@given(values=fuzzing.changed({"name": "a", "x": 1.5, "at": [1, 2], "more": {"b": 2.5}}))
+def test_values_are_of_their_types_or_refused_by_file(values: Any) -> None:
+    found: list[Point] = []
+    if fuzzing.refused(lambda: found.append(convert(values, Point, "a.json")), "a.json") is None:
+        (point,) = found
+        assert type(point.name) is str and type(point.x) is float and point.x >= 0
+        assert len(point.at) == 2 and all(type(one) is int for one in point.at)
+        assert all(type(one) is float for one in point.more.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"x": 1.5}, "`name`"),
+        ({"name": 1, "x": 1}, r"\$\.name"),
+        ({"name": "a", "x": True}, r"\$\.x"),
+        ({"name": "a", "x": 1, "at": [1]}, r"\$\.at"),
+        ({"name": "a", "x": -1}, "x must be >= 0"),
+        ({"name": "a", "x": 1, "z": 1}, "unknown fields 'z'"),
+        ([1, 2], "object"),
+    ],
+)
+def test_the_field_of_another_type_is_named(values: Any, said: str) -> None:
+    with pytest.raises(InputError, match=rf"^a\.json: damaged.*{said}"):
+        convert(values, Point, "a.json", closed=True)
 
 
 @fuzzing.bounded(100)

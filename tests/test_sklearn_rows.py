@@ -60,7 +60,7 @@ def test_weights_multiply_the_losses_of_their_rows():
     seen = []
 
     class Watched(TurnoverClassifier):
-        def _optimise(self, generator, weights):
+        def _train(self, generator, weights):
             seen.append(weights)
 
     Watched(units=64, random_state=0).fit(X, Y, ids=IDS, sample_weight=weights)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.data.classes import check_alike, closest, is_missing
@@ -58,6 +60,9 @@ class Data(Protocol):
 
     def shown(self, row: int) -> str:
         """What a list shows for a row."""
+
+    def image(self, row: int) -> NDArray[np.uint8] | None:
+        """Pixels of a row, uint8 (size, size, 3); ``None`` for data that are not images."""
 
     def table(self) -> dict[str, list[Any]]:
         """Columns for a file: key, label, and what the instances are."""

@@ -114,11 +114,11 @@ class ImageReader:
 
     Args:
         size: height and width of the images given to the network.
+        ranges: those of images read before.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._ranges: Ranges = {}
+    def __init__(self, size: int, ranges: Ranges | None = None) -> None:
+        self._size, self._ranges = size, ranges or {}
 
     def __call__(self, source: str, columns: Columns = COLUMNS, **options: Any) -> ImageData:
         """As :func:`read_images`."""

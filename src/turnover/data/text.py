@@ -57,6 +57,9 @@ class TextData:
         """What a list shows for a row: its text."""
         return self.texts[row]
 
+    def image(self, row: int) -> None:
+        """Texts have no images."""
+
     def contents(self) -> list[str]:
         """The texts."""
         return self.texts

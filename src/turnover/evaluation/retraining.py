@@ -61,9 +61,7 @@ class Retraining:
     progress: bool = False
 
 
-def retrain(
-    retraining: Retraining, subsets: Subsets, seeds: Sequence[int]
-) -> NDArray[np.float32]:
+def retrain(retraining: Retraining, subsets: Subsets, seeds: Sequence[int]) -> NDArray[np.float32]:
     """Return outputs of networks trained on every subset, with every seed.
 
     Take other seeds than those of the networks whose attributions are judged: sharing an
@@ -179,7 +177,10 @@ def check_scores(scores: NDArray[np.floating], retraining: Retraining) -> Tensor
 
 
 def outputs_without(
-    retraining: Retraining, removed: Sequence[NDArray[np.int64]], seeds: Sequence[int], labels: Tensor
+    retraining: Retraining,
+    removed: Sequence[NDArray[np.int64]],
+    seeds: Sequence[int],
+    labels: Tensor,
 ) -> NDArray[np.float32]:
     """Return minus the cost of the targets after trainings without some instances.
 

@@ -12,14 +12,16 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from turnover.errors import InputError
+from turnover.errors import InputError, needing
 from turnover.io.files import replacing
 
 DEPTH = 64
 """Lists and objects within one another."""
+_Value = TypeVar("_Value")
 _LARGEST_TOML = 2**20
 _DAMAGE = (
     *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError),
@@ -160,6 +162,38 @@ def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
         raise
     except _DAMAGE as error:
         raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
+
+
+@overload
+def convert(values: Any, kind: type[_Value], where: object, *, closed: bool = False) -> _Value: ...
+@overload
+def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> Any: ...
+def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> Any:
+    """Check plain values from a file against a type, and convert them to it, by msgspec.
+
+    Integers pass for floats; nothing else changes its type, and a bool is no integer.
+
+    Args:
+        values: as JSON or TOML holds them.
+        kind: a dataclass, or any type that msgspec knows: ``list[str]``, ``int | None``, ``Literal[...]``.
+        where: the file, for messages.
+        closed: refuse fields that the dataclass does not have.
+
+    Raises:
+        InputError: a missing field, one of another type (it is named), or one that the dataclass refuses.
+    """
+    with needing("reading files", "turnover[results]", "turnover[evaluation]"):
+        import msgspec
+    try:
+        if closed and isinstance(values, dict):
+            unknown = values.keys() - {one.name for one in fields(kind)}
+            if unknown:
+                raise ValueError(f"unknown fields {', '.join(map(repr, sorted(unknown)))}")
+        return msgspec.convert(values, kind)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: damaged, or of another version ({error}); restore it"
+        ) from error
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:

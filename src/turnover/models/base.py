@@ -30,8 +30,15 @@ class Config(Protocol):
         """Name or folder of the model."""
 
     @property
+    def epochs(self) -> int:
+        """Passes over the training data, unless asked otherwise."""
+
+    @property
     def head_units(self) -> int:
         """Mask units of the wide head."""
+
+    def reader(self) -> Callable[..., Data]:
+        """A reader of such data: :func:`turnover.data.text.read`, or one called in the same way."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -51,6 +58,9 @@ class Pipeline(Protocol):
         Raises:
             InputError: data that it cannot take.
         """
+
+    def reader(self) -> Callable[..., Data]:
+        """A reader of data that compare with the training data (:meth:`Config.reader`)."""
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """What is done once before training."""

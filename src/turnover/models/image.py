@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded, Pixels
-from turnover.data.images import ImageData, read_image, write_images
+from turnover.data.images import ImageData, ImageReader, read_image, write_images
 from turnover.data.jsonl import read_rows, write_rows
 from turnover.data.scaling import Ranges, check_ranges, colors, saved_ranges
 from turnover.errors import InputError
@@ -37,16 +37,17 @@ class ImageClassifierConfig:
 
     Attributes:
         model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.models.vgg.VGG`).
-        size: height and width of the images, a multiple of 32.
+        size: height and width in pixels to which images are resized, a multiple of 32.
         width: channels of the first convolution.
         hidden: units of the two fully connected hidden layers of a network trained from scratch.
         augment: shift and mirror the images in training; a shifted image keeps its instance's mask.
-        weights: safetensors file with the pretrained weights of such a VGG, of which the convolutions
-            are taken and kept frozen below a wide head; ``None``: trained from scratch.
+        weights: pretrained weights of such a VGG (safetensors, torchvision's names); its convolutions
+            stay frozen below a wide head. Default: the network is trained from scratch.
         head_units: mask units of the wide head.
     """
 
     kind: ClassVar[str] = "image"
+    epochs: ClassVar[int] = 10
     model: str = "vgg11"
     size: int = 32
     width: int = 64
@@ -77,6 +78,10 @@ class ImageClassifierConfig:
     def sites(self) -> tuple[str, ...]:
         """What is masked by default: everything that is trained."""
         return vgg.SITES if self.weights is None else ("head",)
+
+    def reader(self) -> Callable[..., ImageData]:
+        """Reads images of this size."""
+        return ImageReader(self.size)
 
     def network(self, classes: int) -> nn.Module:
         """A new network, nothing loaded; its weights are drawn from torch's default generator."""
@@ -110,6 +115,10 @@ class ImagePipeline:
             self.deviation,
             self.config.augment,
         )
+
+    def reader(self) -> Callable[..., ImageData]:
+        """Reads images of the training images' size, with their ranges."""
+        return ImageReader(self.config.size, self.ranges)
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """Standardise the input of a wide head, where there is one."""

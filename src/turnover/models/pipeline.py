@@ -8,13 +8,32 @@ from typing import Any
 from torch import nn
 
 from turnover.data.base import Data
+from turnover.data.image_folders import holds_images
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
 from turnover.models import image, text
 from turnover.models.base import Config, Pipeline
+from turnover.models.text_classifier import ClassifierConfig
 
 KINDS: dict[str, Any] = {"text": text, "image": image}
 """Kinds of data, and the module that builds and loads their models: add a kind here."""
+
+
+def config_class(model: str, source: str) -> type[Any]:
+    """The configuration of a model: of an image classifier, or else of a text encoder.
+
+    Args:
+        model: name or folder.
+        source: the training data.
+
+    Raises:
+        InputError: a text encoder for images.
+    """
+    if model in image.IMAGE_MODELS:
+        return image.ImageClassifierConfig
+    if source.lower().endswith(".npz") or holds_images(Path(source)):
+        raise InputError(f"{source} holds images: give --model {' or '.join(image.IMAGE_MODELS)}")
+    return ClassifierConfig
 
 
 def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:

@@ -41,6 +41,10 @@ class TextPipeline:
         self.limits.check(tokens, data.keys, self.config.max_tokens, self.tokenizer)
         return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
 
+    def reader(self) -> Callable[..., TextData]:
+        """Reads texts."""
+        return self.config.reader()
+
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """Standardise the head's input on the pretrained encoder's features of some instances."""
         assert isinstance(model, TextClassifier)

@@ -7,7 +7,7 @@ head's units), so nothing that learns an instance is shared with its hidden sub-
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from turnover.data.text import TextData, read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError, needing
 from turnover.io.parsing import damage, field, read_object
@@ -44,11 +45,12 @@ class ClassifierConfig:
     Attributes:
         model: Hugging Face name or folder of the encoder.
         head_units: mask units of the wide head.
-        lora_rank: rank of the LoRA components; each is one mask unit.
-        max_tokens: longer texts are cut.
+        lora_rank: rank of the LoRA components, one mask unit each (texts).
+        max_tokens: tokens to which longer texts are cut.
     """
 
     kind: ClassVar[str] = "text"
+    epochs: ClassVar[int] = 3
     model: str
     head_units: int = 8192
     lora_rank: int = 16
@@ -63,6 +65,10 @@ class ClassifierConfig:
     def sites(self) -> tuple[str, ...]:
         """What is masked by default: everything that is trained."""
         return SITES
+
+    def reader(self) -> Callable[..., TextData]:
+        """Reads texts."""
+        return read
 
 
 class TextClassifier(nn.Module):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from turnover.data.images import ImageData
 from turnover.errors import InputError
 from turnover.io.parsing import read_json
 from turnover.report.content import (
@@ -18,40 +17,15 @@ from turnover.report.content import (
     NoiseFloor,
     ReportContent,
 )
-from turnover.report.pictures import Shelf
+from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run
-from turnover.runs.targets import read_targets
-from turnover.tasks.explain import Explanation, explain, influential, rows_by_id
+from turnover.tasks.explain import Explanation, explain_errors, influential, rows_by_id
 
 _OVERALL = 50
 _OBJECTIVES = {
     "margin": "the margin (minus the log-odds of the true class, in nats)",
     "cross_entropy": "the cross entropy of the true class (in nats)",
 }
-
-
-def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
-    """Explanations of every misclassified test row of a scored run.
-
-    ``top`` and ``among`` are those of :func:`~turnover.tasks.explain.explain`.
-
-    Raises:
-        InputError: the run has not been scored, or its results belong to another model.
-    """
-    rows, predicted, confidence = read_targets(run)
-    if not len(rows):
-        return []
-    return explain(
-        run.read_result("errors"),
-        run.train,
-        run.test,
-        rows.tolist(),
-        predicted.tolist(),
-        confidence.tolist(),
-        top=top,
-        among=among,
-        gram=run.read_result("gram") if run.has_result("gram") else None,
-    )
 
 
 def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent:
@@ -86,14 +60,12 @@ def _images(
     run: Run, errors: tuple[Explanation, ...], overall: tuple[HarmfulOverall, ...]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Links to the images that are shown, of the training and of the test data."""
-    if not isinstance(run.train, ImageData) or not isinstance(run.test, ImageData):
-        return {}, {}
     keys = [item.key for item in overall]
     for error in errors:
         keys += [item.key for item in (*error.helpful, *error.harmful)]
         if error.gram is not None:
             keys += [item.key for item in (*error.gram.helpful, *error.gram.harmful)]
-    return Shelf(run.train).links(keys), Shelf(run.test).links([error.key for error in errors])
+    return thumbnails(run.train, keys), thumbnails(run.test, [error.key for error in errors])
 
 
 def _curves(path: Path, curves: dict[str, Any]) -> tuple[Curve, ...]:

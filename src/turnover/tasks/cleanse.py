@@ -315,9 +315,7 @@ def _check(
             )
 
 
-def _estimated(
-    name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen
-) -> Ranking:
+def _estimated(name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Ranking:
     # The plain loss of another domain is largely that of a threshold and a confidence that do not
     # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
     if name == "turn-over":

@@ -11,6 +11,8 @@ import numpy as np
 from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.results.result import Result
+from turnover.runs.run import Run
+from turnover.runs.targets import read_targets
 
 SIGNIFICANT_Q = 0.05
 AMONG = ("predicted", "true")
@@ -132,6 +134,32 @@ def influential(
             float(q[column]),
         )
         for column in columns
+    )
+
+
+def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
+    """Explain every misclassified test row of a scored run.
+
+    Args:
+        top: as in :func:`explain`.
+        among: likewise.
+
+    Raises:
+        InputError: the run has not been scored, or its results belong to another model.
+    """
+    rows, predicted, confidence = read_targets(run)
+    if not len(rows):
+        return []
+    return explain(
+        run.read_result("errors"),
+        run.train,
+        run.test,
+        rows.tolist(),
+        predicted.tolist(),
+        confidence.tolist(),
+        top=top,
+        among=among,
+        gram=run.read_result("gram") if run.has_result("gram") else None,
     )
 
 

@@ -43,8 +43,8 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the training data.
         batch_size: rows in a step.
-        learning_rate: of all that is trained but wide heads, decaying linearly to 0.
-        head_learning_rate: of wide heads, decaying linearly to 0.
+        learning_rate: learning rate of all but wide heads, with a linear decay to 0.
+        head_learning_rate: learning rate of wide heads, with a linear decay to 0.
         seed: of initial weights, order and ordinary dropout.
         class_weights: what a row counts in the training loss, by its class: ``"balanced"``, or weights by
             the names of classes; ``None``: all rows count the same. What is measured is never weighted.
@@ -252,6 +252,8 @@ def train(
         )
     model.eval()
     return curves
+
+
 @contextmanager
 def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Iterator[None]:
     """Ordinary random dropout at the sites, in training mode: what turn-over dropout replaces."""

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.data.base import Data
-from turnover.data.images import ImageData
 from turnover.errors import InputError
 from turnover.results.calibration import NoiseFloor
 from turnover.results.result import Result
@@ -105,7 +104,7 @@ class Contents:
         return {
             "name": run.folder.resolve().name,
             "classes": run.train.classes,
-            "images": isinstance(run.train, ImageData),
+            "images": run.train.image(0) is not None,
             "errors": len(self._rows),
             "training": len(run.train),
             "test": len(run.test),
@@ -233,12 +232,13 @@ class Contents:
             InputError: no such image.
         """
         data: Data = self._run.train if side == "train" else self._run.test
-        if not isinstance(data, ImageData) or not 0 <= row < len(data):
+        pixels = data.image(row) if 0 <= row < len(data) else None
+        if pixels is None:
             raise InputError(f"there is no image of {side} row {row}")
         from PIL import Image
 
         written = io.BytesIO()
-        Image.fromarray(data.image(row)).save(written, "PNG")
+        Image.fromarray(pixels).save(written, "PNG")
         return written.getvalue()
 
     def check_row(self, row: int) -> None:

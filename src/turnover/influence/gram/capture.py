@@ -45,14 +45,14 @@ class Rows:
         parts: gradients by part of the network; a part that the rows did not come by is left out. Each
             row has one for each of its directions, one below another.
         costs: objective, float32 (rows,).
-        wrong: 1 minus the probability of the label, float32 (rows,), where it is asked for.
+        residuals: 1 minus the probability of the label, float32 (rows,), where it is asked for.
         weights: float32 (rows, directions), that make the gradient of the margin of those along the
             directions; ``None``: the gradient is that of the objective.
     """
 
     parts: dict[str, Factors]
     costs: Tensor
-    wrong: Tensor | None = None
+    residuals: Tensor | None = None
     weights: Tensor | None = None
 
     @property
@@ -78,7 +78,7 @@ class Capture:
     Args:
         model: in any mode; it is run in eval mode, and left as it was.
         objective: callable (outputs, batch) -> (rows,).
-        wrong: whether to find the probability of every label.
+        residuals: whether to find the probability of every label.
         directions: of a training instance; 0: its gradient is that of the objective.
         within: makes a context that every forward is run in.
 
@@ -91,14 +91,14 @@ class Capture:
         model: nn.Module,
         objective: Objective,
         *,
-        wrong: bool,
+        residuals: bool,
         directions: int = 0,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._within = within
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._objective = objective
-        self._wrong = wrong
+        self._residuals = residuals
         self._directions = directions
         check(self._model)
         self._parts, self._general = divided(self._model)
@@ -187,7 +187,7 @@ class Capture:
         if len(seen) < len(self._parts) and has_reentrant([values]):
             raise InputError(REENTRANT)
         with torch.no_grad():
-            wrong = wrongness(outputs, batch) if self._wrong else None
+            residuals = label_residuals(outputs, batch) if self._residuals else None
         calls = [(name, one) for name, every in seen.items() for one in every]
         given = dict(enumerate(tensors([outputs]))) if self.general else {}
         given = {number: one for number, one in given.items() if one.requires_grad}
@@ -222,7 +222,7 @@ class Capture:
             # Of the objective, which picks the logits of labels, nothing goes to a layer.
             held = tensors([outputs]) or [values]
             self._rearranges = self._rearranges or any(map(may_rearrange, held))
-        return Rows(parts, values.detach(), wrong, weights), layout, _inputs(seen)
+        return Rows(parts, values.detach(), residuals, weights), layout, _inputs(seen)
 
     def _generally(self, batch: Batch, pulls: Sequence[Mapping[int, Tensor]]) -> dict[str, Factors]:
         """Gradients without rules, those of a part given up in the order of its rule's."""
@@ -368,7 +368,7 @@ def directions_of(outputs: Any, batch: Batch, count: int) -> Directions:
     return directions(logits, labels, count)
 
 
-def wrongness(outputs: Any, batch: Batch) -> Tensor:
+def label_residuals(outputs: Any, batch: Batch) -> Tensor:
     """1 minus the probability of the label: float32 (rows,).
 
     Raises:

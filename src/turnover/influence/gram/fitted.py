@@ -62,7 +62,7 @@ class Fitted:
         ridge: float | str,
         *,
         residual: float,
-        own_wrong: bool,
+        own_residual: bool,
         resamples: int,
         limits: Limits,
         scratch: Scratch,
@@ -75,7 +75,7 @@ class Fitted:
             every: costs of the rows, batch by batch.
             ridge: see :func:`turnover.influence.gram.ridge.choose`.
             residual: exponent of 1 minus the probability of the label, which multiplies the scores.
-            own_wrong: whether that of an instance multiplies its score on itself, too, since its
+            own_residual: whether that of an instance multiplies its score on itself, too, since its
                 objective is the loss.
             resamples: number of halves.
             limits: when the matrix goes to disk.
@@ -93,9 +93,9 @@ class Fitted:
                 "the inner products of the training instances' gradients are beyond float32: scale the "
                 "objective down"
             )
-        known = [rows.wrong for rows in every if rows.wrong is not None]
+        known = [rows.residuals for rows in every if rows.residuals is not None]
         factor = torch.cat(known) ** residual if residual else None
-        own = torch.cat(known) if own_wrong else None
+        own = torch.cat(known) if own_residual else None
         chosen = ridges.choose(ridge, k, costs)
         return cls(blocks, k, chosen, weights, factor, own, resamples, limits, costs.device)
 

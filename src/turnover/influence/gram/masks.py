@@ -8,7 +8,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
-from turnover.influence.gram.capture import Rows, directions_of, wrongness
+from turnover.influence.gram.capture import Rows, directions_of, label_residuals
 from turnover.influence.gram.factors import Explicit
 from turnover.influence.linear import finite, mask_gradients
 from turnover.objectives import Objective, costs, logits_of
@@ -20,11 +20,11 @@ class MaskCapture:
     general: tuple[str, ...] = ()
 
     def __init__(
-        self, network: Network, objective: Objective, *, wrong: bool, directions: int = 0
+        self, network: Network, objective: Objective, *, residuals: bool, directions: int = 0
     ) -> None:
         self._network = network
         self._objective = objective
-        self._wrong = wrong
+        self._residuals = residuals
         self._directions = directions
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
@@ -39,7 +39,7 @@ class MaskCapture:
             with torch.no_grad(), self._network.mean():
                 outputs = batch.call(model)
                 values = costs(self._objective, outputs, batch)
-                wrong = wrongness(outputs, batch) if self._wrong else None
+                residuals = label_residuals(outputs, batch) if self._residuals else None
             objectives, weights = [self._objective], None
             if training and self._directions:
                 along = directions_of(outputs, batch, self._directions)
@@ -48,7 +48,7 @@ class MaskCapture:
             gradients = torch.stack(found, dim=1).flatten(0, 1)
         finite(values, "objective")
         return Rows(
-            {"masks": Explicit(finite(gradients, "mask derivative"))}, values, wrong, weights
+            {"masks": Explicit(finite(gradients, "mask derivative"))}, values, residuals, weights
         )
 
 

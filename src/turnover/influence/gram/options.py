@@ -100,7 +100,7 @@ def measure(models: Sequence[Model], batch: Batch) -> None:
     """Learn the widths of sites, by which a network is told, where nothing ran under masks yet."""
     for one in models:
         if isinstance(one, Network) and None in one.units.values():
-            with torch.no_grad(), evaluating(one.model), one._probing():
+            with torch.no_grad(), evaluating(one.model), one.masking.probing():
                 batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
@@ -133,7 +133,7 @@ def residual_of(model: Model, objective: Objective, options: Options) -> float:
 
 
 def capture_of(
-    model: Model, objective: Objective, options: Options, *, wrong: bool
+    model: Model, objective: Objective, options: Options, *, residuals: bool
 ) -> Capture | MaskCapture:
     """What gives the gradients of a model's rows.
 
@@ -141,7 +141,7 @@ def capture_of(
         model: a network or any module.
         objective: cost of a prediction.
         options: how to score.
-        wrong: whether to find the probability of every label.
+        residuals: whether to find the probability of every label.
 
     Raises:
         InputError: nothing is trained, or mask features of what has no masks.
@@ -153,8 +153,8 @@ def capture_of(
                 'features="masks" are derivatives by the masks of a turn-over network: give one '
                 'from turnover.attach, or take features="gradients"'
             )
-        return MaskCapture(model, objective, wrong=wrong, directions=count)
+        return MaskCapture(model, objective, residuals=residuals, directions=count)
     if isinstance(model, Network):
         within = model.mean
-        return Capture(model.model, objective, wrong=wrong, directions=count, within=within)
-    return Capture(model, objective, wrong=wrong, directions=count)
+        return Capture(model.model, objective, residuals=residuals, directions=count, within=within)
+    return Capture(model, objective, residuals=residuals, directions=count)
