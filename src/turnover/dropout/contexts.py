@@ -54,6 +54,8 @@ class Binding:
     last_node: int | None = None
     thread: weakref.ref[Any] | None = None
     """The thread that opened it."""
+    outer: tuple[Binding | None, tuple[str, ...]] = (None, ())
+    """The binding and the training families that were current before it."""
 
     @property
     def by_row(self) -> bool:
@@ -97,15 +99,6 @@ class _Current(threading.local):
         self.binding: Binding | None = None
 
 
-@dataclass
-class _Opened:
-    """An open binding, and what its thread had open before."""
-
-    binding: Binding
-    before: Binding | None
-    training: tuple[str, ...]
-
-
 class Contexts:
     """The open bindings of one network, each in the thread that opened it.
 
@@ -125,28 +118,26 @@ class Contexts:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.family,)
 
-    def enter(self, binding: Binding, *, training: bool) -> _Opened:
+    def enter(self, binding: Binding, *, training: bool) -> None:
         """Open a binding in this thread."""
         binding.thread, binding.first_node = _HERE.thread, next_node()
-        opened = _Opened(binding, self.current.binding, _HERE.training)
+        binding.outer = self.current.binding, _HERE.training
         others = tuple(family for family in _HERE.training if family != self.family)
         bound = training and binding.ids is not None
         _HERE.training = (*others, self.family) if bound else others
         self.used = True
         self.open.append(binding)
         self.current.binding = binding
-        return opened
 
-    def leave(self, opened: _Opened) -> None:
+    def leave(self, binding: Binding) -> None:
         """Close a binding and restore the one before."""
-        binding = opened.binding
         self.open.remove(binding)
         if binding.thread is not _HERE.thread:
             raise BindingError(
                 "a context of a network was entered in one thread and left in another, and stays open in "
                 "the first: enter and leave it in the thread that runs the model"
             )
-        self.current.binding, _HERE.training = opened.before, opened.training
+        (self.current.binding, _HERE.training), binding.outer = binding.outer, (None, ())
         binding.last_node = next_node()
         # Probes are as large as a batch of masks, and their backward runs within the context.
         if binding.probes is None and binding.last_node > binding.first_node:
@@ -216,7 +207,7 @@ class Context:
         self._contexts = contexts
         self._binding = binding
         self._model = model
-        self._opened: list[_Opened] = []
+        self._opened: list[Binding] = []
 
     def __enter__(self) -> None:
         model = self._model
@@ -227,10 +218,11 @@ class Context:
             )
         # Each entry has its own range of autograd nodes.
         binding = replace(self._binding, masks=dict(self._binding.masks), last_node=None)
-        self._opened.append(self._contexts.enter(binding, training=model.training))
+        self._contexts.enter(binding, training=model.training)
+        self._opened.append(binding)
 
     def __exit__(self, *exception: object) -> None:
-        mine = [i for i, one in enumerate(self._opened) if one.binding.thread is _HERE.thread]
+        mine = [i for i, binding in enumerate(self._opened) if binding.thread is _HERE.thread]
         self._contexts.leave(self._opened.pop(mine[-1] if mine else -1))
 
 

@@ -173,10 +173,12 @@ class MaskSpec:
                 f"mask spec fields must be keep, seed and balanced, got {sorted(map(str, rest))}"
             )
         keep, seed, balanced = rest["keep"], rest["seed"], rest["balanced"]
-        if not isinstance(keep, int | float) or not isinstance(seed, int):
-            raise InputError(f"mask spec: keep and seed must be numbers, got {keep!r} and {seed!r}")
-        if not isinstance(balanced, bool):
-            raise InputError(f"mask spec: balanced must be true or false, got {balanced!r}")
+        if not (
+            isinstance(keep, int | float) and isinstance(seed, int) and isinstance(balanced, bool)
+        ):
+            raise InputError(
+                f"mask spec: keep and seed must be numbers, and balanced true or false, got {rest}"
+            )
         return cls(float(keep), seed, balanced)
 
 
