@@ -30,7 +30,11 @@ _INTEGER = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 
 
 class Data(Protocol):
-    """Labelled instances, texts or images."""
+    """Labeled instances of one kind."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the instances: ``"text"``, ``"image"``."""
 
     @property
     def labels(self) -> list[int]:
@@ -59,6 +63,9 @@ class Data(Protocol):
     def shown(self, row: int) -> str:
         """What a list shows for a row."""
 
+    def picture(self, row: int) -> Any:
+        """A row as a Pillow image; ``None`` for kinds that have no picture."""
+
     def table(self) -> dict[str, list[Any]]:
         """Columns for a file: key, label, and what the instances are."""
 
@@ -67,6 +74,8 @@ class Data(Protocol):
 
 
 _Data = TypeVar("_Data", bound=Data)
+Reader = Callable[..., Data]
+"""Reads labeled data: ``reader(source, columns, *, classes=None, split="train", ids_needed=True)``."""
 
 
 @dataclass(frozen=True)

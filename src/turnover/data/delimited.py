@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from turnover.errors import InputError
-from turnover.io.parsing import check_file, check_utf8
+from turnover.io.parsing import check_file, decoded
 
 ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _LONGEST = 2**28
@@ -346,7 +346,8 @@ def _reading(path: Path) -> Iterator[Iterable[str]]:
             yield file
     except UnicodeDecodeError as error:
         with _opened(path) as raw:
-            check_utf8(path, raw)
+            for _ in decoded(raw, path):
+                pass
         raise InputError(f"{path}: not UTF-8 ({error.reason}); write it as UTF-8") from error
 
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class ImageData:
         ranges: of numbers of more than 8 bits (``"integers"``, ``"floats"``), what became 0 and what 255.
     """
 
+    kind: ClassVar[str] = "image"
     pixels: NDArray[np.uint8]
     rows: list[int]
     names: list[str]
@@ -82,6 +83,10 @@ class ImageData:
     def shown(self, row: int) -> str:
         """What a list shows for a row: its name."""
         return self.names[row]
+
+    def picture(self, row: int) -> Any:
+        """A row as a Pillow image."""
+        return load_pillow().fromarray(self.image(row))
 
     def contents(self) -> list[str]:
         """Digests of the pixels."""
@@ -114,11 +119,12 @@ class ImageReader:
 
     Args:
         size: height and width of the images given to the network.
+        ranges: of the first set, if it was read before.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ranges: Ranges | None = None) -> None:
         self._size = size
-        self._ranges: Ranges = {}
+        self._ranges = ranges or {}
 
     def __call__(self, source: str, columns: Columns = COLUMNS, **options: Any) -> ImageData:
         """As :func:`read_images`."""

@@ -40,7 +40,7 @@ def read_rows(
     """
     index = {name: position for position, name in enumerate(classes)}
     labels, ids, keys, held = [], [], [], []
-    for number, row in enumerate(read_objects(path, whole=False), start=1):
+    for number, row in enumerate(read_objects(path, own=True), start=1):
         where = f"{path}: line {number}"
         label, one = field(row, "label", str, where), field(row, "id", int, where)
         if label not in index:

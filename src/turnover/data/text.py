@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class TextData:
         classes: class names, sorted.
     """
 
+    kind: ClassVar[str] = "text"
     texts: list[str]
     labels: list[int]
     ids: Tensor
@@ -56,6 +57,9 @@ class TextData:
     def shown(self, row: int) -> str:
         """What a list shows for a row: its text."""
         return self.texts[row]
+
+    def picture(self, row: int) -> None:
+        """No picture."""
 
     def contents(self) -> list[str]:
         """The texts."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data
+from turnover.data.base import Data, Reader
 from turnover.data.encoded import Encoded, batches
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
@@ -33,6 +33,9 @@ class Config(Protocol):
     def head_units(self) -> int:
         """Mask units of the wide head."""
 
+    def reader(self) -> Reader:
+        """Function that reads labeled data of this kind; test data after the training data."""
+
     @property
     def sites(self) -> tuple[str, ...]:
         """What is masked by default: everything that is trained."""
@@ -44,6 +47,9 @@ class Pipeline(Protocol):
     @property
     def config(self) -> Config:
         """Shape of the model."""
+
+    def reader(self) -> Reader:
+        """Function that reads labeled data which are compared with the run's training data."""
 
     def encode(self, data: Any) -> Encoded:
         """Data as the model takes them.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data
+from turnover.data.base import Data, Reader
 from turnover.data.encoded import Encoded, Pixels
-from turnover.data.images import ImageData, read_image, write_images
+from turnover.data.images import ImageData, ImageReader, read_image, write_images
 from turnover.data.jsonl import read_rows, write_rows
 from turnover.data.scaling import Ranges, check_ranges, colors, saved_ranges
 from turnover.errors import InputError
@@ -73,6 +73,10 @@ class ImageClassifierConfig:
                 f"{self.size} can be built: {str(error).splitlines()[0]}"
             ) from error
 
+    def reader(self) -> Reader:
+        """Function that reads labeled images; numbers of more than 8 bits as in the first set."""
+        return ImageReader(self.size)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """What is masked by default: everything that is trained."""
@@ -93,6 +97,10 @@ class ImagePipeline:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     ranges: Ranges = field(default_factory=dict)
+
+    def reader(self) -> Reader:
+        """Function that reads labeled images which are compared with the training images."""
+        return ImageReader(self.config.size, self.ranges)
 
     def encode(self, data: ImageData) -> Pixels:
         """Pixels, standardised batch by batch.

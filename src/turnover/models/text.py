@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, write
+from turnover.data.base import Data, Reader, write
 from turnover.data.encoded import Encoded, Tokens
 from turnover.data.jsonl import read_rows, write_rows
-from turnover.data.text import TextData
+from turnover.data.text import TextData, read
 from turnover.errors import InputError
 from turnover.models import text_classifier
 from turnover.models.base import standardize
@@ -29,6 +29,10 @@ class TextPipeline:
     config: ClassifierConfig
     tokenizer: Any
     limits: Limits = field(default_factory=Limits)
+
+    def reader(self) -> Reader:
+        """Function that reads labeled texts."""
+        return read
 
     def encode(self, data: TextData) -> Tokens:
         """Tokenised texts.

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from turnover.data.base import Reader
+from turnover.data.text import read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError, needing
 from turnover.io.parsing import damage, field, read_object
@@ -58,6 +60,10 @@ class ClassifierConfig:
         for name in ("head_units", "lora_rank", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    def reader(self) -> Reader:
+        """Function that reads labeled texts."""
+        return read
 
     @property
     def sites(self) -> tuple[str, ...]:
