@@ -494,7 +494,7 @@ def test_a_model_that_raises_is_left_as_it_was(name, times):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     model.last = model.last[1]
     assert hooks_of(model) == before
-    assert network._active is None
+    assert network.masking.active is None
     again = Influence(network, objectives.margin, "exact", ghosts=10).estimate([batch], IDS)
     np.testing.assert_array_equal(again.scores, expected)
 

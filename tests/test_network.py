@@ -427,7 +427,7 @@ def test_checkpointing_does_not_keep_masks_alive():
         with network.exposed(torch.arange(4) + step):
             loss = model(x).sum()
         loss.backward()
-    assert not any(binding.masks for binding in network._contexts.past)
+    assert not any(binding.masks for binding in network.masking.contexts.past)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -282,11 +282,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 @contextmanager
 def _held(network: Network) -> Iterator[None]:
     """No other thread runs the network."""
-    network._contexts.hold()
+    network.masking.contexts.hold()
     try:
         yield
     finally:
-        network._contexts.release()
+        network.masking.contexts.release()
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _kept(network: Network, rows: int, found: dict[str, list[Tensor]]) -> Iterat
 
         return in_this_thread(hook)
 
-    handles = [s.module.register_forward_hook(keep(n)) for n, s in network._sites.items()]
+    handles = [s.module.register_forward_hook(keep(n)) for n, s in network.masking.sites.items()]
     try:
         yield
     finally:

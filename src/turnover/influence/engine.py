@@ -88,7 +88,7 @@ class Engine:
         # All of them: the digest of the network tells the masks of sites that are not scored, too.
         if all(units is not None for units in network.units.values()):
             return
-        with torch.no_grad(), network._probing():
+        with torch.no_grad(), network.masking.probing():
             batch.rows(0, 1).to(device_of(network.model)).call(network.model)
 
     def gradients(self, batches: Sequence[Batch]) -> Tensor:

@@ -179,7 +179,7 @@ class ExactEstimator:
         """
         assert way.affine is not None and way.split is not None
         layer = self._network.model.get_submodule(way.affine)
-        site = self._network._sites[way.split].module
+        site = self._network.masking.sites[way.split].module
         with following(self._network.model, site) as trail, self._network.mean():
             predicted = batch.call(self._network.model)
         if not self._are_made_by(layer, predicted, trail):
@@ -240,7 +240,8 @@ class ExactEstimator:
             bound = part if len(part) > 1 else part.expand(2)
             # The masks of a block serve all targets.
             bindings = {
-                split: self._network._bind_both(bound, self._sites, split=split) for split in splits
+                split: self._network.masking.bind_both(bound, self._sites, split=split)
+                for split in splits
             }
             for index in chosen:
                 way, batch = ways[index], batches[index]
@@ -274,7 +275,7 @@ class ExactEstimator:
         network = self._network
         repeated = target.expanded(2 * ids)
         with (
-            network._context(binding),
+            network.masking.open(binding),
             expanding(network.model, way.place, 2 * ids),
             deriving(network, way),
         ):
@@ -294,7 +295,9 @@ class ExactEstimator:
         repeated = target.expanded(len(ids))
         sides, logits = [], []
         for hidden in (False, True):
-            with self._network._context(self._network._bind(ids, hidden, sites=self._sites)):
+            with self._network.masking.open(
+                self._network.masking.bind(ids, hidden, sites=self._sites)
+            ):
                 outputs = repeated.call(self._network.model)
             sides.append(costs(self._objective, outputs, repeated))
             logits.append(logits_in(outputs))
@@ -332,7 +335,7 @@ class ExactEstimator:
             scores = torch.empty((1, len(ids)), device=plain.device)
             made = self._product(target, way, ids, scores)
             return made and bool(((scores[0] - difference).abs() <= allowed).all())
-        binding = self._network._bind_both(ids, self._sites, split=way.split)
+        binding = self._network.masking.bind_both(ids, self._sites, split=way.split)
         values, logits = self._shared(target, way, binding, len(ids))
         if not bool(((values[1] - values[0] - difference).abs() <= allowed).all()):
             return False
@@ -349,11 +352,11 @@ class ExactEstimator:
 
     def _candidates(self, target: Batch) -> Iterator[Way]:
         network = self._network
-        with torch.enable_grad(), network._probing(self._sites) as probes:
+        with torch.enable_grad(), network.masking.probing(self._sites) as probes:
             target.call(network.model)
         check_reached(self._sites, probes)
         reached = list(probes)  # sites are recorded in the order in which they ran
-        site = network._sites[reached[0]].module
+        site = network.masking.sites[reached[0]].module
         names = {id(module): name for name, module in network.model.named_modules()}
         with (
             recording(network.model.modules()) as outputs,

@@ -10,7 +10,7 @@ from torch import nn
 
 from turnover.batches import Adapter, Batch, as_batch
 from turnover.batches.loaders import Numbers, check_numbered, warn_left_out
-from turnover.dropout.binding import Binding
+from turnover.dropout.contexts import Binding
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.dropout.rowwise import RowCheck
@@ -44,7 +44,7 @@ class Given:
             self.adapter = adapter or model.adapter
             # The mean network; sites that are not asked for need not be fit to run.
             self._rows = RowCheck(
-                model.model, objective, partial(model._context, Binding(sites=frozenset()))
+                model.model, objective, partial(model.masking.open, Binding(sites=frozenset()))
             )
         else:
             self.adapter = adapter or as_batch

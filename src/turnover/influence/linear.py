@@ -57,7 +57,7 @@ def mask_gradients(
     def run() -> Tensor:
         return costs(objective, batch.call(network.model), batch)
 
-    with torch.enable_grad(), network._probing(wanted) as probes:
+    with torch.enable_grad(), network.masking.probing(wanted) as probes:
         values = run()
         check_reached(wanted, probes)
         if not values.requires_grad:

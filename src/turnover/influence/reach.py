@@ -73,7 +73,7 @@ def _depends(
     masks = {site: network.spec.exposed([_GHOST], site, width)[0] for site, width in units.items()}
 
     def change(moved: dict[Run, Tensor]) -> Tensor:
-        with network._probing([site for site, _ in cut], moved):
+        with network.masking.probing([site for site, _ in cut], moved):
             return (run() - values.detach()).abs()
 
     # Of the two together each unit is dropped once.

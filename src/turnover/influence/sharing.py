@@ -171,7 +171,7 @@ def deriving(network: Network, way: Way) -> Iterator[None]:
     forward, own = layer.forward, vars(layer).get("forward")
 
     def both(given: Tensor) -> Tensor:
-        binding = network._active
+        binding = network.masking.active
         if binding is None or given is not binding.exposed:
             return cast(Tensor, forward(given))
         assert binding.whole is not None

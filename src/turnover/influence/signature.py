@@ -157,15 +157,15 @@ def _columns(engine: Engine, method: str, batch: Batch) -> Iterator[Tensor]:
     if method == "linear":
         return
     for hidden in (False, True):
-        binding = network._bind(ghost_ids(1), hidden, every_row=True, sites=engine.sites)
-        with torch.no_grad(), network._context(binding):
+        binding = network.masking.bind(ghost_ids(1), hidden, every_row=True, sites=engine.sites)
+        with torch.no_grad(), network.masking.open(binding):
             yield costs(objective, moved.call(network.model), moved)
 
 
 def _derived(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
     """The objective at the mean network, and the norm of its derivative by the masks: (rows,) each."""
     network = engine.network
-    with torch.enable_grad(), network._probing(engine.sites) as probes:
+    with torch.enable_grad(), network.masking.probing(engine.sites) as probes:
         values = costs(engine.objective, batch.call(network.model), batch)
         if not probes or not values.requires_grad:  # it says what is wrong
             return values, mask_gradients(network, engine.objective, batch, engine.sites).norm(

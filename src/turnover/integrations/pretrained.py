@@ -63,7 +63,7 @@ def check_masks(network: Network, folder: str | Path) -> None:
             f"{folder} was trained under other masks, of {stored.get('spec')} and not "
             f"{network.spec}: {mend}"
         )
-    here = {site.name: (site.axis, site.unit_size) for site in network._sites.values()}
+    here = {site.name: (site.axis, site.unit_size) for site in network.masking.sites.values()}
     if there != here:
         differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
         raise InputError(f"{folder} was trained with other sites (see {differing[:5]}): {mend}")

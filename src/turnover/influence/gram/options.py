@@ -100,7 +100,7 @@ def measure(models: Sequence[Model], batch: Batch) -> None:
     """Learn the widths of sites, by which a network is told, where nothing ran under masks yet."""
     for one in models:
         if isinstance(one, Network) and None in one.units.values():
-            with torch.no_grad(), evaluating(one.model), one._probing():
+            with torch.no_grad(), evaluating(one.model), one.masking.probing():
                 batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
