@@ -24,7 +24,7 @@ from turnover.data.base import Columns
 from turnover.data.text import read
 from turnover.models.encoders import check_tokenizer
 from turnover.models.pipeline import build
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.runs.run import Run
 from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import logits_of_rows

@@ -79,7 +79,7 @@ def demo(
     from turnover.data.demo import model_folder, write_sentences
     from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
-    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.models.text import ClassifierConfig
     from turnover.runs.run import Run, check_new_run, data_digest
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.score import ScoreConfig, score

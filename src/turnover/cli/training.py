@@ -183,13 +183,13 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
     from turnover.data.base import Columns, read_both
-    from turnover.data.image_folders import holds_images
+    from turnover.data.image_sources import holds_images
     from turnover.data.images import ImageReader
     from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
     from turnover.models.base import Config
     from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
-    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.models.text import ClassifierConfig
     from turnover.runs.run import check_new_run
     from turnover.runs.run import data_digest as digest_of
     from turnover.tasks.class_weights import parse_class_weights
@@ -204,7 +204,7 @@ def fit(
             model, image_size, width, hidden, augment, file, head_units
         )
     else:
-        if data.lower().endswith(".npz") or holds_images(Path(data)):
+        if holds_images(data):
             raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
         shape = ClassifierConfig(model, head_units, lora_rank, max_tokens)
     passes = epochs if epochs is not None else (10 if of_images else 3)
@@ -290,7 +290,7 @@ def plan(
     from turnover.data.base import Columns, read_both
     from turnover.data.text import read
     from turnover.dropout.masks import MaskSpec
-    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.models.text import ClassifierConfig
     from turnover.tasks.class_weights import parse_class_weights
     from turnover.tasks.fit import FitConfig
     from turnover.tasks.plan import plan

@@ -1,4 +1,4 @@
-"""Builds and loads the model of a run, whatever kind of data it takes."""
+"""Builds and loads the model of a run, for every kind of data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turnover.models import image, text
 from turnover.models.base import Config, Pipeline
 
 KINDS: dict[str, Any] = {"text": text, "image": image}
-"""Kinds of data, and the module that builds and loads their models: add a kind here."""
+"""Module that builds and loads the models of each kind of data. To add a kind, add its module here."""
 
 
 def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
@@ -39,6 +39,6 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     where = folder / "classifier.json"
     kind = read_object(where).get("kind", "text")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{where}: unknown kind of data {kind!r}; there are: {', '.join(KINDS)}")
+        raise InputError(f"{where}: unknown kind of data {kind!r}; known kinds: {', '.join(KINDS)}")
     loaded: tuple[Pipeline, nn.Module] = KINDS[kind].load(folder)
     return loaded
