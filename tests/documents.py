@@ -15,7 +15,11 @@ from torch import nn
 import turnover
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 _BLOCK = re.compile(
     r"(?:<!-- (?P<marker>setup|not run:|file:)(?P<said>.*?)-->\s*)?"

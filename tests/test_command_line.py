@@ -335,7 +335,7 @@ def test_a_run_is_not_written_over_a_file(
 @pytest.mark.slow
 def test_an_unexpected_error_of_a_process_is_a_traceback_and_1(run: Path) -> None:
     program = (
-        "from turnover import cli, run; run.Run.load = None; import sys; "
+        "from turnover import cli; from turnover.runs.run import Run; Run.load = None; import sys; "
         f"sys.argv = ['turnover', 'memorize', {str(run)!r}, '--json']; cli.main()"
     )
     finished = subprocess.run(

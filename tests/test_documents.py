@@ -115,6 +115,43 @@ def test_targets_of_make_and_extras_that_pages_name_exist() -> None:
             assert set(named.split(",")) <= set(extras), f"{name_of(page)}: {named}"
 
 
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=name_of)
+def test_title_of_a_page_has_at_most_five_words(page: Path) -> None:
+    title = page.read_text(encoding="utf-8").splitlines()[0]
+    assert title.startswith("# ")
+    assert len(title.removeprefix("# ").split()) <= 5
+
+
+def test_modules_that_pages_name_exist() -> None:
+    source = ROOT / "src" / "turnover"
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        text = page.read_text()
+        for name in re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", text):
+            assert (ROOT / name).exists() or (source / name).exists(), f"{name_of(page)}: {name}"
+
+
+def test_make_help_lists_every_target() -> None:
+    shown = subprocess.run(
+        ["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert [target for target, said in lines if said] == phony.split()
+
+
+def test_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    yaml = pytest.importorskip("yaml")
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.partition("\nlint:")[2].partition("\n\n")[0].splitlines()[1:]
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    commands = [hook["entry"] for hook in local["hooks"]]
+    assert commands == [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe]
+
+
 def test_reference_has_every_public_name() -> None:
     shown = {
         line.removeprefix("::: ").strip()

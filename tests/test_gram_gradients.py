@@ -10,7 +10,9 @@ from torch import nn
 import tiny
 from turnover import Batch, objectives
 from turnover.influence.gram.capture import Capture
+from turnover.influence.gram.factors import Explicit
 from turnover.influence.gram.kernel import block_of, cross_of, gram_of
+from turnover.influence.gram.rules import Rule, register
 
 ROWS = 6
 
@@ -79,6 +81,38 @@ class Sequential(nn.Module):
         return self.last(torch.tanh(self.first(x.transpose(0, 1))).mean(dim=0))
 
 
+class Gain(nn.Module):
+    """A layer that turnover does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class WrongGain(Gain):
+    """Its rule forgets a factor."""
+
+
+@register(Gain)
+class GainRule(Rule):
+    def factors(self, module, trained, calls):
+        return Explicit(sum((call.back * call.inputs).sum(dim=1) for call in calls))
+
+
+@register(WrongGain)
+class WrongRule(GainRule):
+    def factors(self, module, trained, calls):
+        return Explicit(1.1 * super().factors(module, trained, calls).matrix)
+
+
+def gained(kind):
+    layers = nn.Linear(6, 6), nn.Tanh(), kind(), nn.Flatten(), nn.Linear(30, tiny.CLASSES)
+    return nn.Sequential(*layers)
+
+
 def whole_bert(layers=1):
     from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -121,10 +155,12 @@ MODELS = {
     "lora": (tiny.bert, lambda: tiny.texts(ROWS)),
     "bert": (whole_bert, lambda: tiny.texts(ROWS)),
     "gpt2": (tiny.gpt2, lambda: tiny.texts(ROWS)),
+    "rule from outside": (lambda: gained(Gain), lambda: tiny.features(ROWS, 5, 6)),
 }
 GENERAL = {
     "shared weights": (Recurring, tokens),
     "attention": (Attention, lambda: tiny.features(ROWS, 5, 6)),
+    "wrong rule": (lambda: gained(WrongGain), lambda: tiny.features(ROWS, 5, 6)),
     "rows second": (Sequential, lambda: tiny.features(ROWS, ROWS, 5)),
 }
 
@@ -148,7 +184,7 @@ def by_hand(model, batch, objective=objectives.margin):
 
 
 def kernel(model, batch, blocks=1):
-    capture = Capture(model, objectives.margin, wrong=False)
+    capture = Capture(model, objectives.margin, residuals=False)
     step = -(-len(batch) // blocks)
     starts = range(0, len(batch), step)
     made = [block_of([capture.rows(batch.rows(i, i + step))]) for i in starts]
@@ -188,7 +224,7 @@ def test_batches_of_different_lengths_are_one_training_set():
     batches = [Batch(tiny.texts(3, n, seed=n), tiny.labels(3, n)) for n in (4, 9, 6)]
     gradients = np.concatenate([by_hand(model, batch) for batch in batches])
     expected = gradients @ gradients.T
-    capture = Capture(model, objectives.margin, wrong=False)
+    capture = Capture(model, objectives.margin, residuals=False)
     made = [block_of([capture.rows(batch) for batch in batches])]
     out = torch.empty(9, 9)
     gram_of(made, out)

@@ -25,7 +25,7 @@ from turnover import InputError
 from turnover.data.base import Columns
 from turnover.data.images import ImageData, Pixels, read_images, write_images
 from turnover.models.vgg import VGG
-from turnover.report.pictures import Shelf
+from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run
 from turnover.tasks.training import TrainingConfig, train
 
@@ -301,7 +301,7 @@ def test_errors_are_explained_on_a_contact_sheet_and_in_the_report(
         colours = np.asarray(image.convert("RGB"))
     target = np.asarray(Run.load(run).test.image(Run.load(run).test.keys.index(found[0]["key"])))
     assert (colours == target[16, 16]).all(axis=2).any()
-    (link,) = Shelf(Run.load(run).test).links([found[0]["key"]]).values()
+    (link,) = thumbnails(Run.load(run).test, [found[0]["key"]]).values()
     turnover("report", run, "--out", tmp_path / "with.html")
     assert link in (tmp_path / "with.html").read_text()
     turnover("report", run, "--out", tmp_path / "without.html", "--no-text")

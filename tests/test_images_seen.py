@@ -403,7 +403,7 @@ def test_on_the_command_line_a_warning_is_one_line_that_a_terminal_does_not_obey
     (tmp_path / "set" / "a" / "notes.t\x1b[2Jxt").write_text("")
     command = ("fit", tmp_path / "set", "--model", "vgg11", "--test", tmp_path / "absent.npz")
     said = turnover(*command, "--out", tmp_path / "run", expect=2)
-    (left,) = said.stdout.splitlines()
-    (refused,) = said.stderr.splitlines()
-    assert left.startswith(f"{tmp_path / 'set'}: 1 file is not an image")
+    left, refused = said.stderr.splitlines()
+    assert not said.stdout
+    assert left.startswith(f"turnover: {tmp_path / 'set'}: 1 file is not an image")
     assert ".t\\x1b[2jxt (1)" in left and "absent.npz" in refused

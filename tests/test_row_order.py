@@ -102,7 +102,7 @@ def autograd(model, batch):
 )
 def test_gram_is_right_where_rows_are_sorted_in_later_batches_only(model, batches):
     model = tiny.randomise(model()).eval()
-    capture = Capture(model, objectives.cross_entropy, wrong=False)
+    capture = Capture(model, objectives.cross_entropy, residuals=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for x, labels in batches:

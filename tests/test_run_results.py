@@ -18,11 +18,12 @@ from test_cli import turnover
 from test_images import folders, run  # noqa: F401 - fixtures: a run of images, with its results
 from turnover import InputError
 from turnover.io.parsing import read_json, write_json
-from turnover.report.from_run import content, explain_errors
+from turnover.report.from_run import content
 from turnover.results.reader import open_result
 from turnover.runs.run import Run
 from turnover.tasks import cleanse
 from turnover.tasks import score as scoring
+from turnover.tasks.explain import explain_errors
 from turnover.tasks.review import review
 from turnover.tasks.score import ScoreConfig, score
 

@@ -31,7 +31,7 @@ from turnover.models.text import ClassifierConfig, build_classifier
 from turnover.runs.run import Run, write_digests
 
 SOURCE = Path(package.__file__).parent
-BETWEEN_PROCESSES = ("integrations/ray.py", "integrations/ray_tasks.py")
+BETWEEN_PROCESSES = ("influence/ray_blocks.py",)
 """Ray's transport pickles, from one of the user's own processes to another."""
 OF_OUR_OWN_NAMES = ("report/render.py",)
 """Imports libraries by names that stand in it."""

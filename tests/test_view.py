@@ -31,8 +31,8 @@ from test_cli import encoder, fit_arguments, sentences, turnover, write_csv  # n
 from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover.errors import InputError
-from turnover.report.from_run import explain_errors
 from turnover.runs.run import Run
+from turnover.tasks.explain import explain_errors
 from turnover.tasks.review import read_decisions
 from turnover.view import open_view
 from turnover.view.columns import open_columns

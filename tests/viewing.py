@@ -102,7 +102,7 @@ def serving(run: Path) -> Iterator[Server]:
 def serving_process(run: Path) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
     """`turnover view` itself; killed at the end where it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "turnover.cli", "view", str(run), "--no-open"],
+        [sys.executable, "-m", "turnover", "view", str(run), "--no-open"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

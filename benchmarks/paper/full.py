@@ -30,11 +30,12 @@ from turnover.io.parsing import read_json
 from turnover.models.image import ImageClassifierConfig
 from turnover.models.text import ClassifierConfig
 from turnover.models.vgg import VGG
-from turnover.report.from_run import content, explain_errors
+from turnover.report.from_run import content
 from turnover.report.pictures import write_sheet
 from turnover.report.render import write
 from turnover.runs.run import Run
 from turnover.tasks.cleanse import LOSS, NONE, RANDOM, cleanse, taken_out
+from turnover.tasks.explain import explain_errors
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.score import ScoreConfig, score
 from turnover.tasks.training import TrainingConfig, evaluate, logits_of_rows

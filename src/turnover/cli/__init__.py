@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 from turnover import __version__
 from turnover.errors import BindingError, InputError, needing
@@ -23,11 +23,11 @@ except InputError as error:
 
 from turnover.cli.labels import cleanse, predict, review
 from turnover.cli.output import visible
-from turnover.cli.places import anywhere
 from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
 
+_SHOW = warnings.showwarning
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 """Exit codes; what fails unexpectedly ends with a traceback and Python's own 1."""
 
@@ -53,7 +53,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     demo: "turnover demo --out runs/demo",
 }
 for command, example in EXAMPLES.items():
-    app.command(epilog=f"Example: {example}")(anywhere(command))
+    app.command(epilog=f"Example: {example}")(command)
 
 
 @app.callback()
@@ -72,11 +72,10 @@ def turnover(
 def main() -> None:
     """Entry point; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    plain, warnings.formatwarning = warnings.formatwarning, _format
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show
         _main()
-    finally:
-        warnings.formatwarning = plain
 
 
 def _main() -> NoReturn:
@@ -108,21 +107,19 @@ def _usage(error: Exception) -> str:
     return f"{message.rstrip('.')}{asked}"
 
 
-_HERE = Path(__file__).parents[1]
-_PLAIN = warnings.formatwarning
-
-
-def _format(
+def _show(
     message: Warning | str,
     category: type[Warning],
     filename: str,
     lineno: int,
+    file: TextIO | None = None,
     line: str | None = None,
-) -> str:
-    """A warning of ours is one line, as an error is; one of a library says where it comes from."""
-    if Path(filename).is_relative_to(_HERE):
-        return _line(str(message))
-    return _PLAIN(message, category, filename, lineno, line)
+) -> None:
+    """Print a warning of ours in one line, as an error; one of a library with its origin."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        sys.stderr.write(_line(str(message)))
+    else:
+        _SHOW(message, category, filename, lineno, file, line)
 
 
 def _line(message: str) -> str:

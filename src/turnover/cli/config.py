@@ -12,14 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tomli_w
 import typer
 
-from turnover.cli.options import RUN
+from turnover.cli.parameters import RUN
 from turnover.errors import InputError
 from turnover.io.parsing import read_toml
 from turnover.runs.run import versions
 
 _MADE = "made"
 """The table of what made a run: read for a note alone."""
-_NOT_OPTIONS = ("ctx", "config", "as_json", "return")
+_NOT_OPTIONS = ("config", "as_json")
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "text"}
 
 

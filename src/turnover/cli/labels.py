@@ -6,57 +6,49 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from turnover.cli.config import config_option
-from turnover.cli.engines import connecting
-from turnover.cli.options import ImageColumn, Json, LabelColumn, RunFolder, Split, TextColumn
+from turnover.cli.options import DATA, Positive, RunFolder
 from turnover.cli.output import Output, check_folder, in_results
-from turnover.cli.reading import reading, say_rows
+from turnover.cli.parameters import Fields, build, command
+from turnover.cli.reading import Source, say_rows
+from turnover.data.base import check_writable
 from turnover.errors import InputError
+from turnover.io.parsing import write_json
+from turnover.runs.run import Run
+from turnover.tasks import cleanse as cleanse_task
+from turnover.tasks import review as review_task
+from turnover.tasks.predict import predict_test, predict_training, write_predictions
 
-if TYPE_CHECKING:
-    from turnover.tasks.cleanse import Cleansing
 
-
+@command()
 def predict(
     run: RunFolder,
-    hidden: Annotated[
-        bool,
-        typer.Option(
-            "--hidden",
-            help="Predict the training rows, each by the network that never learned it, in place of "
-            "the test rows.",
-        ),
-    ] = False,
-    without: Annotated[
-        str | None,
-        typer.Option(
-            help="Predict the test rows without this training instance or group (its key)."
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option(help="Calibrate --hidden on the test rows and their labels.")
-    ] = True,
-    out: Annotated[
-        Path | None, typer.Option(help="CSV file to write; default: in the run's results.")
-    ] = None,
-    as_json: Json = False,
+    output: Output,
+    hidden: Annotated[bool, typer.Option("--hidden")] = False,
+    without: str | None = None,
+    calibrate: bool = True,
+    out: Path | None = None,
 ) -> None:
-    """Write predictions as CSV: of the test rows, or out of sample of the training rows."""
-    from turnover.runs.run import Run
-    from turnover.tasks.predict import predict_test, predict_training, write_predictions
+    """Write predictions as CSV: of the test rows, or out of sample of the training rows.
 
+    Args:
+        hidden: predict the training rows, each by the network that never learned it, instead of the test
+            rows.
+        without: predict the test rows without this training instance or group (its key).
+        calibrate: calibrate --hidden on the test rows and their labels.
+        out: CSV file to write; default: in the run's results.
+    """
     if hidden and without is not None:
         raise InputError(
             "--hidden predicts training rows, --without test rows: give one of the two"
         )
     name = "hidden_predictions.csv" if hidden else "predictions.csv"
     check_folder(out)
-    output = Output(as_json=as_json)
     loaded = Run.load(run)
     mixture: dict[str, float] = {}
     if hidden:
@@ -71,158 +63,106 @@ def predict(
         data, probabilities = loaded.test, predict_test(loaded, without=without)
     path = out or in_results(run, name)
     write_predictions(data, probabilities, path)
-    right = probabilities.argmax(axis=1) == data.labels
-    accuracy = float(right.mean())
+    accuracy = float((probabilities.argmax(axis=1) == data.labels).mean())
     output.say(f"accuracy {accuracy:.3f}; {len(data)} rows: {path}")
     output.document({"file": str(path), "rows": len(data), "accuracy": accuracy, **mixture})
 
 
+@command()
 def review(
     run: RunFolder,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The list to review (CSV); with --decisions the data set after them. Default: in the "
-            "run's results."
-        ),
-    ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="At most so many rows to review.")] = 100,
-    decisions: Annotated[
-        Path | None,
-        typer.Option(help="The list with its column decision filled in: keep, remove or a class."),
-    ] = None,
-    as_json: Json = False,
+    output: Output,
+    out: Path | None = None,
+    budget: Positive = 100,
+    decisions: Path | None = None,
 ) -> None:
-    """List training rows with doubtful labels, or write the data set after the decisions on them."""
-    from turnover.data.base import check_writable
-    from turnover.runs.run import Run
-    from turnover.tasks.review import apply_decisions, review, write_review
+    """List training rows with doubtful labels, or write the data set after the decisions on them.
 
+    Args:
+        out: CSV file for the list; with --decisions the file for the decided data set. Default: in the
+            run's results.
+        budget: most rows to list.
+        decisions: the list with its decision column filled in: keep, remove or a class.
+    """
     name = "review.csv" if decisions is None else "decided.csv"
     if out is not None:
         check_writable(out, ".npz")
         if decisions is None and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
-    output = Output(as_json=as_json)
     loaded = Run.load(run)
     if decisions is not None:
         path = out or in_results(run, name)
-        counts = apply_decisions(loaded, decisions, path)
+        counts = review_task.apply_decisions(loaded, decisions, path)
         said = ", ".join(f"{count} {name}" for name, count in counts.items())
         output.say(f"{said}: {path}")
         output.document({"file": str(path), **counts})
         return
-    flagged = review(loaded, budget=budget)
+    flagged = review_task.review(loaded, budget=budget)
     path = out or in_results(run, name)
-    write_review(flagged, path)
+    review_task.write_review(flagged, path)
     output.say(
-        f"{len(flagged)} training rows whose label the network that never learned them does not share: "
-        f"{path}\nfill in the column decision (keep, remove or a class), then: turnover review "
-        f"{run} --decisions {path} --out cleaned.csv",
+        f"{len(flagged)} training rows whose label differs from the prediction of the network that never "
+        f"learned them: {path}\nfill in the column decision (keep, remove or a class), then: turnover "
+        f"review {run} --decisions {path} --out cleaned.csv",
         highlight=False,
     )
     output.document({"file": str(path), "rows": [asdict(one) for one in flagged]})
 
 
+@command(
+    Fields(Source, DATA, ("text_column", "image_column", "label_column")), config=config_option()
+)
 def cleanse(
     run: RunFolder,
-    validation: Annotated[
-        str,
-        typer.Option(
-            help="Rows to predict better: a file (of images also a folder), or Hugging Face data set."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="File to write: the data set without the rows taken out.")
-    ],
-    ranking: Annotated[
-        Literal["gram", "turn-over", "self"] | None,
-        typer.Option(
-            help="Influence on the validation rows by gram (the default) or turn-over, or self: what "
-            "was learned by heart."
-        ),
-    ] = None,
-    scores: Annotated[
-        Path | None,
-        typer.Option(help="Your own ranking: CSV with key and score, positive = helpful."),
-    ] = None,
-    fraction: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Share to take out, between 0 and 1 (repeatable); default: 0.01 0.02 0.05 0.1 0.2."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Heads trained without each share.")] = 3,
-    engine: Annotated[
-        Literal["process", "ray"],
-        typer.Option(
-            help="What trains the heads: this process, or the workers of a Ray cluster, in the same bits."
-        ),
-    ] = "process",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Host and port of the Ray cluster, host:port; without it RAY_ADDRESS, or this machine."
-        ),
-    ] = None,
-    text_column: TextColumn = "text",
-    image_column: ImageColumn = "image",
-    label_column: LabelColumn = "label",
-    split: Split = "validation",
-    config: Annotated[Path | None, config_option()] = None,  # noqa: ARG001 - its callback reads it
-    as_json: Json = False,
+    output: Output,
+    validation: str,
+    out: Path,
+    ranking: Literal["gram", "turn-over", "self"] | None = None,
+    scores: Path | None = None,
+    fraction: list[float] | None = None,
+    seeds: Positive = 3,
+    split: Annotated[str, typer.Option(rich_help_panel=DATA)] = "validation",
+    **options: Any,
 ) -> None:
-    """Take training rows out for a validation set's sake, and measure what that is worth.
+    """Remove training rows to predict a validation set better, and measure the gain.
 
-    New heads on the pretrained encoder's features are trained without them; the run stays as it is.
+    New heads on the pretrained encoder's features are trained without these rows; the run stays as it is.
+
+    Args:
+        validation: rows to predict better: a file (for images also a folder), or a Hugging Face data set.
+        out: file to write: the data set without the removed rows.
+        ranking: influence on the validation rows by gram (the default) or turn-over, or self:
+            memorization, by self-influence.
+        scores: your own ranking: CSV with key and score, positive = helpful.
+        fraction: share to remove, between 0 and 1 (repeatable); default: 0.01 0.02 0.05 0.1 0.2.
+        seeds: heads trained without each share.
+        split: split of a Hugging Face data set.
     """
-    from turnover.data.base import Columns, Data, check_writable
-    from turnover.data.images import read_images
-    from turnover.data.text import read
-    from turnover.io.parsing import write_json
-    from turnover.models.image import ImagePipeline
-    from turnover.runs.run import Run
-    from turnover.tasks.cleanse import FRACTIONS, cleanse, read_scores, write_cleansed
-
     if ranking is not None and scores is not None:
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
-    connection = connecting(engine, address)
-    output = Output(as_json=as_json)
     loaded = Run.load(run)
-    given = None if scores is None else read_scores(loaded, scores)
-    classes = loaded.train.classes
-    held: Data
-    with reading(output):
-        if isinstance(loaded.pipeline, ImagePipeline):
-            columns, pipeline = Columns(image_column, label_column), loaded.pipeline
-            size, ranges = pipeline.config.size, pipeline.ranges
-            held = read_images(
-                validation, size, columns, classes=classes, split=split, ranges=ranges
-            )
-        else:
-            columns = Columns(text_column, label_column)
-            held = read(validation, columns, classes=classes, split=split)
+    given = None if scores is None else cleanse_task.read_scores(loaded, scores)
+    columns = build(Source, options).columns(loaded.pipeline.config.kind)
+    held = loaded.pipeline.reader()(validation, columns, classes=loaded.train.classes, split=split)
     say_rows(output, validation=held)
-    with connection:
-        found = cleanse(
-            loaded,
-            held,
-            ranking=ranking or "gram",
-            scores=given,
-            fractions=fraction or FRACTIONS,
-            seeds=seeds,
-            engine=engine,
-        )
+    found = cleanse_task.cleanse(
+        loaded,
+        held,
+        ranking=ranking or "gram",
+        scores=given,
+        fractions=fraction or cleanse_task.FRACTIONS,
+        seeds=seeds,
+    )
     removed = in_results(run, "removed.csv")
-    write_cleansed(loaded, found, out, removed)
+    cleanse_task.write_cleansed(loaded, found, out, removed)
     write_json(in_results(run, "cleanse.json"), found.to_dict())
     _print_cleansing(output, found)
-    output.say(f"{len(found.removed)} rows taken out: {removed}; the others: {out}")
+    output.say(f"{len(found.removed)} rows removed: {removed}; the others: {out}")
     output.document({**found.to_dict(), "file": str(out), "removed_file": str(removed)})
 
 
-def _print_cleansing(output: Output, found: Cleansing) -> None:
+def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:
     for title, points in (("validation", found.curve), ("test", found.test)):
         table = Table(
             "taken out by",

@@ -1,35 +1,61 @@
-"""What a command says of the data it reads."""
+"""Data that a command reads, and what it says of them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from turnover.cli.output import Output
-
-if TYPE_CHECKING:
-    from turnover.data.base import Data
+from turnover.data.base import Columns, Data, read_both
+from turnover.models.base import Config
 
 _SHOWN = 10
 
 
-@contextmanager
-def reading(output: Output) -> Iterator[None]:
-    """The body reads data; what it warns of is said in a line each."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for one in found:
-                if issubclass(one.category, UserWarning):
-                    output.say(str(one.message), style="yellow", highlight=False)
+@dataclass(frozen=True)
+class Source:
+    """Where training and test data come from.
+
+    Attributes:
+        test: test data, in the same formats; default: a fifth of the data is held out.
+        text_column: column of the texts.
+        image_column: column or array of the images.
+        label_column: column or array of the classes.
+        id_column: column of distinct instance ids; default: ids are made from the contents.
+        group_column: column whose values name groups, such as source or annotator: the rows of a group
+            share one mask.
+        split: split of a Hugging Face data set.
+        test_split: split for --test.
+    """
+
+    test: str | None = None
+    text_column: str = "text"
+    image_column: str = "image"
+    label_column: str = "label"
+    id_column: str | None = None
+    group_column: str | None = None
+    split: str = "train"
+    test_split: str = "test"
+
+    def columns(self, kind: str) -> Columns:
+        """The columns of a kind of data."""
+        given: str = getattr(self, f"{kind}_column")
+        return Columns(given, self.label_column, self.id_column, self.group_column)
+
+    def read(self, data: str, shape: Config, output: Output) -> tuple[Any, Any]:
+        """Training and test data for a model.
+
+        Raises:
+            InputError: as :func:`turnover.data.base.read_both`.
+        """
+        columns = self.columns(shape.kind)
+        both = read_both(shape.reader(), data, self.test, columns, self.split, self.test_split)
+        say_rows(output, training=both[0], test=both[1])
+        return both
 
 
 def say_rows(output: Output, **parts: Data) -> None:
-    """How many rows were read of each part, and the classes."""
+    """Print the rows read of each part, and the classes."""
     rows = " and ".join(f"{len(data)} {name}" for name, data in parts.items())
     classes = next(iter(parts.values())).classes
     more = ", ..." if len(classes) > _SHOWN else ""
@@ -40,7 +66,7 @@ def say_rows(output: Output, **parts: Data) -> None:
 
 
 def _say_shared(output: Output, training: Data, test: Data) -> None:
-    """Test rows that were trained on say nothing of rows that were not."""
+    """Warn of test rows that are also trained on."""
     there = set(training.contents())
     shared = [row for row, one in enumerate(test.contents()) if one in there]
     if shared:

@@ -6,55 +6,57 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
-from turnover.cli.options import RUN, HeadUnits, Json, RunFolder, Seed
+from turnover.cli.config import recipe
+from turnover.cli.options import HeadUnits, RunFolder, Seed
 from turnover.cli.output import Output, check_folder
+from turnover.cli.parameters import RUN, command
 from turnover.cli.scores import explain_errors, print_influence
 from turnover.cli.training import print_fit
+from turnover.data import demo as demo_data
+from turnover.data.base import Columns, read_both
+from turnover.dropout.masks import MaskSpec
+from turnover.io.parsing import damage
+from turnover.models.text import ClassifierConfig
+from turnover.report import write
+from turnover.report.from_run import content
+from turnover.runs.run import Run, check_new_run, data_digest
+from turnover.tasks.fit import FitConfig, fit
+from turnover.tasks.score import ScoreConfig, score
+from turnover.tasks.training import TrainingConfig
+from turnover.view import open_view
 
-if TYPE_CHECKING:
-    from turnover.runs.run import Run
 
+@command()
+def report(run: RunFolder, output: Output, out: Path | None = None, text: bool = True) -> None:
+    """Write the run's report: one HTML file that needs nothing else.
 
-def report(
-    run: RunFolder,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file to write; default: report.html in the run.")
-    ] = None,
-    text: Annotated[
-        bool, typer.Option(help="Show texts and images; --no-text leaves them out.")
-    ] = True,
-    as_json: Json = False,
-) -> None:
-    """Write the run's report: one HTML file that needs nothing else."""
-    from turnover.runs.run import Run
-
+    Args:
+        out: HTML file to write; default: report.html in the run.
+        text: show texts and images; --no-text leaves them out.
+    """
     check_folder(out)
     path = out or run / "report.html"
-    output = Output(as_json=as_json)
     _write_report(output, Run.load(run), path, texts=text)
     output.document({"file": str(path)})
 
 
+@command()
 def view(
     run: RunFolder,
-    port: Annotated[
-        int,
-        typer.Option(min=0, max=65535, help="Port of this machine to listen on; 0: a free one."),
-    ] = 0,
-    open_page: Annotated[
-        bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
-    ] = True,
-    as_json: Json = False,
+    output: Output,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 0,
+    open_page: Annotated[bool, typer.Option("--open/--no-open")] = True,
 ) -> None:
-    """Serve the run's interactive view on this machine, until Ctrl-C."""
-    from turnover.runs.run import Run
-    from turnover.view import open_view
+    """Serve the run's interactive view on this machine, until Ctrl-C.
 
-    output = Output(as_json=as_json)
+    Args:
+        port: port of this machine to listen on; 0: any free one.
+        open_page: open the page in a browser.
+    """
 
     def show(address: str) -> None:
         output.say(f"view: {address}", highlight=False)
@@ -65,36 +67,27 @@ def view(
     open_view(Run.load(run), port=port, show=show, browser=open_page)
 
 
+@command()
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run to write.", rich_help_panel=RUN)
-    ] = Path("runs/demo"),
+    output: Output,
+    out: Annotated[Path, typer.Option(rich_help_panel=RUN)] = Path("runs/demo"),
     head_units: HeadUnits = 32768,
     seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
-    """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors."""
-    from turnover.cli.config import recipe
-    from turnover.data.base import Columns, read_both
-    from turnover.data.demo import model_folder, write_sentences
-    from turnover.data.text import read
-    from turnover.dropout.masks import MaskSpec
-    from turnover.models.text import ClassifierConfig
-    from turnover.runs.run import Run, check_new_run, data_digest
-    from turnover.tasks.fit import FitConfig, fit
-    from turnover.tasks.score import ScoreConfig, score
-    from turnover.tasks.training import TrainingConfig
+    """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors.
 
+    Args:
+        out: folder of the run to write.
+    """
     check_new_run(out, overwrite=True)
-    output = Output(as_json=as_json)
     task = FitConfig(
-        ClassifierConfig(str(model_folder()), head_units),
+        ClassifierConfig(str(demo_data.model_folder()), head_units),
         TrainingConfig(head_learning_rate=5e-5, seed=seed),
         MaskSpec(seed=seed),
     )
-    files = write_sentences(out.parent / f"{out.name}-data")
+    files = demo_data.write_sentences(out.parent / f"{out.name}-data")
     train, test = map(str, files)
-    both = read_both(read, train, test, Columns(id="id"), "train", "test")
+    both = read_both(task.classifier.reader(), train, test, Columns(id="id"), "train", "test")
     settings = {
         "data": train,
         "test": test,
@@ -119,10 +112,6 @@ def demo(
 
 
 def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
-    from turnover.io.parsing import damage
-    from turnover.report.from_run import content
-    from turnover.report.render import write
-
     commands = tuple(
         f"turnover {command} {shlex.quote(str(run.folder))}"
         for command in ("influence", "explain", "report")

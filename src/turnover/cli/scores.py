@@ -2,176 +2,147 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from turnover.cli.config import config_option
-from turnover.cli.engines import connecting
-from turnover.cli.options import Json, Objective, RunFolder
+from turnover.cli.options import Address, Count, Engine, Objective, Positive, Rate, RunFolder
 from turnover.cli.output import Output, in_results
+from turnover.cli.parameters import Fields, build, command
 from turnover.errors import InputError
+from turnover.io.parsing import write_json
+from turnover.report.pictures import check_sheet, write_sheet
+from turnover.runs.run import Run
+from turnover.runs.targets import EXPLANATIONS
+from turnover.tasks import explain as explain_task
+from turnover.tasks import groups as groups_task
+from turnover.tasks import score as score_task
+from turnover.tasks.explain import GRAM_MEANS, NOT_SIGNIFICANT, TURNOVER_MEANS, Explanation
+from turnover.tasks.memorize import Memorization, memorization, write_memorization
 
-if TYPE_CHECKING:
-    from turnover.runs.run import Run
-    from turnover.tasks.explain import Explanation
-    from turnover.tasks.groups import Groups
-    from turnover.tasks.memorize import Memorization
+_METHOD = typer.Option(
+    help="Estimator of the pairs: rerank is linear, then exact for the extremes; auto is the most exact "
+    "within --seconds. Gram is estimated beside them (--gram)."
+)
+_SITES = typer.Option(
+    help="Scored site or pattern (repeatable), '*' for all; default: those that carry more signal than "
+    "noise."
+)
 
 
+@command(
+    Fields(
+        score_task.ScoreConfig,
+        types={
+            "method": Annotated[Literal["linear", "exact", "rerank", "auto"], _METHOD],
+            "objective": Objective,
+            "ghosts": Annotated[int, typer.Option(min=10)],
+            "sites": Annotated[list[str] | None, _SITES],
+            "seconds": Rate,
+        },
+    ),
+    config=config_option(),
+)
 def influence(
     run: RunFolder,
-    method: Annotated[
-        Literal["linear", "exact", "rerank", "auto"],
-        typer.Option(
-            help="Estimator of the pairs: rerank is linear, then exact for the ends; auto the most exact "
-            "within --seconds. Gram stands beside them (--gram)."
-        ),
-    ] = "linear",
-    objective: Objective = "margin",
-    ghosts: Annotated[
-        int, typer.Option(min=10, help="Ghosts that fit the noise floor; as many check it.")
-    ] = 4000,
-    site: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Scored site or pattern (repeatable), '*' for all; default: those that carry more "
-            "signal than noise."
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0, help="What --method auto may take, in seconds.")
-    ] = 60.0,
-    explain_plan: Annotated[
-        bool,
-        typer.Option(
-            help="Print estimated time, memory and noise of each method, and stop.",
-        ),
-    ] = False,
-    gram: Annotated[
-        bool,
-        typer.Option(help="Also estimate by gram, which takes a pass over the training data."),
-    ] = True,
-    engine: Annotated[
-        Literal["process", "ray"],
-        typer.Option(
-            help="What computes the influence on the errors: this process, or the workers of a Ray cluster, "
-            "in the same bits."
-        ),
-    ] = "process",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Host and port of the Ray cluster, host:port; its nodes share the run's folder. Without it "
-            "RAY_ADDRESS, or this machine."
-        ),
-    ] = None,
-    config: Annotated[Path | None, config_option()] = None,  # noqa: ARG001 - its callback reads it
-    as_json: Json = False,
+    output: Output,
+    explain_plan: bool = False,
+    engine: Engine = "process",
+    address: Address = None,
+    **options: Any,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself.
 
-    Where it was interrupted, the same command goes on.
-    """
-    from turnover.runs.run import Run
-    from turnover.tasks.score import ScoreConfig, score
-    from turnover.tasks.score import explain_plan as explained
+    If it was interrupted, the same command resumes.
 
-    output = Output(as_json=as_json)
-    sites = tuple(site) if site else None
-    task = ScoreConfig(method, objective, ghosts, sites, seconds, gram)
+    Args:
+        explain_plan: print estimated time, memory and noise of each method, and stop.
+        engine: where the influence on the errors is computed: in this process, or on a Ray cluster's
+            workers, with the same bits. Ray's nodes share the run's folder.
+    """
+    task = build(score_task.ScoreConfig, options)
     connection = connecting(engine, address)
     loaded = Run.load(run)
     if explain_plan:
-        plan = explained(loaded, task)
+        plan = score_task.explain_plan(loaded, task)
         said = str(plan or "no misclassified test rows: nothing to score")
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
     with connection:
-        metrics = score(loaded, task, engine=engine)
+        metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
     output.document({"run": str(run), "metrics": metrics})
 
 
+@command()
 def explain(
     run: RunFolder,
-    show: Annotated[int, typer.Option(min=0, help="Errors to print; all are written.")] = 3,
-    top: Annotated[int, typer.Option(min=1, help="Training instances on each side.")] = 5,
-    among: Annotated[
-        Literal["predicted", "true"] | None,
-        typer.Option(help="List training instances of this class alone. Default: of all."),
-    ] = None,
-    text: Annotated[str | None, typer.Option(help="Explain this text instead.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Explain this image file instead.")] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="Class to explain --text or --image for; default: as predicted."),
-    ] = None,
-    gram: Annotated[
-        bool,
-        typer.Option(
-            help="Explain --text or --image by gram as well: a pass over the training data."
-        ),
-    ] = True,
-    sheet: Annotated[
-        Path | None, typer.Option(help="Also write a contact sheet of what is shown (PNG; images).")
-    ] = None,
-    as_json: Json = False,
+    output: Output,
+    show: Count = 3,
+    top: Positive = 5,
+    among: Literal["predicted", "true"] | None = None,
+    text: str | None = None,
+    image: Path | None = None,
+    label: str | None = None,
+    gram: bool = True,
+    sheet: Path | None = None,
 ) -> None:
-    """Explain misclassified test rows, or one text or image, by training instances."""
-    from turnover.data.images import ImageData
-    from turnover.runs.run import Run
-    from turnover.tasks.score import explain_input
+    """Explain misclassified test rows, or one text or image, by training instances.
 
+    Args:
+        show: errors to print; all are written.
+        top: training instances on each side.
+        among: list training instances of this class only. Default: of all.
+        text: explain this text instead.
+        image: explain this image file instead.
+        label: class to explain --text or --image for; default: the predicted one.
+        gram: also explain --text or --image by gram, which takes a pass over the training data.
+        sheet: also write a contact sheet of what is shown (PNG; images).
+    """
     if text is not None and image is not None:
         raise InputError("--text and --image are two things to explain: give one of them")
-    output = Output(as_json=as_json)
     loaded = Run.load(run)
     if sheet is not None:
-        from turnover.report.pictures import check_sheet
-
-        if not isinstance(loaded.train, ImageData):
-            raise InputError("--sheet is for images; texts are in the report (turnover report)")
-        check_sheet(sheet)
+        check_sheet(sheet, loaded.train)
     given = text if text is not None else image
     if given is None:
         shown = explain_errors(output, loaded, show=show, top=top, among=among)
         targets = loaded.test
     else:
-        explained, targets = explain_input(loaded, given, label, top=top, among=among, gram=gram)
+        explained, targets = score_task.explain_input(
+            loaded, given, label, top=top, among=among, gram=gram
+        )
         shown = [explained]
         _print_explanations(output, shown)
     if sheet is not None:
-        from turnover.report.pictures import write_sheet
-
-        assert isinstance(loaded.train, ImageData)
-        assert isinstance(targets, ImageData)
         write_sheet(shown, loaded.train, targets, sheet)
         output.say(f"contact sheet: {sheet}")
     output.document([one.to_dict() for one in shown])
 
 
+@command()
 def groups(
     run: RunFolder,
-    method: Annotated[Literal["linear", "exact"], typer.Option(help="Estimator.")] = "linear",
+    output: Output,
+    method: Literal["linear", "exact"] = "linear",
     objective: Objective = "margin",
-    show: Annotated[
-        int, typer.Option(min=0, help="Groups at either end to print, and to predict without.")
-    ] = 10,
-    as_json: Json = False,
+    show: Count = 10,
 ) -> None:
-    """What each group (source, annotator) of a run with a group column did to the test rows."""
-    from turnover.io.parsing import write_json
-    from turnover.runs.run import Run
-    from turnover.tasks.groups import groups
-    from turnover.tasks.score import OBJECTIVES
+    """Measure what each group (source, annotator) of a run with a group column did to the test rows.
 
-    output = Output(as_json=as_json)
-    found = groups(Run.load(run), OBJECTIVES[objective], method=method, predict=show)
+    Args:
+        method: estimator.
+        objective: cost of a prediction in nats: minus the log-odds of the true class, or its loss.
+        show: groups at either end to print, and to predict without.
+    """
+    cost = score_task.OBJECTIVES[objective]
+    found = groups_task.groups(Run.load(run), cost, method=method, predict=show)
     path = in_results(run, "groups.json")
     write_json(path, found.to_dict())
     _print_groups(output, found)
@@ -179,16 +150,13 @@ def groups(
     output.document(found.to_dict())
 
 
-def memorize(
-    run: RunFolder,
-    show: Annotated[int, typer.Option(min=0, help="Rows to print; all are written.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """What was learned by heart, and when, in a run trained with --memorization."""
-    from turnover.runs.run import Run
-    from turnover.tasks.memorize import memorization, write_memorization
+@command()
+def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
+    """Show what was memorized, and when, in a run trained with --memorization.
 
-    output = Output(as_json=as_json)
+    Args:
+        show: rows to print; all are written.
+    """
     loaded = Run.load(run)
     found = memorization(loaded)
     path = in_results(run, "memorization.csv")
@@ -201,6 +169,21 @@ def memorize(
     _print_memorization(output, curves, rows)
     output.say(f"all rows: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})
+
+
+def connecting(engine: str, address: str | None) -> AbstractContextManager[None]:
+    """Connect to the Ray cluster, if that is the engine, while the body of a with statement runs.
+
+    Raises:
+        InputError: an address for another engine, or Ray is missing; on entry: no cluster was found.
+    """
+    if engine != "ray":
+        if address is not None:
+            raise InputError("--address is that of a Ray cluster: give --engine ray as well")
+        return nullcontext()
+    from turnover.parallel.ray import connected
+
+    return connected(address)
 
 
 def print_influence(output: Output, metrics: dict[str, Any]) -> None:
@@ -221,11 +204,8 @@ def explain_errors(
     output: Output, run: Run, *, show: int, top: int, among: str | None
 ) -> list[Explanation]:
     """Explain all errors of a run, write them, and print those with the most significant instances."""
-    from turnover.io.parsing import write_json
-    from turnover.report.from_run import explain_errors as explained
-
-    explanations = explained(run, top=top, among=among)
-    path = run.folder / "results" / "explanations.json"
+    explanations = explain_task.explain_errors(run, top=top, among=among)
+    path = run.folder / "results" / EXPLANATIONS
     write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
     explanations.sort(key=lambda explanation: -explanation.n_significant)
     _print_explanations(output, explanations[:show])
@@ -261,7 +241,7 @@ def _print_memorization(
         output.say(listed)
 
 
-def _print_groups(output: Output, found: Groups) -> None:
+def _print_groups(output: Output, found: groups_task.Groups) -> None:
     table = Table("group", "rows", "nats", "z", "q", "accuracy with", "without")
     for one in found.groups:
         if one.accuracy_with is None or one.accuracy_without is None:
@@ -279,8 +259,6 @@ def _print_groups(output: Output, found: Groups) -> None:
 
 
 def _print_explanations(output: Output, explanations: list[Explanation]) -> None:
-    from turnover.tasks.explain import GRAM_MEANS, TURNOVER_MEANS
-
     for explanation in explanations:
         _print_explanation(output, explanation)
     if any(explanation.gram for explanation in explanations):
@@ -289,8 +267,6 @@ def _print_explanations(output: Output, explanations: list[Explanation]) -> None
 
 
 def _print_explanation(output: Output, explanation: Explanation) -> None:
-    from turnover.tasks.explain import NOT_SIGNIFICANT
-
     table = Table(
         "",
         "label",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,310 +14,171 @@ from turnover.cli.config import config_option, recipe
 from turnover.cli.options import (
     DATA,
     IMAGES,
+    MASKS,
     MODEL,
-    RUN,
+    TEXT_MODEL,
+    TRAIN,
     TRAINING,
-    BatchSize,
-    ClassWeights,
-    GroupColumn,
-    HeadLearningRate,
-    HeadUnits,
-    IdColumn,
-    ImageColumn,
-    Json,
-    Keep,
-    LabelColumn,
-    LearningRate,
-    LoraRank,
-    MaxTokens,
-    Seed,
-    Split,
-    TestData,
-    TestSplit,
-    TextColumn,
-    TextFile,
+    Positive,
+    folder_or_url,
 )
 from turnover.cli.output import Output
-from turnover.cli.places import place
-from turnover.cli.reading import reading, say_rows
+from turnover.cli.parameters import RUN, Fields, build, command
+from turnover.cli.reading import Source
+from turnover.dropout.masks import MaskSpec
+from turnover.dropout.sites import PRESETS
 from turnover.errors import InputError
+from turnover.models.base import Config
+from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
+from turnover.models.pipeline import config_class
+from turnover.models.text import ClassifierConfig
+from turnover.runs.run import check_new_run
+from turnover.runs.run import data_digest as digest_of
+from turnover.tasks import fit as fit_task
+from turnover.tasks import plan as plan_task
+from turnover.tasks.class_weights import parse_class_weights
+from turnover.tasks.fit import FitConfig
+from turnover.tasks.training import TrainingConfig
 
-if TYPE_CHECKING:
-    from turnover.data.base import Data
-    from turnover.tasks.plan import Plan
-
-_NOT_IN_RECIPE = ("out", "overwrite", "config", "as_json")
-_DECIDE_DATA = (
-    *("data", "test", "text_column", "image_column", "label_column", "id_column", "group_column"),
-    *("split", "test_split", "image_size"),
+_OF_TEXTS = tuple(one.name for one in fields(Source) if one.name != "image_column")
+_EPOCHS = typer.Option(
+    min=1, help="Passes over the training data; default: 3 for texts, 10 for images."
+)
+_SITES = typer.Option(
+    help="Masked module, pattern or preset (lora, head, mlp, channels; repeatable); default: everything "
+    "that is trained.",
+    autocompletion=lambda: list(PRESETS),
 )
 
 
 def _digest_of_file(ctx: typer.Context, data_digest: str | None) -> str | None:
-    """The digest asked for; that of a configuration file is of the data named there alone."""
-    sources = {name: ctx.get_parameter_source(name) for name in (*_DECIDE_DATA, "data_digest")}
+    """The digest asked for; one from a configuration file holds for the data named there alone."""
+    names = [one.name for one in fields(Source)]
+    sources = {
+        name: ctx.get_parameter_source(name)
+        for name in ("data", "image_size", "data_digest", *names)
+    }
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     return data_digest if "data_digest" in given or not given else None
 
 
+@command(
+    Fields(Source, DATA),
+    TEXT_MODEL,
+    Fields(
+        ImageClassifierConfig,
+        IMAGES,
+        types={
+            "size": Annotated[int, typer.Option(min=32)],
+            "width": Positive,
+            "hidden": Positive,
+            "weights": Path | None,
+        },
+    ),
+    replace(TRAIN, types={**TRAIN.types, "epochs": Annotated[int | None, _EPOCHS]}),
+    MASKS,
+    Fields(
+        FitConfig,
+        TRAINING,
+        ("sites", "compare", "memorization"),
+        {"sites": Annotated[list[str] | None, _SITES]},
+    ),
+    config=config_option(),
+)
 def fit(
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with a folder for each "
-            "class, or an .npz or Parquet file. Or a Hugging Face data set, or a folder of one."
-        ),
-    ],
+    data: Annotated[str, typer.Argument()],
     model: Annotated[
-        str,
-        typer.Option(
-            help="Hugging Face name or folder of a text encoder, or vgg11, vgg13, vgg16, vgg19 for "
-            "images.",
-            autocompletion=lambda: ["vgg11", "vgg13", "vgg16", "vgg19"],
-            rich_help_panel=MODEL,
-        ),
+        str, typer.Option(autocompletion=lambda: list(IMAGE_MODELS), rich_help_panel=MODEL)
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of the run to write, or its URL on a store (s3://...).",
-            parser=place,
-            metavar="PATH",
-            rich_help_panel=RUN,
-        ),
-    ],
-    test: TestData = None,
-    text_column: TextColumn = "text",
-    image_column: ImageColumn = "image",
-    label_column: LabelColumn = "label",
-    id_column: IdColumn = None,
-    group_column: GroupColumn = None,
-    split: Split = "train",
-    test_split: TestSplit = "test",
+    out: Annotated[Path, typer.Option(parser=folder_or_url, metavar="PATH", rich_help_panel=RUN)],
+    output: Output,
     data_digest: Annotated[
-        str | None,
-        typer.Option(
-            help="Refuse training and test data that are not those of this digest, as fit.toml in a "
-            "run's folder has it.",
-            callback=_digest_of_file,
-            rich_help_panel=DATA,
-        ),
+        str | None, typer.Option(callback=_digest_of_file, rich_help_panel=DATA)
     ] = None,
-    head_units: HeadUnits = 8192,
-    lora_rank: LoraRank = 16,
-    max_tokens: MaxTokens = 128,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Pretrained weights of the VGG (safetensors, torchvision's names): its convolutions "
-            "stay frozen below a wide head.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    image_size: Annotated[
-        int,
-        typer.Option(
-            min=32,
-            help="Height and width in pixels the images are brought to, a multiple of 32.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = 32,
-    width: Annotated[
-        int,
-        typer.Option(min=1, help="Channels of the first convolution.", rich_help_panel=IMAGES),
-    ] = 64,
-    hidden: Annotated[
-        int,
-        typer.Option(min=1, help="Units of each fully connected layer.", rich_help_panel=IMAGES),
-    ] = 4096,
-    augment: Annotated[
-        bool,
-        typer.Option(help="Shift and mirror the images in training.", rich_help_panel=IMAGES),
-    ] = True,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Passes over the training data; default: 3 for texts, 10 for images.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    batch_size: BatchSize = 32,
-    learning_rate: LearningRate = 1e-3,
-    head_learning_rate: HeadLearningRate = 1e-4,
-    class_weights: ClassWeights = None,
-    keep: Keep = 0.5,
-    site: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Masked module, pattern or preset (lora, head, mlp, channels; repeatable); default: "
-            "all that is trained.",
-            autocompletion=lambda: ["lora", "head", "mlp", "channels"],
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    seed: Seed = 0,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            help="Also train the same model with ordinary dropout.", rich_help_panel=TRAINING
-        ),
-    ] = True,
-    memorization: Annotated[
-        bool,
-        typer.Option(
-            help="Follow the losses of every training row, for turnover memorize.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(help="Replace an existing run.", rich_help_panel=RUN),
-    ] = False,
-    config: Annotated[Path | None, config_option()] = None,
-    as_json: Json = False,
+    overwrite: Annotated[bool, typer.Option(rich_help_panel=RUN)] = False,
+    **options: Any,
 ) -> None:
     """Train a text or image classifier with turn-over dropout; writes a run folder.
 
-    Where it was interrupted, the same command goes on. Its fit.toml makes the run again:
+    If it was interrupted, the same command resumes. Its fit.toml makes the run again:
     turnover fit --config RUN/fit.toml --out OTHER.
-    """
-    settings = {name: value for name, value in locals().items() if name not in _NOT_IN_RECIPE}
-    from turnover.data.base import Columns, read_both
-    from turnover.data.image_sources import holds_images
-    from turnover.data.images import ImageReader
-    from turnover.data.text import read
-    from turnover.dropout.masks import MaskSpec
-    from turnover.models.base import Config
-    from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
-    from turnover.models.text import ClassifierConfig
-    from turnover.runs.run import check_new_run
-    from turnover.runs.run import data_digest as digest_of
-    from turnover.tasks.class_weights import parse_class_weights
-    from turnover.tasks.fit import FitConfig, fit
-    from turnover.tasks.training import TrainingConfig
 
+    Args:
+        data: texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with one folder per class, or an
+            .npz or Parquet file. Either: a Hugging Face data set, or a folder that holds one.
+        model: Hugging Face name or folder of a text encoder, or vgg11, vgg13, vgg16 or vgg19 for images.
+        out: folder of the run to write, or its URL on a store (s3://...).
+        data_digest: refuse training and test data with another digest; fit.toml in a run's folder holds
+            its own.
+        overwrite: replace an existing run.
+    """
     check_new_run(out, overwrite=overwrite)
-    of_images = model in IMAGE_MODELS
-    if of_images:
-        file = None if weights is None else str(weights)
-        shape: Config = ImageClassifierConfig(
-            model, image_size, width, hidden, augment, file, head_units
-        )
-    else:
-        if holds_images(data):
-            raise InputError(f"{data} holds images: give --model {' or '.join(IMAGE_MODELS)}")
-        shape = ClassifierConfig(model, head_units, lora_rank, max_tokens)
-    passes = epochs if epochs is not None else (10 if of_images else 3)
-    task = FitConfig(
-        shape,
-        TrainingConfig(
-            passes,
-            batch_size,
-            learning_rate,
-            head_learning_rate,
-            seed,
-            parse_class_weights(class_weights),
-        ),
-        MaskSpec(keep, seed),
-        tuple(site or ()),
-        compare,
-        memorization=memorization,
-    )
-    columns = Columns(
-        image_column if of_images else text_column, label_column, id_column, group_column
-    )
-    reader: Callable[..., Data] = ImageReader(image_size) if of_images else read
-    output = Output(as_json=as_json)
-    with reading(output):
-        train_data, test_data = read_both(reader, data, test, columns, split, test_split)
-    say_rows(output, training=train_data, test=test_data)
+    shape = build(config_class(model, data), options, model=model)
+    options["epochs"] = options["epochs"] or shape.epochs
+    train_data, test_data = build(Source, options).read(data, shape, output)
     found = digest_of(train_data, test_data)
     if data_digest not in (None, found):
         raise InputError(
-            f"{data} or its test data changed: their digest is {found}, and {data_digest} is asked for; "
-            f"to train on them as they are, give --data-digest {found}"
+            f"{data} or its test data changed: their digest is {found}, not {data_digest}; to train on "
+            f"them as they are, give --data-digest {found}"
         )
-    files = ("data", "test", "weights") if of_images else ("data", "test", "model")
-    again = recipe({**settings, "epochs": passes, "data_digest": found}, files)
-    metrics = fit(task, train_data, test_data, out, overwrite=overwrite, recipe=again)
+    files = ("data", "test", "weights" if shape.kind == "image" else "model")
+    settings = {"data": data, "model": model, **options, "data_digest": found}
+    metrics = fit_task.fit(
+        _task(shape, options),
+        train_data,
+        test_data,
+        out,
+        overwrite=overwrite,
+        recipe=recipe(settings, files),
+    )
     print_fit(output, metrics)
     output.say(f"run: {out}; next: turnover influence {out}")
     output.document({"run": str(out), "metrics": metrics})
 
 
+@command(
+    TEXT_MODEL,
+    Fields(Source, DATA, _OF_TEXTS),
+    TRAIN,
+    MASKS,
+    config=config_option(passing_over=fit),
+)
 def plan(
-    data: TextFile,
-    model: Annotated[
-        str,
-        typer.Option(help="Hugging Face name or folder of the encoder.", rich_help_panel=MODEL),
-    ],
-    test: TestData = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
-    id_column: IdColumn = None,
-    group_column: GroupColumn = None,
-    split: Split = "train",
-    test_split: TestSplit = "test",
-    head_units: HeadUnits = 8192,
-    lora_rank: LoraRank = 16,
-    max_tokens: MaxTokens = 128,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the data.", rich_help_panel=TRAINING)
-    ] = 3,
-    batch_size: BatchSize = 32,
-    learning_rate: LearningRate = 1e-3,
-    head_learning_rate: HeadLearningRate = 1e-4,
-    class_weights: ClassWeights = None,
-    keep: Keep = 0.5,
-    seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Networks whose scores are averaged.")] = 1,
-    top: Annotated[
-        int, typer.Option(min=1, help="Strongest instances of a target to resolve.")
-    ] = 10,
-    pilot: Annotated[bool, typer.Option(help="Train on a part of the data and measure.")] = False,
-    pilot_rows: Annotated[
-        int, typer.Option(min=1, help="About how many training rows the pilot takes.")
-    ] = 800,
-    config: Annotated[  # noqa: ARG001 - its callback reads it
-        Path | None, config_option(passing_over=fit)
-    ] = None,
-    as_json: Json = False,
+    data: Annotated[str, typer.Argument()],
+    output: Output,
+    seeds: Positive = 1,
+    top: Positive = 10,
+    pilot: bool = False,
+    pilot_rows: Positive = 800,
+    **options: Any,
 ) -> None:
-    """Before training: how sure will single scores be, and what would it take?
+    """Predict, before training, how well single scores can be resolved, and what it would take.
 
-    The file of --config may be that of a fit: what only fit has is left aside.
+    --config accepts the file of a fit; options that plan does not have are ignored.
+
+    Args:
+        data: CSV, TSV, JSON(L) or Parquet file of texts, or a Hugging Face data set or folder of one.
+        seeds: networks whose scores are averaged.
+        top: strongest instances of a target to resolve.
+        pilot: train on a part of the data and measure.
+        pilot_rows: approximate number of training rows for the pilot.
     """
-    from turnover.data.base import Columns, read_both
-    from turnover.data.text import read
-    from turnover.dropout.masks import MaskSpec
-    from turnover.models.text import ClassifierConfig
-    from turnover.tasks.class_weights import parse_class_weights
-    from turnover.tasks.fit import FitConfig
-    from turnover.tasks.plan import plan
-    from turnover.tasks.training import TrainingConfig
-
-    task = FitConfig(
-        ClassifierConfig(model, head_units, lora_rank, max_tokens),
-        TrainingConfig(
-            epochs,
-            batch_size,
-            learning_rate,
-            head_learning_rate,
-            seed,
-            parse_class_weights(class_weights),
-        ),
-        MaskSpec(keep, seed),
-    )
-    columns = Columns(text_column, label_column, id_column, group_column)
-    output = Output(as_json=as_json)
-    with reading(output):
-        train_data, test_data = read_both(read, data, test, columns, split, test_split)
+    shape = build(ClassifierConfig, options)
+    train_data, test_data = build(Source, options).read(data, shape, output)
     rows = pilot_rows if pilot else None
-    found = plan(task, train_data, test_data, seeds=seeds, top=top, pilot_rows=rows)
-    say_rows(output, training=train_data, test=test_data)
+    found = plan_task.plan(
+        _task(shape, options), train_data, test_data, seeds=seeds, top=top, pilot_rows=rows
+    )
     _print_plan(output, found)
     output.document(found.to_dict())
+
+
+def _task(shape: Config, options: Mapping[str, Any]) -> FitConfig:
+    weights = parse_class_weights(options["class_weights"])
+    training = build(TrainingConfig, options, class_weights=weights)
+    masks = build(MaskSpec, options)
+    return build(FitConfig, options, classifier=shape, training=training, masks=masks)
 
 
 def print_fit(output: Output, metrics: dict[str, Any]) -> None:
@@ -358,7 +220,7 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         output.say(metrics["audit"]["report"], style="yellow", highlight=False)
 
 
-def _print_plan(output: Output, plan: Plan) -> None:
+def _print_plan(output: Output, plan: plan_task.Plan) -> None:
     columns = ["mask units", "networks", "relative signal to noise"]
     if plan.pilot:
         columns += ["signal to noise", "noise, nats", f"z of number {plan.top}"]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.data.classes import check_alike, closest, is_missing
@@ -61,8 +63,8 @@ class Data:
         """Text that stands for a row in lists."""
         raise NotImplementedError
 
-    def picture(self, row: int) -> Any:  # noqa: ARG002
-        """A row as a Pillow image; ``None`` for kinds that have no picture."""
+    def image(self, row: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
+        """Pixels of a row, uint8 (size, size, 3); ``None`` for data that are not images."""
         return None
 
     def contents(self) -> list[str]:

@@ -75,10 +75,6 @@ class ImageData(Data):
         """uint8 (size, size, 3)."""
         return np.asarray(self.pixels[self.rows[row]])
 
-    def picture(self, row: int) -> Any:
-        """A row as a Pillow image."""
-        return load_pillow().fromarray(self.image(row))
-
     def contents(self) -> list[str]:
         """Digests of the pixels."""
         return [hashlib.sha256(self.pixels[row]).hexdigest() for row in self.rows]

@@ -179,13 +179,10 @@ def checksum(values: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def finite(value: Any) -> Any:
-    """Put ``None`` in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def finite_or_none(value: float) -> float | None:
+    """Convert a number to float, or to ``None`` (JSON's null) if it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 @overload

@@ -30,6 +30,10 @@ class Config(Protocol):
         """Name or folder of the model."""
 
     @property
+    def epochs(self) -> int:
+        """Default number of passes over the training data."""
+
+    @property
     def head_units(self) -> int:
         """Mask units of the wide head."""
 

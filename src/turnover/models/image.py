@@ -44,16 +44,17 @@ class ImageClassifierConfig:
 
     Attributes:
         model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.models.vgg.VGG`).
-        size: height and width of the images, a multiple of 32.
+        size: height and width in pixels to which images are resized, a multiple of 32.
         width: channels of the first convolution.
         hidden: units of the two fully connected hidden layers of a network trained from scratch.
         augment: shift and mirror the images in training; a shifted image keeps its instance's mask.
-        weights: safetensors file with the pretrained weights of such a VGG; its convolutions are used, and
-            stay frozen below a wide head; ``None``: train from scratch.
+        weights: pretrained weights of such a VGG (safetensors, torchvision's names); its convolutions
+            stay frozen below a wide head. Default: the network is trained from scratch.
         head_units: mask units of the wide head.
     """
 
     kind: ClassVar[str] = "image"
+    epochs: ClassVar[int] = 10
     model: str = "vgg11"
     size: int = 32
     width: int = 64

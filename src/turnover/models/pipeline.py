@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from turnover.data.base import Data
+from turnover.data.image_sources import holds_images
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
 from turnover.models import image, text
@@ -15,6 +16,15 @@ from turnover.models.base import Config, Pipeline
 
 KINDS: dict[str, Any] = {"text": text, "image": image}
 """Module that builds and loads the models of each kind of data. To add a kind, add its module here."""
+
+
+def config_class(model: str, source: str) -> type[Any]:
+    """Class of a model's configuration, by its name; refuses a text encoder for a source of images."""
+    if model in image.IMAGE_MODELS:
+        return image.ImageClassifierConfig
+    if holds_images(source):
+        raise InputError(f"{source} holds images: give --model {' or '.join(image.IMAGE_MODELS)}")
+    return text.ClassifierConfig
 
 
 def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:

@@ -46,11 +46,12 @@ class ClassifierConfig:
     Attributes:
         model: Hugging Face name or folder of the encoder.
         head_units: mask units of the wide head.
-        lora_rank: rank of the LoRA components; each is one mask unit.
-        max_tokens: longer texts are cut.
+        lora_rank: rank of the LoRA components, one mask unit each (texts).
+        max_tokens: tokens to which longer texts are cut.
     """
 
     kind: ClassVar[str] = "text"
+    epochs: ClassVar[int] = 3
     model: str
     head_units: int = 8192
     lora_rank: int = 16

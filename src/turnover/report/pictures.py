@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.data.images import ImageData
+from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.io.files import replacing
 from turnover.tasks.explain import Explanation, Influential
@@ -21,33 +21,27 @@ _CELL, _GAP, _LINE, _FONT = 112, 12, 16, 12
 _HELPFUL, _HARMFUL, _QUIET, _INK = "#0b7075", "#a1430c", "#69707d", "#1c2330"
 
 
-class Shelf:
-    """Images by the keys of their rows; of several rows with one key the first."""
-
-    def __init__(self, data: ImageData) -> None:
-        self._data = data
-        self._row = {key: row for row, key in reversed(list(enumerate(data.keys)))}
-
-    def image(self, key: str) -> NDArray[np.uint8]:
-        """uint8 (size, size, 3)."""
-        return self._data.image(self._row[key])
-
-    def links(self, keys: Sequence[str]) -> dict[str, str]:
-        """Images as ``data:`` links, at most 96 pixels wide."""
-        found = {}
-        for key in dict.fromkeys(keys):
-            image = _pillow().fromarray(self.image(key))
-            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            written = io.BytesIO()
-            image.save(written, "PNG", optimize=True)
-            code = base64.b64encode(written.getvalue()).decode()
-            found[key] = f"data:image/png;base64,{code}"
-        return found
+def thumbnails(data: Data, keys: Iterable[str]) -> dict[str, str]:
+    """Images of rows by key, as ``data:`` links at most 96 pixels wide; of other data nothing."""
+    if data.image(0) is None:
+        return {}
+    image_of, links = _images_by_key(data), {}
+    for key in dict.fromkeys(keys):
+        image = _pillow().fromarray(image_of(key))
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        written = io.BytesIO()
+        image.save(written, "PNG", optimize=True)
+        links[key] = f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
+    return links
 
 
-def write_sheet(
-    explanations: Sequence[Explanation], train: ImageData, targets: ImageData, out: Path
-) -> None:
+def _images_by_key(data: Data) -> Callable[[str], Any]:
+    """Pixels by a row's key; groups share keys, and their first row is taken."""
+    first = {key: row for row, key in reversed(list(enumerate(data.keys)))}
+    return lambda key: data.image(first[key])
+
+
+def write_sheet(explanations: Sequence[Explanation], train: Data, targets: Data, out: Path) -> None:
     """Write a contact sheet (PNG), atomically: a line for each explanation, its target first.
 
     Behind the target come the most helpful and the most harmful training images with their labels,
@@ -56,7 +50,7 @@ def write_sheet(
     Raises:
         InputError: not a ``.png`` name, a folder that does not exist, or nothing to show.
     """
-    check_sheet(out)
+    check_sheet(out, train)
     if not explanations:
         raise InputError("there is nothing to put on a contact sheet")
     from PIL import ImageDraw, ImageFont
@@ -68,7 +62,7 @@ def write_sheet(
     sheet = _pillow().new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_FONT)
-    shelves = Shelf(train), Shelf(targets)
+    train_image, target_image = _images_by_key(train), _images_by_key(targets)
 
     def left(column: int) -> int:
         # A wider gap stands between target, helpful and harmful.
@@ -89,22 +83,24 @@ def write_sheet(
             (one.true_label, _INK),
             (f"as {one.predicted_label} {one.confidence:.0%}", _HARMFUL),
         ]
-        cell(0, top, shelves[1].image(one.key), said)
+        cell(0, top, target_image(one.key), said)
         for first, side, colour in ((1, one.helpful, _HELPFUL), (1 + each, one.harmful, _HARMFUL)):
             for place, item in enumerate(side):
                 tint = colour if item.significant else _QUIET
                 lines = [(item.label, _INK), (_score(item), tint)]
-                cell(first + place, top, shelves[0].image(item.key), lines)
+                cell(first + place, top, train_image(item.key), lines)
     with replacing(out) as draft:
         sheet.save(draft, "PNG")
 
 
-def check_sheet(out: Path) -> None:
-    """Whether :func:`write_sheet` can write there.
+def check_sheet(out: Path, data: Data) -> None:
+    """Check that :func:`write_sheet` can write a sheet of these data there.
 
     Raises:
-        InputError: not a ``.png`` name, or a folder that does not exist.
+        InputError: data without images, not a ``.png`` name, or a folder that does not exist.
     """
+    if data.image(0) is None:
+        raise InputError("--sheet is for images; the report shows texts (turnover report)")
     if out.suffix != ".png":
         raise InputError(f"{out}: a contact sheet is a .png file")
     if not out.parent.is_dir():

@@ -52,7 +52,7 @@ class FitConfig:
         sites: what is masked, as :func:`turnover.attach` takes it; empty: all that is trained.
         compare: also train the same model with ordinary dropout.
         curve_rows: fixed rows of the training and of the test data on which losses are followed.
-        memorization: also follow both losses of every training row, epoch by epoch.
+        memorization: record both losses of every training row after each epoch (turnover memorize).
     """
 
     classifier: Config

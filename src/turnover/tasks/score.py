@@ -48,13 +48,13 @@ class ScoreConfig:
 
     Attributes:
         method: estimator of the pairs and the aggregate (self-influence is linear).
-        seconds: what the estimator may take, where it is chosen by that (``auto``).
-        objective: ``margin`` or ``cross_entropy``, in nats.
+        seconds: time budget of the method ``auto``.
+        objective: cost of a prediction in nats: ``margin`` (minus the log-odds of the true class) or
+            ``cross_entropy`` (its loss).
         ghosts: ghosts that fit the noise floor; as many fresh ones check it.
         sites: names or patterns of the sites that are scored, ``("*",)`` for all; ``None`` takes those
             that carry more signal than noise, told from the training instances' self-influence.
-        gram: whether the errors' extremes are also estimated by gram, which takes a pass over the
-            training data.
+        gram: also estimate the errors' extremes by gram, which takes a pass over the training data.
     """
 
     method: str = "linear"

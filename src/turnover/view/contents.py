@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.data.base import Data
-from turnover.data.images import ImageData
 from turnover.errors import InputError
+from turnover.io.parsing import finite_or_none
 from turnover.results.calibration import NoiseFloor
 from turnover.results.result import Result
 from turnover.runs.run import Run
@@ -38,7 +38,7 @@ from turnover.view.filters import (
     decided,
     ordered,
 )
-from turnover.view.numbers import Ranked, by_gram, ends_of, finite, measured
+from turnover.view.numbers import Ranked, by_gram, ends_of, measured
 
 _EXCERPT = 320
 _SIDES = ("helpful", "harmful")
@@ -105,7 +105,7 @@ class Contents:
         return {
             "name": run.folder.resolve().name,
             "classes": run.train.classes,
-            "images": isinstance(run.train, ImageData),
+            "images": run.train.image(0) is not None,
             "errors": len(self._rows),
             "training": len(run.train),
             "test": len(run.test),
@@ -233,12 +233,13 @@ class Contents:
             InputError: no such image.
         """
         data: Data = self._run.train if side == "train" else self._run.test
-        if not isinstance(data, ImageData) or not 0 <= row < len(data):
+        pixels = data.image(row) if 0 <= row < len(data) else None
+        if pixels is None:
             raise InputError(f"there is no image of {side} row {row}")
         from PIL import Image
 
         written = io.BytesIO()
-        Image.fromarray(data.image(row)).save(written, "PNG")
+        Image.fromarray(pixels).save(written, "PNG")
         return written.getvalue()
 
     def check_row(self, row: int) -> None:
@@ -270,10 +271,10 @@ class Contents:
             "text": test.shown(row)[:_EXCERPT],
             "true": test.classes[test.labels[row]],
             "predicted": test.classes[self._predicted[number]],
-            "confidence": finite(self._confidence[number]),
+            "confidence": finite_or_none(self._confidence[number]),
             "significant": int(self._significant[number]),
-            "largest_z": finite(self._largest_z[number]),
-            "noise_floor": finite(self._floor.sd[number]),
+            "largest_z": finite_or_none(self._largest_z[number]),
+            "noise_floor": finite_or_none(self._floor.sd[number]),
         }
 
     def _training_row(self, row: int) -> dict[str, Any]:
@@ -289,8 +290,8 @@ class Contents:
         column = int(self._column[row])
         return {
             **self._training_row(row),
-            "overall_score": finite(self._overall.scores[column]),
-            "self_score": None if self._own is None else finite(self._own.scores[column]),
+            "overall_score": finite_or_none(self._overall.scores[column]),
+            "self_score": None if self._own is None else finite_or_none(self._own.scores[column]),
             "helped": int(self._helped[column]),
             "hurt": int(self._hurt[column]),
         }

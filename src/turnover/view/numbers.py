@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from turnover.io.parsing import finite_or_none
 from turnover.results.result import Result
 from turnover.tasks.explain import SIGNIFICANT_Q
 
@@ -53,9 +53,9 @@ def ends_of(
 def measured(score: Any, z: Any, q: Any) -> dict[str, Any]:
     """Of turn-over: score in nats, z, q, and whether q is at most 0.05."""
     return {
-        "score": finite(score),
-        "z": finite(z),
-        "q": finite(q),
+        "score": finite_or_none(score),
+        "z": finite_or_none(z),
+        "q": finite_or_none(q),
         "significant_here": bool(q <= SIGNIFICANT_Q),
     }
 
@@ -65,9 +65,3 @@ def by_gram(result: Result, target: int, rank: int) -> dict[str, float]:
     assert result.standard_error is not None
     at = target, rank
     return {"score": float(result.scores[at]), "error": float(result.standard_error[at])}
-
-
-def finite(value: Any) -> float | None:
-    """A plain number, ``None`` where it is not finite."""
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -72,9 +72,9 @@ class Gram:
         self._limits = Limits()
         self._residual = [residual_of(one, objective, options) for one in models]
         # Where an instance's gradient is not the loss's own, its part on itself is still to come.
-        self._own_wrong = objective is cross_entropy and directions_of(objective, options) > 0
+        self._own_residual = objective is cross_entropy and directions_of(objective, options) > 0
         self._captures = [
-            capture_of(one, objective, options, wrong=residual > 0 or self._own_wrong)
+            capture_of(one, objective, options, residuals=residual > 0 or self._own_residual)
             for one, residual in zip(models, self._residual, strict=True)
         ]
         self._fitted: list[Fitted] = []
@@ -135,12 +135,12 @@ class Gram:
         start = time.perf_counter()
         with closing(counting("gram (kernel)", entries, "pairs", shown=self._shown)) as progress:
             self._fitted = [
-                Fitted.of(
+                Fitted(
                     made,
                     rows,
                     self._options.ridge,
                     residual=residual,
-                    own_wrong=self._own_wrong,
+                    own_residual=self._own_residual,
                     resamples=self._options.resamples,
                     limits=self._limits,
                     scratch=scratch,
@@ -376,7 +376,7 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
     pending = list(takewhile(lambda one: one.parts, reversed(rows)))[::-1]
     if pending and (is_full(pending) or not full):
         blocks.append(block_of(pending))
-        rows[-len(pending) :] = [Rows({}, one.costs, one.wrong, one.weights) for one in pending]
+        rows[-len(pending) :] = [Rows({}, one.costs, one.residuals, one.weights) for one in pending]
 
 
 def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:

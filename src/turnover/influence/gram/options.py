@@ -133,7 +133,7 @@ def residual_of(model: Model, objective: Objective, options: Options) -> float:
 
 
 def capture_of(
-    model: Model, objective: Objective, options: Options, *, wrong: bool
+    model: Model, objective: Objective, options: Options, *, residuals: bool
 ) -> Capture | MaskCapture:
     """What gives the gradients of a model's rows.
 
@@ -141,7 +141,7 @@ def capture_of(
         model: a network or any module.
         objective: cost of a prediction.
         options: how to score.
-        wrong: whether to find the probability of every label.
+        residuals: whether to find the probability of every label.
 
     Raises:
         InputError: nothing is trained, or mask features of what has no masks.
@@ -153,8 +153,8 @@ def capture_of(
                 'features="masks" are derivatives by the masks of a turn-over network: give one '
                 'from turnover.attach, or take features="gradients"'
             )
-        return MaskCapture(model, objective, wrong=wrong, directions=count)
+        return MaskCapture(model, objective, residuals=residuals, directions=count)
     if isinstance(model, Network):
         within = model.mean
-        return Capture(model.model, objective, wrong=wrong, directions=count, within=within)
-    return Capture(model, objective, wrong=wrong, directions=count)
+        return Capture(model.model, objective, residuals=residuals, directions=count, within=within)
+    return Capture(model, objective, residuals=residuals, directions=count)

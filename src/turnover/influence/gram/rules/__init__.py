@@ -1,14 +1,29 @@
-"""How each kind of layer gives the gradients of its rows: one small file for each.
+"""Rules: how each kind of layer gives the gradients of single rows.
 
-To add a layer, write a class with the methods of :class:`Rule` and register it for the module's type,
-or for its qualified name where importing the type would mean another library. Results are checked
-against autograd on the first batch, and layers that fail go to the general way, so a rule may leave
-rare options of its layer out.
+To add a layer, write one module in this folder; nothing else changes. For a layer that multiplies
+(rows, tokens, features) by a weight (features,)::
+
+    @register(Gain)
+    class GainRule(Rule):
+        def factors(self, module, trained, calls):
+            return Explicit(sum((call.back * call.inputs).sum(dim=1) for call in calls))
+
+``factors`` returns one of the forms of :mod:`turnover.influence.gram.factors`. Override ``flat`` if the
+form has another order than the weight, then the bias. Register a type from a library that turnover does
+not import by its qualified name. A module outside this folder can register a rule too, once imported.
+
+Gram checks every rule against autograd, and computes the gradients of a layer without its rule where they
+differ. A rule may therefore ignore rare options of its layer.
 """
 
 from __future__ import annotations
 
-from turnover.influence.gram.rules import conv, embedding, linear, norm
-from turnover.influence.gram.rules.base import Call, Rule, rule_of
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["Call", "Rule", "conv", "embedding", "linear", "norm", "rule_of"]
+from turnover.influence.gram.rules.base import Call, Rule, register, rule_of
+
+__all__ = ["Call", "Rule", "register", "rule_of"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

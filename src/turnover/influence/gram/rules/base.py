@@ -1,10 +1,11 @@
-"""What a rule is, and the register of them."""
+"""The base class of rules, and their registry."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -19,55 +20,51 @@ class Call:
     back: Tensor
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """Gradients of the rows of a batch by the parameters of one kind of layer."""
 
+    @abstractmethod
     def factors(self, module: nn.Module, trained: frozenset[str], calls: Sequence[Call]) -> Factors:
-        """Gradients of every row.
+        """Gradients of every row, summed over the calls.
 
         Args:
             module: the layer.
             trained: which of ``weight`` and ``bias`` are trained: one at least.
-            calls: at least one; the gradients of several are added up.
+            calls: one at least.
         """
 
     def flat(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """Gradients by parameter name, in the order of :meth:`Factors.explicit`."""
+        """Flattened gradients in the order of :meth:`Factors.explicit`: the weight, then the bias.
 
-
-class InOrder:
-    """The weight as it lies in memory, then the bias."""
-
-    def flat(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """See :class:`Rule`."""
+        Args:
+            gradients: by parameter name, in the parameters' shapes.
+        """
         return [gradients[name].flatten() for name in ("weight", "bias") if name in gradients]
 
 
-_BY_TYPE: dict[type[nn.Module], Rule] = {}
-_BY_NAME: dict[str, Rule] = {}
+_RULES: dict[type[nn.Module] | str, Rule] = {}
 
-Made = TypeVar("Made", bound=Rule)
+Kind = TypeVar("Kind", bound=Rule)
 
 
-def register(*kinds: type[nn.Module] | str) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: the rule of these types (subclasses too) or qualified names of types."""
+def register(*layers: type[nn.Module] | str) -> Callable[[type[Kind]], type[Kind]]:
+    """Register the decorated rule for layers and their subclasses.
 
-    def add(made: type[Made]) -> type[Made]:
-        rule = made()
-        for kind in kinds:
-            if isinstance(kind, str):
-                _BY_NAME[kind] = rule
-            else:
-                _BY_TYPE[kind] = rule
-        return made
+    Args:
+        layers: types, or qualified names of types from libraries that turnover does not import.
+    """
+
+    def add(rule: type[Kind]) -> type[Kind]:
+        _RULES.update(dict.fromkeys(layers, rule()))
+        return rule
 
     return add
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule of a layer, if there is one."""
+    """The rule of a layer; ``None`` if it has none."""
     for kind in type(module).__mro__:
-        rule = _BY_TYPE.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+        rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if rule is not None:
             return rule
     return None

@@ -1,4 +1,4 @@
-"""Convolutions in one and two dimensions: linear layers on patches, a token for each place."""
+"""Convolutions in one and two dimensions: linear layers on patches, a token for each position."""
 
 from __future__ import annotations
 
@@ -9,32 +9,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from turnover.influence.gram.factors import Explicit, Factors, Tokens
-from turnover.influence.gram.rules.base import Call, InOrder, register
+from turnover.influence.gram.rules.base import Call, Rule, register
 
 
 @register(nn.Conv1d, nn.Conv2d)
-class Convolution(InOrder):
+class Convolution(Rule):
     """Any stride, padding, dilation and groups."""
 
     def factors(self, module: nn.Module, trained: frozenset[str], calls: Sequence[Call]) -> Factors:
-        """See :class:`turnover.influence.gram.rules.Rule`."""
+        """See :class:`Rule`."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         back = torch.cat([call.back.flatten(2) for call in calls], dim=2)
         if "weight" not in trained:
             return Explicit(back.sum(dim=2))
         patches = torch.cat([_patches(module, call.inputs) for call in calls], dim=2)
-        groups = module.groups
-        by_group = [
-            values.reshape(len(values), groups, -1, values.shape[2]).transpose(
-                2, 3
-            )  # (rows, groups, places, channels)
+        inputs, back = (  # (rows, groups, positions, channels)
+            values.reshape(len(values), module.groups, -1, values.shape[2]).mT
             for values in (patches, back)
-        ]
-        return Tokens(by_group[0], by_group[1], "bias" in trained).cheapest()
+        )
+        return Tokens(inputs, back, "bias" in trained).cheapest()
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    """What each place of the output sees: (rows, channels * kernel, places)."""
+    """The input patch of every output position: (rows, channels * kernel, positions)."""
     sides: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         if isinstance(module.padding, str):

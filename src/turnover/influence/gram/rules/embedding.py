@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from turnover.influence.gram.factors import Explicit, Factors, Lookup
-from turnover.influence.gram.rules.base import Call, InOrder, register
+from turnover.influence.gram.rules.base import Call, Rule, register
 
 
 @register(nn.Embedding)
-class Embedding(InOrder):
+class Embedding(Rule):
     """Token, position and type embeddings."""
 
     def factors(
@@ -21,13 +21,11 @@ class Embedding(InOrder):
         trained: frozenset[str],  # noqa: ARG002
         calls: Sequence[Call],
     ) -> Factors:
-        """See :class:`turnover.influence.gram.rules.Rule`."""
+        """See :class:`Rule`."""
         assert isinstance(module, nn.Embedding)
         tokens = torch.cat([call.inputs.flatten(1).long() for call in calls], dim=1)
         back = [call.back.reshape(len(call.back), -1, module.embedding_dim) for call in calls]
         if module.padding_idx is not None:
             tokens = tokens.masked_fill(tokens == module.padding_idx, -1)
         found = Lookup(tokens, torch.cat(back, dim=1), module.num_embeddings)
-        if module.num_embeddings <= tokens.shape[1]:
-            return Explicit(found.explicit())
-        return found
+        return Explicit(found.explicit()) if module.num_embeddings <= tokens.shape[1] else found

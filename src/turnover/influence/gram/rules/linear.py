@@ -1,4 +1,4 @@
-"""Linear layers, with or without tokens; LoRA's are among them."""
+"""Linear layers, with or without tokens, LoRA's among them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from turnover.influence.gram.factors import Explicit, Factors, Tokens
-from turnover.influence.gram.rules.base import Call, InOrder, register
+from turnover.influence.gram.rules.base import Call, Rule, register
 
 
 @register(nn.Linear)
-class Linear(InOrder):
+class Linear(Rule):
     """``outputs = inputs W' + bias``, over any axes between the rows and the features."""
 
     def factors(
@@ -21,8 +21,8 @@ class Linear(InOrder):
         trained: frozenset[str],
         calls: Sequence[Call],
     ) -> Factors:
-        """See :class:`turnover.influence.gram.rules.Rule`."""
-        # To the weight a second call is more tokens.
+        """See :class:`Rule`."""
+        # A second call adds tokens.
         inputs = torch.cat([_tokens(call.inputs) for call in calls], dim=1)
         back = torch.cat([_tokens(call.back) for call in calls], dim=1)
         if "weight" not in trained:
@@ -32,10 +32,10 @@ class Linear(InOrder):
 
 @register("transformers.pytorch_utils.Conv1D")
 class Transposed(Linear):
-    """The linear layer of GPT-2, whose weight is (inputs, outputs)."""
+    """GPT-2's linear layer, whose weight is (inputs, outputs)."""
 
     def flat(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """See :class:`turnover.influence.gram.rules.Rule`."""
+        """See :class:`Rule`."""
         turned = {name: value.T if name == "weight" else value for name, value in gradients.items()}
         return super().flat(turned)
 

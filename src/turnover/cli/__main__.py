@@ -1,5 +1,0 @@
-"""``python -m turnover.cli``."""
-
-from turnover.cli import main
-
-main()
