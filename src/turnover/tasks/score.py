@@ -289,7 +289,7 @@ def explain_input(
     prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
     predicted = int(prediction.predicted[0])
     if label is None:
-        data = data.relabelled([predicted])
+        data = data.relabeled([predicted])
         encoded = run.encode(data)
     sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
