@@ -27,7 +27,7 @@ from test_images import folders, run  # noqa: F401 - fixtures: a run of images, 
 from turnover import Influence, InputError
 from turnover.data.images import read_images
 from turnover.errors import WriteError
-from turnover.evaluation import Recipe, draw_subsets, retrain
+from turnover.evaluation import Recipe, Retraining, draw_subsets, retrain
 from turnover.influence.gram.disk import Limits
 from turnover.io.files import mapped
 from turnover.io.parsing import write_json
@@ -239,12 +239,12 @@ def test_retraining_keeps_what_it_has_finished_when_the_disk_is_full(disk: Disk)
     recipe = Recipe(epochs=1, batch_size=5, learning_rate=0.1)
 
     def train(cache: Path | None) -> np.ndarray:
-        return retrain(
+        retraining = Retraining(
             lambda seed: tiny.randomise(tiny.mlp(), seed),
-            *(inputs, labels, recipe, subsets, [1]),
-            on=inputs[:3],
+            *(inputs, labels, recipe, inputs[:3]),
             cache=cache,
         )
+        return retrain(retraining, subsets, [1])
 
     (disk.path / "cache").mkdir()
     disk.fill(leave=2 * 4096)

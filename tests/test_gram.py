@@ -364,7 +364,7 @@ def test_what_has_no_gradients_is_refused():
     with pytest.raises(InputError, match="no parameter of the model is trained"):
         Influence(model, method="gram")
     mixing = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
-    with pytest.raises(InputError, match="'1' normalises by the statistics of its batch"):
+    with pytest.raises(InputError, match="'1' normalizes by the statistics of its batch"):
         Influence(mixing, method="gram")
 
 

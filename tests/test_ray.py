@@ -195,7 +195,7 @@ SCRIPT = """
 import sys, time
 import torch
 import test_ray
-from turnover.influence import walk
+from turnover.influence import blockwise
 
 torch.set_num_threads(1)
 blockwise._MOST_TARGETS, blockwise._SCORE_BYTES = 32, 2**17

@@ -1,4 +1,4 @@
-"""A model that holds a network and a slow copy of it, as in reinforcement and self-supervised learning."""
+"""Target networks: models that hold a network and a slow copy of it, as in reinforcement learning."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _FILLING = frozenset({"net", "network", "model", "module", "q"})
 
 
 def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
-    """Refuse sites in a network and in its target, whose names would give an instance other masks.
+    """Refuse sites in both a network and its target, where an instance would have different masks.
 
-    Told by names (``critic`` and ``critic_target``, ``online`` and ``target``), by structure and by
-    weights that are equal: twin critics and copied layers are none.
+    Pairs are recognized by names (``critic`` and ``critic_target``, ``online`` and ``target``), structure
+    and equal weights, so that twin critics and copied layers pass.
 
     Args:
-        sites: the modules that are to be masked.
+        model: the model.
+        sites: the modules to mask.
 
     Raises:
-        InputError: both are named.
+        InputError: the message names both.
     """
     masked = set(sites)
     for parent, holder in model.named_modules():
@@ -47,7 +48,7 @@ def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
 
 
 def _pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names of a network and of its target, as people give them."""
+    """Names of a network and of its target."""
     for slow in names:
         words = _words(slow)
         rest = [word for word in words if word not in _SLOW]
@@ -60,7 +61,7 @@ def _pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _are_counterparts(rest: list[str], online: list[str]) -> bool:
-    """Whether a target's name without the word that says so is that of an online network."""
+    """Whether a target's name, without the word for target, is the name of the online network."""
     if rest == online:
         return True
     plain = [word for word in online if word not in _ONLINE]
@@ -78,7 +79,6 @@ def _words(name: str) -> list[str]:
 
 
 def _masked(network: nn.Module, sites: set[nn.Module]) -> set[str]:
-    """Names, within a network, of its modules that are sites."""
     return {name for name, module in network.named_modules() if module in sites}
 
 

@@ -69,7 +69,7 @@ class Walk:
         for batches in _regrouped(targets, self.grid(len(ids))[0]):
             sink.begin(start, batches)
             rows = slice(start, start + sum(map(len, batches)))
-            yield rows, [batch.apart() for batch in batches]
+            yield rows, [batch.own_memory() for batch in batches]
             start = rows.stop
 
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:

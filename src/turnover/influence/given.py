@@ -13,8 +13,8 @@ from turnover.batches.loaders import Numbers, check_numbered, warn_left_out
 from turnover.dropout.contexts import Binding
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
+from turnover.dropout.row_order import check_site_order
 from turnover.dropout.rowwise import RowCheck
-from turnover.dropout.site_order import check_site_order
 from turnover.errors import InputError
 from turnover.objectives import Objective
 

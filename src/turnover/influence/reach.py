@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from turnover.dropout.checkpoints import is_reentrant
 from turnover.dropout.network import Network
+from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import BindingError, InputError
 
 Run = tuple[str, int]

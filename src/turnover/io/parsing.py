@@ -309,3 +309,9 @@ def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> N
 def _checksum(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def finite_or_none(value: float) -> float | None:
+    """A plain float; ``None``, JSON's null, where it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,12 +1,10 @@
-"""Directions in a classifier's outputs along which a training instance holds the network. Pure functions.
+"""Directions in a classifier's outputs along which training instances hold a network.
 
-To the second order, training on an instance keeps its logits where they are with the strength ``W``,
-the covariance of its softmax, ``diag(p) - p p'``. At the end of training ``W`` is far smaller than it
-would be had the instance been left out, and its square root lies in between, as the square root of
-the residual does (docs/fidelity.md). Gradients along all classes would be many, so it is taken in a
-subspace: of the margin, and of what the softmax curves most in beside it.
-
-With two classes there is one direction, and nothing is left out.
+To second order, training on an instance holds its logits with the strength ``W``, the covariance of its
+softmax, ``diag(p) - p p'``. At the end of training ``W`` is far smaller than it would be without the
+instance, and its square root is in between, as that of the residual is (docs/fidelity.md). Gradients along
+all classes would be many, so the square root is taken in a subspace: the margin, and the directions of
+largest curvature beside it. With two classes, one direction is the whole space.
 """
 
 from __future__ import annotations
@@ -15,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _LEAST = 1e-6
-"""Of the square root of the curvature: a network that is sure of an instance is held by nothing."""
+"""Smallest strength: of a prediction without any doubt it would be 0."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Directions of the rows of a batch, scaled by how strongly they are held.
+    """Directions of the rows of a batch, scaled by their strength.
 
     Attributes:
         values: float32 (rows, classes, count), ``V``; ``V V'`` is ``sqrt(W)`` in the subspace.
@@ -39,35 +38,24 @@ def directions(logits: Tensor, labels: Tensor, count: int) -> Directions:
     Args:
         logits: float (rows, classes).
         labels: int64 (rows,).
-        count: at most so many, and never more than one less than classes.
+        count: of directions, at most; never more than one less than classes.
     """
     logits = logits.detach().double()
     classes = logits.shape[1]
     count = min(count, classes - 1)
-    chosen = torch.nn.functional.one_hot(labels, classes).double()
+    chosen = functional.one_hot(labels, classes).double()
     # Minus the log-odds: a cost, as all objectives are.
     margin = logits.masked_fill(chosen.bool(), -torch.inf).softmax(dim=1) - chosen
-    first = torch.nn.functional.normalize(margin, dim=1)[:, :, None]
+    basis = functional.normalize(margin, dim=1)[:, :, None]
     p = logits.softmax(dim=1)
-    root = _root(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
-    basis = first
+    curvature, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+    root = (vectors * curvature.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
     if count > 1:
-        rest = torch.eye(classes, dtype=p.dtype, device=p.device) - first @ first.mT
-        basis = torch.cat([first, _largest(rest @ root @ rest, count - 1)], dim=2)
-    held, turn = torch.linalg.eigh(basis.mT @ root @ basis)
-    scale = held.clamp_min(_LEAST).sqrt()
+        rest = torch.eye(classes, dtype=p.dtype, device=p.device) - basis @ basis.mT
+        largest = torch.linalg.eigh(rest @ root @ rest)[1][:, :, 1 - count :]
+        basis = torch.cat([basis, largest], dim=2)
+    strength, turn = torch.linalg.eigh(basis.mT @ root @ basis)
+    scale = strength.clamp_min(_LEAST).sqrt()
     turned = basis @ turn
     weights = (turned.mT @ margin[:, :, None])[:, :, 0] / scale
     return Directions((turned * scale[:, None, :]).float(), weights.float())
-
-
-def _root(matrices: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrices)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
-    return root
-
-
-def _largest(matrices: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the largest eigenvalues: (rows, classes, count)."""
-    vectors: Tensor = torch.linalg.eigh(matrices)[1]
-    return vectors[:, :, -count:]

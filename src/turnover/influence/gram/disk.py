@@ -1,6 +1,6 @@
-"""What does not fit in memory: blocks of gradients and Gram matrices in a temporary folder.
+"""Gradients and Gram matrices that do not fit in memory, in a temporary folder.
 
-Files are plain ``.npy`` arrays, and are removed with the object that made them.
+Files are plain ``.npy`` arrays, and are deleted with the object that wrote them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from turnover.io.files import mapped, write_array, write_header, writing_tempora
 
 @dataclass(frozen=True)
 class Limits:
-    """When to leave memory.
+    """When to use the disk.
 
     Attributes:
         memory: bytes of the gradients of the training set, over all networks.
         rows: of the Gram matrix, one for each direction of each training instance, up to which it is
-            in memory and factored; beyond, it is on disk and solved with by conjugate gradients.
-        landmarks: rows that the preconditioner of these is made of.
+            in memory and factored; a larger one is on disk and solved with by conjugate gradients.
+        landmarks: rows of the Gram matrix that their preconditioner is made of.
     """
 
     memory: int = 2**31
@@ -39,7 +39,7 @@ class Limits:
 
 
 class Scratch:
-    """A temporary folder, made when it is first needed."""
+    """A temporary folder, created on first use."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -49,7 +49,7 @@ class Scratch:
         """A float32 matrix (rows, rows) on disk.
 
         Raises:
-            WriteError: there is no room for it.
+            WriteError: no space for it.
         """
         path, shape = self._path(), (rows, rows)
         with writing_temporary(self._folder), path.open("w+b") as file:
@@ -61,7 +61,7 @@ class Scratch:
         """Write a tensor.
 
         Raises:
-            WriteError: there is no room for it.
+            WriteError: no space for it.
         """
         path, array = self._path(), values.cpu().numpy()
         with writing_temporary(self._folder):
@@ -70,40 +70,43 @@ class Scratch:
 
     def _path(self) -> Path:
         if self._folder is None:
-            with writing_temporary() as place:
-                self._folder = Path(tempfile.mkdtemp(prefix="turnover-gram-", dir=place))
+            with writing_temporary() as parent:
+                self._folder = Path(tempfile.mkdtemp(prefix="turnover-gram-", dir=parent))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files += 1
         return self._folder / f"{self._files}.npy"
 
 
-@dataclass(frozen=True)
 class _Stored:
-    """A block without its tensors, and where these are."""
+    """A block whose tensors are on disk."""
 
-    skeleton: Block
-    paths: dict[str, list[dict[str, Path]]]
-    device: torch.device
+    def __init__(self, block: Block, scratch: Scratch) -> None:
+        self.rows = block.rows
+        self._device = block.device
+        self._pieces = []
+        for name, pieces in block.parts.items():
+            for start, piece in pieces:
+                tensors = piece.tensors()
+                paths = {field: scratch.save(values) for field, values in tensors.items()}
+                empty = {field: values.new_empty(0) for field, values in tensors.items()}
+                self._pieces.append((name, start, replace(piece, **empty), paths))
 
     def load(self) -> Block:
-        parts = {
-            name: [
-                (start, replace(piece, **{field: self._read(p) for field, p in paths.items()}))
-                for (start, piece), paths in zip(pieces, self.paths[name], strict=True)
-            ]
-            for name, pieces in self.skeleton.parts.items()
-        }
-        return Block(parts, self.skeleton.rows)
+        parts: dict[str, list[tuple[int, Factors]]] = {}
+        for name, start, piece, paths in self._pieces:
+            tensors = {field: self._read(path) for field, path in paths.items()}
+            parts.setdefault(name, []).append((start, replace(piece, **tensors)))
+        return Block(parts, self.rows)
 
     def _read(self, path: Path) -> Tensor:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).to(self.device)
+        return torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
 
 
 class Blocks(Sequence[Block]):
-    """Blocks, of which those beyond a number of bytes are on disk.
+    """Blocks of gradients: the first in memory, the others on disk.
 
     Args:
-        memory: the bytes.
+        memory: bytes of those in memory.
         scratch: where the others go.
     """
 
@@ -113,40 +116,18 @@ class Blocks(Sequence[Block]):
         self._blocks: list[Block | _Stored] = []
 
     def append(self, block: Block) -> None:
-        """One block more."""
+        """Add a block."""
         self._left -= block.nbytes
-        self._blocks.append(block if self._left >= 0 else self._stored(block))
+        self._blocks.append(block if self._left >= 0 else _Stored(block, self._scratch))
 
     @property
     def sizes(self) -> list[int]:
         """Rows of every block."""
-        return [b.rows if isinstance(b, Block) else b.skeleton.rows for b in self._blocks]
+        return [block.rows for block in self._blocks]
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    @overload
-    def __getitem__(self, index: int) -> Block: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Block]: ...
-
-    def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
-        if isinstance(index, slice):
-            raise TypeError("blocks are read one at a time")
+    def __getitem__(self, index: Any) -> Any:
         block = self._blocks[index]
-        return block if isinstance(block, Block) else block.load()
-
-    def _stored(self, block: Block) -> _Stored:
-        paths: dict[str, list[dict[str, Path]]] = {}
-        parts: dict[str, list[tuple[int, Factors]]] = {}
-        device = torch.device("cpu")
-        for name, pieces in block.parts.items():
-            for start, piece in pieces:
-                found = piece.tensors()
-                device = next(iter(found.values())).device
-                saved = {field: self._scratch.save(values) for field, values in found.items()}
-                paths.setdefault(name, []).append(saved)
-                empty = {field: values.new_empty(0) for field, values in found.items()}
-                parts.setdefault(name, []).append((start, replace(piece, **empty)))
-        return _Stored(Block(parts, block.rows), paths, device)
+        return block.load() if isinstance(block, _Stored) else block

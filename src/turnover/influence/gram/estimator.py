@@ -135,7 +135,7 @@ class Gram:
         start = time.perf_counter()
         with closing(counting("gram (kernel)", entries, "pairs", shown=self._shown)) as progress:
             self._fitted = [
-                Fitted.of(
+                Fitted(
                     made,
                     rows,
                     self._options.ridge,

@@ -1,7 +1,8 @@
-"""Gradients of single rows by any parameter, through ``torch.func``: right for all, fast for none."""
+"""Gradients of single rows by any parameter, through ``torch.func``: always right, never fast."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,8 +13,7 @@ from turnover.batches import Batch, named, tensors
 
 _ELEMENTS = 2**24
 """Numbers in the gradients of the rows that are computed at once: 64 MB."""
-
-Parameters = dict[str, Tensor]
+_logger = logging.getLogger(__name__)
 
 
 class RowGradients:
@@ -27,64 +27,67 @@ class RowGradients:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self._model = model
         found = dict(model.named_parameters(remove_duplicate=False))
-        self._wanted = {name: found[name] for name in names}
-        self._step = max(1, _ELEMENTS // max(1, sum(p.numel() for p in self._wanted.values())))
+        self._parameters = {name: found[name] for name in names}
+        self._step = max(1, _ELEMENTS // max(1, sum(self.sizes.values())))
 
     @property
     def sizes(self) -> dict[str, int]:
         """Numbers in each parameter, in the order of the columns."""
-        return {name: parameter.numel() for name, parameter in self._wanted.items()}
+        return {name: parameter.numel() for name, parameter in self._parameters.items()}
 
     def __call__(self, batch: Batch, back: Mapping[int, Tensor]) -> Tensor:
         """The gradients, float32 (rows, parameters).
 
         Args:
             batch: rows.
-            back: gradients of the objective by tensors of the model's outputs, by their number.
+            back: gradients of the objective at tensors of the model's outputs, by their number.
         """
         size = len(batch)
         try:
             starts = range(0, size, self._step)
-            return torch.cat([self._together(batch, back, i, i + self._step) for i in starts])
-        except (RuntimeError, ValueError, TypeError):
-            # A forward that looks at its values, or at its batch size, cannot be vectorised.
-            return torch.cat([self._one(batch.rows(i, i + 1), back, i) for i in range(size)])
+            return torch.cat([self._vectorized(batch, back, i, i + self._step) for i in starts])
+        except (RuntimeError, ValueError, TypeError) as error:
+            # A forward that looks at its values or its batch size.
+            _logger.debug("row gradients one by one, as vmap failed: %r", error)
+            return torch.cat([self._single(batch.rows(i, i + 1), back, i) for i in range(size)])
 
-    def _together(self, batch: Batch, back: Mapping[int, Tensor], start: int, stop: int) -> Tensor:
+    def _vectorized(
+        self, batch: Batch, back: Mapping[int, Tensor], start: int, stop: int
+    ) -> Tensor:
         size = len(batch)
-        values = tensors(batch.inputs)
         by_row = [
-            bool(one.dim()) and len(one) == size and not batch.shares(name)
-            for name, one in named(batch.inputs)
+            bool(value.dim()) and len(value) == size and not batch.shares(name)
+            for name, value in named(batch.inputs)
         ]
-        inputs = [v[start:stop] if rowed else v for v, rowed in zip(values, by_row, strict=True)]
+        pairs = list(zip(tensors(batch.inputs), by_row, strict=True))
+        inputs = [value[start:stop] if rowed else value for value, rowed in pairs]
         dims = [0 if rowed else None for rowed in by_row]
 
-        def value(parameters: Parameters, row: list[Tensor], pulls: list[Tensor]) -> Tensor:
+        def objective(
+            parameters: dict[str, Tensor], row: list[Tensor], row_back: list[Tensor]
+        ) -> Tensor:
             whole = iter([v[None] if rowed else v for v, rowed in zip(row, by_row, strict=True)])
-            filled = Batch(batch.inputs)._mapped(lambda _: next(whole))
+            filled = Batch(batch.inputs).mapped(lambda _: next(whole))
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 return torch.func.functional_call(self._model, parameters, args, kwargs)
 
             outputs = tensors([filled.call(cast(nn.Module, run))])
-            by_number = dict(zip(back, [pull[None] for pull in pulls], strict=True))
-            return _pulled(outputs, by_number)
+            return _weighted(outputs, dict(zip(back, [one[None] for one in row_back], strict=True)))
 
-        each = torch.func.vmap(torch.func.grad(value), in_dims=(None, dims, 0))
-        parameters = {name: value.detach() for name, value in self._wanted.items()}
-        found = each(parameters, inputs, [pull[start:stop] for pull in back.values()])
-        return torch.cat([found[name].flatten(1).float() for name in self._wanted], dim=1).detach()
+        each = torch.func.vmap(torch.func.grad(objective), in_dims=(None, dims, 0))
+        parameters = {name: value.detach() for name, value in self._parameters.items()}
+        found = each(parameters, inputs, [value[start:stop] for value in back.values()])
+        return torch.cat([found[n].flatten(1).float() for n in self._parameters], dim=1).detach()
 
-    def _one(self, row: Batch, back: Mapping[int, Tensor], index: int) -> Tensor:
-        pulls = {number: pull[index : index + 1] for number, pull in back.items()}
-        value = _pulled(tensors([row.call(self._model)]), pulls)
-        wanted = list(self._wanted.values())
-        found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+    def _single(self, row: Batch, back: Mapping[int, Tensor], index: int) -> Tensor:
+        of_row = {number: value[index : index + 1] for number, value in back.items()}
+        value = _weighted(tensors([row.call(self._model)]), of_row)
+        parameters = list(self._parameters.values())
+        found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in found]).float()[None].detach()
 
 
-def _pulled(outputs: Sequence[Tensor], back: Mapping[int, Tensor]) -> Tensor:
-    """A number whose gradient is that of the objective, of which the outputs' gradients are known."""
-    terms = [(outputs[number] * pull).sum() for number, pull in back.items()]
-    return torch.stack(terms).sum()
+def _weighted(outputs: Sequence[Tensor], back: Mapping[int, Tensor]) -> Tensor:
+    """A number whose gradient at the outputs is ``back``, as the objective's is."""
+    return torch.stack([(outputs[number] * value).sum() for number, value in back.items()]).sum()

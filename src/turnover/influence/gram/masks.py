@@ -1,6 +1,9 @@
-"""The compact features: derivatives of the objective by the mask entries of a turn-over network."""
+"""Compact features: derivatives of the objective by the mask entries of a turn-over network."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,14 +11,15 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
-from turnover.influence.gram.capture import Rows, directions_of, label_residuals
+from turnover.influence.gram.capture import Rows, label_residuals
+from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit
 from turnover.influence.linear import finite, mask_gradients
-from turnover.objectives import Objective, costs, logits_of
+from turnover.objectives import Objective, costs, logits_and_labels, logits_of
 
 
 class MaskCapture:
-    """As :class:`turnover.influence.gram.capture.Capture`, by mask entries in place of parameters."""
+    """Like :class:`turnover.influence.gram.capture.Capture`, by mask entries instead of parameters."""
 
     general: tuple[str, ...] = ()
 
@@ -28,7 +32,7 @@ class MaskCapture:
         self._directions = directions
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
-        """Derivatives, costs and probabilities of the rows of a batch.
+        """Derivatives, costs and residuals of the rows of a batch.
 
         Raises:
             InputError: the objective is not finite or has no derivative.
@@ -42,20 +46,14 @@ class MaskCapture:
                 residuals = label_residuals(outputs, batch) if self._residuals else None
             objectives, weights = [self._objective], None
             if training and self._directions:
-                along = directions_of(outputs, batch, self._directions)
-                objectives, weights = _along(along.values), along.weights
+                along = directions(*logits_and_labels(outputs, batch), self._directions)
+                objectives = [partial(_along, one) for one in along.values.unbind(dim=2)]
+                weights = along.weights
             found = [mask_gradients(self._network, one, batch).float() for one in objectives]
-            gradients = torch.stack(found, dim=1).flatten(0, 1)
-        finite(values, "objective")
-        return Rows(
-            {"masks": Explicit(finite(gradients, "mask derivative"))}, values, residuals, weights
-        )
+            gradients = finite(torch.stack(found, dim=1).flatten(0, 1), "mask derivative")
+        return Rows({"masks": Explicit(gradients)}, finite(values, "objective"), residuals, weights)
 
 
-def _along(values: Tensor) -> list[Objective]:
-    """For each direction, an objective whose gradient by the logits it is."""
-
-    def objective(direction: Tensor) -> Objective:
-        return lambda outputs, _: (logits_of(outputs).float() * direction).sum(dim=1)
-
-    return [objective(one) for one in values.unbind(dim=2)]
+def _along(direction: Tensor, outputs: Any, _batch: Batch) -> Tensor:
+    """The objective whose gradient by the logits is a direction."""
+    return (logits_of(outputs).float() * direction).sum(dim=1)

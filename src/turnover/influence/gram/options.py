@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from turnover.batches import Batch
-from turnover.dropout.modules import device_of, evaluating, whole
+from turnover.dropout.modules import device_of, evaluating, weights_digest
 from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
@@ -87,13 +86,7 @@ def digest(model: Model) -> str:
     """Hash of the weights, and of the masks where there are any."""
     if isinstance(model, Network):
         return model.digest()
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-            flat = whole(value.detach()).contiguous().cpu().flatten()
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return weights_digest(model.state_dict())
 
 
 def measure(models: Sequence[Model], batch: Batch) -> None:
