@@ -236,7 +236,7 @@ def decided(train: Data, decisions: dict[int, str]) -> Data:
     for row in kept:
         decision = decisions.get(row, KEEP)
         labels.append(train.labels[row] if decision == KEEP else train.classes.index(decision))
-    return train.take(kept).relabelled(labels)
+    return train.take(kept).relabeled(labels)
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
