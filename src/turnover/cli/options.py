@@ -9,7 +9,7 @@ import typer
 
 from turnover.cli.parameters import Fields
 from turnover.dropout.masks import MaskSpec
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.tasks.training import TrainingConfig
 
 DATA = "Data"

@@ -30,7 +30,7 @@ from turnover.errors import InputError
 from turnover.models.base import Config
 from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
 from turnover.models.pipeline import config_class
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.runs.run import check_new_run
 from turnover.runs.run import data_digest as digest_of
 from turnover.tasks import fit as fit_task

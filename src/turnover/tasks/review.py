@@ -246,7 +246,7 @@ def decided(train: Data, decisions: dict[int, str]) -> Data:
     kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
     made = ((row, decisions.get(row, KEEP)) for row in kept)
     labels = [train.labels[row] if one == KEEP else train.classes.index(one) for row, one in made]
-    return train.take(kept).relabelled(labels)
+    return train.take(kept).relabeled(labels)
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
