@@ -325,8 +325,6 @@ class Masking:
         keep = self.spec.keep
         if not isinstance(binding.hidden, Tensor):
             return 1 / (1 - keep) if binding.hidden else 1 / keep
-        if keep == 0.5:
-            return 2.0
         hidden, exposed = output.new_tensor(1 / (1 - keep)), output.new_tensor(1 / keep)
         return torch.where(binding.hidden.to(output.device)[:, None], hidden, exposed)
 

@@ -114,7 +114,7 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
             continue
         site = found[name]
         source = module if _width(module) is not None else predecessors.get(name, module)
-        axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
+        axis = site.axis if site.axis is not None else (1 if _has_channels(source) else -1)
         width = _width(source) if site.axis is None and _is_certain(name, everything) else None
         if site.name in resolved:
             raise InputError(f"two modules have the canonical name {site.name!r}; rename one")
@@ -198,7 +198,7 @@ def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
     return elementwise and isinstance(parent, nn.Sequential | WideHead)
 
 
-def _is_channelled(module: nn.Module) -> bool:
+def _has_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
 
 
@@ -271,7 +271,7 @@ def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a convolution or its batch norm."""
-    return _activations_after(modules, _is_channelled)
+    return _activations_after(modules, _has_channels)
 
 
 def _activations_after(
