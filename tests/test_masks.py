@@ -386,7 +386,7 @@ def test_mixed_kinds_of_keys_are_refused(keys):
 
 
 def test_keys_of_one_hash_are_refused(monkeypatch):
-    monkeypatch.setattr(ids, "_digest", lambda text: b"\1" * 8)
+    monkeypatch.setattr(ids, "text_digest", lambda text: b"\1" * 8)
     with pytest.raises(InputError, match="'a' and 'b'"):
         turnover.string_ids(["a", "a", "b"])
 

@@ -9,7 +9,6 @@ from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from turnover.cli.config import config_option
 from turnover.cli.options import DATA, Positive, RunFolder
@@ -164,19 +163,17 @@ def cleanse(
 
 def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:
     for title, points in (("validation", found.curve), ("test", found.test)):
-        table = Table(
-            "taken out by",
-            "share",
-            "rows",
-            "accuracy",
-            "loss, nats",
+        output.table(
+            ("removed by", "share", "rows", "accuracy", "loss, nats"),
+            (
+                (
+                    *(one.removal, f"{100 * one.fraction:g}%", str(one.removed)),
+                    *(_over_seeds(one.accuracy), _over_seeds(one.loss)),
+                )
+                for one in points
+            ),
             title=title,
-            title_justify="left",
         )
-        for one in points:
-            figures = (_over_seeds(values) for values in (one.accuracy, one.loss))
-            table.add_row(one.removal, f"{100 * one.fraction:g}%", str(one.removed), *figures)
-        output.say(table)
     seeds = len(found.curve[0].loss)
     several = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     output.say(
@@ -186,6 +183,5 @@ def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    """One seed says nothing of the spread."""
     spread = f" ± {pstdev(values):.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"

@@ -46,14 +46,6 @@ Seed = Annotated[
         help="Seed of masks, new weights, order and ordinary dropout.", rich_help_panel=TRAINING
     ),
 ]
-Engine = Literal["process", "ray"]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="Address of the Ray cluster, host:port; default: RAY_ADDRESS, or a cluster on this machine."
-    ),
-]
-
 _CLASS_WEIGHTS = typer.Option(
     help="Weight of a row in the training loss, by its class: balanced (all classes weigh the same in "
     "total), or NAME=WEIGHT (repeatable; the other classes weigh 1). Reported losses and scores are not "

@@ -118,7 +118,7 @@ def _deploy(metrics: dict[str, Any]) -> str:
 
 def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     overall = run.read_result("aggregate")
-    rows = rows_by_id(overall, run.train)
+    rows = rows_by_id(overall.train_ids, run.train)
     own: dict[int, tuple[float, float]] = {}
     if run.has_result("self"):
         result = run.read_result("self")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turnover.data.base import Data
 from turnover.errors import InputError
@@ -115,17 +116,17 @@ class Explanation:
         return asdict(self)
 
 
-def rows_by_id(result: Result, train: Data) -> list[int]:
+def rows_by_id(train_ids: NDArray[np.int64], train: Data) -> list[int]:
     """Find the first training row of every id of a result.
 
     Raises:
         InputError: the result has ids that are not in the training data.
     """
     first = {value: row for row, value in reversed(list(enumerate(train.ids.tolist())))}
-    missing = [int(i) for i in result.train_ids if int(i) not in first]
+    missing = [one for one in train_ids.tolist() if one not in first]
     if missing:
         raise InputError(f"the result has training ids that the run does not: {missing[:5]}")
-    return [first[int(i)] for i in result.train_ids]
+    return [first[one] for one in train_ids.tolist()]
 
 
 def influential(
@@ -139,13 +140,14 @@ def influential(
     at = (slice(None),) if target is None else (target,)
     numbers = (values[at][columns].tolist() for values in (result.scores, result.z, result.q))
     return tuple(
-        Influential(*_described(train, rows[column]), *measured)
+        Influential(*described(train, rows[column]), *measured)
         for column, *measured in zip(columns, *numbers, strict=True)
     )
 
 
-def _described(train: Data, row: int) -> tuple[str, str, str]:
-    return train.keys[row], train.classes[train.labels[row]], train.shown(row)
+def described(data: Data, row: int) -> tuple[str, str, str]:
+    """Key, label and text of a row."""
+    return data.keys[row], data.classes[data.labels[row]], data.shown(row)
 
 
 def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
@@ -210,7 +212,7 @@ def explain(
             f"the result of gram has {len(gram.scores)} targets, the other one {len(target_rows)}: "
             f"estimate both again"
         )
-    rows = rows_by_id(result, train)
+    rows = rows_by_id(result.train_ids, train)
     labels = np.array([train.labels[row] for row in rows])
     explanations = []
     for index, row in enumerate(target_rows):
@@ -248,7 +250,7 @@ def _by_gram(
     def listed(ranks: Iterable[int]) -> tuple[GramInfluential, ...]:
         return tuple(
             GramInfluential(
-                *_described(train, rows[rank]), float(scores[rank]), float(errors[target, rank])
+                *described(train, rows[rank]), float(scores[rank]), float(errors[target, rank])
             )
             for rank in ranks
         )

@@ -293,7 +293,7 @@ def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
     influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
     result = influence.estimate(batches, run.train.ids)
-    first = rows_by_id(result, run.train)
+    first = rows_by_id(result.train_ids, run.train)
     votes = []
     for scores, row in zip(result.scores, rows, strict=True):
         order = np.argsort(-np.abs(scores), kind="stable")

@@ -18,9 +18,12 @@ from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.estimator import METHODS, Influence
-from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.auto import Auto
+from turnover.influence.estimator import Influence
+from turnover.influence.gradients import mask_gradients
+from turnover.influence.linear import LinearScorer
 from turnover.influence.plan import Plan
+from turnover.influence.protocol import METHODS
 from turnover.io.parsing import convert, read_json, write_json
 from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
@@ -39,7 +42,7 @@ _P_CHECKED = 0.01
 _SITE_ROWS = 256
 _OWN_GHOSTS = 1000
 _GRAM_TOP, _GRAM_COMPARED = 50, 5
-PAIR_METHODS = tuple(method for method in METHODS if method != "gram")
+PAIR_METHODS = tuple(sorted(METHODS.keys() - {"gram"}))
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,9 @@ class _Scoring:
         return Influence(
             self._run.network,
             self.objective,
-            method,
+            Auto(config.seconds) if method == "auto" else method,
             ghosts=ghosts or config.ghosts,
             sites=self.sites,
-            seconds=config.seconds,
             progress=True,
         )
 
