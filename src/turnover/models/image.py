@@ -29,7 +29,7 @@ from turnover.dropout.head import WideHead
 from turnover.errors import InputError
 from turnover.io.files import write_array
 from turnover.io.parsing import check_file, convert, damage, read_object
-from turnover.io.tensors import check_finite, check_shapes, opened, read_weights, shapes
+from turnover.io.tensors import check_finite, opened, read_model, shapes, write_model
 from turnover.models.base import STANDARDIZED_ROWS, standardize
 from turnover.models.vgg import SITES, VGG
 
@@ -208,8 +208,6 @@ class ImagePipeline:
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors) and shapes (JSON)."""
-        from safetensors.torch import save_file
-
         shape = {
             "kind": "image",
             "classifier": asdict(self.config),
@@ -219,8 +217,7 @@ class ImagePipeline:
             "ranges": self.ranges,
         }
         (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
-        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        write_model(folder / "model.safetensors", model)
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> ImageData:
         """Make one row of an image file."""
@@ -280,11 +277,8 @@ def load(folder: Path) -> tuple[ImagePipeline, nn.Module]:
         saved = convert(read_object(where), _Saved, where)
         config = convert(saved.classifier, ImageClassifierConfig, where, closed=True)
         with damage(where):
-            with torch.device("meta"):  # shapes are checked before any memory is allocated
-                check_shapes(path, config.network(saved.classes).state_dict())
-            model = config.network(saved.classes)
-        model.load_state_dict(read_weights(path, model.state_dict()))
+            model = read_model(path, lambda: config.network(saved.classes))
     except InputError as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     ranges = {str(kind): ends for kind, ends in saved.ranges.items()}
-    return ImagePipeline(config, saved.mean, saved.deviation, ranges), model.eval()
+    return ImagePipeline(config, saved.mean, saved.deviation, ranges), model

@@ -23,7 +23,7 @@ from turnover.data.text import TextData, TextRow, Tokens, read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
 from turnover.io.parsing import convert, read_object
-from turnover.io.tensors import check_shapes, distinct, read_weights, shapes, take
+from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.base import standardize
 from turnover.models.encoders import (
     Limits,
@@ -166,8 +166,6 @@ class TextPipeline:
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors), shapes (JSON) and tokenizer."""
-        from safetensors.torch import save_file
-
         assert isinstance(model, TextClassifier)
         encoder: Any = model.encoder
         encoder.config.dtype = torch.float32  # of the weights now
@@ -175,8 +173,7 @@ class TextPipeline:
         self.tokenizer.save_pretrained(folder / "encoder")
         saved = _Saved(asdict(self.config), classes, model.limits.positions)
         (folder / "classifier.json").write_text(json.dumps(asdict(saved), indent=2) + "\n")
-        tensors = {name: value.contiguous() for name, value in distinct(model).items()}
-        save_file(tensors, folder / "model.safetensors")
+        write_model(folder / "model.safetensors", model)
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
         """Make one row of a text."""
@@ -238,14 +235,11 @@ def load(folder: Path) -> tuple[TextPipeline, TextClassifier]:
         saved = convert(read_object(where), _Saved, where)
         config = convert(saved.classifier, ClassifierConfig, where, closed=True)
         encoder_config, tokenizer = load_saved(folder / "encoder", tensors=len(shapes(path)))
-        with torch.device("meta"):  # shapes are checked before any memory is allocated
-            check_shapes(path, distinct(_assemble(encoder_config, config, saved.classes)))
-        model = _assemble(encoder_config, config, saved.classes)
-        take(model, read_weights(path, distinct(model)))
+        model = read_model(path, lambda: _assemble(encoder_config, config, saved.classes))
         model.limits = Limits(saved.positions, model.limits.vocabulary)
     except Exception as error:  # transformers and its libraries raise many kinds
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    return TextPipeline(config, tokenizer, model.limits), model.eval()
+    return TextPipeline(config, tokenizer, model.limits), model
 
 
 def _assemble(
