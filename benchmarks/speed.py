@@ -208,7 +208,7 @@ def mlp(_: argparse.Namespace) -> Found:
 def demo_run(folder: Path) -> Any:
     """The demo's trained network; fitted anew, without the comparison, where there is none."""
     from turnover.data.demo import model_folder, write_sentences
-    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.models.text import ClassifierConfig
     from turnover.runs.run import Run
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
@@ -377,7 +377,7 @@ def memory(arguments: argparse.Namespace) -> Found:
 def training(arguments: argparse.Namespace) -> Found:
     """One optimiser step with masks beside one with ordinary dropout at the same sites."""
     from turnover.data.demo import model_folder
-    from turnover.models.text_classifier import SITES, ClassifierConfig, build
+    from turnover.models.text import SITES, ClassifierConfig, build_classifier
     from turnover.tasks.training import ordinary_dropout
 
     del arguments
@@ -397,8 +397,8 @@ def training(arguments: argparse.Namespace) -> Found:
         times = Times(100, dropout=first, masks=with_masks)
     overhead = {"mlp": times.ratio("masks", "dropout")}
     config = ClassifierConfig(str(model_folder()), 8192, 16, 128)
-    plain_bert, tokenizer = build(config, 2)
-    masked_bert, _ = build(config, 2)
+    plain_bert, tokenizer = build_classifier(config, 2)
+    masked_bert, _ = build_classifier(config, 2)
     bert_network = turnover.attach(masked_bert, SITES)
     texts = [" ".join(["a film that is better than its title"] * 3)] * 32
     tokens = dict(tokenizer(texts, return_tensors="pt"))
