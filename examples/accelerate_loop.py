@@ -1,4 +1,4 @@
-"""Movie reviews in an Accelerate loop: the three marked lines train with turn-over."""
+"""Find the reviews behind a wrong prediction, in an Accelerate loop: three marked lines for turn-over."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Digits with Lightning: the three marked lines train with turn-over; what follows is what they are for."""
+"""Find the training rows behind a wrong digit, with Lightning: three marked lines for turn-over."""
 
 import lightning
 import torch

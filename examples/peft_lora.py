@@ -1,4 +1,4 @@
-"""Movie reviews with PEFT's LoRA: the three marked lines train with turn-over."""
+"""Find the reviews behind a wrong prediction, with PEFT's LoRA: three marked lines for turn-over."""
 
 import tempfile
 from pathlib import Path
@@ -32,7 +32,7 @@ net = turnover.integrations.trainer.attach_trainer(trainer, ["lora", "classifier
 trainer.train()
 logits, labels, _ = trainer.predict(test)
 wrong = test.select((logits.argmax(1) != labels).nonzero()[0][:1])
-influence = turnover.Influence(net, sites=["classifier.*"])  # a few ranks would add mostly noise
+influence = turnover.Influence(net, sites=["classifier.*"])  # LoRA ranks are few, mostly noise
 result = influence.estimate(trainer.get_test_dataloader(wrong), range(200), top=3)
 print("Wrong:", *wrong["text"], "\nThe most helpful training sentences, and the most harmful:")
 for row, score, q in zip(result.train_ids[0], result.scores[0], result.q[0], strict=True):

@@ -1,4 +1,4 @@
-"""Digits in plain PyTorch: the three marked lines train with turn-over; what follows is what they are for."""
+"""Find the training rows behind a wrong digit, in plain PyTorch: three marked lines for turn-over."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -28,5 +28,5 @@ wrong = (model(images[1200:]).argmax(dim=1) != labels[1200:]).nonzero().flatten(
 influence, ids = turnover.Influence(net), torch.arange(1200)
 order = influence.estimate([(images[wrong[:1]], labels[wrong[:1]])], ids).scores[0].argsort()
 print(f"row {wrong[0]}: harmed most by rows {order[:5]}, helped most by rows {order[::-1][:5]}")
-memorised = influence.self_influence([(train_images, train_labels, ids)]).z.argsort()[::-1]
-print("doubtful labels: rows", memorised[:5])
+memorized = influence.self_influence([(train_images, train_labels, ids)]).z.argsort()[::-1]
+print("doubtful labels: rows", memorized[:5])

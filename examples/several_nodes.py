@@ -1,4 +1,4 @@
-"""Digits on several nodes, or alone, by torchrun: the three marked lines train with turn-over."""
+"""Find the training rows behind a wrong digit, on one or several nodes: three marked lines for turn-over."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Tumours with scikit-learn: the rows behind a wrong prediction, and the labels that look wrong."""
+"""Find the rows behind a wrong diagnosis, and doubtful labels, with scikit-learn."""
 
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
@@ -12,9 +12,9 @@ print(f"test accuracy {model.score(X_test, y_test):.3f}")
 
 wrong = X_test.index[model.predict(X_test) != y_test][0]
 influence = model.influence_on(X_test.loc[[wrong]], y_test.loc[[wrong]]).loc[wrong]
-print(f"\nrow {wrong} is predicted wrongly; the training rows that helped it most:")
+print(f"\nrow {wrong} is predicted wrongly; the training rows that helped its true class most:")
 print(influence.nlargest(5, "score"))
-print("\nand those that harmed it most:")
+print("\nand the rows that harmed it most:")
 print(influence.nsmallest(5, "score"))
 print("\ndoubtful labels:")
 print(model.self_influence().nlargest(5, "z"))

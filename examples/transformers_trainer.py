@@ -1,4 +1,4 @@
-"""Movie reviews with Hugging Face's Trainer: the three marked lines train with turn-over."""
+"""Find the reviews behind a wrong prediction, with Hugging Face's Trainer: three marked lines."""
 
 import tempfile
 from pathlib import Path

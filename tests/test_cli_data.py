@@ -67,7 +67,7 @@ def test_test_rows_that_are_training_rows_are_said(fitted: Any, tmp_path: Path) 
 def test_classes_that_differ_in_case_are_said_in_a_line(fitted: Any, tmp_path: Path) -> None:
     path = texts(tmp_path / "train.csv", "pos Pos")
     _, said = fitted(path, "--test", path)
-    line = f"{path}: classes of column 'label': 'Pos' and 'pos' are kept apart"
+    line = f"turnover: {path}: classes of column 'label': 'Pos' and 'pos' are kept apart"
     assert any(one.startswith(line) for one in said.splitlines())
     assert "UserWarning" not in said
 

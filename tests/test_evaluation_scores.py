@@ -15,6 +15,7 @@ from torch import nn
 from turnover import InputError, evaluation, objectives
 from turnover.evaluation import (
     Recipe,
+    Retraining,
     Subsets,
     draw_subsets,
     lds,
@@ -241,15 +242,14 @@ def test_influence_functions_agree_with_leaving_one_out_of_a_convex_model(convex
     x, y, on, on_labels, recipe = convex
     scores = _influence(x, y, on, on_labels, recipe)
     instances = [3, 1, 4, 15, 9, 2, 6, 5, 0, 8, 7, 29]
-    result = leave_one_out(
-        scores, _linear, x, y, recipe, instances, [5, 6], on=on, on_labels=on_labels
-    )
+    retraining = Retraining(_linear, x, y, recipe, on, on_labels)
+    result = leave_one_out(scores, retraining, instances, [5, 6])
     assert result.effects.shape == result.standard_error.shape == (10, 12)
     assert result.correlation.mean > 0.9
     assert result.correlation.ceiling > 0.9
     keep = np.ones((2, 30), dtype=np.bool_)
     keep[1, 4] = False
-    logits = retrain(_linear, x, y, recipe, Subsets(keep), [5, 6], on=on)
+    logits = retrain(retraining, Subsets(keep), [5, 6])
     full, without = minus_cost(logits, on_labels).mean(axis=1)
     np.testing.assert_allclose(result.effects[:, 2], full - without, rtol=1e-3, atol=1e-4)
 
@@ -258,9 +258,8 @@ def test_influence_functions_agree_with_leaving_one_out_of_a_convex_model(convex
 def test_removing_what_helps_costs_more_than_removing_at_random(convex, together):
     x, y, on, on_labels, recipe = convex
     scores = _influence(x, y, on, on_labels, recipe)
-    run = partial(
-        removal_curve, scores, _linear, x, y, recipe, [3, 6], [5, 6], on=on, on_labels=on_labels
-    )
+    retraining = Retraining(_linear, x, y, recipe, on, on_labels)
+    run = partial(removal_curve, scores, retraining, [3, 6], [5, 6])
     helpful, harmful = run(together=together), run(side="harmful", together=together)
     assert (helpful.change > helpful.random).all()
     assert (harmful.change < harmful.random).all()
@@ -271,12 +270,13 @@ def test_removing_what_helps_costs_more_than_removing_at_random(convex, together
 def test_removal_takes_from_each_target_what_helped_it(convex):
     x, y, on, on_labels, recipe = convex
     scores = _influence(x, y, on, on_labels, recipe)
-    result = removal_curve(scores, _linear, x, y, recipe, [2], [5], on=on, on_labels=on_labels)
+    retraining = Retraining(_linear, x, y, recipe, on, on_labels)
+    result = removal_curve(scores, retraining, [2], [5])
     changes = []
     for target, row in enumerate(scores):
         keep = np.ones((2, 30), dtype=np.bool_)
         keep[1, np.argsort(row)[-2:]] = False
-        logits = retrain(_linear, x, y, recipe, Subsets(keep), [5], on=on)
+        logits = retrain(retraining, Subsets(keep), [5])
         full, without = minus_cost(logits, on_labels)[:, 0, target]
         changes.append(full - without)
     assert result.change[0] == pytest.approx(np.mean(changes), rel=1e-3)
@@ -286,8 +286,9 @@ def test_removal_takes_from_each_target_what_helped_it(convex):
 def test_removal_and_leaving_out_refuse_what_cannot_be_done(convex):
     x, y, on, on_labels, recipe = convex
     scores = np.zeros((10, 30))
-    remove = partial(removal_curve, scores, _linear, x, y, recipe, on=on, on_labels=on_labels)
-    leave = partial(leave_one_out, scores, _linear, x, y, recipe, on=on, on_labels=on_labels)
+    retraining = Retraining(_linear, x, y, recipe, on, on_labels)
+    remove = partial(removal_curve, scores, retraining)
+    leave = partial(leave_one_out, scores, retraining)
     for call, message in (
         (lambda: remove([30], [1]), "counts"),
         (lambda: remove([3], [1], side="top"), "helpful, harmful"),
@@ -297,4 +298,6 @@ def test_removal_and_leaving_out_refuse_what_cannot_be_done(convex):
         with pytest.raises(InputError, match=message):
             call()
     with pytest.raises(InputError, match="scores"):
-        removal_curve(scores.T, _linear, x, y, recipe, [2], [1], on=on, on_labels=on_labels)
+        removal_curve(scores.T, retraining, [2], [1])
+    with pytest.raises(InputError, match="give target_labels"):
+        removal_curve(scores, Retraining(_linear, x, y, recipe, on), [2], [1])

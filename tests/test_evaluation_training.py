@@ -16,8 +16,16 @@ from torch.nn import functional
 
 import turnover
 from turnover import InputError, evaluation
-from turnover.evaluation import Masked, Recipe, Subsets, draw_subsets, retrain, train
-from turnover.evaluation.training import batch_of_models
+from turnover.evaluation import (
+    Masked,
+    Recipe,
+    Retraining,
+    Subsets,
+    draw_subsets,
+    retrain,
+    train,
+)
+from turnover.evaluation.training import stack_size
 
 ROWS, FEATURES, CLASSES = 47, 6, 3
 RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=10, weight_decay=1e-3)
@@ -109,12 +117,12 @@ def test_a_training_is_the_plain_loop_under_attach(data, build, site, keep, opti
 
 
 def test_small_mlps_are_batched_and_convolutions_and_large_ones_are_not():
-    assert batch_of_models(mlp(0), ROWS) > 8
-    assert batch_of_models(network_of_convolutions(0), ROWS) == 1
-    assert batch_of_models(nn.Linear(1000, 500), ROWS) == 1
+    assert stack_size(mlp(0), ROWS) > 8
+    assert stack_size(network_of_convolutions(0), ROWS) == 1
+    assert stack_size(nn.Linear(1000, 500), ROWS) == 1
     frozen = mlp(0)
     frozen[0].weight.requires_grad_(False)
-    assert batch_of_models(frozen, ROWS) == 1
+    assert stack_size(frozen, ROWS) == 1
 
 
 def test_two_sites_and_several_batches_of_networks_are_each_trained_alike(data, monkeypatch):
@@ -131,8 +139,8 @@ def test_two_sites_and_several_batches_of_networks_are_each_trained_alike(data, 
 
     masked = Masked(("1", "3"))
     together = train(deep, *data, RECIPE, range(5), masked=masked)
-    monkeypatch.setattr(evaluation.training, "_FEWEST_BATCHED", 1)
-    monkeypatch.setattr(evaluation.training, "_BATCHED_PARAMETERS", 2 * 231)  # two at a time
+    monkeypatch.setattr(evaluation.training, "_FEWEST_STACKED", 1)
+    monkeypatch.setattr(evaluation.training, "_STACKED_PARAMETERS", 2 * 231)  # two at a time
     in_twos = train(deep, *data, RECIPE, range(5), masked=masked)
     for seed, states in enumerate(zip(together.states, in_twos.states, strict=True)):
         alone = train(deep, *data, RECIPE, [seed], masked=masked).states[0]
@@ -246,7 +254,7 @@ def test_retraining_gives_the_logits_of_each_subset_and_seed(data):
     keep = np.zeros((3, ROWS), dtype=np.bool_)
     keep[0, :20], keep[1, 10:30], keep[2, 5:] = True, True, True  # of different sizes
     masked = Masked(("1",))
-    logits = retrain(mlp, x, y, RECIPE, Subsets(keep), [8, 6], on=x[:4], masked=masked)
+    logits = retrain(Retraining(mlp, x, y, RECIPE, x[:4], masked=masked), Subsets(keep), [8, 6])
     assert logits.shape == (3, 2, 4, CLASSES) and logits.dtype == np.float32
     for subset, seed in ((0, 8), (1, 6), (2, 8)):
         rows = torch.from_numpy(np.flatnonzero(keep[subset]))
@@ -274,7 +282,7 @@ def test_what_is_cached_is_not_trained_again(data, tmp_path, monkeypatch):
     x, y = data
     subsets = draw_subsets(ROWS, 3)
     calls = _counted(monkeypatch)
-    run = partial(retrain, mlp, x, y, RECIPE, subsets, on=x[:4], cache=tmp_path)
+    run = partial(retrain, Retraining(mlp, x, y, RECIPE, x[:4], cache=tmp_path), subsets)
     first = run([1, 2])
     assert len(calls) == 6
     assert (run([1, 2]) == first).all()
@@ -291,29 +299,28 @@ def test_the_cache_tells_apart_whatever_changes_the_outputs(data, tmp_path, monk
     def shifted(seed):
         return mlp(seed + 1)
 
-    given = {"build": mlp, "inputs": x, "labels": y, "recipe": RECIPE, "on": x[:4]}
+    given = Retraining(mlp, x, y, RECIPE, x[:4], cache=tmp_path)
     for change in (
         {},
         {"build": shifted},
         {"inputs": x + 1e-3},
         {"labels": (y + 1) % CLASSES},
         {"recipe": replace(RECIPE, epochs=2)},
-        {"on": x[1:5]},
+        {"targets": x[1:5]},
         {"masked": Masked(("1",))},
         {"masked": Masked(("1",), 0.6)},
         {"masked": Masked(("1",)), "ids": torch.arange(ROWS) + 1},
     ):
         before = len(calls)
-        retrain(**(given | change), subsets=subsets, seeds=[1], cache=tmp_path)
+        retrain(replace(given, **change), subsets, [1])
         assert len(calls) == before + 2, change
 
 
 def test_a_run_that_was_cut_off_goes_on(data, tmp_path, monkeypatch):
     x, y = data
     subsets = draw_subsets(ROWS, 4)
-    run = partial(
-        retrain, network_of_convolutions, x, y, RECIPE, subsets, [1], on=x[:4], cache=tmp_path
-    )
+    retraining = Retraining(network_of_convolutions, x, y, RECIPE, x[:4], cache=tmp_path)
+    run = partial(retrain, retraining, subsets, [1])
     real, done = evaluation.retraining.train, []
 
     def cut(*arguments, **rest):
@@ -329,14 +336,15 @@ def test_a_run_that_was_cut_off_goes_on(data, tmp_path, monkeypatch):
     calls = _counted(monkeypatch)
     logits = run()
     assert len(calls) == 2
-    expected = retrain(network_of_convolutions, x, y, RECIPE, subsets, [1], on=x[:4])
+    expected = retrain(replace(retraining, cache=None), subsets, [1])
     np.testing.assert_array_equal(logits, expected)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty"])
 def test_a_damaged_cache_file_is_named_and_made_anew(data, tmp_path, damage):
     x, y = data
-    run = partial(retrain, mlp, x, y, RECIPE, draw_subsets(ROWS, 2), [1], on=x[:4], cache=tmp_path)
+    retraining = Retraining(mlp, x, y, RECIPE, x[:4], cache=tmp_path)
+    run = partial(retrain, retraining, draw_subsets(ROWS, 2), [1])
     first = run()
     path = sorted(tmp_path.iterdir())[0]
     content = bytearray(path.read_bytes())
@@ -361,6 +369,6 @@ def test_a_damaged_cache_file_is_named_and_made_anew(data, tmp_path, damage):
 def test_retraining_refuses_subsets_of_other_data_and_seeds_given_twice(data):
     x, y = data
     with pytest.raises(InputError, match="of 12 instances"):
-        retrain(mlp, x, y, RECIPE, draw_subsets(12, 2), [1], on=x)
+        retrain(Retraining(mlp, x, y, RECIPE, x), draw_subsets(12, 2), [1])
     with pytest.raises(InputError, match="distinct"):
-        retrain(mlp, x, y, RECIPE, draw_subsets(ROWS, 2), [1, 1], on=x)
+        retrain(Retraining(mlp, x, y, RECIPE, x), draw_subsets(ROWS, 2), [1, 1])

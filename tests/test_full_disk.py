@@ -27,7 +27,7 @@ from test_images import folders, run  # noqa: F401 - fixtures: a run of images, 
 from turnover import Influence, InputError
 from turnover.data.images import read_images
 from turnover.errors import WriteError
-from turnover.evaluation import Recipe, draw_subsets, retrain
+from turnover.evaluation import Recipe, Retraining, draw_subsets, retrain
 from turnover.influence.gram.disk import Limits
 from turnover.io.files import mapped
 from turnover.io.parsing import write_json
@@ -35,7 +35,7 @@ from turnover.runs.run import Run
 from turnover.view.decisions import Decisions
 
 FULL = "No space left on device; make room there, and run again"
-READ_ONLY = "cannot be written: Read-only file system; see to it that it can be, and run again"
+READ_ONLY = "cannot be written: Read-only file system; make it writable, and run again"
 
 
 class Disk:
@@ -225,7 +225,7 @@ def test_gram_says_that_the_temporary_folder_is_full(
     network, batches = tiny.mlp(), [(tiny.features(200), tiny.labels(200), torch.arange(200))]
     for limits, room in ((Limits(memory=0), 0), (Limits(rows=10, landmarks=5), 2**14)):
         gram = Influence(network, method="gram")
-        gram._gram._limits = limits
+        gram._driver._limits = limits
         disk.fill(leave=room)
         with pytest.raises(WriteError, match=f"temporary folder {disk.path}.*TMPDIR.*{FULL}"):
             gram.fit(batches)
@@ -239,12 +239,12 @@ def test_retraining_keeps_what_it_has_finished_when_the_disk_is_full(disk: Disk)
     recipe = Recipe(epochs=1, batch_size=5, learning_rate=0.1)
 
     def train(cache: Path | None) -> np.ndarray:
-        return retrain(
+        retraining = Retraining(
             lambda seed: tiny.randomise(tiny.mlp(), seed),
-            *(inputs, labels, recipe, subsets, [1]),
-            on=inputs[:3],
+            *(inputs, labels, recipe, inputs[:3]),
             cache=cache,
         )
+        return retrain(retraining, subsets, [1])
 
     (disk.path / "cache").mkdir()
     disk.fill(leave=2 * 4096)
@@ -339,6 +339,6 @@ def test_without_a_temporary_folder_it_is_said(
     with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
         read_images(str(folders[0]), 32)
     gram = Influence(tiny.mlp(), method="gram")
-    gram._gram._limits = Limits(memory=0)
+    gram._driver._limits = Limits(memory=0)
     with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
         gram.fit([(tiny.features(20), tiny.labels(20), torch.arange(20))])

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import turnover
 from turnover import InputError
 from turnover.data.base import Columns
-from turnover.data.encoded import Pixels
-from turnover.data.images import ImageData, read_images, write_images
+from turnover.data.images import ImageData, Pixels, read_images, write_images
 from turnover.models.vgg import VGG
 from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run

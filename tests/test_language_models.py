@@ -106,7 +106,7 @@ def test_the_audit_knows_what_tokens_reach():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.full((2, TOKENS), -100), "no labelled token"),
+        (torch.full((2, TOKENS), -100), "no labeled token"),
         (torch.tensor([[5] + [-100] * (TOKENS - 1), [5] * TOKENS]), r"rows \[0\]"),
         (torch.full((2, TOKENS), 50), r"\[0, 50\)"),
         (torch.full((2, TOKENS), -1), r"\[0, 50\)"),

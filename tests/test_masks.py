@@ -386,7 +386,7 @@ def test_mixed_kinds_of_keys_are_refused(keys):
 
 
 def test_keys_of_one_hash_are_refused(monkeypatch):
-    monkeypatch.setattr(ids, "_digest", lambda text: b"\1" * 8)
+    monkeypatch.setattr(ids, "text_digest", lambda text: b"\1" * 8)
     with pytest.raises(InputError, match="'a' and 'b'"):
         turnover.string_ids(["a", "a", "b"])
 
@@ -412,8 +412,8 @@ def test_ghosts_are_negative_and_ranges_are_disjoint():
 
 def test_negative_training_ids_are_refused():
     with pytest.raises(InputError, match="-7"):
-        masks.check_training_ids([3, -7])
-    assert masks.check_training_ids([3, 0]).tolist() == [3, 0]
+        ids.check_training_ids([3, -7])
+    assert ids.check_training_ids([3, 0]).tolist() == [3, 0]
 
 
 def test_fingerprint_changes_with_any_field_or_bit(monkeypatch):

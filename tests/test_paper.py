@@ -13,7 +13,7 @@ from test_cli import encoder, sentences  # noqa: F401 - a fixture
 from turnover import InputError
 from turnover.data.text import TextData
 from turnover.evaluation import Masked, Recipe
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.tasks import linear_probe
 from turnover.tasks.linear_probe import Frozen
 from turnover.tasks.training import TrainingConfig
@@ -27,6 +27,7 @@ from benchmarks.paper import (
     images,
     label_errors,
     patches,
+    picture,
     random_labels,
     run,
     shift,
@@ -339,3 +340,7 @@ def test_every_experiment_has_a_table_and_its_place_in_the_docs():
     assert set(table.RENDERED) == set(run.EXPERIMENTS | run.FULL)
     for name in table.RENDERED:
         assert f"<!-- {name} -->" in text and f"<!-- end of {name} -->" in text
+
+
+def test_the_picture_is_drawn_from_the_figures():
+    assert picture.DOCS.read_text() == picture.drawn(json.loads(table.RESULTS.read_text()))

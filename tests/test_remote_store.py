@@ -183,7 +183,7 @@ def test_killed_on_s3_it_ends_as_if_never_cut_off(url, top, monkeypatch):
     monkeypatch.setattr(location, "_SETTLE_SECONDS", 0)
     rng, code = random.Random(0), f"test_store.write({url!r}, test_store.TOP, pause=0.2)"
     code = f"import test_store; {code}"
-    code = f"from turnover.influence import place; location._LEASE_SECONDS = 0; {code}"
+    code = f"from turnover.results import location; location._LEASE_SECONDS = 0; {code}"
     for _ in range(2):
         had = len(names(url))
         process = subprocess.Popen([sys.executable, "-c", code], env=child())

@@ -13,20 +13,9 @@ from typing import Any
 import pytest
 
 from turnover.errors import InputError
-from turnover.report import (
-    AccuracyRow,
-    Curve,
-    Explanation,
-    Fact,
-    GramExplanation,
-    GramInfluential,
-    HarmfulOverall,
-    Influential,
-    NoiseFloor,
-    ReportContent,
-    render,
-    write,
-)
+from turnover.report import ReportContent, render, write
+from turnover.report.content import AccuracyRow, Curve, Fact, HarmfulOverall, NoiseFloor
+from turnover.tasks.explain import Explanation, GramExplanation, GramInfluential, Influential
 
 HOSTILE = "</script><script>alert('from a text')</script><!-- <b>bold</b> & \u2028"
 CURVE_NAMES = ("train exposed", "train hidden", "test exposed", "test hidden")

@@ -264,7 +264,9 @@ def test_models_that_are_odd_but_by_rows_are_scored_as_before(make):
     network = attached(make())
     network.model(tiny.features(2, 6))
     before = torch.get_rng_state()
-    checked = Influence(network, ghosts=20)._given.check(Batch(tiny.features(4, 6), tiny.labels(4)))
+    checked = Influence(network, ghosts=20)._batches.check(
+        Batch(tiny.features(4, 6), tiny.labels(4))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert checked.shared == ()
     scores = Influence(network, ghosts=20).estimate([checked], IDS).scores
@@ -289,7 +291,7 @@ def test_an_adapter_may_name_what_is_shared():
         torch.arange(3),
         shared=("bank", "deep"),
     )
-    cut = batch.rows(1, 2).expanded(5).to(torch.device("cpu")).apart()
+    cut = batch.rows(1, 2).expanded(5).to(torch.device("cpu")).own_memory()
     assert len(cut) == 5 and cut.shared == batch.shared
     assert cut.inputs["bank"].shape == (3, 4) and cut.inputs["x"].shape == (5, 4)
     assert cut.inputs["deep"]["bank"].shape == (3,)
@@ -319,8 +321,8 @@ def packed():
         ),
         (lambda x, y: [{"x": a, "labels": b} for a, b in zip(x[:2], y, strict=False)], "list of 2"),
         (lambda x, y: (x, x, y, y), "tuple of 4 items.*adapter"),
-        (lambda x, y: Held(x), "type Held is not understood.*adapter"),
-        (lambda x, y: (Held(x), y), "no tensor that has rows.*adapter"),
+        (lambda x, y: Held(x), "cannot convert a batch of type Held.*adapter"),
+        (lambda x, y: (Held(x), y), "no tensor in .* has rows.*adapter"),
         (lambda x, y: (packed(), y[:2]), "PackedSequence"),
         (lambda x, y: Batch({"x": packed()}, y[:2]), "PackedSequence"),
         (lambda x, y: (x[:0], y[:0]), "no rows"),
@@ -419,7 +421,7 @@ STABLE = ("one of two processes", "of one length", "a part")
 @pytest.mark.parametrize("kind", SHUFFLING)
 def test_gram_is_not_fitted_by_row_numbers_of_another_order(kind):
     model, loader = mlp().model, SHUFFLING[kind](rows_of())
-    with pytest.raises(InputError, match=r"which row is which is not known.*WithIds"):
+    with pytest.raises(InputError, match=r"rows cannot be identified.*WithIds"):
         Influence(model, method="gram").fit(loader)
     Influence(model, method="gram").fit(iter([(tiny.features(5), tiny.labels(5))]))
 
@@ -430,7 +432,7 @@ def test_asking_a_loader_moves_no_generator(kind):
     loader.generator = own
     states = random.getstate(), torch.get_rng_state(), own.get_state()
     legacy = np.random.get_state()[1].copy()  # noqa: NPY002
-    with pytest.raises(InputError, match="which row is which"):
+    with pytest.raises(InputError, match="rows cannot be identified"):
         check_numbered(loader, Numbers.DATA)
     places_of(loader)
     assert random.getstate() == states[0]
@@ -446,7 +448,7 @@ def test_targets_of_a_loader_that_shuffles_need_ids(kind):
     if kind in STABLE:
         assert len(influence.estimate(SHUFFLING[kind](rows_of()), IDS).scores)
         return
-    with pytest.raises(InputError, match="which row is which is not known"):
+    with pytest.raises(InputError, match="rows cannot be identified"):
         influence.estimate(SHUFFLING[kind](rows_of()), IDS)
     if kind != "workers":
         result = influence.estimate(SHUFFLING[kind](rows_of(ids=True)), IDS)
@@ -485,7 +487,7 @@ def test_wrappers_of_loaders_are_looked_through():
 
     wrappers = (accelerate.data_loader.prepare_data_loader, tqdm.tqdm, Fabric)
     for wrap in (*wrappers, lambda loader: Fabric(wrappers[0](loader))):
-        with pytest.raises(InputError, match="which row is which"):
+        with pytest.raises(InputError, match="rows cannot be identified"):
             Influence(model, method="gram").fit(wrap(SHUFFLING["shuffle"](rows_of())))
         Influence(model, method="gram").fit(wrap(DataLoader(rows_of(), 4)))
 

@@ -373,7 +373,7 @@ def test_names_that_look_alike_are_refused(one: str, other: str, said: str, tabl
         table(f"text,label\na,{one}\nb,{other}\nc,neg\n")
     with pytest.raises(InputError, match=said):
         table(f"group,text,label\n{one},a,pos\n{other},b,neg\n", GROUPS)
-    with pytest.raises(InputError, match=r"unknown label .* looks like .*, and is written as"):
+    with pytest.raises(InputError, match=r"unknown label .* looks like .*, but is written as"):
         table(f"text,label\na,{one}\n", classes=["neg", other])
 
 

@@ -443,7 +443,7 @@ def test_what_cannot_be_viewed_ends_with_a_sentence(copy_of_run: Path, tmp_path:
     results = copy_of_run / "results"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port} cannot be listened on" in refused("--port", port)
+        assert f"cannot listen on port {port}" in refused("--port", port)
     decisions = results / "decisions.csv"
     decisions.write_text("key,decision\n0,perhaps\n")
     assert "unknown decision 'perhaps'" in refused()

@@ -26,9 +26,9 @@ from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
 from test_view import HOSTILE, text_run, with_texts  # noqa: F401 - a fixture
 from turnover.data.text import TextData
-from turnover.influence import Result
 from turnover.io.parsing import write_json
 from turnover.results.calibration import NoiseFloor, NullDistribution
+from turnover.results.result import Result
 from turnover.runs.run import Run, write_digests
 from viewing import Server, serving, serving_process
 

@@ -79,9 +79,9 @@ def serving(run: Path) -> Iterator[Server]:
     import uvicorn
 
     from turnover.runs.run import Run
+    from turnover.view.application import application
     from turnover.view.contents import Contents
     from turnover.view.decisions import Decisions
-    from turnover.view.server import application
 
     loaded = Run.load(run)
     contents = Contents(loaded)

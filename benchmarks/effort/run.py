@@ -153,16 +153,8 @@ class Judge:
         x, y = train.tensors
         self._labels = y
         self._subsets = evaluation.draw_subsets(len(train), _SUBSETS)
-        logits = evaluation.retrain(
-            _network,
-            x,
-            y,
-            RECIPE,
-            self._subsets,
-            range(1, _SEEDS + 1),
-            on=test.tensors[0],
-            cache=folder,
-        )
+        retraining = evaluation.Retraining(_network, x, y, RECIPE, test.tensors[0], cache=folder)
+        logits = evaluation.retrain(retraining, self._subsets, range(1, _SEEDS + 1))
         self._outputs = evaluation.minus_cost(logits, test.tensors[1])
 
     def judged(self, arrays: Json) -> Json:

@@ -56,18 +56,17 @@ def truth_of(
 ) -> Truth:
     """Retrain the standard network, or the turn-over network under masks, on every subset."""
     start = time.perf_counter()
-    logits = evaluation.retrain(
+    retraining = evaluation.Retraining(
         problem.wide if masked else problem.standard,
         problem.train.x,
         problem.train.y,
         problem.recipe,
-        subsets,
-        range(_TRUTH_SEED, _TRUTH_SEED + seeds),
-        on=problem.test.x,
+        problem.test.x,
         masked=Masked(problem.sites, _KEEP) if masked else None,
         cache=cache,
         progress=True,
     )
+    logits = evaluation.retrain(retraining, subsets, range(_TRUTH_SEED, _TRUTH_SEED + seeds))
     outputs = evaluation.minus_cost(logits, problem.test.y)
     return Truth(outputs, time.perf_counter() - start)
 

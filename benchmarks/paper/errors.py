@@ -93,7 +93,8 @@ def figures(
     for number, rows in enumerate(sets):
         keep[number, rows] = False
     trained = range(_TRUTH_SEED, _TRUTH_SEED + seeds)
-    logits = evaluation.retrain(build, x, y, recipe, Subsets(keep), trained, on=test_x, masked=HEAD)
+    retraining = evaluation.Retraining(build, x, y, recipe, test_x, masked=HEAD)
+    logits = evaluation.retrain(retraining, Subsets(keep), trained)
     right = logits.argmax(axis=3) == test_y.numpy()  # (sets, seeds, rows)
     turned, first = right[:, :, errors.numpy()].astype(np.float64), 1 + len(removed)
     methods = {}

@@ -119,9 +119,8 @@ def figures(
     for number in range(SOURCES):
         keep[1 + number, source.numpy() == number] = False
     seeds = range(_TRUTH_SEED, _TRUTH_SEED + truth_seeds)
-    logits = evaluation.retrain(
-        build, x, y, recipe, Subsets(keep), seeds, on=held_out[0], ids=source, masked=HEAD
-    )
+    retraining = evaluation.Retraining(build, x, y, recipe, held_out[0], ids=source, masked=HEAD)
+    logits = evaluation.retrain(retraining, Subsets(keep), seeds)
     margins = evaluation.minus_cost(logits, held_out[1]).mean(axis=2).astype(np.float64)
     effects = (margins[0] - margins[1:]).T  # (seeds, sources), positive = helpful
 

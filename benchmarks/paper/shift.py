@@ -27,16 +27,18 @@ from turnover import InputError, objectives
 from turnover.tasks.cleanse import (
     FRACTIONS,
     LOSS,
+    MASKED_HEADS,
     NONE,
     RANDOM,
     batches,
     by_gram,
     by_loss,
     by_masks,
+    masked_heads,
+    ranking_heads,
     taken_out,
 )
 from turnover.tasks.linear_probe import MASKED_UNITS, Calibrated, Frozen, logits_of, train_head
-from turnover.tasks.sweeps import MASKED_HEADS, masked_heads, ranking_heads
 
 Json = dict[str, Any]
 Orders = dict[str, NDArray[np.int64] | None]

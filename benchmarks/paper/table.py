@@ -1,4 +1,4 @@
-"""Puts the figures of the experiments into ``docs/paper.md``, between its markers."""
+"""Puts the figures of the experiments into ``docs/paper.md``, between its markers, and draws its picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.table import replaced
+
+from . import picture
 
 RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
 DOCS = Path(__file__).parent.parent.parent / "docs" / "paper.md"
@@ -262,7 +264,7 @@ def errors(found: Json) -> str:
         parts += [
             f"**{name}**: {one['errors']:,} errors on {one['held_out']:,} held-out rows, {one['rows']:,} "
             f"training rows; wide head of {one['units']:,} units, {one['epochs']} epochs; {one['seeds']} "
-            f"trainings without each set, {one['draws']} random sets beside each.",
+            f"trainings without each set, {one['draws']} random sets for each.",
             _lines(header, rows),
         ]
     return "\n\n".join([*parts, _made(found)])
@@ -457,6 +459,8 @@ def main() -> None:
         if name in found:
             text = replaced(text, name, render(found[name]))
     DOCS.write_text(text)
+    if {"shift", "hidden"} <= set(found):
+        picture.DOCS.write_text(picture.drawn(found))
 
 
 if __name__ == "__main__":

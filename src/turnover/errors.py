@@ -1,4 +1,4 @@
-"""The exceptions a user can meet, so that callers can tell bad input from a defect."""
+"""Exceptions, which separate the user's errors from defects."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Something the user passed is wrong; the message names it and the mend.
+    """Invalid input; the message names the cause and the fix.
 
-    The command line turns it into one line on stderr and exit code 2.
+    The command line prints it as one line on stderr and exits with code 2.
     """
 
 
 class WriteError(InputError):
-    """A disk is full, or a place cannot be written. What was begun is kept, and the same call goes on."""
+    """A full disk, or a location without write permission; the same call resumes what was written."""
 
 
 class BindingError(RuntimeError):
-    """The network was run under the wrong binding: ids missing, or rows that do not match them."""
+    """A run of the network without ids, or with ids that do not match the rows."""
 
 
 @contextmanager
 def needing(purpose: str, *packages: str) -> Iterator[None]:
-    """The body imports what the core does not bring.
+    """Context for imports of optional packages.
 
     Args:
-        purpose: what the import is for, one thing, as the beginning of a sentence.
-        packages: what pip installs, such as ``turnover[results]``; of several any one will do.
+        purpose: purpose of the import, a singular noun that begins the message.
+        packages: alternatives for pip, such as ``turnover[results]``.
 
     Raises:
-        InputError: it is not installed, or cannot be imported.
+        InputError: the package is not installed, or cannot be imported.
     """
     try:
         yield
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError)
         why = "which is not installed" if missing else f"which cannot be imported ({error})"
-        mend = ", or ".join(f"pip install '{package}'" for package in packages)
-        raise InputError(f"{purpose} needs {error.name}, {why}: {mend}") from error
+        fix = ", or ".join(f"pip install '{package}'" for package in packages)
+        raise InputError(f"{purpose} needs {error.name}, {why}: {fix}") from error

@@ -1,8 +1,9 @@
-"""Instance ids: checks, and ids from names, from contents and for ghosts."""
+"""Instance ids: checks, ghosts, and ids of strings and contents."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from turnover.errors import InputError
 
 
 def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
-    """Ids as a one-dimensional int64 tensor; anything that would lose bits is refused.
+    """Convert ids to a one-dimensional int64 tensor, or refuse them where bits would be lost.
 
     Raises:
         TypeError: ids are floats or booleans.
@@ -38,8 +39,8 @@ def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
 def _ids_as_tensor(ids: Sequence[int]) -> Tensor:
     if not len(ids):
         return torch.empty(0, dtype=torch.int64, device="cpu")
-    listed = ids if isinstance(ids, list | tuple) else ()
-    strange = next((value for value in listed if isinstance(value, str | bytes | bool)), None)
+    items = ids if isinstance(ids, list | tuple) else ()
+    strange = next((value for value in items if isinstance(value, str | bytes | bool)), None)
     if strange is not None:
         raise TypeError(
             f"instance ids must be integers, got {strange!r} of type {type(strange).__name__}: use "
@@ -55,7 +56,7 @@ def _ids_as_tensor(ids: Sequence[int]) -> Tensor:
 
 
 def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
-    """As :func:`check_ids`, and no id may be negative: those are ghosts.
+    """As :func:`check_ids`, and refuse negative ids, which are ghosts.
 
     Raises:
         InputError: an id is negative.
@@ -71,11 +72,11 @@ def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
 
 
 def ghost_ids(count: int, *, start: int = 0) -> Tensor:
-    """Ids that no training instance can have: their influence is pure noise.
+    """Ids that no training instance can have, so that their influence is pure noise.
 
     Args:
-        count: how many, >= 0.
-        start: how many ghosts to skip; disjoint ranges give independent ghosts.
+        count: number of ids, >= 0.
+        start: ghosts to skip, >= 0; disjoint ranges are independent.
 
     Returns:
         int64 tensor (count,): ``-1 - start, -2 - start, ...``.
@@ -89,13 +90,13 @@ def ghost_ids(count: int, *, start: int = 0) -> Tensor:
 
 
 def string_ids(keys: Iterable[str]) -> Tensor:
-    """Stable 63-bit ids of string keys; equal keys (a group) share an id.
+    """Stable 63-bit ids of string keys; equal keys share an id and form a group.
 
     Args:
-        keys: one string per instance: its own key, or its group's (source, annotator).
+        keys: one string per instance: its own key, or that of its group (source, annotator).
 
     Returns:
-        int64 tensor (instances,), values >= 0. BLAKE2b, the same in every process and release.
+        int64 tensor (instances,), values >= 0: BLAKE2b hashes, the same in every process and release.
 
     Raises:
         TypeError: a key is not a string (kinds may not be mixed).
@@ -109,7 +110,7 @@ def string_ids(keys: Iterable[str]) -> Tensor:
                 f"string_ids takes strings only, got {key!r} of type {type(key).__name__}: ids must "
                 f"be all integers or all strings"
             )
-        value = int.from_bytes(_digest(key), "little") >> 1
+        value = int.from_bytes(text_digest(key), "little") >> 1
         if seen.setdefault(value, key) != key:
             raise InputError(
                 f"keys {seen[value]!r} and {key!r} have the same 63-bit hash; rename one of them"
@@ -119,26 +120,26 @@ def string_ids(keys: Iterable[str]) -> Tensor:
 
 
 def content_ids(contents: Iterable[str]) -> Tensor:
-    """Ids for data without an id column: hash of the content and its occurrence count.
+    """Ids for data without an id column: hashes of the content and its occurrence count.
 
-    Re-sorting the data changes no id, appended rows get new ones, and exact duplicates get
-    different ones.
+    Sorting the data again changes no id, appended rows get new ids, and exact duplicates get different
+    ids.
 
     Args:
-        contents: one string per instance that says all of it (text and label).
+        contents: one string per instance with all of its content (text and label).
 
     Returns:
         int64 tensor (instances,), distinct, values >= 0.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     keys = []
     for content in contents:
-        occurrence = counts.get(content, 0)
-        counts[content] = occurrence + 1
-        keys.append(f"{content}\0{occurrence}")
+        keys.append(f"{content}\0{counts[content]}")
+        counts[content] += 1
     return string_ids(keys)
 
 
-def _digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
+    """64-bit BLAKE2b hash of a text."""
     # Files read with surrogateescape hold lone surrogates, which strict UTF-8 cannot encode.
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

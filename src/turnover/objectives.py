@@ -1,4 +1,4 @@
-"""Objectives: what a prediction costs. Lower is better, so positive influence is always helpful.
+"""Objectives: the cost of a prediction. Lower is better, so positive influence is always helpful.
 
 An objective is a callable ``(outputs, batch) -> (rows,)`` of the model's outputs and the
 :class:`~turnover.Batch`, differentiable for the linear method.
@@ -71,64 +71,61 @@ def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _no_labels(batch: Batch) -> str:
-    given = ", ".join(map(repr, batch.inputs)) if isinstance(batch.inputs, Mapping) else ""
-    among = (
-        f". If they are among its inputs ({given}), pass adapter=, a function from your batch to "
-        f"turnover.Batch(inputs, labels, ids)"
-    )
-    return (
-        f"the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
-        f"{among if given else ''}"
-    )
+    message = "the objective needs labels, and the batch has none: give a list of batches (inputs, labels)"
+    if isinstance(batch.inputs, Mapping) and batch.inputs:
+        message += (
+            f". If they are among its inputs ({', '.join(map(repr, batch.inputs))}), pass adapter=, a "
+            f"function from your batch to turnover.Batch(inputs, labels, ids)"
+        )
+    return message
 
 
 def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
     """The objective of every row: float32 (rows,).
 
     Raises:
-        InputError: the objective does not give one number for each row.
+        InputError: the objective does not return one number for each row.
     """
     values = objective(outputs, batch)
     rows = len(batch)
     if not isinstance(values, Tensor) or values.shape != (rows,):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(
-            f"the objective gave {given} for {rows} rows; it must be a callable (outputs, batch) -> "
-            f"(rows,), with no mean over the rows"
+            f"the objective returned {given} for {rows} rows; it must be a callable (outputs, batch) -> "
+            f"(rows,), without a mean over the rows"
         )
     return values.float()
 
 
 def cross_entropy(outputs: Any, batch: Batch) -> Tensor:
-    """Cross entropy of the labelled class, in nats: float32 (rows,)."""
+    """Cross entropy of the labeled class, in nats: float32 (rows,)."""
     logits, labels = logits_and_labels(outputs, batch)
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(outputs: Any, batch: Batch) -> Tensor:
-    """Minus the log-odds of the labelled class, in nats: float32 (rows,).
+    """Minus the log-odds of the labeled class, in nats: float32 (rows,).
 
     ``logsumexp(other logits) - logit of the label``. Its noise is closer to Gaussian than that of the
-    loss, and it does not saturate on instances that the network is sure of.
+    loss, and it does not saturate on confident predictions.
     """
     logits, labels = logits_and_labels(outputs, batch)
-    labelled = logits.gather(1, labels[:, None]).squeeze(1)
+    labeled = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.logsumexp(dim=1) - labelled
+    return others.logsumexp(dim=1) - labeled
 
 
 def completion(outputs: Any, batch: Batch) -> Tensor:
-    """Minus the log-probability of the labelled tokens, in nats: float32 (rows,).
+    """Minus the log-probability of the labeled tokens, in nats: float32 (rows,).
 
-    For causal language models, as Hugging Face labels them: logits (rows, tokens, vocabulary), labels
-    int64 (rows, tokens), where the logits of a token predict the label of the next one and -100 marks
-    what is not asked for (the prompt, padding). The sum over a row's tokens, so that a completion's
-    cost is that of its parts; with the instance ids of documents, a score is what a document did to
-    the completion as a whole.
+    For causal language models, with labels as in Hugging Face: logits (rows, tokens, vocabulary), labels
+    int64 (rows, tokens). The logits of a token predict the label of the next token, and -100 excludes
+    tokens (the prompt, padding). The cost is the sum over a row's tokens; with the instance ids of
+    documents, a score is the influence of a document on the whole completion.
 
     Raises:
         InputError: logits or labels of another shape, labels outside the vocabulary, a row without a
-            labelled token, or labels that are not those of a causal model
+            labeled token, or labels that are not those of a causal model
             (:func:`turnover.batches.causal.check_causal`).
     """
     logits, labels = logits_of(outputs), batch.labels
@@ -137,34 +134,35 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
     if logits.dim() != 3 or labels.is_floating_point() or labels.shape != logits.shape[:2]:
         raise InputError(
             f"a completion needs logits (rows, tokens, vocabulary) and integer labels (rows, tokens), "
-            f"got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}{_virtual(logits, labels)}"
+            f"got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            f"{_prompt_tuning_fix(logits, labels)}"
         )
     following = labels[:, 1:].long()  # (rows, tokens - 1)
-    asked = following != -100
-    if not bool(asked.any(dim=1).all()):
-        rows = (~asked.any(dim=1)).nonzero().flatten()
+    labeled = following != -100
+    if not bool(labeled.any(dim=1).all()):
+        rows = (~labeled.any(dim=1)).nonzero().flatten()
         raise InputError(
-            f"rows {rows[:5].tolist()} have no labelled token after the first: label the completion "
+            f"rows {rows[:5].tolist()} have no labeled token after the first: label the completion "
             f"with its token ids, and the rest with -100"
         )
-    known = following[asked]
+    known = following[labeled]
     if not 0 <= int(known.min()) <= int(known.max()) < logits.shape[2]:
         raise InputError(
             f"labels must lie in [0, {logits.shape[2]}), the vocabulary, or be -100; got "
             f"{int(known.min())} to {int(known.max())}"
         )
     check_causal(outputs, batch, labels)
-    # Of the labelled tokens alone: float32 logits of a whole prompt are large.
-    of_token = functional.cross_entropy(logits[:, :-1][asked].float(), known, reduction="none")
-    row = asked.nonzero()[:, 0]
-    return of_token.new_zeros(len(labels)).index_add(0, row, of_token)
+    # Only of the labeled tokens: float32 logits of a whole prompt are large.
+    token_costs = functional.cross_entropy(logits[:, :-1][labeled].float(), known, reduction="none")
+    row = labeled.nonzero()[:, 0]
+    return token_costs.new_zeros(len(labels)).index_add(0, row, token_costs)
 
 
-def _virtual(logits: Tensor, labels: Tensor) -> str:
+def _prompt_tuning_fix(logits: Tensor, labels: Tensor) -> str:
     if logits.dim() != 3 or labels.dim() != 2 or logits.shape[1] <= labels.shape[1]:
         return ""
     more = logits.shape[1] - labels.shape[1]
     return (
-        f". Where the model puts {more} virtual tokens before the text (prompt tuning), fill the labels "
-        f"up with {more} times -100 in front"
+        f". If the model adds {more} virtual tokens before the text (prompt tuning), add {more} labels of "
+        f"-100 in front"
     )

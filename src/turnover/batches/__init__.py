@@ -1,4 +1,4 @@
-"""How a user's batch becomes (model inputs, labels, ids)."""
+"""Batches: a user's batch as model inputs, labels and ids."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.utils.data import Dataset
 from turnover.errors import InputError
 from turnover.ids import check_ids, check_training_ids
 
-_ALIGNED = 64
-"""Bytes: where torch lets its own memory begin."""
+_ALIGNMENT = 64
+"""Bytes, of the memory that torch allocates."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the estimators need of a batch.
+    """A batch, as the estimators use it.
 
     Attributes:
-        inputs: what the model is called with: a mapping is passed as keywords, a tuple as
-            positional arguments, anything else as the one argument.
-        labels: whatever the objective needs, rows first; int64 classes for the built-in ones.
-        ids: int64 instance ids (rows,), where the batch has them.
-        shared: names of inputs that all rows share (class prototypes, a graph), which are never cut
-            into rows: the key of a mapping or the place in a tuple, and whatever lies deeper behind
-            dots. A tensor that is not as long as the batch is shared without being named.
+        inputs: arguments of the model: a mapping is passed as keywords, a tuple as positional
+            arguments, anything else as the single argument.
+        labels: labels for the objective, rows first; int64 classes for the built-in objectives.
+        ids: int64 instance ids (rows,), if known.
+        shared: names of inputs that all rows share (class prototypes, a graph) and that are never cut
+            into rows: the key in a mapping or the index in a tuple, with dots for deeper levels. A tensor
+            that is not as long as the batch is shared without being named.
     """
 
     inputs: Any
@@ -42,25 +42,25 @@ class Batch:
         lengths = [len(value) for _, value in self.by_rows()]
         if not lengths:
             raise InputError(
-                "the batch's model inputs hold no tensor that has rows, so it has none: pass adapter=, a "
-                "function from your batch to turnover.Batch(inputs, labels, ids)"
+                "no tensor in the batch's model inputs has rows: pass adapter=, a function from your batch "
+                "to turnover.Batch(inputs, labels, ids)"
             )
         if self.labels is not None and self.labels.dim() and len(self.labels) in lengths:
             return len(self.labels)
         return lengths[0]
 
     def by_rows(self) -> list[tuple[str, Tensor]]:
-        """Model inputs that may have rows, with their names."""
+        """Names and tensors of the model inputs that may have rows."""
         return [(n, v) for n, v in named(self.inputs) if v.dim() and not self.shares(n)]
 
     def shares(self, name: str) -> bool:
-        """Whether an input, or what it lies in, is named as shared."""
+        """Whether an input, or the collection around it, is named as shared."""
         return any(name == one or name.startswith(f"{one}.") for one in self.shared)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The rows from start to stop, of inputs, labels and ids.
+        """Rows ``start`` to ``stop`` of inputs, labels and ids.
 
-        A tensor whose first axis is not as long as the batch is taken for shared, and kept whole.
+        Tensors whose first axis is not as long as the batch are shared, and stay whole.
 
         Raises:
             InputError: a sparse or nested tensor that cannot be cut.
@@ -78,60 +78,48 @@ class Batch:
                     f"adapter= that makes it dense or padded"
                 ) from error
 
-        return self._mapped(cut)
+        return self.mapped(cut)
 
     def expanded(self, rows: int) -> Batch:
-        """This batch of one row, repeated to ``rows`` rows without copying."""
+        """Repeat the row of a batch of one, without copying."""
 
         def repeat(value: Tensor) -> Tensor:
             if value.dim() and len(value) == 1:
                 return value.expand(rows, *value.shape[1:])
             return value
 
-        return self._mapped(repeat)
+        return self.mapped(repeat)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; ids stay where they are."""
+        """Move inputs and labels to a device; ids stay where they are."""
+        without_ids = replace(self, ids=None)
+        moved = without_ids.mapped(lambda v: v.to(device, non_blocking=True), shared=True)
+        return replace(moved, ids=self.ids)
 
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
+    def own_memory(self) -> Batch:
+        """Give each CPU tensor memory of its own.
 
-        labels = None if self.labels is None else move(self.labels)
-        return replace(self, inputs=_map(self.inputs, move), labels=labels)
-
-    def apart(self) -> Batch:
-        """The batch with every tensor of the CPU in memory of its own.
-
-        How a matrix product adds up may depend on where its operands begin, and a view keeps all
-        that it is a view of.
+        Matrix products may add up in another order at other memory addresses, and a view keeps the
+        whole tensor behind it.
         """
-        return Batch(
-            _map(self.inputs, _own),
-            None if self.labels is None else _own(self.labels),
-            None if self.ids is None else _own(self.ids),
-            self.shared,
-        )
+        return self.mapped(_own_memory, shared=True)
 
     def call(self, model: nn.Module) -> Any:
-        """The model's outputs on the inputs."""
+        """Run the model on the inputs."""
         if isinstance(self.inputs, Mapping):
             return model(**self.inputs)
         if isinstance(self.inputs, tuple):
             return model(*self.inputs)
         return model(self.inputs)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with a function of everything but what is shared by name."""
+    def mapped(self, function: Callable[[Tensor], Tensor], *, shared: bool = False) -> Batch:
+        """Apply a function to all tensors, with or without those that are shared by name."""
 
         def of_input(name: str, value: Tensor) -> Tensor:
-            return value if self.shared and self.shares(name) else function(value)
+            return value if not shared and self.shares(name) else function(value)
 
-        return Batch(
-            _map_named(self.inputs, of_input),
-            None if self.labels is None else function(self.labels),
-            None if self.ids is None else function(self.ids),
-            self.shared,
-        )
+        labels, ids = (None if one is None else function(one) for one in (self.labels, self.ids))
+        return Batch(_map_named(self.inputs, of_input), labels, ids, self.shared)
 
 
 Adapter = Callable[[Any], Batch]
@@ -139,30 +127,30 @@ Adapter = Callable[[Any], Batch]
 
 
 class Identified(NamedTuple):
-    """An item of a data set, or a batch of them, as it is without turn-over, and the ids beside it."""
+    """An item of a data set, or a batch, with its ids beside it."""
 
     rows: Any
     ids: Any
 
 
 class WithIds(Dataset[Identified]):
-    """A data set whose items carry their ids: ``(item, id)``, collated to ``(batch, ids)``.
+    """A data set that adds an id to each item: ``(item, id)``, collated to ``(batch, ids)``.
 
-    Ids stay with the rows under any sampler, in any order, number of workers and number of processes.
+    Ids stay with their rows under any sampler, order, number of workers and number of processes.
 
     Args:
         dataset: a data set with rows (``__getitem__`` and ``__len__``).
-        ids: int64 (rows,); ``None``: row numbers from 0. Rows of one id are a group.
+        ids: int64 (rows,); ``None``: row numbers from 0. Rows with the same id form a group.
 
     Raises:
-        InputError: a data set without rows, or not one id >= 0 for each row.
+        InputError: a data set without rows, or ids that are not one id >= 0 for each row.
         TypeError: ids that are not integers.
     """
 
     def __init__(self, dataset: Any, ids: Tensor | Sequence[int] | None = None) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise InputError(
-                f"a data set of type {type(dataset).__name__} has no rows to number: let it give "
+                f"a data set of type {type(dataset).__name__} has no rows to number: let it return "
                 f"(inputs, labels, id) itself"
             )
         rows = len(dataset)
@@ -178,20 +166,20 @@ class WithIds(Dataset[Identified]):
         return Identified(self.dataset[row], int(self.ids[row]))
 
     def __getitems__(self, rows: Sequence[int]) -> list[Identified]:
-        """Items of a batch, fetched at once where the data set can."""
+        """The items of a batch, in one call if the data set allows it."""
         items = zip(fetched(self.dataset, rows), self.ids[list(rows)].tolist(), strict=True)
         return [Identified(*item) for item in items]
 
     @staticmethod
     def collate(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Identified]], Identified]:
-        """A collate function of items with ids, from one of items without."""
+        """Extend a collate function to items with ids."""
         return partial(_collate, collate_fn)
 
 
 def fetched(dataset: Any, rows: Sequence[int]) -> Any:
-    """Rows of a data set: at once where it can, as a ``DataLoader`` would ask it."""
-    at_once = getattr(dataset, "__getitems__", None)
-    return at_once(rows) if at_once else [dataset[row] for row in rows]
+    """Rows of a data set, fetched as a ``DataLoader`` does: in one call if the data set allows it."""
+    fetch = getattr(dataset, "__getitems__", None)
+    return fetch(rows) if fetch else [dataset[row] for row in rows]
 
 
 def _collate(collate_fn: Callable[[list[Any]], Any], items: list[Identified]) -> Identified:
@@ -201,18 +189,18 @@ def _collate(collate_fn: Callable[[list[Any]], Any], items: list[Identified]) ->
 
 
 def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) -> Batch:
-    """The default adapter.
+    """Convert common kinds of batches: the default adapter.
 
-    Takes a :class:`Batch` as it is; a batch of a :class:`WithIds`; a tuple or list ``(inputs,)``,
+    These are a :class:`Batch`; a batch of :class:`WithIds`; a tensor; a tuple or list ``(inputs,)``,
     ``(inputs, labels)`` or ``(inputs, labels, ids)``; a mapping with ``labels`` (or ``label``) and
-    ``ids`` (or ``id``) beside the model's keywords, as Hugging Face collators make it.
+    ``ids`` (or ``id``) beside the model's keywords, as from Hugging Face collators.
 
     Args:
         batch: any of these.
-        label_names: keys of a mapping that may hold the labels; the first one that is there does.
+        label_names: keys of a mapping that may hold the labels, in order of preference.
 
     Raises:
-        InputError: another kind of batch, or labels that are no numbers: pass an ``adapter``.
+        InputError: another kind of batch, or labels that are not numbers: pass an ``adapter``.
         TypeError: ids that are not integers.
     """
     if isinstance(batch, Batch):
@@ -221,33 +209,27 @@ def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) ->
         return replace(as_batch(batch.rows, label_names=label_names), ids=check_ids(batch.ids))
     check_not_packed(batch)
     if isinstance(batch, Mapping):
-        inputs = dict(batch)
-        labels = None
-        for name in label_names:
-            given = inputs.pop(name, None)
-            labels = given if labels is None else labels
+        inputs: Any = dict(batch)
+        found = [inputs.pop(name, None) for name in label_names]
+        labels = next((one for one in found if one is not None), None)
         ids = inputs.pop("ids", inputs.pop("id", None))
-        return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
-    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 3 and not _are_rows(batch):
-        inputs, labels, ids = (*batch, None, None)[:3]
-        return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
-    if isinstance(batch, Tensor):
+    elif isinstance(batch, Tensor):
         return Batch(batch)
-    raise InputError(
-        f"a batch of type {_described(batch)} is not understood: pass adapter=, a function from "
-        f"your batch to turnover.Batch(inputs, labels, ids)"
-    )
+    elif isinstance(batch, tuple | list) and 1 <= len(batch) <= 3 and not _are_rows(batch):
+        inputs, labels, ids = (*batch, None, None)[:3]
+    else:
+        raise InputError(
+            f"cannot convert a batch of type {_describe(batch)}: pass adapter=, a function from your batch "
+            f"to turnover.Batch(inputs, labels, ids)"
+        )
+    return Batch(inputs, _as_labels(labels), None if ids is None else check_ids(ids))
 
 
 def check_not_packed(inputs: Any) -> None:
-    """Refuse sequences that are packed one after another, in any nest of inputs.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuse packed sequences, in inputs nested to any depth."""
     if isinstance(inputs, PackedSequence):
         raise InputError(
-            "a PackedSequence is not laid out by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "
+            "a PackedSequence is not arranged by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "
             "and let the model pack it again"
         )
     if isinstance(inputs, Mapping | tuple | list):
@@ -256,11 +238,11 @@ def check_not_packed(inputs: Any) -> None:
 
 
 def _are_rows(batch: Sequence[Any]) -> bool:
-    """Whether a list holds one mapping for each row, which nothing collated."""
+    """Whether a batch is a list of rows (mappings) that are not collated."""
     return len(batch) > 1 and all(isinstance(one, Mapping) for one in batch)
 
 
-def _described(batch: Any) -> str:
+def _describe(batch: Any) -> str:
     name = type(batch).__name__
     if not isinstance(batch, tuple | list):
         return name
@@ -269,7 +251,7 @@ def _described(batch: Any) -> str:
 
 
 def shapes(inputs: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors in a batch's model inputs, in their order."""
+    """Shapes of the tensors in a batch's model inputs, in order."""
     return tuple(tuple(value.shape) for value in tensors(inputs))
 
 
@@ -286,28 +268,21 @@ def _as_labels(labels: Any) -> Tensor | None:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in a batch's model inputs, or in any nest of them, in their order."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _map(value, collect)
-    return found
+    """The tensors in a batch's model inputs, nested to any depth, in order."""
+    return [tensor for _, tensor in named(value)]
 
 
-def _own(value: Tensor) -> Tensor:
+def _own_memory(value: Tensor) -> Tensor:
     if value.device.type != "cpu" or value.layout != torch.strided:
         return value
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    if whole and value.is_contiguous() and value.data_ptr() % _ALIGNED == 0:
+    if whole and value.is_contiguous() and value.data_ptr() % _ALIGNMENT == 0:
         return value
     return value.clone(memory_format=torch.contiguous_format)
 
 
 def named(value: Any) -> list[tuple[str, Tensor]]:
-    """The tensors in a batch's model inputs, in their order, with their names."""
+    """Names and tensors of a batch's model inputs, in order."""
     found: list[tuple[str, Tensor]] = []
 
     def collect(name: str, tensor: Tensor) -> Tensor:
@@ -316,10 +291,6 @@ def named(value: Any) -> list[tuple[str, Tensor]]:
 
     _map_named(value, collect)
     return found
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return _map_named(value, lambda _, tensor: function(tensor))
 
 
 def _map_named(value: Any, function: Callable[[str, Tensor], Tensor], path: str = "") -> Any:

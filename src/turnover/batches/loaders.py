@@ -1,4 +1,4 @@
-"""What a data loader says of its rows: how many batches, in which order, and which rows it leaves out."""
+"""Data loaders: their number of batches, the order of their rows, and the rows that they leave out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import Enum, auto
 from itertools import chain, islice
 from typing import Any
 
@@ -25,18 +25,11 @@ from torch.utils.data import (
 from turnover.errors import InputError
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_WITHIN = (
-    "dataloader",
-    "_dataloader",
-    "base_dataloader",
-    "loader",
-    "_loader",
-    "iterable",
-)
-"""Where wrappers (Accelerate, Lightning Fabric, XLA, timm, tqdm) keep the loader that they wrap."""
+_WRAPPED = ("dataloader", "_dataloader", "base_dataloader", "loader", "_loader", "iterable")
+"""Attributes in which Accelerate, Lightning Fabric, XLA, timm and tqdm keep the loader that they wrap."""
 _DEEPEST = 8
 _MOST_ROWS = 10**7
-"""Of a data set that does not know its length: samplers may go on for ever."""
+"""Of a data set without a length: samplers may be endless."""
 _FIX = (
     "give batches with their ids (turnover.WithIds(dataset) in the loader adds them), or set "
     "shuffle=False and leave the sampler out"
@@ -44,84 +37,78 @@ _FIX = (
 
 
 def length_of(batches: Any) -> int | None:
-    """How many batches there are, where that is known beforehand.
+    """The number of batches, if known before the first.
 
-    A ``DataLoader`` has a length by its class even where its data set has none.
+    The class ``DataLoader`` defines a length even where the data set has none.
     """
     try:
         return len(batches)
-    except Exception:  # noqa: BLE001 - whatever a foreign object says when it does not know
+    except Exception:  # noqa: BLE001 - the user's data set may raise anything
         return None
 
 
 def loader_of(batches: Any) -> DataLoader[Any] | None:
-    """The ``DataLoader`` of a map-style data set that gives the batches, also within wrappers."""
+    """The ``DataLoader`` of a map-style data set behind batches, inside any wrappers."""
     for _ in range(_DEEPEST):
         if isinstance(batches, DataLoader):
             return None if isinstance(batches.dataset, IterableDataset) else batches
-        held = vars(batches) if hasattr(batches, "__dict__") else {}
-        loaders = [one for one in held.values() if isinstance(one, DataLoader)]
-        within = [held[name] for name in _WITHIN if held.get(name) is not None]
-        if len(loaders) == 1:  # under whatever name
-            within.extend(loaders)
-        batches = next(iter(within), None)
-        if batches is None:
+        attributes = vars(batches) if hasattr(batches, "__dict__") else {}
+        loaders = [one for one in attributes.values() if isinstance(one, DataLoader)]
+        inner = [attributes[name] for name in _WRAPPED if attributes.get(name) is not None]
+        if len(loaders) == 1:  # in an attribute of any name
+            inner.extend(loaders)
+        if not inner:
             return None
+        batches = inner[0]
     return None
 
 
 def places_of(loader: DataLoader[Any]) -> list[Any] | None:
-    """Places in the data set of a loader's rows; ``None`` where they change from pass to pass."""
-    if _keeps_order(loader):
+    """Indices in the data set of a loader's rows; ``None`` if they change from pass to pass."""
+    if _is_sequential(loader):
         return list(chain.from_iterable(_indices(loader)))
     with _restored(loader):
-        first, second = (_flat(loader) for _ in range(2))
+        first, second = (_one_pass(loader) for _ in range(2))
     return first if first == second else None
 
 
 class Numbers(Enum):
-    """What the numbers of rows without ids are used for."""
+    """How rows without ids are identified by their numbers."""
 
-    UNUSED = "nothing"
-    ROWS = "rows of the loader"
-    """They must come in one order only."""
-    DATA = "rows of the data set"
-    """They must come from its first row on."""
+    UNUSED = auto()
+    ROWS = auto()
+    """In the loader's order, which must be the same in each pass."""
+    DATA = auto()
+    """In the data set's order, which must be the loader's."""
 
 
 def check_numbered(batches: Iterable[Any], numbers: Numbers) -> None:
-    """Refuse rows without ids that nobody could tell apart by their numbers.
-
-    Args:
-        batches: what was given; an iterator has no loader to ask, and is taken as it comes.
-        numbers: what they are used for.
-
-    Raises:
-        InputError: a loader that shuffles, or another order.
-    """
+    """Refuse a loader of batches without ids whose rows cannot be identified by their numbers."""
     loader = None if numbers is Numbers.UNUSED else loader_of(batches)
     if loader is None or length_of(loader.dataset) in (0, 1):
         return
     shuffling = _shuffler(loader)
     if shuffling is not None:
         raise InputError(
-            f"the data loader shuffles ({shuffling}) and its batches have no ids, so which row is which "
-            f"is not known: {_FIX}"
+            f"the data loader shuffles ({shuffling}) and its batches have no ids, so its rows cannot be "
+            f"identified: {_FIX}"
         )
-    if _keeps_order(loader):
+    if _is_sequential(loader):
         return
     places = places_of(loader)
     if places is None or (numbers is Numbers.DATA and places != list(range(len(places)))):
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        order = "from the first row on" if numbers is Numbers.DATA else "in one order only"
+        order = (
+            "from the first row on" if numbers is Numbers.DATA else "in the same order each time"
+        )
         raise InputError(
             f"the data loader's {type(sampler).__name__} does not go through the data set {order}, and "
-            f"its batches have no ids, so which row is which is not known: {_FIX}"
+            f"its batches have no ids, so its rows cannot be identified: {_FIX}"
         )
 
 
 def warn_left_out(batches: Iterable[Any]) -> None:
-    """Say which rows ``drop_last`` leaves out."""
+    """Warn about rows that ``drop_last`` leaves out."""
     loader = loader_of(batches)
     sampler: Any = None if loader is None else loader.batch_sampler
     if sampler is None or getattr(sampler, "drop_last", False) is not True:
@@ -138,7 +125,7 @@ def warn_left_out(batches: Iterable[Any]) -> None:
 
 
 def _shuffler(loader: DataLoader[Any]) -> str | None:
-    """Name of what brings the rows in another order each time, if it can be told without asking it."""
+    """Name of what shuffles the rows, if it can be seen without a pass."""
     if loader.num_workers > 1 and getattr(loader, "in_order", True) is False:
         return "in_order=False"
     for one in _samplers(loader):
@@ -148,6 +135,7 @@ def _shuffler(loader: DataLoader[Any]) -> str | None:
 
 
 def _samplers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's sampler and the samplers inside it."""
     one: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     for _ in range(_DEEPEST):
         yield one
@@ -156,8 +144,8 @@ def _samplers(loader: DataLoader[Any]) -> Iterator[Any]:
             return
 
 
-def _keeps_order(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's own samplers go through the data set from its first row on."""
+def _is_sequential(loader: DataLoader[Any]) -> bool:
+    """Whether torch's own samplers go through the data set in order."""
     if loader.batch_sampler is None:
         return type(loader.sampler) is SequentialSampler
     batches: Any = loader.batch_sampler
@@ -165,20 +153,19 @@ def _keeps_order(loader: DataLoader[Any]) -> bool:
 
 
 def _indices(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Places in the data set, one batch after another."""
-    if loader.batch_sampler is None:
-        # What a sampler of whole batches gives is a list.
+    """Indices in the data set, by batch."""
+    if loader.batch_sampler is None:  # the sampler may give whole batches, as lists
         return (one if isinstance(one, list | tuple) else [one] for one in loader.sampler)
     return iter(loader.batch_sampler)
 
 
-def _flat(loader: DataLoader[Any]) -> list[Any] | None:
-    """Places of one pass; ``None`` where it does not end or gives no places."""
-    batches, rows = length_of(loader), length_of(loader.dataset)
+def _one_pass(loader: DataLoader[Any]) -> list[Any] | None:
+    """Indices of one pass; ``None`` if it does not end, or gives something else."""
+    rows = length_of(loader.dataset)
     most = _MOST_ROWS if rows is None else 2 * rows + 1000
     try:
-        given = _indices(loader) if batches is None else islice(_indices(loader), batches)
-        places = [int(place) for place in islice(chain.from_iterable(given), most + 1)]
+        batches = islice(_indices(loader), length_of(loader))
+        places = [int(place) for place in islice(chain.from_iterable(batches), most + 1)]
     except (TypeError, ValueError):
         return None
     return places if len(places) <= most else None
@@ -186,9 +173,9 @@ def _flat(loader: DataLoader[Any]) -> list[Any] | None:
 
 @contextmanager
 def _restored(loader: DataLoader[Any]) -> Iterator[None]:
-    """Samplers that draw leave every generator as it was."""
-    holders = [loader, *_samplers(loader)]
-    found = [getattr(one, "generator", None) for one in holders]
+    """Restore all random generators, which samplers may use."""
+    owners = [loader, *_samplers(loader)]
+    found = [getattr(one, "generator", None) for one in owners]
     generators = {id(one): one for one in found if isinstance(one, torch.Generator)}
     states = {key: one.get_state() for key, one in generators.items()}
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002

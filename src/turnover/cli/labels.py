@@ -9,14 +9,12 @@ from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from turnover.cli.config import config_option
-from turnover.cli.options import DATA, Address, Engine, Positive, RunFolder
+from turnover.cli.options import DATA, Positive, RunFolder
 from turnover.cli.output import Output, check_folder, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.cli.reading import Source, say_rows
-from turnover.cli.scores import connecting
 from turnover.data.base import check_writable
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
@@ -122,8 +120,6 @@ def cleanse(
     scores: Path | None = None,
     fraction: list[float] | None = None,
     seeds: Positive = 3,
-    engine: Engine = "process",
-    address: Address = None,
     split: Annotated[str, typer.Option(rich_help_panel=DATA)] = "validation",
     **options: Any,
 ) -> None:
@@ -139,29 +135,24 @@ def cleanse(
         scores: your own ranking: CSV with key and score, positive = helpful.
         fraction: share to remove, between 0 and 1 (repeatable); default: 0.01 0.02 0.05 0.1 0.2.
         seeds: heads trained without each share.
-        engine: where the heads are trained: in this process, or on a Ray cluster's workers, with the same
-            bits.
         split: split of a Hugging Face data set.
     """
     if ranking is not None and scores is not None:
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
-    connection = connecting(engine, address)
     loaded = Run.load(run)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
     held = loaded.pipeline.reader()(validation, columns, classes=loaded.train.classes, split=split)
     say_rows(output, validation=held)
-    with connection:
-        found = cleanse_task.cleanse(
-            loaded,
-            held,
-            ranking=ranking or "gram",
-            scores=given,
-            fractions=fraction or cleanse_task.FRACTIONS,
-            seeds=seeds,
-            engine=engine,
-        )
+    found = cleanse_task.cleanse(
+        loaded,
+        held,
+        ranking=ranking or "gram",
+        scores=given,
+        fractions=fraction or cleanse_task.FRACTIONS,
+        seeds=seeds,
+    )
     removed = in_results(run, "removed.csv")
     cleanse_task.write_cleansed(loaded, found, out, removed)
     write_json(in_results(run, "cleanse.json"), found.to_dict())
@@ -172,19 +163,17 @@ def cleanse(
 
 def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:
     for title, points in (("validation", found.curve), ("test", found.test)):
-        table = Table(
-            "taken out by",
-            "share",
-            "rows",
-            "accuracy",
-            "loss, nats",
+        output.table(
+            ("removed by", "share", "rows", "accuracy", "loss, nats"),
+            (
+                (
+                    *(one.removal, f"{100 * one.fraction:g}%", str(one.removed)),
+                    *(_over_seeds(one.accuracy), _over_seeds(one.loss)),
+                )
+                for one in points
+            ),
             title=title,
-            title_justify="left",
         )
-        for one in points:
-            figures = (_over_seeds(values) for values in (one.accuracy, one.loss))
-            table.add_row(one.removal, f"{100 * one.fraction:g}%", str(one.removed), *figures)
-        output.say(table)
     seeds = len(found.curve[0].loss)
     several = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     output.say(
@@ -194,6 +183,5 @@ def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    """One seed says nothing of the spread."""
     spread = f" ± {pstdev(values):.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"

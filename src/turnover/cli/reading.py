@@ -55,24 +55,17 @@ class Source:
 
 
 def say_rows(output: Output, **parts: Data) -> None:
-    """Print the rows read of each part, and the classes."""
+    """Print the rows read of each part, and the classes; warn of test rows that are trained on."""
     rows = " and ".join(f"{len(data)} {name}" for name, data in parts.items())
     classes = next(iter(parts.values())).classes
     more = ", ..." if len(classes) > _SHOWN else ""
     listed = ", ".join(map(repr, classes[:_SHOWN])) + more
     output.say(f"rows read: {rows}; {len(classes)} classes: {listed}", highlight=False)
     if {"training", "test"} <= parts.keys():
-        _say_shared(output, parts["training"], parts["test"])
-
-
-def _say_shared(output: Output, training: Data, test: Data) -> None:
-    """Warn of test rows that are also trained on."""
-    there = set(training.contents())
-    shared = [row for row, one in enumerate(test.contents()) if one in there]
-    if shared:
-        output.say(
-            f"{len(shared)} of the {len(test)} test rows are also training rows, such as "
-            f"{test.shown(shared[0])!r:.200}: accuracies and losses on the test data are too good",
-            style="yellow",
-            highlight=False,
-        )
+        trained, test = set(parts["training"].contents()), parts["test"]
+        shared = [row for row, one in enumerate(test.contents()) if one in trained]
+        if shared:
+            output.warn(
+                f"{len(shared)} of the {len(test)} test rows are also training rows, such as "
+                f"{test.shown(shared[0])!r:.200}: accuracies and losses on the test data are too good"
+            )

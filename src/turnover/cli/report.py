@@ -20,7 +20,7 @@ from turnover.data import demo as demo_data
 from turnover.data.base import Columns, read_both
 from turnover.dropout.masks import MaskSpec
 from turnover.io.parsing import damage
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.report import write
 from turnover.report.from_run import content
 from turnover.runs.run import Run, check_new_run, data_digest

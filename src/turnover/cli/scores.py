@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from turnover.cli.config import config_option
-from turnover.cli.options import Address, Count, Engine, Objective, Positive, Rate, RunFolder
+from turnover.cli.options import Count, Objective, Positive, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.errors import InputError
@@ -21,8 +21,8 @@ from turnover.runs.targets import EXPLANATIONS
 from turnover.tasks import explain as explain_task
 from turnover.tasks import groups as groups_task
 from turnover.tasks import score as score_task
-from turnover.tasks.explain import GRAM_MEANS, NOT_SIGNIFICANT, TURNOVER_MEANS, Explanation
-from turnover.tasks.memorize import Memorization, memorization, write_memorization
+from turnover.tasks.explain import Explanation, GramExplanation, Influential
+from turnover.tasks.memorize import memorization, write_memorization
 
 _METHOD = typer.Option(
     help="Estimator of the pairs: rerank is linear, then exact for the extremes; auto is the most exact "
@@ -40,9 +40,7 @@ _SITES = typer.Option(
         types={
             "method": Annotated[Literal["linear", "exact", "rerank", "auto"], _METHOD],
             "objective": Objective,
-            "ghosts": Annotated[int, typer.Option(min=10)],
             "sites": Annotated[list[str] | None, _SITES],
-            "seconds": Rate,
         },
     ),
     config=config_option(),
@@ -51,8 +49,8 @@ def influence(
     run: RunFolder,
     output: Output,
     explain_plan: bool = False,
-    engine: Engine = "process",
-    address: Address = None,
+    engine: Literal["process", "ray"] = "process",
+    address: str | None = None,
     **options: Any,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself.
@@ -63,9 +61,11 @@ def influence(
         explain_plan: print estimated time, memory and noise of each method, and stop.
         engine: where the influence on the errors is computed: in this process, or on a Ray cluster's
             workers, with the same bits. Ray's nodes share the run's folder.
+        address: address of the Ray cluster, host:port; default: RAY_ADDRESS, or a cluster on this machine.
     """
     task = build(score_task.ScoreConfig, options)
-    connection = connecting(engine, address)
+    if address is not None and engine != "ray":
+        raise InputError("--address is that of a Ray cluster: give --engine ray as well")
     loaded = Run.load(run)
     if explain_plan:
         plan = score_task.explain_plan(loaded, task)
@@ -73,7 +73,7 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    with connection:
+    with _connected(address) if engine == "ray" else nullcontext():
         metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
@@ -158,36 +158,48 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         show: rows to print; all are written.
     """
     loaded = Run.load(run)
-    found = memorization(loaded)
+    train, found = loaded.train, memorization(loaded)
     path = in_results(run, "memorization.csv")
     write_memorization(loaded, found, path)
-    rows = _by_heart(loaded, found, show)
+    rows = [
+        {
+            "key": train.keys[row],
+            "label": train.classes[train.labels[row]],
+            "by_heart": float(found.memorization[row]),
+            "text": train.shown(row),
+        }
+        for row in found.order()[:show].tolist()
+    ]
     curves = {
         name: {"exposed": exposed.tolist(), "hidden": hidden.tolist()}
         for name, (exposed, hidden) in found.curves().items()
     }
-    _print_memorization(output, curves, rows)
+    epochs = [f"epoch {epoch + 1}" for epoch in range(len(found.exposed))]
+    losses = [
+        [name, side, *(f"{loss:.3f}" for loss in values)]
+        for name, sides in curves.items()
+        for side, values in sides.items()
+    ]
+    output.table(["mean loss, nats", "network", *epochs], losses)
+    if rows:
+        columns = ("hidden - exposed", "label", "most memorized training row")
+        texts = [f"[{one['key']}] {one['text']}" for one in rows]
+        listed = zip(rows, texts, strict=True)
+        output.table(
+            columns, ([f"{one['by_heart']:+.3f}", one["label"], text] for one, text in listed)
+        )
     output.say(f"all rows: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})
 
 
-def connecting(engine: str, address: str | None) -> AbstractContextManager[None]:
-    """Connect to the Ray cluster, if that is the engine, while the body of a with statement runs.
-
-    Raises:
-        InputError: an address for another engine, or Ray is missing; on entry: no cluster was found.
-    """
-    if engine != "ray":
-        if address is not None:
-            raise InputError("--address is that of a Ray cluster: give --engine ray as well")
-        return nullcontext()
+def _connected(address: str | None) -> AbstractContextManager[None]:
     from turnover.parallel.ray import connected
 
     return connected(address)
 
 
 def print_influence(output: Output, metrics: dict[str, Any]) -> None:
-    """What an estimate found."""
+    """Print a summary of an estimate."""
     found = metrics["influence"]
     if not metrics["errors_explained"]:
         output.say("no misclassified test rows")
@@ -213,87 +225,52 @@ def explain_errors(
     return explanations[:show]
 
 
-def _by_heart(run: Run, found: Memorization, show: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "key": run.train.keys[row],
-            "label": run.train.classes[run.train.labels[row]],
-            "by_heart": float(found.by_heart[row]),
-            "text": run.train.shown(row),
-        }
-        for row in (-found.by_heart).argsort(kind="stable")[:show].tolist()
-    ]
-
-
-def _print_memorization(
-    output: Output, curves: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]]
-) -> None:
-    epochs = len(curves["all"]["exposed"])
-    table = Table("mean loss, nats", "network", *(f"epoch {epoch + 1}" for epoch in range(epochs)))
-    for name, sides in curves.items():
-        for side, losses in sides.items():
-            table.add_row(name, side, *(f"{loss:.3f}" for loss in losses))
-    output.say(table)
-    listed = Table("hidden - exposed", "label", "training row most learned by heart")
-    for one in rows:
-        listed.add_row(f"{one['by_heart']:+.3f}", one["label"], f"[{one['key']}] {one['text']}")
-    if rows:
-        output.say(listed)
-
-
 def _print_groups(output: Output, found: groups_task.Groups) -> None:
-    table = Table("group", "rows", "nats", "z", "q", "accuracy with", "without")
-    for one in found.groups:
-        if one.accuracy_with is None or one.accuracy_without is None:
-            continue
-        style = "bold" if one.significant else None
-        cells = [one.key, str(one.rows), f"{one.score:+.4f}", f"{one.z:+.1f}", f"{one.q:.2g}"]
-        cells += [f"{one.accuracy_with:.3f}", f"{one.accuracy_without:.3f}"]
-        table.add_row(*cells, style=style)
-    output.say(table)
+    listed = [
+        (one, f"{one.accuracy_with:.3f}", f"{one.accuracy_without:.3f}")
+        for one in found.groups
+        if one.accuracy_with is not None and one.accuracy_without is not None
+    ]
+    output.table(
+        ("group", "rows", "nats", "z", "q", "accuracy with", "without"),
+        (
+            (one.key, str(one.rows), f"{one.score:+.4f}", f"{one.z:+.1f}", f"{one.q:.2g}", *both)
+            for one, *both in listed
+        ),
+        bold=[number for number, (one, *_) in enumerate(listed) if one.significant],
+    )
     output.say(
         f"{sum(one.significant for one in found.groups)} of {len(found.groups)} groups have q <= 0.05 "
-        f"(bold); whole network {found.accuracy:.3f}; by chance (without - with) differs by "
-        f"{found.accuracy_spread:.3f}"
+        f"(bold); accuracy of the whole network {found.accuracy:.3f}; by chance (without - with) differs "
+        f"by {found.accuracy_spread:.3f}"
     )
 
 
 def _print_explanations(output: Output, explanations: list[Explanation]) -> None:
-    for explanation in explanations:
-        _print_explanation(output, explanation)
-    if any(explanation.gram for explanation in explanations):
-        for meaning in (TURNOVER_MEANS, GRAM_MEANS):
-            output.say(meaning, highlight=False)
-
-
-def _print_explanation(output: Output, explanation: Explanation) -> None:
-    table = Table(
-        "",
-        "label",
-        "nats",
-        "z",
-        "q",
-        "training instance",
-        title=(
-            f"{explanation.text}\n{explanation.true_label}, predicted {explanation.predicted_label} "
-            f"({explanation.confidence:.0%})"
-        ),
-        title_justify="left",
-    )
-    for side, instances in (("helpful", explanation.helpful), ("harmful", explanation.harmful)):
-        for one in instances:
-            q = f"{one.q:.2g}" if one.significant else f"{one.q:.2f} {NOT_SIGNIFICANT}"
-            table.add_row(
-                side, one.label, f"{one.score:+.3f}", f"{one.z:+.1f}", q, f"[{one.key}] {one.text}"
+    for one in explanations:
+        said = f"{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})"
+        output.table(
+            ("", "label", "nats", "z", "q", "training instance"),
+            _rows(one, lambda item: (f"{item.z:+.1f}", _q(item))),
+            title=f"{one.text}\n{said}",
+        )
+        if one.gram is not None:
+            output.table(
+                ("gram", "label", "nats", "standard error", "training instance"),
+                _rows(one.gram, lambda item: (f"{item.standard_error:.3f}",)),
             )
-    output.say(table)
-    if explanation.gram is None:
-        return
-    table = Table("gram", "label", "nats", "standard error", "training instance")
-    beside = (("helpful", explanation.gram.helpful), ("harmful", explanation.gram.harmful))
-    for side, listed in beside:
-        for item in listed:
-            error = f"{item.standard_error:.3f}"
-            text = f"[{item.key}] {item.text}"
-            table.add_row(side, item.label, f"{item.score:+.3f}", error, text)
-    output.say(table)
+    if any(one.gram for one in explanations):
+        output.say(f"{explain_task.TURNOVER_MEANS}\n{explain_task.GRAM_MEANS}", highlight=False)
+
+
+def _rows(
+    sides: Explanation | GramExplanation, figures: Callable[[Any], Iterable[str]]
+) -> Iterator[list[str]]:
+    for side, items in (("helpful", sides.helpful), ("harmful", sides.harmful)):
+        for one in items:
+            text = f"[{one.key}] {one.text}"
+            yield [side, one.label, f"{one.score:+.3f}", *figures(one), text]
+
+
+def _q(item: Influential) -> str:
+    return f"{item.q:.2g}" if item.significant else f"{item.q:.2f} {explain_task.NOT_SIGNIFICANT}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from turnover.cli.config import config_option, recipe
 from turnover.cli.options import (
@@ -31,7 +30,7 @@ from turnover.errors import InputError
 from turnover.models.base import Config
 from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
 from turnover.models.pipeline import config_class
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.runs.run import check_new_run
 from turnover.runs.run import data_digest as digest_of
 from turnover.tasks import fit as fit_task
@@ -41,9 +40,7 @@ from turnover.tasks.fit import FitConfig
 from turnover.tasks.training import TrainingConfig
 
 _OF_TEXTS = tuple(one.name for one in fields(Source) if one.name != "image_column")
-_EPOCHS = typer.Option(
-    min=1, help="Passes over the training data; default: 3 for texts, 10 for images."
-)
+_EPOCHS = typer.Option(help="Passes over the training data; default: 3 for texts, 10 for images.")
 _SITES = typer.Option(
     help="Masked module, pattern or preset (lora, head, mlp, channels; repeatable); default: everything "
     "that is trained.",
@@ -65,16 +62,7 @@ def _digest_of_file(ctx: typer.Context, data_digest: str | None) -> str | None:
 @command(
     Fields(Source, DATA),
     TEXT_MODEL,
-    Fields(
-        ImageClassifierConfig,
-        IMAGES,
-        types={
-            "size": Annotated[int, typer.Option(min=32)],
-            "width": Positive,
-            "hidden": Positive,
-            "weights": Path | None,
-        },
-    ),
+    Fields(ImageClassifierConfig, IMAGES, types={"weights": Path | None}),
     replace(TRAIN, types={**TRAIN.types, "epochs": Annotated[int | None, _EPOCHS]}),
     MASKS,
     Fields(
@@ -142,7 +130,7 @@ def fit(
     Fields(Source, DATA, _OF_TEXTS),
     TRAIN,
     MASKS,
-    config=config_option(passing_over=fit),
+    config=config_option(ignoring=fit),
 )
 def plan(
     data: Annotated[str, typer.Argument()],
@@ -182,42 +170,38 @@ def _task(shape: Config, options: Mapping[str, Any]) -> FitConfig:
 
 
 def print_fit(output: Output, metrics: dict[str, Any]) -> None:
-    """What a fit measured."""
-    table = Table("loss, nats", "exposed", "hidden")
-    for name in ("train", "test"):
-        values = (metrics["loss"][f"{name}_{side}"] for side in ("exposed", "hidden"))
-        table.add_row(name, *(f"{value:.3f}" for value in values))
-    output.say(table)
-    accuracy = metrics["accuracy"]
-    output.say(
-        f"accuracy {accuracy['turnover']:.3f}"
-        + (
-            f", with ordinary dropout {accuracy['without_turnover']:.3f}"
-            if "without_turnover" in accuracy
-            else ""
-        )
-        + f", majority class {accuracy['majority']:.3f}; "
-        f"{metrics['audit']['leaking_share']:.2%} of trainable scalars leak"
+    """Print what a fit measured."""
+    loss, accuracy, audit = metrics["loss"], metrics["accuracy"], metrics["audit"]
+    output.table(
+        ("loss, nats", "exposed", "hidden"),
+        (
+            (name, f"{loss[f'{name}_exposed']:.3f}", f"{loss[f'{name}_hidden']:.3f}")
+            for name in ("train", "test")
+        ),
     )
-    precision = metrics["precision"]
-    if precision["stored"] != "float32":
-        output.say(f"the encoder is stored in {precision['stored']}; here its weights are float32")
+    without = accuracy.get("without_turnover")
+    ordinary = "" if without is None else f", with ordinary dropout {without:.3f}"
+    output.say(
+        f"accuracy {accuracy['turnover']:.3f}{ordinary}, majority class {accuracy['majority']:.3f}; "
+        f"{audit['leaking_share']:.2%} of trainable scalars leak"
+    )
+    stored = metrics["precision"]["stored"]
+    if stored != "float32":
+        output.say(f"the encoder is stored in {stored}; here its weights are float32")
     if "class_weights" in metrics:
         weights = ", ".join(f"{name} {w:.3g}" for name, w in metrics["class_weights"].items())
         output.say(
-            f"class weights in training: {weights}; losses and scores are not weighted, and gram takes "
-            "all rows to weigh the same"
+            f"class weights in training: {weights}; losses and scores are not weighted, and gram treats all "
+            f"rows as weighing the same"
         )
     if metrics["accuracy_interval"]["turnover"][0] <= accuracy["majority"]:
-        output.say(
+        output.warn(
             "the whole network is not better than the majority class. Masks never change, and a network "
-            "can learn them by heart in place of its inputs: begin from pretrained weights, or give it "
-            "more rows, fewer epochs or lower learning rates",
-            style="yellow",
-            highlight=False,
+            "can memorize them instead of its inputs: begin from pretrained weights, or give it more "
+            "rows, fewer epochs or lower learning rates"
         )
-    if not metrics["audit"]["clean"]:
-        output.say(metrics["audit"]["report"], style="yellow", highlight=False)
+    if not audit["clean"]:
+        output.warn(audit["report"])
 
 
 def _print_plan(output: Output, plan: plan_task.Plan) -> None:
@@ -225,24 +209,24 @@ def _print_plan(output: Output, plan: plan_task.Plan) -> None:
     if plan.pilot:
         columns += ["signal to noise", "noise, nats", f"z of number {plan.top}"]
         columns += ["q <= 0.05 per target"]
-    title = f"{plan.asked.instances} training instances"
-    table = Table(*columns, title=title, title_justify="left")
+    rows = []
     for option in plan.options:
         cells = [f"{option.setting.units}", f"{option.setting.seeds}", f"{option.relative:.2g}"]
         if (expected := option.prediction) is not None:
             cells += [f"{expected.signal_to_noise:.2f}", f"{expected.noise_floor:.3g}"]
             cells += [f"{expected.top_z:.1f}", f"{expected.significant:.1f}"]
-        table.add_row(*cells, style="bold" if option.setting == plan.asked else None)
-    output.say(table)
+        rows.append(cells)
+    asked = [number for number, one in enumerate(plan.options) if one.setting == plan.asked]
+    output.table(columns, rows, title=f"{plan.asked.instances} training instances", bold=asked)
     if plan.pilot is None:
         output.say(
-            "All relative to the setting asked for (bold): how large the influences in this data are is "
-            "not known before training. --pilot trains on a part of it and measures."
+            "All values are relative to the requested setting (bold): how large the influences in this "
+            "data are is unknown before training. --pilot trains on a part of it and measures."
         )
         return
     strongest = f"the {plan.top} strongest instances of a target"
     if plan.needed_units is None:
-        output.say(f"no number of units is known to resolve {strongest}: the pilot saw none so far")
+        output.say(f"no number of units is known to resolve {strongest}: the pilot saw no signal")
     else:
         output.say(
             f"to resolve {strongest} (z of {plan.needed_z:.1f}, q <= 0.05): {plan.needed_units} mask "

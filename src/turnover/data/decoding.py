@@ -1,8 +1,9 @@
-"""Bytes of image files to images as a person sees them: upright, over white, 8 bits a color."""
+"""Decode image files as a person sees them: upright, over white, 8 bits a color."""
 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,11 @@ ENDINGS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k"),
 )
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
-"""Of Pillow's. It passes others (EPS) to other programs."""
+"""Pillow's formats that are decoded; it passes some others (EPS) to other programs."""
 LARGEST = 2**26
-"""Pixels of an image: a small file can hold more than a machine has memory for."""
+"""Most pixels of an image: a small file can hold more than fits into memory."""
 INTEGERS, FLOATS = "integers", "floats"
+_log = logging.getLogger(__name__)
 _ORIENTATION, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
 
 
@@ -28,15 +30,15 @@ class Picture:
     """A decoded image.
 
     Attributes:
-        image: Pillow's, upright: RGB, or one channel of numbers that need a range.
+        image: upright Pillow image: RGB, or one channel of numbers that need a range.
         kind: ``"integers"`` or ``"floats"`` of more than 8 bits, ``None`` for RGB.
         low: smallest number.
         high: largest number.
         inverted: the smallest number is white.
-        transparent: the number that is shown as white.
+        transparent: number shown as white.
         several: the file holds more images; this is the first.
-        unprofiled: its color profile cannot be used.
-        deep: it has 16 bits a color, of which Pillow gives the upper 8.
+        unprofiled: the color profile cannot be used.
+        deep: the file has 16 bits a color, of which Pillow returns the upper 8.
     """
 
     image: Any
@@ -50,8 +52,8 @@ class Picture:
     deep: bool = False
 
 
-def opened(raw: bytes, where: str) -> Picture:
-    """Decode the bytes of a file.
+def decode(raw: bytes, where: str) -> Picture:
+    """Decode the bytes of an image file.
 
     Raises:
         InputError: not an image, too many pixels, or NaN among its numbers.
@@ -61,7 +63,7 @@ def opened(raw: bytes, where: str) -> Picture:
     known = [one for one in FORMATS if one in pillow.OPEN]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused below, or does no harm
+            warnings.simplefilter("ignore")  # about what is refused below, or harmless
             image = pillow.open(io.BytesIO(raw), formats=known)
             if image.width * image.height > LARGEST:
                 raise InputError(
@@ -69,8 +71,8 @@ def opened(raw: bytes, where: str) -> Picture:
                 )
             deep = any(";16" in str(part.args) for part in image.tile)  # before it is decoded
             image.load()
-            seen = _seen(image, where)
-            return replace(seen, deep=deep and seen.kind is None)
+            picture = replace(_converted(image, where), several=_has_several(image))
+            return replace(picture, deep=deep and picture.kind is None)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
@@ -79,28 +81,27 @@ def opened(raw: bytes, where: str) -> Picture:
         raise InputError(f"{where}: not an image that can be read: {why}") from error
 
 
-def _seen(image: Any, where: str) -> Picture:
-    upright, several = _upright(image), _has_several(image)
+def _converted(image: Any, where: str) -> Picture:
+    upright = _upright(image)
     if upright.mode == "F" or upright.mode.startswith("I"):
-        return _numbers(image, upright, several, where)
+        return _numbers(image, upright, where)
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         white = load_pillow().new("RGB", layer.size, "white")
         white.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
-        return Picture(white, several=several)
-    if upright.mode == "CMYK" and image.info.get("icc_profile"):
-        converted = _profiled(upright, image.info["icc_profile"])
-        if converted is None:
-            return Picture(upright.convert("RGB"), several=several, unprofiled=True)
-        return Picture(converted, several=several)
-    return Picture(upright.convert("RGB"), several=several)
+        return Picture(white)
+    profile = image.info.get("icc_profile") if upright.mode == "CMYK" else None
+    profiled = _profiled(upright, profile) if profile else None
+    if profiled is not None:
+        return Picture(profiled)
+    return Picture(upright.convert("RGB"), unprofiled=bool(profile))
 
 
-def _numbers(image: Any, upright: Any, several: bool, where: str) -> Picture:
+def _numbers(image: Any, upright: Any, where: str) -> Picture:
     values = np.asarray(upright)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # a NaN anywhere is the smallest and the largest
-        raise InputError(f"{where}: holds NaN or infinite numbers; put numbers in their place")
+        raise InputError(f"{where}: holds NaN or infinite numbers; replace them")
     tags = getattr(image, "tag_v2", {})
     transparent = image.info.get("transparency")
     return Picture(
@@ -110,18 +111,18 @@ def _numbers(image: Any, upright: Any, several: bool, where: str) -> Picture:
         high,
         inverted=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
         transparent=transparent if isinstance(transparent, int) else None,
-        several=several,
     )
 
 
 def _upright(image: Any) -> Any:
-    """As viewers turn it. Pillow's own function also writes EXIF anew, which fails where it is damaged."""
+    """Turn an image as viewers do; ``ImageOps.exif_transpose`` fails on damaged EXIF, which it rewrites."""
     turn = load_pillow().Transpose
     turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM}
     turns |= {5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # noqa: BLE001 - damaged EXIF, which viewers ignore
+        _log.debug("EXIF is damaged, so the image is not turned", exc_info=True)
         return image
     return image.transpose(turns[orientation]) if orientation in turns else image
 
@@ -131,28 +132,26 @@ def _has_several(image: Any) -> bool:
         return False
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # noqa: BLE001 - the first one could be read
+    except Exception:  # noqa: BLE001 - the first one was decoded
+        _log.debug("frames cannot be counted", exc_info=True)
         return False
 
 
 def _profiled(image: Any, profile: bytes) -> Any:
-    """CMYK by its own color profile; ``None`` where it is damaged or of something else."""
+    """Convert CMYK by its color profile; ``None`` if the profile is damaged or of another kind."""
     try:
         from PIL import ImageCms
 
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         screen = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, given, screen, outputMode="RGB")
-    except Exception:  # noqa: BLE001 - an import error without LittleCMS, and many kinds from within it
+    except Exception:  # noqa: BLE001 - without LittleCMS, or an error from within it
+        _log.debug("the color profile cannot be used", exc_info=True)
         return None
 
 
 def load_pillow() -> Any:
-    """``PIL.Image``.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Import ``PIL.Image``, or refuse with what to install."""
     with needing("reading images", "turnover[images]"):
         from PIL import Image
     return Image

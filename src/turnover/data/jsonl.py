@@ -1,56 +1,61 @@
-"""Rows of a run's data in JSON lines: key, id, label, and the text or the name of the image."""
+"""Rows of a run's data as JSON lines: key, id, label, and the text or the name of the image."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from turnover.data.base import Data
 from turnover.errors import InputError
-from turnover.io.parsing import field, read_objects
+from turnover.io.parsing import convert, read_objects
 
 
-def write_rows(path: Path, data: Data, what: str) -> None:
-    """Write JSON lines.
+@dataclass(frozen=True)
+class Row:
+    """A row of any kind; each kind adds a field for its content."""
 
-    Args:
-        what: name of what each row is: ``"text"``, or ``"image"`` for the name of one.
-    """
+    key: str
+    id: int
+    label: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.id < 2**63:
+            raise InputError(f"id {self.id} does not fit 63 bits")
+
+
+_Row = TypeVar("_Row", bound=Row)
+
+
+def write_rows(path: Path, data: Data) -> None:
+    """Write rows as JSON lines; the content of a row is what lists show."""
     with path.open("w") as file:
         for row, key in enumerate(data.keys):
             label = data.classes[data.labels[row]]
-            line = {"key": key, "id": int(data.ids[row]), "label": label, what: data.shown(row)}
+            line = {
+                "key": key,
+                "id": int(data.ids[row]),
+                "label": label,
+                data.kind: data.shown(row),
+            }
             file.write(json.dumps(line) + "\n")
 
 
 def read_rows(
-    path: Path, classes: Sequence[str], what: str
-) -> tuple[list[int], torch.Tensor, list[str], list[str]]:
-    """Labels, ids, keys, and texts or names.
-
-    Args:
-        classes: of the run.
-        what: as it was written.
-
-    Raises:
-        InputError: a missing or damaged file; the line is named.
-    """
+    path: Path, classes: Sequence[str], kind: type[_Row]
+) -> tuple[list[_Row], list[int], torch.Tensor, list[str]]:
+    """Read rows, their labels (indices into the run's classes), ids and keys."""
     index = {name: position for position, name in enumerate(classes)}
-    labels, ids, keys, held = [], [], [], []
-    for number, row in enumerate(read_objects(path, whole=False), start=1):
-        where = f"{path}: line {number}"
-        label, one = field(row, "label", str, where), field(row, "id", int, where)
-        if label not in index:
-            raise InputError(f"{where}: damaged, {label!r} is no class of the run")
-        if not 0 <= one < 2**63:
-            raise InputError(f"{where}: damaged, the id {one} is no number of 63 bits")
-        labels.append(index[label])
-        ids.append(one)
-        keys.append(field(row, "key", str, where))
-        held.append(field(row, what, str, where))
-    if not labels:
+    rows = []
+    for number, values in enumerate(read_objects(path, own=True), start=1):
+        rows.append(convert(values, kind, where := f"{path}: line {number}"))
+        if rows[-1].label not in index:
+            raise InputError(f"{where}: damaged, {rows[-1].label!r} is not a class of the run")
+    if not rows:
         raise InputError(f"{path}: missing or damaged (no rows)")
-    return labels, torch.tensor(ids, dtype=torch.int64), keys, held
+    ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
+    return rows, [index[row.label] for row in rows], ids, [row.key for row in rows]

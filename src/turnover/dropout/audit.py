@@ -1,14 +1,13 @@
-"""Which parameters learn an instance that the hidden sub-network should never have seen.
+"""Audit: find parameters through which the hidden sub-network learns its instance.
 
-The audit asks autograd, element by element and instance by instance: a scalar parameter that gets a
-gradient from one instance both under its exposed and under its hidden mask is shared, so it carries
-the instance into the hidden sub-network. It runs at randomised weights, because a zero (LoRA's B at
-the start) would hide a leak.
+A scalar parameter that gets a gradient from an instance under both its exposed and its hidden mask is
+shared, and leaks the instance into the hidden sub-network. Autograd tells, element by element and instance
+by instance. The weights are random meanwhile, because a zero (LoRA's B at the start) would hide a leak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from turnover.batches import Batch
-from turnover.dropout.checkpoints import has_reentrant, is_reentrant
 from turnover.dropout.modules import device_of, exclusive, is_sharded
+from turnover.dropout.row_order import check_site_order
 from turnover.dropout.rowwise import RowCheck
-from turnover.dropout.site_order import check_site_order
 from turnover.dropout.sites import canonical_name
+from turnover.dropout.torch_private import has_reentrant, is_reentrant
 from turnover.errors import InputError
 
 if TYPE_CHECKING:
+    from turnover.dropout.contexts import Context
     from turnover.dropout.network import Network
+
+    _Side = Callable[[Sequence[int]], Context]
+_Reached = list[Tensor | None]
+"""Bool masks of parameters; ``None``: no scalar of the parameter."""
 
 _ROWS = 8
 _REENTRANT = (
@@ -62,13 +66,13 @@ class ParameterAudit:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an instance can reach under both of its masks.
+    """Parameters, buffers and settings that leak instances into their hidden sub-networks.
 
     Attributes:
         parameters: every trainable parameter.
         buffers: names of buffers that a training forward changes (batch statistics): they hold
             every instance, and mix instances within a batch.
-        settings: sentences on trainer settings that carry instances across masks.
+        settings: sentences on settings of the trainer that leak instances.
     """
 
     parameters: tuple[ParameterAudit, ...]
@@ -83,7 +87,7 @@ class AuditReport:
 
     @property
     def clean(self) -> bool:
-        """No shared parameter, no changed buffer, no leaking setting."""
+        """Whether nothing leaks."""
         return self.leaking_share == 0 and not self.buffers and not self.settings
 
     def __str__(self) -> str:
@@ -128,32 +132,33 @@ def audit(
         raise InputError("the model has no trainable parameter, so there is nothing to audit")
     if any(is_sharded(parameter) for _, parameter in named):
         raise InputError(
-            "the model's parameters are sharded over processes, and a process sees the gradients of its "
-            "own shard alone: audit before fully_shard"
+            "the model's parameters are sharded over processes, and a process sees only the gradients "
+            "of its own shard: audit before fully_shard"
         )
     if len(batch) > _ROWS:
-        # What all rows share is not cut, however long; that rows mix is what an audit may find.
+        # Finds inputs that all rows share. Rows that mix are a finding of the audit, not an error.
         with suppress(InputError):
             batch = RowCheck(model, _summed, network.mean)(batch)
     batch = batch.rows(0, _ROWS).to(device_of(model))
-    ids = torch.arange(len(batch))
     parameters = [parameter for _, parameter in named]
-    with exclusive(model), _held(network), _randomised(model, parameters) as before:
+    held = network.masking.contexts.held()
+    with exclusive(model), held, _randomized(model, parameters) as before:
         check_site_order(network, batch)
-        exposed = _reached(network, batch, ids, parameters, hidden=False)
-        hidden = _reached(network, batch, ids, parameters, hidden=True)
-        others = _reached_together(network, batch, ids, parameters)
+        exposed, hidden = (
+            _reached(network, side, batch, parameters)
+            + _reached_together(network, side, batch, parameters)
+            for side in (network.exposed, network.hidden)
+        )
         changed = [
             canonical_name(name)
             for name, value in model.named_buffers()
             if name in before and not torch.equal(value, before[name])
         ]
-    exposed, hidden = exposed + others[0], hidden + others[1]
     shared = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
     for row_exposed, row_hidden in zip(exposed, hidden, strict=True):
-        for index, (kept, dropped) in enumerate(zip(row_exposed, row_hidden, strict=True)):
+        for mask, kept, dropped in zip(shared, row_exposed, row_hidden, strict=True):
             if kept is not None and dropped is not None:
-                shared[index] |= kept & dropped
+                mask |= kept & dropped
     leaking = [int(mask.sum()) for mask in shared]
     return AuditReport(
         tuple(
@@ -166,60 +171,43 @@ def audit(
 
 
 def _summed(outputs: Any, batch: Batch) -> Tensor:
-    """One number for each row."""
     return _flat(outputs, len(batch)).sum(dim=1)
 
 
 def _reached(
-    network: Network, batch: Batch, ids: Tensor, parameters: Sequence[Tensor], *, hidden: bool
-) -> list[list[Tensor | None]]:
-    """For every row, which scalars get a gradient from it: bool masks, or None for none at all."""
-    with network.hidden(ids) if hidden else network.exposed(ids):
-        outputs = _flat(batch.call(network.model), len(ids))
-        weights = torch.linspace(0.5, 1.5, outputs.shape[1], device=outputs.device)
-        reached: list[list[Tensor | None]] = []
-        for row in range(len(ids)):
-            gradients = _gradients((outputs[row] * weights).sum(), parameters)
-            reached.append([None if g is None else g != 0 for g in gradients])
+    network: Network, side: _Side, batch: Batch, parameters: Sequence[Tensor]
+) -> list[_Reached]:
+    """The scalars that get a gradient from each row."""
+    rows = range(len(batch))
+    with side(rows):
+        outputs = _flat(batch.call(network.model), len(rows))
+        reached = [_gradients([outputs[row]], parameters) for row in rows]
         if has_reentrant([outputs]) and any(
-            all(g is None for g in of_rows) for of_rows in zip(*reached, strict=True)
+            all(g is None for g in column) for column in zip(*reached, strict=True)
         ):
             raise InputError(_REENTRANT)
     return reached
 
 
 def _reached_together(
-    network: Network, batch: Batch, ids: Tensor, parameters: Sequence[Tensor]
-) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
-    """As :func:`_reached`, exposed and hidden, by way of outputs that have no rows of their own.
+    network: Network, side: _Side, batch: Batch, parameters: Sequence[Tensor]
+) -> list[_Reached]:
+    """As :func:`_reached`, through outputs without rows, such as losses.
 
-    Losses, and whatever folds rows together. In a batch of one row, repeated, they belong to that row.
-    What is the same for all rows, such as a penalty on weights, belongs to none.
+    In a batch of one row, repeated, they belong to that row. An output that is the same for all rows, such
+    as a penalty on weights, belongs to none.
     """
-    found: list[list[list[Tensor | None]]] = []
-    for hidden in (False, True):
-        given = []
-        for row in range(len(ids)):
-            same = batch.rows(row, row + 1).expanded(len(ids))
-            bound = ids[row].expand(len(ids))
-            with network.hidden(bound) if hidden else network.exposed(bound):
-                outputs = _without_rows(same.call(network.model), len(ids))
-            given.append(outputs)
-        of_rows = [
-            index
-            for index, first in enumerate(given[0])
-            if any(not torch.equal(first, one[index]) for one in given[1:])
-        ]
-        found.append([])
-        for outputs in given:
-            values = [outputs[index] for index in of_rows]
-            found[-1].append(
-                list(_gradients(_weighted(values), parameters))
-                if values
-                else [None] * len(parameters)
-            )
-    reached = [[[None if g is None else g != 0 for g in row] for row in side] for side in found]
-    return reached[0], reached[1]
+    outputs = []
+    for row in range(len(batch)):
+        repeated = batch.rows(row, row + 1).expanded(len(batch))
+        with side([row] * len(batch)):
+            outputs.append(_without_rows(repeated.call(network.model), len(batch)))
+    differing = [
+        index
+        for index, first in enumerate(outputs[0])
+        if any(not torch.equal(first, one[index]) for one in outputs[1:])
+    ]
+    return [_gradients([one[index] for index in differing], parameters) for one in outputs]
 
 
 def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
@@ -233,29 +221,26 @@ def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
     ]
 
 
-def _weighted(values: Sequence[Tensor]) -> Tensor:
+def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Reached:
+    """Where parameters get a gradient from values, weighted differently so that they do not cancel."""
+    if not values:
+        return [None] * len(parameters)
     flat = torch.cat([value.reshape(-1).float() for value in values])
-    return (flat * torch.linspace(0.5, 1.5, len(flat), device=flat.device)).sum()
-
-
-def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    weighted = (flat * torch.linspace(0.5, 1.5, len(flat), device=flat.device)).sum()
     try:
-        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if not is_reentrant(error):
             raise
         raise InputError(_REENTRANT) from error
+    return [None if gradient is None else gradient != 0 for gradient in found]
 
 
 def _flat(outputs: Any, rows: int) -> Tensor:
-    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers).
-
-    Raises:
-        InputError: there are none.
-    """
+    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers)."""
     numbers = [v for v in _tensors(outputs) if v.is_floating_point() and v.dim() and len(v)]
     of_rows = [value for value in numbers if len(value) == rows]
-    # The tokens of a batch one after the other, say, if there is nothing else.
+    # Otherwise several in a row for each row of the batch, such as tokens.
     of_rows = of_rows or [value for value in numbers if len(value) % rows == 0]
     if not of_rows:
         raise InputError(
@@ -269,37 +254,21 @@ def _flat(outputs: Any, rows: int) -> Tensor:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
     elif is_dataclass(value) or isinstance(value, torch.distributions.Distribution):
         yield from _tensors(vars(value))
 
 
 @contextmanager
-def _held(network: Network) -> Iterator[None]:
-    """No other thread runs the network."""
-    network.masking.contexts.hold()
-    try:
-        yield
-    finally:
-        network.masking.contexts.release()
-
-
-@contextmanager
-def _randomised(
+def _randomized(
     model: nn.Module, parameters: Sequence[nn.Parameter]
 ) -> Iterator[dict[str, Tensor]]:
-    """Training mode without dropout, at random trainable weights; everything is put back after.
+    """Training mode without dropout and with random trainable weights; yields the buffers from before.
 
-    A model that is in training mode already keeps the modes of its modules: a batch norm that the
+    Restores everything. A model in training mode keeps the modes of its modules: a batch norm that the
     user holds in eval mode does not leak.
-
-    Yields:
-        the buffers as they were, by name.
     """
     modes = {module: module.training for module in model.modules()}
     saved = [parameter.detach().clone() for parameter in parameters]
@@ -317,7 +286,7 @@ def _randomised(
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        # Functional dropout inside attention would draw from the global generator.
+        # Functional dropout in attention draws from the global generator.
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             yield buffers
     finally:
@@ -334,7 +303,7 @@ def _randomised(
 def clips(max_grad_norm: float | None) -> bool:
     """Whether a trainer with this setting clips gradients by their global norm.
 
-    Hugging Face and Lightning take 0 for no clipping; an infinite norm is never exceeded.
+    0 disables clipping in Hugging Face and Lightning; no gradient exceeds an infinite norm.
     """
     return max_grad_norm is not None and 0 < max_grad_norm < float("inf")
 
@@ -350,10 +319,10 @@ def _settings(
             f'max_grad_norm=float("inf"), in Accelerate and in a loop of your own leave clip_grad_norm_ '
             f"out (at 0 it would set every gradient to zero)"
         )
-    # Accelerate wraps the optimiser that it steps.
+    # Accelerate wraps the optimizer.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if optimizer is not None and not isinstance(optimizer, _ELEMENTWISE):
         yield (
-            f"optimiser {type(optimizer).__name__} is not known to update element by element, so one "
+            f"optimizer {type(optimizer).__name__} is not known to update element by element, so one "
             f"unit's gradient may move another's weights; fix: SGD or AdamW"
         )

@@ -8,27 +8,27 @@ from torch import Tensor, nn
 from turnover.errors import InputError
 
 _LEAST_SPREAD = 0.1
-"""Of a feature, in root mean squares over all features."""
+"""Smallest standard deviation of a feature, as a share of the root mean square over all features."""
 
 
 class WideHead(nn.Module):
     """``Linear(features, units) -> GELU (the masked site) -> Linear(units, classes, bias=False)``.
 
-    Signal to noise of a single influence score grows like the square root of mask units over
-    training instances, and units are nowhere cheaper than here. Every parameter belongs to one unit,
-    and the last layer has no bias, so nothing in it is shared between exposed and hidden.
+    The signal-to-noise ratio of an influence score grows with the square root of mask units per training
+    instance, and units are cheapest here. Every parameter belongs to one unit, and the last layer has no
+    bias, so the exposed and the hidden sub-network share no parameter of the head.
 
-    The first layer starts near zero: what its random weights contribute to a prediction differs
-    between any two masks and says nothing of any instance, so a larger ``gain`` is noise in every
-    score (docs/noise.md has the measurements).
+    The first layer starts near zero: the contribution of its random weights to a prediction differs
+    between any two masks, whatever the instance, so a larger ``gain`` adds noise to every score
+    (docs/noise.md has the measurements).
 
     Args:
         features: width of the encoder's representation.
         units: number of mask units.
         classes: number of outputs.
-        gain: standard deviation of the units' input at the start, for standardised features. ``None``:
-            0.02, and less from 8,192 units on, like 1 / sqrt(units), so that the start is the same
-            share of the noise at any width (docs/planning.md).
+        gain: standard deviation of the units' input at the start, for standardized features. ``None``:
+            0.02, and above 8,192 units less, like 1 / sqrt(units), so that the start contributes the
+            same share of the noise at any width (docs/planning.md).
 
     Shapes: input float (rows, features), output (rows, classes).
 
@@ -59,10 +59,10 @@ class WideHead(nn.Module):
         self._start(None)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights, and take the input as it comes: what a head made on the meta device needs.
+        """Draw new weights and reset the standardization (for a head made on the meta device).
 
         Args:
-            generator: where they are drawn from; ``None``: torch's own, as when a head is made.
+            generator: generator of the weights; ``None``: torch's global one.
         """
         nn.init.zeros_(self.centre)
         nn.init.ones_(self.scale)
@@ -74,23 +74,23 @@ class WideHead(nn.Module):
         nn.init.normal_(self.spread.weight, std=std, generator=generator)
         nn.init.zeros_(self.spread.bias)
 
-    def standardise(self, features: Tensor) -> None:
-        """Fix the centre and the scale of the input, once, before training.
+    def standardize(self, features: Tensor) -> None:
+        """Set the center and the scale of the input, once, before training.
 
-        What all instances have in common drowns what tells them apart. These constants are no
-        parameters, do not change in training and hold no label. A feature that hardly varies in the
-        sample is brought to no more than ten times its size beside the others: what it is elsewhere
-        would otherwise outweigh them all.
+        Features that all instances have in common hide their differences. The constants are buffers:
+        training does not change them, and they contain no labels. A feature that hardly varies in the
+        sample is scaled up at most ten times as much as the others, so that other values of it elsewhere
+        do not dominate.
 
         Args:
-            features: float (rows >= 2, features) of the encoder, a sample.
+            features: float (rows >= 2, features), a sample of the encoder's output.
 
         Raises:
-            InputError: another shape.
+            InputError: features of another shape.
         """
         if features.dim() != 2 or len(features) < 2 or features.shape[1] != len(self.centre):
             raise InputError(
-                f"WideHead.standardise needs features (rows >= 2, {len(self.centre)}), got "
+                f"WideHead.standardize needs features (rows >= 2, {len(self.centre)}), got "
                 f"{tuple(features.shape)}"
             )
         sample = features.detach().to(self.centre.dtype)
@@ -101,6 +101,6 @@ class WideHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (rows, classes) of features (rows, features)."""
-        standardised = (features - self.centre) * self.scale
-        logits: Tensor = self.classify(self.activation(self.spread(standardised)))
+        standardized = (features - self.centre) * self.scale
+        logits: Tensor = self.classify(self.activation(self.spread(standardized)))
         return logits

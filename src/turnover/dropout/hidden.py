@@ -1,9 +1,8 @@
-"""Out-of-sample predictions of the training instances, from the one training run.
+"""Out-of-sample predictions of the training instances, from one training run.
 
-The hidden network of an instance never learned it. What it says of the instance is what k-fold training
-gives at k times the cost, and what confident learning, stacking and reviews of labels need, but for two
-things that ``held_out`` calibrates: it has a part of the units, and it lacks what the other instances
-would have learned in the instance's place.
+The hidden sub-network of an instance never learned it. Its prediction serves where k-fold predictions do, at
+a k-th of the cost: confident learning, stacking, reviews of labels. ``held_out`` calibrates two differences:
+the sub-network has a part of the units, and other instances did not learn more in place of this one.
 """
 
 from __future__ import annotations
@@ -24,28 +23,27 @@ from turnover.batches import Adapter, Batch
 from turnover.batches.loaders import length_of, warn_left_out
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
-from turnover.dropout.site_order import check_site_order
+from turnover.dropout.row_order import check_site_order
 from turnover.errors import InputError
 from turnover.ids import check_training_ids, ghost_ids
 from turnover.objectives import logits_and_labels, logits_of
 
 _CALIBRATION_GHOSTS = 2**33
-"""Rows that calibrate run under ghosts from here on, away from those of noise floors and test losses."""
+"""First ghost of the rows that calibrate, distinct from those of noise floors and test losses."""
 _LARGEST = 1000.0
-"""Temperatures lie between one over this and this."""
-_HALVINGS = 60
+"""The largest temperature, and the inverse of the smallest."""
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
 class HiddenPredictions:
-    """What the hidden networks predict.
+    """Predictions of the hidden sub-networks.
 
     Attributes:
         probabilities: float32 (train, classes); rows sum to 1.
         train_ids: int64 (train,), the ids of the rows.
-        exposed_share: share of the exposed network's logits in them, 0 to the spec's ``keep``;
-            0: hidden alone.
-        temperature: what the logits were divided by; 1 where nothing calibrated.
+        exposed_share: share of the exposed sub-network's logits, 0 to the spec's ``keep``; 0: none.
+        temperature: divisor of the logits; 1 without calibration.
     """
 
     probabilities: NDArray[np.float32]
@@ -64,23 +62,23 @@ def hidden_predictions(
 ) -> HiddenPredictions:
     """Predict every training instance by the sub-network that never learned it.
 
-    With ``held_out`` two numbers are fitted, on rows that were not trained on and run under ghosts:
+    ``held_out`` rows, which were not trained on and run under ghosts, calibrate two numbers:
 
-    - a temperature, with which hidden networks are as sure as the whole one: the one of the least mean
-      divergence (Kullback-Leibler) from it.
-    - a share of the exposed network. What an instance taught the exposed units, its neighbours did not
-      have to teach again, so the hidden ones say less for its label than a network that was trained
-      without it: leaving out is not retraining. Logits are ``hidden + share (exposed - hidden)``, with
-      the share at which training rows have the mean loss of the held-out rows (0 where they have it
-      already, at most the spec's ``keep``, which to first order is the whole network).
+    - a temperature, with which the hidden sub-networks are as confident as the whole network: it
+      minimizes their mean divergence (Kullback-Leibler) from the whole network.
+    - a share of the exposed sub-network. Units that an instance trained leave less for similar instances
+      to teach, so its hidden sub-network is less confident of its label than a network that was retrained
+      without it. Logits are ``hidden + share (exposed - hidden)``; the share gives training rows the mean
+      loss of the held-out rows (0 if they have it already, at most the spec's ``keep``, which to first
+      order is the whole network).
 
     Args:
         network: a classifier trained under masks.
         train_batches: batches with labels and the ids they were trained under.
         held_out: batches with labels of the same kind (the same annotators), not trained on; ``None``:
-            as the hidden networks say it.
-        adapter: how a batch becomes model inputs, labels and ids; ``None``: as the network was attached
-            (by a trainer), else :func:`turnover.batches.as_batch`.
+            no calibration.
+        adapter: turns a batch into model inputs, labels and ids; ``None``: the network's (set by a
+            trainer), by default :func:`turnover.batches.as_batch`.
         progress: show a progress bar.
 
     Returns:
@@ -88,8 +86,8 @@ def hidden_predictions(
 
     Raises:
         InputError: no batches, batches without ids or (to calibrate) labels, ghosts as ids, a model
-            without a classifier's logits, logits that are not finite, or a site that sees rows in another
-            order than the batch's.
+            without a classifier's logits, logits that are not finite, or a site that sees the rows in
+            another order.
     """
     adapter = adapter or network.adapter
     warn_left_out(train_batches)
@@ -97,12 +95,8 @@ def hidden_predictions(
     ordered = False
     with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
-        shown = tqdm(
-            iter(train_batches),
-            desc="hidden predictions",
-            total=length_of(train_batches),
-            disable=not progress,
-        )
+        total = length_of(train_batches)
+        shown = tqdm(iter(train_batches), "hidden predictions", total, disable=not progress)
         for given in shown:
             batch = adapter(given)
             if batch.ids is None:
@@ -131,7 +125,7 @@ def hidden_predictions(
 
 
 def _calibrated(network: Network, held_out: Iterable[Any], adapter: Adapter) -> tuple[float, float]:
-    """The temperature, and the mean loss of held-out rows at it."""
+    """The temperature, and the mean loss of held-out rows at this temperature."""
     hidden, whole, labels, seen = [], [], [], 0
     for given in held_out:
         batch = adapter(given)
@@ -143,11 +137,11 @@ def _calibrated(network: Network, held_out: Iterable[Any], adapter: Adapter) -> 
     if not hidden:
         raise InputError("no held-out batches given")
     logits, wanted = torch.cat(hidden).double(), torch.cat(whole).double().softmax(dim=1)
-    # The divergence is convex in the inverse temperature, and its derivative vanishes where both give
-    # the logits the same mean.
+    # The divergence is convex in the inverse temperature; its derivative is 0 where the mean logit is the
+    # same under both distributions.
     mean = (wanted * logits).sum(dim=1).mean()
     low, high = 1 / _LARGEST, _LARGEST
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         inverse = (low * high) ** 0.5
         if ((inverse * logits).softmax(dim=1) * logits).sum(dim=1).mean() < mean:
             low = inverse
@@ -157,7 +151,7 @@ def _calibrated(network: Network, held_out: Iterable[Any], adapter: Adapter) -> 
 
 
 def _share(hidden: Tensor, step: Tensor, labels: Tensor, wanted: float, most: float) -> float:
-    """The least share of the step, up to ``most``, at which the mean loss is the wanted one."""
+    """The smallest share of the step, up to ``most``, with the wanted mean loss."""
 
     def loss(share: float) -> float:
         return float(functional.cross_entropy(hidden + share * step, labels))
@@ -165,7 +159,7 @@ def _share(hidden: Tensor, step: Tensor, labels: Tensor, wanted: float, most: fl
     low, high = 0.0, most
     if loss(low) <= wanted or loss(high) >= wanted:
         return low if loss(low) <= wanted else high
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if loss(middle) > wanted else (low, middle)
     return high
@@ -173,7 +167,7 @@ def _share(hidden: Tensor, step: Tensor, labels: Tensor, wanted: float, most: fl
 
 def _labels(batch: Batch, logits: Tensor) -> Tensor:
     if batch.labels is None:
-        raise InputError("hidden predictions are calibrated by labels, and a batch has none")
+        raise InputError("calibration of hidden predictions needs labels, and a batch has none")
     return logits_and_labels(logits, batch)[1].to(logits.device)
 
 

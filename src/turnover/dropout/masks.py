@@ -1,8 +1,7 @@
-"""Deterministic turn-over dropout masks: (seed, site, id) to bits, and the ids themselves.
+"""Deterministic turn-over dropout masks: (seed, site, id) to bits, without models.
 
-Knows nothing of models. A mask is a pure function of the spec, the site's name and width, and the
-instance id: the same bits on every device, in every dtype, batch order, process and release. No
-random generator, global or local, is involved.
+A mask is a pure function of the spec, the site's name and width, and the instance id: the same bits on
+every device, in every dtype, batch order, process and release. No random generator is involved.
 
 The bits come from SplitMix64 (Steele, Lea and Flood, *Fast Splittable Pseudorandom Number
 Generators*, OOPSLA 2014) used as a counter-based generator: word ``w`` of stream ``k`` is
@@ -21,29 +20,29 @@ import torch
 from torch import Tensor
 
 from turnover.errors import InputError
-from turnover.ids import _digest, check_ids
+from turnover.ids import check_ids, text_digest
 
 SPEC_VERSION = 1
-"""Version of the map from (spec, site, id) to bits. A change of any bit raises it."""
+"""Version of the map from (spec, site, id) to bits; any change of a bit increments it."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _PRECISION = 32
-"""Bits to which an arbitrary keep probability is resolved."""
+"""Bits of a keep probability."""
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which units every training instance trains, as a rule rather than as a table.
+    """The rule that assigns units to training instances.
 
     Args:
-        keep: probability in (0, 1) that a unit is kept (part of the exposed sub-network). Resolved
-            to 32 bits.
-        seed: integer in [0, 2**63). Another seed gives independent masks.
-        balanced: keep exactly one unit of every pair (2j, 2j + 1), so that every mask holds half the
-            units (with an odd width one unit more or less). Exists at ``keep=0.5`` only. ``None``,
-            the default, means ``keep == 0.5``.
+        keep: probability in (0, 1) that a unit is kept (belongs to the exposed sub-network), with a
+            resolution of 32 bits.
+        seed: integer in [0, 2**63). Other seeds give independent masks.
+        balanced: keep exactly one unit of every pair (2j, 2j + 1), so that every mask keeps half of the
+            units (with an odd width one unit more or less). Requires ``keep=0.5``. ``None``: balanced
+            at ``keep=0.5``.
 
     Raises:
         InputError: ``keep`` outside (0, 1), ``balanced`` at another keep than 0.5, or a bad seed.
@@ -82,7 +81,7 @@ class MaskSpec:
         return round(self.keep * (1 << _PRECISION))
 
     def exposed(self, ids: Tensor | Sequence[int], site: str, units: int) -> Tensor:
-        """Units that the instances keep at a site. The hidden sub-network is the complement.
+        """Units that the instances keep at a site; the hidden sub-networks have the other units.
 
         Args:
             ids: int64 instance ids, shape (rows,). Negative ids are ghosts.
@@ -97,13 +96,13 @@ class MaskSpec:
             InputError: ids are not one-dimensional, or ``units`` < 1.
         """
         words = self._words(ids, site, units)
-        return (_expand_pairs(words) if self.balanced else _expand(words))[:, :units]
+        return _expand(words, paired=bool(self.balanced))[:, :units]
 
     def packed(self, ids: Tensor, site: str, units: int) -> Tensor:
-        """The draws behind :meth:`exposed`, eight to a byte, the lowest bit first.
+        """The draws behind :meth:`exposed`, eight per byte, the lowest bit first.
 
         An independent draw is one unit, 1 = kept. A balanced draw is a pair of units: 1 keeps unit 2j
-        and drops unit 2j + 1, 0 the other way round.
+        and drops unit 2j + 1, 0 keeps unit 2j + 1 and drops unit 2j.
 
         Args:
             ids: int64 (rows,).
@@ -111,13 +110,12 @@ class MaskSpec:
             units: number of maskable units of the site, >= 1.
 
         Returns:
-            uint8 (rows, ceil(draws / 8)), draws = units, or half of that (rounded up) if balanced. Bits
-            beyond the last draw mean nothing.
+            uint8 (rows, ceil(draws / 8)) with :meth:`draws` bits; later bits are meaningless.
         """
         return self._words(ids, site, units).view(torch.uint8)[:, : -(-self.draws(units) // 8)]
 
     def draws(self, units: int) -> int:
-        """Random draws behind the mask of a site: one for each unit, or for each pair if balanced."""
+        """Number of random draws for a site: one per unit, or one per pair if balanced."""
         return (units + 1) // 2 if self.balanced else units
 
     def _words(self, ids: Tensor | Sequence[int], site: str, units: int) -> Tensor:
@@ -128,27 +126,21 @@ class MaskSpec:
         return _bernoulli_words(stream, self.draws(units), self._threshold)
 
     def _site_key(self, site: str, units: int) -> int:
-        name = int.from_bytes(_digest(site), "little")
+        name = int.from_bytes(text_digest(site), "little")
+        balanced = int(bool(self.balanced))
         key = 0
-        for field in (
-            SPEC_VERSION,
-            self.seed,
-            self._threshold,
-            int(bool(self.balanced)),
-            units,
-            name,
-        ):
+        for field in (SPEC_VERSION, self.seed, self._threshold, balanced, units, name):
             key = _mix64_int((key ^ field) + _GAMMA)
         return key
 
     def fingerprint(self, units: dict[str, int]) -> str:
-        """Hash of real mask bits of these sites, to be stored with a run and compared on load.
+        """Hash of mask bits of these sites, to store with a run and compare on load.
 
         Args:
-            units: site name to number of units.
+            units: number of units by site name.
 
         Returns:
-            32 hexadecimal digits; another spec, site name, width or bit gives others.
+            32 hexadecimal digits, which change with the spec, a site name, a width or a bit.
         """
         probe = torch.tensor([0, 1, 2, 12345, 2**24 + 1, 2**62 + 7, -1, -1000], device="cpu")
         digest = hashlib.blake2b(digest_size=16)
@@ -167,7 +159,7 @@ class MaskSpec:
         """Rebuild a spec from :meth:`to_dict`.
 
         Raises:
-            InputError: unknown or missing fields, or another spec version (its masks differ).
+            InputError: unknown or missing fields, or another spec version, which has other masks.
         """
         rest = dict(values)
         version = rest.pop("spec_version", None)
@@ -181,10 +173,12 @@ class MaskSpec:
                 f"mask spec fields must be keep, seed and balanced, got {sorted(map(str, rest))}"
             )
         keep, seed, balanced = rest["keep"], rest["seed"], rest["balanced"]
-        if not isinstance(keep, int | float) or not isinstance(seed, int):
-            raise InputError(f"mask spec: keep and seed must be numbers, got {keep!r} and {seed!r}")
-        if not isinstance(balanced, bool):
-            raise InputError(f"mask spec: balanced must be true or false, got {balanced!r}")
+        if not (
+            isinstance(keep, int | float) and isinstance(seed, int) and isinstance(balanced, bool)
+        ):
+            raise InputError(
+                f"mask spec: keep and seed must be numbers, and balanced true or false, got {rest}"
+            )
         return cls(float(keep), seed, balanced)
 
 
@@ -202,7 +196,7 @@ def _mix64_int(value: int) -> int:
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically; the generator is defined on unsigned words.
+    # torch shifts int64 with sign; the generator is defined on unsigned words.
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -235,39 +229,26 @@ def _make_table(bits: int, *, paired: bool) -> Tensor:
     rows = (values[:, None] >> values[:bits]) & 1 == 1  # (2**bits, bits)
     if paired:
         rows = torch.stack([rows, ~rows], dim=2).flatten(1)  # (2**bits, 2 * bits)
-    # Eight booleans travel as one int64, so that the look-up moves words rather than bytes.
+    # Eight booleans form one int64, so that the look-up moves words rather than bytes.
     return rows.contiguous().view(torch.int64).flatten()
 
 
-# Made here and not at first use, which may lie in inference mode or under a tracer's fake tensors.
+# Not at the first use, which may be in inference mode or under a tracer's fake tensors.
 with torch.inference_mode(False):
-    _TABLE = _make_table(8, paired=False)
-    _PAIRED_TABLE = _make_table(4, paired=True)
+    _TABLES = {False: _make_table(8, paired=False), True: _make_table(4, paired=True)}
 
 
 @lru_cache(maxsize=16)
 def _table_on(device: torch.device, paired: bool) -> Tensor:
     with torch.inference_mode(False):
-        return (_PAIRED_TABLE if paired else _TABLE).to(device)
+        return _TABLES[paired].to(device)
 
 
-def _table(device: torch.device, *, paired: bool) -> Tensor:
-    if device.type == "cpu":
-        return _PAIRED_TABLE if paired else _TABLE
-    return _table_on(device, paired)
-
-
-def _look_up(words: Tensor, table: Tensor, bits: int) -> Tensor:
+def _expand(words: Tensor, *, paired: bool) -> Tensor:
+    """Bits as booleans (rows, 64 * words), or as pairs of a bit and its complement (rows, 128 * words)."""
+    on_cpu = words.device.type == "cpu"
+    table = _TABLES[paired] if on_cpu else _table_on(words.device, paired)
+    bits = 4 if paired else 8
     shifts = torch.arange(0, 64, bits, device=words.device, dtype=torch.int64)
     keys = (words[:, :, None] >> shifts) & (2**bits - 1)  # (rows, words, 64 / bits)
     return table.index_select(0, keys.flatten()).view(keys.shape).flatten(1).view(torch.bool)
-
-
-def _expand(words: Tensor) -> Tensor:
-    """Bits as booleans: (rows, 64 * words)."""
-    return _look_up(words, _table(words.device, paired=False), 8)
-
-
-def _expand_pairs(words: Tensor) -> Tensor:
-    """Each bit as itself and its complement: (rows, 128 * words)."""
-    return _look_up(words, _table(words.device, paired=True), 4)

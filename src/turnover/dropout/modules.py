@@ -1,11 +1,12 @@
-"""Eval mode for a while, and one thread at a time."""
+"""Modules of a model: eval mode for a while, one thread at a time, devices, and sharded weights."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _paused: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Modules that were in training mode when a thread set them to eval mode, and that thread."""
+"""Modules in training mode that a thread has set to eval mode, and that thread."""
 
 
 def _after_fork() -> None:
-    """Forget locks that threads of the parent process hold: they do not exist in the child."""
+    """Forget locks held by threads of the parent process: they do not exist in the child."""
     global _guard
     _guard = threading.Lock()
     _locks.clear()
@@ -32,29 +33,23 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def exclusive(*models: nn.Module) -> Iterator[None]:
-    """Wait until no other thread is in here with a model that shares a module with these.
+    """Keep other threads out while the body changes modes, hooks or methods of these models' modules.
 
-    Scoring sets modes and puts hooks and methods into modules, which two threads must not do at once.
-    Reentrant. Name all models of one computation at once: locks are taken in one order, so that two
-    threads with the same models do not wait for each other.
+    Reentrant. Name all models of a computation in one call: locks are taken in a fixed order, so that
+    two threads with the same models cannot deadlock.
     """
     modules = {module for model in models for module in model.modules()}
     with _guard:
         locks = [_locks.setdefault(one, threading.RLock()) for one in sorted(modules, key=id)]
-    held = []
-    try:
+    with ExitStack() as held:
         for lock in locks:
-            lock.acquire()
-            held.append(lock)
+            held.enter_context(lock)
         yield
-    finally:
-        for lock in reversed(held):
-            lock.release()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, in one thread at a time; every module's own mode is put back after."""
+    """Eval mode in one thread at a time; restores the mode of every module."""
     with exclusive(model):
         modes = {module: module.training for module in model.modules()}
         paused = [module for module, mode in modes.items() if mode]
@@ -69,20 +64,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 _paused.pop(module, None)
 
 
+@contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, for forwards that leave no trace: restores modes and generators."""
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=devices):
+        yield
+
+
 def paused_elsewhere(model: nn.Module) -> bool:
     """Whether another thread keeps a model in eval mode that was in training mode before."""
     return _paused.get(model, threading.get_ident()) != threading.get_ident()
 
 
 class _Mark(threading.local):
-    """What torch.compile can trace, unlike the number of a thread."""
+    """Marks a thread; torch.compile can trace it, unlike the number of a thread."""
 
     def __init__(self) -> None:
         self.here = False
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that leaves the module's calls in other threads alone."""
+    """Restrict a hook to calls of the module in this thread."""
     mark = _Mark()
     mark.here = True
 
@@ -92,19 +96,39 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     return only
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of ``torch.compile``."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter (CPU where it has none)."""
+    """Device of the model's first parameter; CPU without parameters."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def is_sharded(value: Tensor) -> bool:
-    """Whether a process holds a part of the tensor alone: a DTensor, as FSDP2 makes of parameters."""
+    """Whether the tensor is a DTensor, as FSDP2 makes of parameters."""
     # Not by its class, whose module takes seconds to import.
     return hasattr(value, "full_tensor")
 
 
 def whole(value: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where it is sharded; every process must ask for it."""
+    """The tensor, gathered from all processes if it is sharded; every process must call it."""
     gather = getattr(value, "full_tensor", None)
     return value if gather is None else gather()
+
+
+def weights_digest(weights: Mapping[str, Any], prefix: str = "") -> str:
+    """Hash of names, types, shapes and bytes of the tensors in a state dict, and of a prefix.
+
+    If the weights are sharded over processes, every process must call it.
+    """
+    digest = hashlib.blake2b(prefix.encode(), digest_size=16)
+    for name, value in sorted(weights.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
+            flat = whole(value.detach()).contiguous().cpu().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """A model under per-instance masks: attach, exposed, hidden, mean, detach.
 
 Hooks multiply the outputs of the sites by masks of the bound ids. The model's class, its parameters
-and its ``state_dict`` keys stay as they were. Statistics and scores live elsewhere.
+and its ``state_dict`` keys do not change. This module computes no statistics and no scores.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from turnover.dropout.audit import AuditReport, audit
 from turnover.dropout.contexts import Binding, Context
 from turnover.dropout.masking import Ids, Masking
 from turnover.dropout.masks import MaskSpec
-from turnover.dropout.modules import whole
+from turnover.dropout.modules import weights_digest
 from turnover.dropout.sites import ResolvedSite, Site, SiteLike, canonical_name, resolve
 from turnover.dropout.target_networks import check_targets
 from turnover.dropout.torch_private import check_torch
 from turnover.errors import BindingError, InputError
 
 _MOST_UNITS = 2**26
-"""Of a stored site; masks of more would be made only to be compared."""
+"""Units of a stored site: comparing fingerprints makes masks of as many."""
 _SHOWN = 200
+"""Characters of a damaged description in the error message."""
 
 
 class Network:
     """A model with turn-over dropout attached. Made by :func:`attach`.
 
     Attributes:
-        model: the user's model, unchanged but for hooks.
+        model: the user's model, unchanged except for hooks.
         spec: the :class:`~turnover.MaskSpec`.
         sites: canonical names of the sites, in the model's definition order.
-        units: mask units by site name; ``None`` until the first forward where neighbours of the
-            site do not tell.
+        units: mask units by site name; ``None`` before the first forward if the neighbors of the
+            site do not determine it.
         adapter: turns the trainer's batches into :class:`turnover.Batch`.
         masking: the hooks, contexts and probes that estimators use
             (:class:`turnover.dropout.masking.Masking`).
@@ -62,7 +63,7 @@ class Network:
         """D: mask units summed over the sites.
 
         Raises:
-            BindingError: a site's width is not known yet (run one forward).
+            BindingError: a site's width is unknown (run one forward).
         """
         return sum(self.known_units().values())
 
@@ -70,7 +71,7 @@ class Network:
         """Mask units by site name, of some sites or (``None``) of all.
 
         Raises:
-            BindingError: a site's width is not known yet (run one forward).
+            BindingError: a site's width is unknown (run one forward).
         """
         wanted = self.units if sites is None else {name: self.units[name] for name in sites}
         known = {name: units for name, units in wanted.items() if units is not None}
@@ -99,7 +100,7 @@ class Network:
 
         Raises:
             TypeError: ids are not integers.
-            InputError: ids are not one-dimensional, a ghost is trained on, columns that do not name
+            InputError: ids are not one-dimensional, a ghost in training, columns that do not name
                 every site once or differ in length, or merged LoRA weights at a site.
             BindingError: at the forward, the batch does not have one row for each id.
         """
@@ -113,7 +114,7 @@ class Network:
         return self.masking.open(self.masking.bind(ids, True))
 
     def bind(self, ids: Ids | Mapping[str, Ids], hidden: Tensor) -> Context:
-        """Context: a side for each row.
+        """Context: each row of every batch runs in the exposed or the hidden sub-network of its id.
 
         Args:
             ids: as in :meth:`exposed`.
@@ -131,15 +132,15 @@ class Network:
         return self.masking.open(self.masking.bind(ids, hidden))
 
     def without(self, train_id: int, *, sites: Sequence[str] | None = None) -> Context:
-        """Context: every row, of batches of any size, runs in the network that never learned an id.
+        """Context: every row of every batch runs in the sub-network that never learned an id.
 
-        For a group (a source, an annotator, a time block) this is the network as if the group had not
-        been there, ready to predict; of one instance it is what :meth:`hidden` runs.
+        For a group (a source, an annotator, a time block) this network predicts as if the group were
+        missing from the training data; for one instance it is the hidden sub-network of :meth:`hidden`.
 
         Args:
             train_id: id of an instance or a group.
-            sites: names or patterns of the sites that have such ids, where others have another column
-                (see :meth:`exposed`) and run whole; ``None``: all.
+            sites: names or patterns of the sites with such ids; other sites run whole (see the columns
+                of :meth:`exposed`). ``None``: all.
 
         Raises:
             TypeError: the id is not an integer.
@@ -164,43 +165,37 @@ class Network:
         optimizer: torch.optim.Optimizer | None = None,
         adapter: Adapter = as_batch,
     ) -> AuditReport:
-        """Which trainable parameters learn the same instance both exposed and hidden (leaks).
+        """Find trainable parameters that learn an instance both exposed and hidden (leaks).
 
         Args:
-            batch: a batch as the model takes it; up to 8 of its rows are used, labels are not. A
-                model in eval mode is audited in training mode; one in training mode as it is.
+            batch: a batch as the model takes it; up to 8 of its rows are used, its labels are not. A
+                model in eval mode is audited in training mode; one in training mode keeps its modes.
             max_grad_norm: the trainer's clipping by global norm (Hugging Face's default is 1.0),
                 which carries every instance to every parameter. ``None``, 0 or infinite: no clipping.
-            optimizer: the trainer's optimiser, to be checked for updates that are not elementwise.
+            optimizer: the trainer's optimizer, to check that it updates element by element.
             adapter: how a batch becomes model inputs.
 
         Returns:
-            :class:`~turnover.dropout.audit.AuditReport`; ``str()`` of it is a table.
+            :class:`~turnover.dropout.audit.AuditReport`, which prints as a table.
         """
         return audit(self, adapter(batch), max_grad_norm=max_grad_norm, optimizer=optimizer)
 
     def fingerprint(self) -> str:
-        """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`) and of where they lie.
+        """Hash of the masks of all sites (see :meth:`MaskSpec.fingerprint`) and of their axes.
 
         Raises:
-            BindingError: a site's width is not known yet (run one forward).
+            BindingError: a site's width is unknown (run one forward).
         """
         layout = {s.name: (s.axis, s.unit_size) for s in self.masking.sites.values()}
         return _fingerprint(self.spec, self.known_units(), layout)
 
     def digest(self) -> str:
-        """Hash of masks and weights: says whether a result belongs to this network.
+        """Hash of masks and weights, which identifies the network that computed a result.
 
-        Where the weights are sharded over processes, every process must call it.
+        If the weights are sharded over processes, every process must call it.
         """
-        digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
         state = {canonical_name(n): value for n, value in self.model.state_dict().items()}
-        for name, value in sorted(state.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}".encode())
-                flat = whole(value.detach()).contiguous().cpu().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_digest(state, prefix=self.fingerprint())
 
     def to_dict(self) -> dict[str, Any]:
         """Spec, sites and fingerprint as JSON values, to be stored beside the weights."""
@@ -208,20 +203,15 @@ class Network:
         return {
             "spec": self.spec.to_dict(),
             "sites": [
-                {
-                    "name": site.name,
-                    "axis": site.axis,
-                    "unit_size": site.unit_size,
-                    "units": units[site.name],
-                }
-                for site in self.masking.sites.values()
+                {"name": name, "axis": s.axis, "unit_size": s.unit_size, "units": units[name]}
+                for name, s in self.masking.sites.items()
             ],
             "fingerprint": self.fingerprint(),
         }
 
     @classmethod
     def from_dict(cls, model: nn.Module, values: Mapping[str, Any]) -> Network:
-        """Attach to a model as :meth:`to_dict` says, and check that the masks are the same.
+        """Attach to a model as :meth:`to_dict` describes, and check that the masks are the same.
 
         Raises:
             InputError: missing fields, unknown sites, another spec version, or masks whose
@@ -233,18 +223,18 @@ class Network:
         return network
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Compare with a description, as :meth:`to_dict` makes it. Widths not known yet are not compared.
+        """Compare with a description from :meth:`to_dict`, except for widths that are still unknown.
 
         Raises:
-            InputError: a damaged description, or one of other masks.
+            InputError: a damaged description, or a description of other masks.
         """
         spec, sites, units = _described(values)
         own = [Site(site.name, site.axis, site.unit_size) for site in self.masking.sites.values()]
         widths = {name: known for name, known in self.units.items() if known is not None}
         if (spec, sites) != (self.spec, own) or not widths.items() <= units.items():
             raise InputError(
-                f"other masks: those stored are {spec} at {sorted(units.items())}, and this network's "
-                f"are {self.spec} at {sorted(self.units.items())}"
+                f"other masks: the stored ones are {spec} at {sorted(units.items())}, this network's are "
+                f"{self.spec} at {sorted(self.units.items())}"
             )
 
 
@@ -253,13 +243,8 @@ def _fingerprint(spec: MaskSpec, units: dict[str, int], layout: dict[str, tuple[
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
-def _short(values: Mapping[str, Any]) -> str:
-    text = repr(values)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
 def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[str, int]]:
-    """Spec, sites and widths of a stored description whose fingerprint is that of its masks."""
+    """Spec, sites and widths of a stored description, whose fingerprint is checked."""
     try:
         spec = MaskSpec.from_dict(values["spec"])
         sites = [Site(s["name"], s["axis"], s["unit_size"]) for s in values["sites"]]
@@ -269,11 +254,13 @@ def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[st
         if not all(0 < width <= _MOST_UNITS for width in units.values()):
             raise ValueError(f"sites have 1 to {_MOST_UNITS} units")
         if sum(units.values()) > 2 * _MOST_UNITS or len(sites) != len(units):
-            raise ValueError("more units than masks are made for, or a site twice")
+            raise ValueError("too many units, or a site twice")
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"damaged mask description: {error!r} in {_short(values)}") from error
+        text = repr(values)
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise InputError(f"damaged mask description: {error!r} in {shown}") from error
     if _fingerprint(spec, units, layout) != stored:
         raise InputError(
             f"the stored fingerprint {stored} is not that of the stored spec and sites: the mask "
@@ -283,17 +270,13 @@ def _described(values: Mapping[str, Any]) -> tuple[MaskSpec, list[Site], dict[st
 
 
 def _maskings_on(module: nn.Module) -> list[Masking]:
-    """Maskings that have this module as a site."""
-    owners = [
-        getattr(hook.func, "__self__", None)
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, partial)
-    ]
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, partial)]
+    owners = [getattr(hook.func, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, Masking)]
 
 
 def _detach_copies(model: nn.Module) -> None:
-    """Remove the hooks that came with a copy of an attached model and were never used."""
+    """Remove the unused hooks that came with a copy of an attached model."""
     for module in model.modules():
         for masking in _maskings_on(module):
             if masking.contexts.copied and not masking.contexts.used:
@@ -303,13 +286,13 @@ def _detach_copies(model: nn.Module) -> None:
 def attach(
     model: nn.Module, sites: SiteLike | Sequence[SiteLike], spec: MaskSpec | None = None
 ) -> Network:
-    """Attach turn-over dropout to a model, by hooks on the outputs of modules.
+    """Attach turn-over dropout to a model, with hooks on the outputs of modules.
 
-    Attach before the first call of a compiled model. To a deep copy of an attached model (a target
-    network, say) attach anew: its masks are those of the original where sites and spec are the same.
+    Attach before the first call of a compiled model. Attach a deep copy of an attached model (such as a
+    target network) again: with the same sites and spec its masks are those of the original.
 
     Args:
-        model: any ``torch.nn.Module`` whose batches lie on axis 0.
+        model: any ``torch.nn.Module`` whose batches have their rows on axis 0.
         sites: what to mask: module names, glob patterns, module types, :class:`Site` objects, or
             presets: ``"head"`` (wide heads), ``"mlp"`` (activations after linear layers), ``"lora"``
             (LoRA rank components), ``"channels"`` (activations after convolutions).
@@ -319,9 +302,9 @@ def attach(
         :class:`Network`.
 
     Raises:
-        InputError: a site that does not exist (the closest names are listed), LoRA weights that are
-            merged, adapters of a kind that is not supported, a model that holds both an online network
-            and its target, or one that has turn-over dropout attached already.
+        InputError: a site that does not exist (the closest names are listed), merged LoRA weights, an
+            unsupported kind of adapter, a model that holds both an online network and its target, or a
+            model that is attached already.
     """
     check_torch()
     resolved = resolve(model, sites)

@@ -1,21 +1,20 @@
-"""Finding sites: from module names, glob patterns, module types and presets to modules.
+"""Sites: find the modules to mask by names, glob patterns, module types and presets.
 
-A site is an activation that is masked: the output of one module. Put it *after* the activation
-function; before a sigmoid, say, dropped units would still reach the next layer's weights.
+A site is a masked activation: the output of one module. Put it *after* the activation function; before
+a sigmoid, dropped units would still reach the next layer's weights.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from turnover.dropout import adapters
+from turnover.dropout import lora
 from turnover.dropout.head import WideHead
-from turnover.dropout.layouts import sequence_first
 from turnover.errors import InputError
 
 _LEADING = (["module"], ["base_model", "model"])
@@ -28,9 +27,9 @@ class Site:
 
     Args:
         name: module name (canonical or as in ``named_modules``) or glob pattern.
-        axis: the axis of the output that holds the units; never 0, which is the batch. ``None``
-            takes 1 after a convolution and the last axis otherwise.
-        unit_size: consecutive elements of the axis that form one unit (an attention head's width).
+        axis: axis of the output that holds the units; not 0, which is the batch. ``None``: 1 after a
+            convolution, otherwise the last axis.
+        unit_size: consecutive elements of the axis that form one unit (the width of an attention head).
 
     Raises:
         InputError: ``axis`` is 0 or ``unit_size`` < 1.
@@ -42,7 +41,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.axis == 0:
-            raise InputError(f"site {self.name!r}: axis 0 is the batch; units lie on another axis")
+            raise InputError(f"site {self.name!r}: axis 0 is the batch; units are on another axis")
         if self.unit_size < 1:
             raise InputError(f"site {self.name!r}: unit_size must be >= 1, got {self.unit_size}")
 
@@ -52,59 +51,44 @@ SiteLike = str | type[nn.Module] | Site
 
 @dataclass(frozen=True)
 class ResolvedSite:
-    """A site found in a model."""
+    """A site in a model."""
 
     name: str
-    """Canonical name: the part of the mask's key that must survive wrapping and saving."""
+    """Canonical name, which does not change with wrappers; masks depend on it."""
     module: nn.Module
     axis: int
     unit_size: int
     units: int | None
-    """Number of units where the module's neighbours tell; otherwise known after one forward."""
-    lora: nn.Module | None = None
-    """PEFT's layer around the module, which leaves it out when its weights are merged."""
+    """Number of units; ``None``: the first forward determines it."""
+    lora_layer: nn.Module | None = None
+    """PEFT's layer around the module, which skips it when its weights are merged."""
     adapter: str = ""
-    """Name of the adapter that the module is a part of, in that layer."""
+    """Name of the module's adapter in that layer."""
     sequence_first: str | None = None
-    """What says ``batch_first=False``: the module, or one around it."""
+    """The module, this one or one around it, that has ``batch_first=False``."""
 
     def check_runs(self) -> None:
-        """Refuse LoRA that does not run the module, or not once on each row of the batch.
-
-        Raises:
-            InputError: the base layer holds the adapter's weights and runs in its place, or the kind of
-                adapter is not supported.
-        """
-        adapters.check(self.name, self.lora, self.adapter)
-        if getattr(self.lora, "merged", False):
-            raise InputError(
-                f"site {self.name!r} would never run: the adapter's weights are merged into the base "
-                f"layer, which runs in place of lora_A, so nothing would be masked: call "
-                f"unmerge_adapter() first"
-            )
+        """Refuse LoRA that does not run the module once on each row of the batch."""
+        lora.check(self.name, self.lora_layer, self.adapter)
 
 
 def canonical_name(name: str) -> str:
-    """Module name without the prefixes that wrappers (DDP, torch.compile, PEFT, FSDP) put in.
+    """Module name without the parts that wrappers (DDP, torch.compile, PEFT, FSDP) add.
 
     The wrapped model itself has the canonical name ``""``.
     """
     parts = [part for part in name.split(".") if part not in _ANYWHERE]
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _LEADING:
-            if parts[: len(prefix)] == prefix:
-                parts, stripped = parts[len(prefix) :], True
+    while prefix := next((one for one in _LEADING if parts[: len(one)] == one), None):
+        parts = parts[len(prefix) :]
     return ".".join(parts)
 
 
 def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[ResolvedSite]:
-    """Modules of the sites, each once, in the model's definition order.
+    """Find the modules of the sites, each once, in the model's definition order.
 
     Raises:
-        InputError: a name, pattern, type or preset that matches nothing (with the closest names),
-            one site asked for in two ways, or two modules of one canonical name.
+        InputError: a name, pattern, type or preset that matches nothing (with the closest names), two
+            different requests for one site, or two modules with the same canonical name.
     """
     requests = [sites] if isinstance(sites, str | type | Site) else list(sites)
     if not requests:
@@ -116,47 +100,38 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         if canonical_name(name) and not _is_spare(name, everything)
     }
     roots = {name: module for name, module in everything.items() if not canonical_name(name)}
-    order = {name: index for index, name in enumerate(modules)}
     found: dict[str, Site] = {}
     for request in requests:
-        for name, site in _match(request, modules, roots):
-            if found.setdefault(name, site) != site:
-                raise InputError(f"site {canonical_name(name)!r} is asked for twice, in two ways")
+        site = request if isinstance(request, Site) else Site("")
+        for name in _match(request, modules, roots):
+            named = replace(site, name=canonical_name(name))
+            if found.setdefault(name, named) != named:
+                raise InputError(f"site {named.name!r} is requested twice, with different settings")
     predecessors = _predecessors(modules)
     resolved: dict[str, ResolvedSite] = {}
-    for name in sorted(found, key=order.__getitem__):
-        site, module = found[name], modules[name]
+    for name, module in modules.items():
+        if name not in found:
+            continue
+        site = found[name]
         source = module if _width(module) is not None else predecessors.get(name, module)
-        axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
+        axis = site.axis if site.axis is not None else (1 if _has_channels(source) else -1)
         width = _width(source) if site.axis is None and _is_certain(name, everything) else None
-        canonical = canonical_name(name)
-        if canonical in resolved:
-            raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
+        if site.name in resolved:
+            raise InputError(f"two modules have the canonical name {site.name!r}; rename one")
         units = None if width is None or width % site.unit_size else width // site.unit_size
-        lora, adapter = adapters.layer_of(name, everything)
-        resolved[canonical] = ResolvedSite(
-            canonical,
-            module,
-            axis,
-            site.unit_size,
-            units,
-            lora,
-            adapter,
-            sequence_first(name, everything),
+        layer, adapter = lora.layer_of(name, everything)
+        sequence_first = _sequence_first(name, everything)
+        resolved[site.name] = ResolvedSite(
+            site.name, module, axis, site.unit_size, units, layer, adapter, sequence_first
         )
-        resolved[canonical].check_runs()
+        resolved[site.name].check_runs()
     return list(resolved.values())
 
 
 def _match(
     request: SiteLike, modules: dict[str, nn.Module], roots: dict[str, nn.Module]
-) -> list[tuple[str, Site]]:
-    """Names and sites of a request.
-
-    Args:
-        modules: those that may be sites.
-        roots: the model itself, under its wrappers' names, whose parts a preset may know it by.
-    """
+) -> list[str]:
+    """Names of the modules that a request matches; presets also see the model itself (``roots``)."""
     if isinstance(request, type):
         names = [name for name, module in modules.items() if isinstance(module, request)]
         if not names:
@@ -164,35 +139,34 @@ def _match(
             raise InputError(
                 f"no module of type {request.__name__} in the model; it has {', '.join(kinds)}"
             )
-        return [(name, Site(canonical_name(name))) for name in names]
+        return names
     if isinstance(request, str) and request in PRESETS:
         names = [name for name in PRESETS[request]({**roots, **modules}) if name in modules]
         if not names:
             raise InputError(
                 f"preset {request!r} finds no site in this model: {PRESETS[request].__doc__}"
-                f"{adapters.without_ranks(modules) if request == 'lora' else ''} "
+                f"{lora.missing_ranks(modules) if request == 'lora' else ''} "
                 f"Name modules instead (as in model.named_modules())."
             )
-        return [(name, Site(canonical_name(name))) for name in names]
-    site = Site(request) if isinstance(request, str) else request
+        return names
+    wanted = request if isinstance(request, str) else request.name
+    known = {name: canonical_name(name) for name in modules}
     names = [
         name
-        for name in modules
-        if site.name in (name, canonical_name(name))
-        or fnmatch.fnmatchcase(canonical_name(name), site.name)
+        for name, canonical in known.items()
+        if wanted in (name, canonical) or fnmatch.fnmatchcase(canonical, wanted)
     ]
     if not names:
-        known = [canonical_name(name) for name in modules]
-        close = difflib.get_close_matches(site.name, [*known, *PRESETS], n=5, cutoff=0.3)
+        close = difflib.get_close_matches(wanted, [*known.values(), *PRESETS], n=5, cutoff=0.3)
         raise InputError(
-            f"unknown site {site.name!r}: no module or preset has that name or matches it. "
-            f"Closest: {', '.join(close) if close else ', '.join(known[:10])}"
+            f"unknown site {wanted!r}: no module or preset has that name or matches it. "
+            f"Closest: {', '.join(close or list(known.values())[:10])}"
         )
-    return [(name, Site(canonical_name(name), site.axis, site.unit_size)) for name in names]
+    return names
 
 
 def _is_spare(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether PEFT trains a copy of the module (``modules_to_save``), which runs in its place."""
+    """Whether PEFT runs a trained copy (``modules_to_save``) in place of the module."""
     parts = name.split(".")
     return any(
         part == "original_module" and ".".join([*parts[:index], "modules_to_save"]) in modules
@@ -203,7 +177,7 @@ def _is_spare(name: str, modules: dict[str, nn.Module]) -> bool:
 def _width(module: nn.Module) -> int | None:
     attributes = ["out_features", "out_channels", "nf"]
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        attributes.append("num_features")  # elsewhere it is the width of a whole encoder
+        attributes.append("num_features")  # of other modules, the width of a whole encoder
     for attribute in attributes:
         value = getattr(module, attribute, None)
         if isinstance(value, int):
@@ -212,9 +186,9 @@ def _width(module: nn.Module) -> int | None:
 
 
 def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether the width of the module or of its predecessor surely is that of its output.
+    """Whether the width of the module or of its predecessor is certain to be the width of its output.
 
-    Definition order is the order of the forward in an ``nn.Sequential``; elsewhere it need not be
+    Only in an ``nn.Sequential`` is the definition order certain to be the order of the forward
     (DistilBERT defines its activation after both of its linear layers).
     """
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
@@ -224,7 +198,7 @@ def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
     return elementwise and isinstance(parent, nn.Sequential | WideHead)
 
 
-def _is_channelled(module: nn.Module) -> bool:
+def _has_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
 
 
@@ -236,20 +210,38 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _predecessors(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """For every module, the nearest earlier one that has a width, in definition order."""
+    """For each module, the nearest earlier module with a width, in definition order."""
     previous: nn.Module | None = None
     nearest = {}
     for name, module in modules.items():
         if previous is not None:
             nearest[name] = previous
         width = _width(module)
-        normalises = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             previous is not None and _width(previous) == width
         )
         # A batch norm keeps the layout of the layer that it follows.
-        if width is not None and not normalises:
+        if width is not None and not normalizes:
             previous = module
     return nearest
+
+
+def _sequence_first(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module, this one or one around it, whose batch is on axis 1, behind the sequence."""
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        around = ".".join(parts[:length])
+        if around in modules and _batch_first(modules[around]) is False:
+            return f"{around or 'the model'} ({type(modules[around]).__name__})"
+    return None
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        return _batch_first(module.layers[0]) if len(module.layers) else None
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    return getattr(module, "batch_first", None)
 
 
 def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
@@ -263,13 +255,9 @@ def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _mlp(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a linear layer."""
-    before = _predecessors(modules)
-    return [
-        name
-        for name, module in modules.items()
-        if _is_activation(module)
-        and (isinstance(before.get(name), nn.Linear) or type(before.get(name)).__name__ == "Conv1D")
-    ]
+    return _activations_after(
+        modules, lambda layer: isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    )
 
 
 def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
@@ -283,11 +271,15 @@ def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a convolution or its batch norm."""
+    return _activations_after(modules, _has_channels)
+
+
+def _activations_after(
+    modules: dict[str, nn.Module], accepts: Callable[[nn.Module], bool]
+) -> list[str]:
     before = _predecessors(modules)
     return [
-        name
-        for name, module in modules.items()
-        if _is_activation(module) and name in before and _is_channelled(before[name])
+        n for n, m in modules.items() if _is_activation(m) and n in before and accepts(before[n])
     ]
 
 
@@ -297,4 +289,4 @@ PRESETS: dict[str, Callable[[dict[str, nn.Module]], Iterable[str]]] = {
     "lora": _lora,
     "channels": _channels,
 }
-"""Named rules that find sites in a model: preset name to function of ``named_modules``."""
+"""Rules that find sites: preset name to a function of ``named_modules``."""

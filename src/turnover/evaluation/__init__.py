@@ -15,7 +15,7 @@ from turnover.evaluation.memorization import Memorization, memorization
 from turnover.evaluation.mislabel import Mislabel, mislabel
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.removal import Removal, removal_curve
-from turnover.evaluation.retraining import minus_cost, retrain
+from turnover.evaluation.retraining import Retraining, minus_cost, retrain
 from turnover.evaluation.subsets import Subsets, draw_subsets
 from turnover.evaluation.training import Trained, logits, train
 
@@ -29,6 +29,7 @@ __all__ = [
     "Mislabel",
     "Recipe",
     "Removal",
+    "Retraining",
     "Subsets",
     "Trained",
     "draw_subsets",

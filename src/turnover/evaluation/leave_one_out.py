@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from turnover import objectives
 from turnover.errors import InputError
 from turnover.evaluation.correlation import Correlation, correlate
-from turnover.evaluation.recipe import Build, Masked, Recipe
-from turnover.evaluation.retraining import minus_cost, retrain
-from turnover.evaluation.subsets import Subsets
-from turnover.objectives import Objective
+from turnover.evaluation.retraining import Retraining, check_scores, outputs_without
 
 
 @dataclass(frozen=True)
@@ -41,67 +35,28 @@ class LeaveOneOut:
 
 def leave_one_out(
     scores: NDArray[np.floating],
-    build: Build,
-    inputs: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
+    retraining: Retraining,
     instances: Sequence[int],
     seeds: Sequence[int],
-    *,
-    on: Tensor,
-    on_labels: Tensor,
-    objective: Objective = objectives.margin,
-    ids: Tensor | None = None,
-    masked: Masked | None = None,
-    cache: str | Path | None = None,
-    progress: bool = False,
-    engine: str = "process",
 ) -> LeaveOneOut:
     """Retrain without each of some instances, and compare with their scores.
 
     Args:
         scores: (targets, train), positive = helpful.
-        build: makes the networks.
-        inputs: float32 (train, ...).
-        labels: int64 (train,).
-        recipe: how they are trained.
+        retraining: the training, and the targets with their labels.
         instances: which ones to leave out, one at a time, at least 3.
         seeds: of the trainings, with and without the instance.
-        on: (targets, ...), the targets' inputs.
-        on_labels: int64 (targets,).
-        objective: cost of a prediction.
-        ids: int64 (train,), what masks depend on.
-        masked: train under turn-over masks.
-        cache: folder that keeps finished trainings.
-        progress: show a progress bar.
-        engine: what trains the networks, as :func:`~turnover.evaluation.train` takes it.
 
     Raises:
         InputError: too few, repeated or unknown instances, or shapes that do not fit.
     """
-    count, chosen = len(inputs), np.asarray(instances, dtype=np.int64)
-    check_scores(scores, len(on), count)
+    count, chosen = len(retraining.inputs), np.asarray(instances, dtype=np.int64)
+    labels = check_scores(scores, retraining)
     if len(chosen) < 3 or len(np.unique(chosen)) < len(chosen):
         raise InputError(f"instances must be at least 3, and distinct, got {chosen.tolist()}")
     if chosen.min() < 0 or chosen.max() >= count:
-        raise InputError(f"instances must lie in [0, {count}), got {chosen.tolist()}")
-    keep = np.ones((1 + len(chosen), count), dtype=np.bool_)
-    keep[np.arange(1, len(keep)), chosen] = False
-    logits = retrain(
-        build,
-        inputs,
-        labels,
-        recipe,
-        Subsets(keep),
-        seeds,
-        on=on,
-        ids=ids,
-        masked=masked,
-        cache=cache,
-        progress=progress,
-        engine=engine,
-    )
-    outputs = minus_cost(logits, on_labels, objective)
+        raise InputError(f"instances must be in [0, {count}), got {chosen.tolist()}")
+    outputs = outputs_without(retraining, list(chosen[:, None]), seeds, labels)
     effects = (outputs[0] - outputs[1:]).transpose(1, 2, 0)  # (seeds, targets, instances)
     error = np.full(effects.shape[1:], np.nan, dtype=np.float32)
     if len(effects) > 1:
@@ -109,12 +64,3 @@ def leave_one_out(
     predicted = np.asarray(scores)[:, chosen].astype(np.float64)
     agreement = correlate(predicted, effects.astype(np.float64))
     return LeaveOneOut(effects.mean(axis=0), error, agreement)
-
-
-def check_scores(scores: NDArray[np.floating], targets: int, train: int) -> None:
-    """Refuse scores that are not (targets, train), or not finite."""
-    if np.shape(scores) != (targets, train):
-        raise InputError(f"scores must be ({targets}, {train}), got {np.shape(scores)}")
-    if not np.isfinite(scores).all():
-        where = np.argwhere(~np.isfinite(scores))[0].tolist()
-        raise InputError(f"scores must be finite, and at {where} they are not")

@@ -41,7 +41,7 @@ def memorization(
     Args:
         subsets: of the training instances.
         logits: (subsets, seeds, train, classes), from
-            :func:`~turnover.evaluation.retrain` with ``on`` the training inputs.
+            :func:`~turnover.evaluation.retrain` with the training inputs as targets.
         labels: int (train,).
         self_scores: (train,), higher = more memorised, such as self-influence.
 
@@ -55,7 +55,7 @@ def memorization(
     if logits.ndim != 4 or logits.shape[0] != count or logits.shape[2] != train:
         raise InputError(
             f"logits must be (subsets, seeds, train, classes) = ({count}, seeds, {train}, classes), "
-            f"got {logits.shape}: retrain with on= the training inputs"
+            f"got {logits.shape}: retrain with targets= the training inputs"
         )
     for name, values in (("labels", labels), ("self_scores", predicted)):
         if values.shape != (train,):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
@@ -53,6 +54,15 @@ class Recipe:
             raise InputError(
                 f"recipe: unknown optimiser {self.optimiser!r}; there are {', '.join(OPTIMISERS)}"
             )
+
+    def optimizer_of(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Make the optimizer of some parameters."""
+        rate, decay = self.learning_rate, self.weight_decay
+        if self.optimiser == "adam":
+            return torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
+        return torch.optim.SGD(
+            parameters, rate, momentum=self.momentum, weight_decay=decay, fused=True
+        )
 
 
 @dataclass(frozen=True)

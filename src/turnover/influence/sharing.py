@@ -22,7 +22,7 @@ AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """How the ids of a target are run.
 
     Attributes:
@@ -94,7 +94,7 @@ def recording(modules: Any) -> Iterator[dict[int, Tensor]]:
 
 
 @dataclass
-class Trail:
+class Trace:
     """Where a site's output went in a forward.
 
     Attributes:
@@ -142,32 +142,32 @@ def _version(tensor: Tensor) -> int:
 
 
 @contextmanager
-def following(model: nn.Module, site: nn.Module) -> Iterator[Trail]:
+def following(model: nn.Module, site: nn.Module) -> Iterator[Trace]:
     """Where the output of a site goes."""
-    trail = Trail()
+    trace = Trace()
     layers = [module for module in model.modules() if type(module) in AFFINE]
-    handles = [site.register_forward_hook(in_this_thread(trail.leave_site))]
-    leave_layer = in_this_thread(trail.leave_layer)
+    handles = [site.register_forward_hook(in_this_thread(trace.leave_site))]
+    leave_layer = in_this_thread(trace.leave_layer)
     handles += [layer.register_forward_hook(leave_layer) for layer in layers]
     try:
-        yield trail
+        yield trace
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def deriving(network: Network, way: Way) -> Iterator[None]:
+def deriving(network: Network, strategy: Strategy) -> Iterator[None]:
     """Behind the split, put the hidden rows under the exposed ones.
 
     For an affine layer f: ``f(whole) = keep * f(exposed) + (1 - keep) * f(hidden)``.
     """
-    if way.affine is None:
+    if strategy.affine is None:
         yield
         return
     keep = network.spec.keep
 
-    layer = network.model.get_submodule(way.affine)
+    layer = network.model.get_submodule(strategy.affine)
     forward, own = layer.forward, vars(layer).get("forward")
 
     def both(given: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from turnover.batches import Batch, named
 from turnover.errors import InputError
+from turnover.influence.protocol import Estimator
 from turnover.influence.signature import Signed, signatures, tolerance
 from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.influence.blockwise import Walk
     from turnover.results.store import Writer
 
 Array = NDArray[Any]
@@ -104,12 +104,12 @@ class StoreSink:
 
     Args:
         writer: of the store.
-        walk: how the targets are scored, for a sink that announces them.
+        estimator: of the scores, for a sink that announces targets.
     """
 
-    def __init__(self, writer: Writer, walk: Walk | None = None) -> None:
+    def __init__(self, writer: Writer, estimator: Estimator | None = None) -> None:
         self._writer = writer
-        self._walk = walk
+        self._estimator = estimator
 
     def begin(self, start: int, batches: Sequence[Batch]) -> None:
         """See :class:`Sink`."""
@@ -123,10 +123,10 @@ class StoreSink:
         )
 
     def _signed(self, batches: Sequence[Batch]) -> Signed | None:
-        if self._walk is None or not self._writer.signed:
+        estimator = self._estimator
+        if estimator is None or not self._writer.signed:
             return None
-        engines, method = self._walk.engines, self._walk.method
-        return Signed(signatures(engines, method, batches), tolerance(engines))
+        return Signed(signatures(estimator, batches), tolerance(estimator.engines))
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
         """See :class:`Sink`."""
@@ -191,7 +191,7 @@ def _layout(value: Any) -> str:
     return type(value).__name__  # another object's words may hold where it lies in memory
 
 
-def check_columns(coordinates: dict[str, Any], train: int) -> dict[str, tuple[str, Array]]:
+def check_columns(coordinates: Mapping[str, Any], train: int) -> dict[str, tuple[str, Array]]:
     """Coordinates of the training ids, one value for each.
 
     Raises:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
 
 from turnover.batches import Batch
 from turnover.dropout.head import WideHead
@@ -26,6 +27,7 @@ from turnover.integrations.table_rows import (
     index_of,
     weights_of_rows,
 )
+from turnover.training import mean_cross_entropy, shuffled, train
 
 if TYPE_CHECKING:
     import pandas
@@ -149,7 +151,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         head.to_empty(device="cpu").reset_parameters(generator)
         self.network_ = attach(head, "activation", MaskSpec(seed=seed))
         self.train_batch_ = Batch(inputs, torch.from_numpy(labels), torch.from_numpy(self.ids_))
-        self._optimise(generator, None if weights is None else torch.from_numpy(weights).float())
+        self._train(generator, None if weights is None else torch.from_numpy(weights).float())
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
@@ -276,38 +278,39 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(f"y has labels that were not trained on: {unknown[:5]}")
         return torch.from_numpy(np.searchsorted(self.classes_, y))
 
-    def _optimise(self, generator: torch.Generator, weights: Tensor | None) -> None:
+    def _train(self, generator: torch.Generator, weights: Tensor | None) -> None:
         (batch, learned), model = self._learned(), self.network_.model
-        weights = None if weights is None else weights[torch.from_numpy(learned)]
-        assert batch.labels is not None and batch.ids is not None
+        of_rows = None if weights is None else weights[torch.from_numpy(learned)]
+        labels, ids = batch.labels, batch.ids
+        assert labels is not None and ids is not None
         optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
         steps = -(-len(batch) // self.batch_size)
         epochs = max(self.epochs, -(-_LEAST_STEPS // steps))
-        rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * steps)
-        for _ in range(epochs):
-            order = torch.randperm(len(batch), generator=generator)
-            for rows in torch.split(order, self.batch_size):
-                with self.network_.exposed(batch.ids[rows]):
-                    logits = model(batch.inputs[rows])
-                loss = _loss(logits, batch.labels[rows], None if weights is None else weights[rows])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                rates.step()
-            if not bool(torch.isfinite(loss)):
+        every_row = torch.arange(len(batch))
+
+        def loss_of(rows: Tensor) -> Tensor:
+            with self.network_.exposed(ids[rows]):
+                logits = model(batch.inputs[rows])
+            return mean_cross_entropy(
+                logits, labels[rows], None if of_rows is None else of_rows[rows]
+            )
+
+        def check(loss: Tensor) -> None:
+            if not bool(loss.isfinite()):
                 raise InputError(
                     f"the training loss became {loss.item()}: lower learning_rate, now "
                     f"{self.learning_rate:g}"
                 )
+
+        train(
+            optimizer,
+            range(epochs),
+            lambda _: shuffled(every_row, self.batch_size, generator),
+            loss_of,
+            rates=LinearLR(optimizer, 1.0, 0.0, epochs * steps),
+            after_step=check,
+        )
         model.eval()
-
-
-def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean cross entropy of some rows, each multiplied by its weight."""
-    if weights is None:
-        return torch.nn.functional.cross_entropy(logits, labels)
-    # Not over the sum of these weights: the step of one row would then depend on those beside it.
-    return (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
 
 
 def _categories(X: Any) -> list[Any]:

@@ -1,29 +1,29 @@
-"""What a report says, as plain data: no rendering.
+"""The content of a report as plain data, not rendered.
 
 Scores, losses and noise floors are in nats. A score is positive when the training instance was
 helpful to the target and negative when it was harmful. A q-value is Benjamini-Hochberg adjusted
-over the training instances of one target; at most
-`turnover.tasks.explain.SIGNIFICANT_Q` counts as significant.
+over the training instances of one target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any
 
 from turnover.errors import InputError
-from turnover.tasks.explain import Explanation, GramExplanation, GramInfluential, Influential
-
-_Item = TypeVar("_Item", Influential, GramInfluential)
+from turnover.tasks.explain import Explanation, GramExplanation, Influential, Instance
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A loss curve: `mean` in nats at each of `steps` (optimiser steps).
+    """A loss curve.
 
-    `half_width` is half the width of the 95% interval around the mean, in nats. Names are
-    "train exposed", "train hidden", "test exposed", "test hidden" and, if wanted, "test mean".
+    Attributes:
+        name: "train exposed", "train hidden", "test exposed", "test hidden" or "test mean".
+        steps: optimizer steps.
+        mean: loss at each step, in nats.
+        half_width: half the width of the 95% interval around each mean, in nats.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """The accuracy of one model and its confidence interval, all as shares from 0 to 1."""
+    """Accuracy of a model and its confidence interval, as shares from 0 to 1."""
 
     name: str
     accuracy: float
@@ -52,7 +52,7 @@ class AccuracyRow:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something measured: its name, its value with the unit, and how it was measured."""
+    """A measurement: its name, its value with the unit, and how it was measured."""
 
     name: str
     value: str
@@ -61,10 +61,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class HarmfulOverall(Influential):
-    """A training instance that was harmful to the test targets taken together.
+    """A training instance that was harmful to all test targets together.
 
-    `score` is the aggregate influence in nats (negative: harmful), `z` and `q` belong to that
-    aggregate. `self_influence` is its influence on itself in nats, None when not measured.
+    `score`, `z` and `q` are those of the aggregate influence. `self_influence` is the influence on
+    itself in nats, None when not measured.
     """
 
     self_influence: float | None
@@ -73,14 +73,18 @@ class HarmfulOverall(Influential):
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How large scores get by chance.
+    """How large scores are by chance.
 
-    `median`, `low` and `high` are the median and the 5% and 95% quantiles of the targets' noise
-    floors in nats. `significant_pairs` of `pairs` (training instance, target) pairs are
-    significant. `ghost_false_positive_rate` is the share (0 to 1) of the `ghost_pairs`
-    (fresh ghost, target) pairs with p < 0.01. Where `pairs` or `ghost_pairs` is 0
-    the page says nothing about their share, rather than that it is 0. `spearman_exact_linear` is
-    the rank correlation of exact scores with their linear approximation, None when not measured.
+    Attributes:
+        median: of the targets' noise floors, in nats.
+        low: their 5% quantile.
+        high: their 95% quantile.
+        significant_pairs: significant pairs of a training instance and a target.
+        pairs: all these pairs; 0: the page does not show the significant share.
+        ghost_false_positive_rate: share (0 to 1) of pairs of a fresh ghost and a target with p < 0.01.
+        ghost_pairs: all these pairs; 0: the page does not show the rate.
+        spearman_exact_linear: rank correlation of exact scores and their linear approximation; ``None``
+            when not measured.
     """
 
     median: float
@@ -97,9 +101,12 @@ class NoiseFloor:
 class ReportContent:
     """Everything a report shows.
 
-    `objective` names what the scores are differences of, `deploy` is a sentence on which model to
-    deploy, `commands` are the shell commands that make this report again. `train_images` and
-    `test_images` are `data:` links by the keys of instances and targets, where these are images.
+    Attributes:
+        objective: what the scores are differences of.
+        deploy: a sentence on which model to deploy.
+        commands: shell commands that make this report again.
+        train_images: `data:` links by the training instances' keys; empty for texts.
+        test_images: `data:` links by the targets' keys.
     """
 
     title: str
@@ -117,23 +124,18 @@ class ReportContent:
     test_images: Mapping[str, str] = field(default_factory=dict)
 
     def without_texts(self) -> ReportContent:
-        """A copy that holds no text or image of a target or training instance, only ids and labels."""
-
-        def bare(error: Explanation) -> Explanation:
-            gram = error.gram
-            if gram is not None:
-                gram = GramExplanation(_bare(gram.helpful), _bare(gram.harmful))
-            helpful, harmful = _bare(error.helpful), _bare(error.harmful)
-            return replace(error, text=None, helpful=helpful, harmful=harmful, gram=gram)
-
+        """Copy the content without the texts and images of targets and training instances."""
+        errors, overall = _without_texts(self.errors), _without_texts(self.harmful_overall)
         return replace(
-            self,
-            errors=tuple(map(bare, self.errors)),
-            harmful_overall=tuple(replace(item, text=None) for item in self.harmful_overall),
-            train_images={},
-            test_images={},
+            self, errors=errors, harmful_overall=overall, train_images={}, test_images={}
         )
 
 
-def _bare(listed: tuple[_Item, ...]) -> tuple[_Item, ...]:
-    return tuple(replace(item, text=None) for item in listed)
+def _without_texts(value: Any) -> Any:
+    """Set every field `text` to None, in values within one another."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_texts, value))
+    if isinstance(value, Instance | Explanation | GramExplanation):
+        values = {name: _without_texts(one) for name, one in vars(value).items()}
+        return replace(value, **values | ({"text": None} if "text" in values else {}))
+    return value

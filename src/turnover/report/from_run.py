@@ -1,4 +1,4 @@
-"""What a run's report says, gathered from the run's files."""
+"""The content of a run's report, from the run's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turnover.report.content import (
 )
 from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run
-from turnover.tasks.explain import Explanation, explain_errors, influential, rows_by_id
+from turnover.tasks.explain import explain_errors, influential, rows_by_id
 
 _OVERALL = 50
 _OBJECTIVES = {
@@ -29,7 +29,7 @@ _OBJECTIVES = {
 
 
 def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent:
-    """The report of a scored run.
+    """Gather the report of a scored run.
 
     Raises:
         InputError: the run has not been scored, or its results belong to another model.
@@ -38,7 +38,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
     errors = tuple(explain_errors(run))  # before what follows: it names a run that was not scored
     found = metrics["influence"]
     overall = _harmful_overall(run)
-    train_images, test_images = _images(run, errors, overall)
+    listed = [*overall, *(one for error in errors for one in error.instances)]
     return ReportContent(
         title=title,
         objective=_OBJECTIVES.get(found["objective"], found["objective"]),
@@ -51,52 +51,31 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         noise=_noise(metrics, found),
         facts=_facts(metrics, found),
         commands=commands,
-        train_images=train_images,
-        test_images=test_images,
+        train_images=thumbnails(run.train, [one.key for one in listed]),
+        test_images=thumbnails(run.test, [error.key for error in errors]),
     )
-
-
-def _images(
-    run: Run, errors: tuple[Explanation, ...], overall: tuple[HarmfulOverall, ...]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Links to the images that are shown, of the training and of the test data."""
-    keys = [item.key for item in overall]
-    for error in errors:
-        keys += [item.key for item in (*error.helpful, *error.harmful)]
-        if error.gram is not None:
-            keys += [item.key for item in (*error.gram.helpful, *error.gram.harmful)]
-    return thumbnails(run.train, keys), thumbnails(run.test, [error.key for error in errors])
 
 
 def _curves(path: Path, curves: dict[str, Any]) -> tuple[Curve, ...]:
     try:
-        return _drawn(curves)
+        return tuple(
+            Curve(name.replace("_", " "), tuple(curves["steps"]), *zip(*points, strict=True))
+            for name, points in curves["losses"].items()
+        )
     except InputError as error:
         raise InputError(f"{path}: damaged: {error}") from error
-
-
-def _drawn(curves: dict[str, Any]) -> tuple[Curve, ...]:
-    return tuple(
-        Curve(
-            name.replace("_", " "),
-            tuple(curves["steps"]),
-            tuple(mean for mean, _ in points),
-            tuple(half for _, half in points),
-        )
-        for name, points in curves["losses"].items()
-    )
 
 
 def _accuracy(metrics: dict[str, Any]) -> tuple[AccuracyRow, ...]:
     accuracy, interval = metrics["accuracy"], metrics["accuracy_interval"]
     low, high = interval["turnover"]
     name = "turn-over dropout (mean network)"
-    note = "the network that is explained here"
+    note = "the network explained here"
     rows = [AccuracyRow(name, accuracy["turnover"], low, high, note)]
     if "without_turnover" in accuracy:
         low, high = interval["without_turnover"]
         name = "same model, ordinary dropout"
-        note = "trained beside it with the same settings; cannot be explained this way"
+        note = "trained with the same settings; cannot be explained this way"
         rows.append(AccuracyRow(name, accuracy["without_turnover"], low, high, note))
     share = accuracy["majority"]
     half = 1.96 * (share * (1 - share) / metrics["n_test"]) ** 0.5
@@ -108,8 +87,8 @@ def _deploy(metrics: dict[str, Any]) -> str:
     accuracy = metrics["accuracy"]
     if "without_turnover" not in accuracy:
         return (
-            "Only the turn-over network was trained; a mask that is fixed per instance does not "
-            "regularise as ordinary dropout does, so compare before you deploy it."
+            "Only the turn-over network was trained. Masks that are fixed per instance do not regularize "
+            "as ordinary dropout does, so compare before you deploy it."
         )
     low, high = metrics["accuracy_interval"]["difference"]
     difference = (
@@ -126,32 +105,33 @@ def _deploy(metrics: dict[str, Any]) -> str:
         advice = "deploy the turn-over network"
     elif high < 0:
         advice = (
-            "deploy the model with ordinary dropout where accuracy is all that counts, and use the "
-            "turn-over network to explain and to clean the data"
+            "deploy the model with ordinary dropout if only accuracy counts, and use the turn-over "
+            "network to explain and to clean the data"
         )
     else:
         advice = (
-            "which is not distinguishable from none: deploy the turn-over network, so that what you "
-            "explain is what you run"
+            "which is not distinguishable from none: deploy the turn-over network, so that you run the "
+            "network that you explain"
         )
     return f"The difference in accuracy is {difference}; {advice}. {loss}."
 
 
 def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     overall = run.read_result("aggregate")
-    rows = rows_by_id(overall, run.train)
+    rows = rows_by_id(overall.train_ids, run.train)
     own: dict[int, tuple[float, float]] = {}
     if run.has_result("self"):
         result = run.read_result("self")
-        triples = zip(result.train_ids, result.scores, result.q, strict=True)
-        own = {int(i): (float(score), float(q)) for i, score, q in triples}
-    most_harmful = np.argsort(overall.scores, kind="stable")[:_OVERALL]
-    instances = influential(overall, None, run.train, rows, most_harmful)
-    listed = []
-    for one, column in zip(instances, most_harmful, strict=True):
-        score, q = own.get(int(overall.train_ids[column]), (None, None))
-        listed.append(HarmfulOverall(**vars(one), self_influence=score, self_influence_q=q))
-    return tuple(listed)
+        numbers = zip(result.scores.tolist(), result.q.tolist(), strict=True)
+        own = dict(zip(result.train_ids.tolist(), numbers, strict=True))
+    columns = np.argsort(overall.scores, kind="stable")[:_OVERALL].tolist()
+    ids = overall.train_ids[columns].tolist()
+    instances = zip(influential(overall, None, run.train, rows, columns), ids, strict=True)
+    return tuple(
+        HarmfulOverall(**vars(one), self_influence=score, self_influence_q=q)
+        for one, train_id in instances
+        for score, q in [own.get(train_id, (None, None))]
+    )
 
 
 def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseFloor:

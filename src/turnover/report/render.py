@@ -1,10 +1,11 @@
-"""Turn a `ReportContent` into one HTML file that needs nothing else and requests nothing."""
+"""Render a report as one HTML file that needs no other file and makes no request."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,17 @@ from typing import Any
 
 from turnover.errors import InputError, needing
 from turnover.io.files import replacing
+from turnover.io.parsing import finite_or_none
 from turnover.report.content import Curve, HarmfulOverall, ReportContent
 from turnover.tasks.explain import (
     GRAM_MEANS,
     SIGNIFICANT_Q,
     TURNOVER_MEANS,
+    Explanation,
+    GramExplanation,
     GramInfluential,
     Influential,
+    Instance,
 )
 
 _MINUS = "\N{MINUS SIGN}"
@@ -26,7 +31,7 @@ _UNKNOWN = "\N{EN DASH}"
 
 
 def render(content: ReportContent) -> str:
-    """The complete HTML page, with all styles, scripts and data inside."""
+    """Render the complete HTML page, with all styles, scripts and data inside."""
     jinja2 = _need("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
@@ -40,12 +45,18 @@ def render(content: ReportContent) -> str:
     )
     environment.tests["noise"] = _is_noise
     curves = [drawn for curve in content.curves if (drawn := _curve_data(curve))["steps"]]
+    noise = content.noise
+    listed: list[Instance | Explanation] = [
+        *content.harmful_overall,
+        *content.errors,
+        *(one for error in content.errors for one in error.instances),
+    ]
     page = environment.get_template("template.html.j2").render(
         content=content,
         curves=curves,
         with_significant=sum(error.n_significant > 0 for error in content.errors),
-        significant_share=_share(content.noise.significant_pairs, content.noise.pairs),
-        texts_left_out=_texts_left_out(content),
+        significant_share=noise.significant_pairs / noise.pairs if noise.pairs else 0.0,
+        texts_left_out=any(one.text is None for one in listed),
         threshold=SIGNIFICANT_Q,
         turnover_means=TURNOVER_MEANS,
         gram_means=GRAM_MEANS if any(error.gram for error in content.errors) else None,
@@ -60,14 +71,20 @@ def render(content: ReportContent) -> str:
 
 
 def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> None:
-    """Write the page to `path`, which either gets the whole page or stays as it was.
+    """Write the page to `path`, atomically.
 
-    With `texts=False` no text or image of a target or training instance goes into the file.
+    Args:
+        content: what the page shows.
+        path: HTML file.
+        texts: whether to write the texts and images of targets and training instances.
+
+    Raises:
+        InputError: a missing folder, or a package that is not installed.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"cannot write the report: there is no folder {path.parent}")
-    # A lone surrogate in some text must not cost the user the whole report.
+    # A lone surrogate in a text does not stop the report.
     page = render(content if texts else content.without_texts()).encode("utf-8", "replace")
     with replacing(path) as draft:
         draft.write_bytes(page)
@@ -83,56 +100,34 @@ def _asset(name: str) -> str:
 
 
 def _json(value: object) -> str:
-    """JSON that can stand inside a script element: no `<` is left to end or reopen it."""
+    """JSON for a script element: without a `<` that could end or reopen it."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _error_data(content: ReportContent) -> dict[str, Any]:
-    # A training instance can be listed under hundreds of targets: its text or image travels once.
+    # Many targets may list a training instance: its text or image is written once.
     instances: dict[tuple[str, str, str | None, str | None], int] = {}
 
-    def number(item: Influential | GramInfluential) -> int:
-        shown = (item.key, item.label, item.text, content.train_images.get(item.key))
-        return instances.setdefault(shown, len(instances))
+    def shown(item: Influential | GramInfluential, scale: float) -> dict[str, Any]:
+        key = (item.key, item.label, item.text, content.train_images.get(item.key))
+        number = instances.setdefault(key, len(instances))
+        found = {"instance": number, "score": _signed(item.score), "bar": _bar(item.score, scale)}
+        if isinstance(item, Influential):
+            return {**found, "z": _z(item.z), "q": _q(item.q), "noise": _is_noise(item.q)}
+        error = item.standard_error
+        return {**found, "error": _nats(error), "error_at": _bar(error, scale)}
 
-    def by_gram(items: tuple[GramInfluential, ...], scale: float) -> list[dict[str, Any]]:
-        return [
-            {
-                "instance": number(i),
-                "score": _signed(i.score),
-                "error": _nats(i.standard_error),
-                "bar": _bar(i.score, scale),
-                "error_at": _bar(i.standard_error, scale),
-            }
-            for i in items
-        ]
-
-    def listed(items: tuple[Influential, ...], scale: float) -> list[dict[str, Any]]:
-        return [
-            {
-                "instance": number(i),
-                "score": _signed(i.score),
-                "z": _z(i.z),
-                "q": _q(i.q),
-                "noise": _is_noise(i.q),
-                "bar": _bar(i.score, scale),
-            }
-            for i in items
-        ]
+    def sides(listed: Explanation | GramExplanation) -> dict[str, Any]:
+        scale = _largest(item.score for item in (*listed.helpful, *listed.harmful))
+        return {
+            "helpful": [shown(item, scale) for item in listed.helpful],
+            "harmful": [shown(item, scale) for item in listed.harmful],
+        }
 
     rows = []
     for error in content.errors:
-        everyone = error.helpful + error.harmful
-        scale = max((abs(i.score) for i in everyone if math.isfinite(i.score)), default=0.0)
-        largest_z = max((abs(i.z) for i in everyone if math.isfinite(i.z)), default=0.0)
-        gram = None
-        if error.gram is not None:
-            sides = error.gram.helpful + error.gram.harmful
-            largest = max((abs(i.score) for i in sides if math.isfinite(i.score)), default=0.0)
-            gram = {
-                "helpful": by_gram(error.gram.helpful, largest),
-                "harmful": by_gram(error.gram.harmful, largest),
-            }
+        both = error.helpful + error.harmful
+        largest_z = _largest(item.z for item in both)
         rows.append(
             {
                 "id": error.key,
@@ -144,16 +139,15 @@ def _error_data(content: ReportContent) -> dict[str, Any]:
                 "largest_z": f"{largest_z:.1f}",
                 "significant": _count(error.n_significant),
                 "noise_floor": _nats(error.noise_floor),
-                "floor_at": _bar(error.noise_floor, scale),
+                "floor_at": _bar(error.noise_floor, _largest(item.score for item in both)),
                 "sort": {
-                    "confidence": _finite(error.confidence),
+                    "confidence": finite_or_none(error.confidence),
                     "z": largest_z,
                     "significant": error.n_significant,
-                    "noise": _finite(error.noise_floor),
+                    "noise": finite_or_none(error.noise_floor),
                 },
-                "helpful": listed(error.helpful, scale),
-                "harmful": listed(error.harmful, scale),
-                "gram": gram,
+                **sides(error),
+                "gram": None if error.gram is None else sides(error.gram),
             }
         )
     return {"errors": rows, "instances": list(instances)}
@@ -165,27 +159,14 @@ def _curve_data(curve: Curve) -> dict[str, Any]:
         for step, mean, half in zip(curve.steps, curve.mean, curve.half_width, strict=True)
         if math.isfinite(mean)
     ]
-    return {
-        "name": curve.name,
-        "steps": [step for step, _, _ in points],
-        "mean": [mean for _, mean, _ in points],
-        "half_width": [half for _, _, half in points],
-    }
+    steps, mean, half_width = map(list, zip(*points, strict=True)) if points else ([], [], [])
+    return {"name": curve.name, "steps": steps, "mean": mean, "half_width": half_width}
 
 
 def _sort_keys(item: HarmfulOverall) -> dict[str, float | None]:
-    keys = {"score": item.score, "z": item.z, "q": item.q, "self": item.self_influence}
-    return {name: None if value is None else _finite(value) for name, value in keys.items()}
-
-
-def _texts_left_out(content: ReportContent) -> bool:
-    texts = [item.text for item in content.harmful_overall]
-    for error in content.errors:
-        texts.append(error.text)
-        texts.extend(item.text for item in error.helpful + error.harmful)
-        if error.gram is not None:
-            texts.extend(item.text for item in error.gram.helpful + error.gram.harmful)
-    return any(text is None for text in texts)
+    own = math.nan if item.self_influence is None else item.self_influence
+    keys = {"score": item.score, "z": item.z, "q": item.q, "self": own}
+    return {name: finite_or_none(value) for name, value in keys.items()}
 
 
 def _is_noise(q: float) -> bool:
@@ -193,60 +174,57 @@ def _is_noise(q: float) -> bool:
     return not q <= SIGNIFICANT_Q
 
 
+def _largest(values: Iterable[float]) -> float:
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
 def _bar(value: float, scale: float) -> float:
-    """The length in percent that stands for `value` where `scale` fills the bar."""
+    """Length of a bar in percent, where `scale` fills it."""
     share = abs(value) / scale if scale > 0 and math.isfinite(value) else 0.0
     return round(100 * min(share, 1.0), 1)
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _or_unknown(write: Callable[[float], str]) -> Callable[[float], str]:
+    """Write a number with typographic minus signs; an en dash where it is not finite."""
+    return lambda value: write(value).replace("-", _MINUS) if math.isfinite(value) else _UNKNOWN
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
+@_or_unknown
 def _nats(value: float) -> str:
-    """A number of nats to three digits, in powers of ten where it is tiny or huge."""
-    if not math.isfinite(value):
-        return _UNKNOWN
-    if value == 0:
-        return "0"
+    """Three digits, in powers of ten where the number is tiny or huge."""
     size = abs(value)
+    if size == 0:
+        return "0"
     if size < 0.001 or size >= 10_000:
-        text = f"{size:.1e}"
-        digits, power = text.split("e")
-        text = f"{digits}e{int(power)}"
-    else:
-        text = f"{size:.{3 if size < 100 else 1}f}"
-    return ((_MINUS if value < 0 else "") + text).replace("-", _MINUS)
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.{3 if size < 100 else 1}f}"
 
 
 def _signed(value: float) -> str:
-    return ("+" if value > 0 and math.isfinite(value) else "") + _nats(value)
+    return ("+" if 0 < value < math.inf else "") + _nats(value)
 
 
+@_or_unknown
 def _z(value: float) -> str:
-    return f"{value:+.1f}".replace("-", _MINUS) if math.isfinite(value) else _UNKNOWN
+    return f"{value:+.1f}"
 
 
+@_or_unknown
 def _q(value: float) -> str:
-    if not math.isfinite(value):
-        return _UNKNOWN
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+@_or_unknown
 def _percent(share: float) -> str:
-    if not math.isfinite(share):
-        return _UNKNOWN
     if 0 < share < 0.0001:
         return "< 0.01%"
     return f"{100 * share:.{2 if share < 0.01 else 1}f}%"
 
 
+@_or_unknown
 def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", _MINUS) if math.isfinite(value) else _UNKNOWN
+    return f"{value:.2f}"
 
 
 def _count(value: int) -> str:

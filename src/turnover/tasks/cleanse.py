@@ -8,7 +8,7 @@ trained again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 
 from turnover import objectives
 from turnover.batches import Batch
@@ -28,14 +29,18 @@ from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
-from turnover.parallel.engines import sweeping
-from turnover.parallel.jobs import Sweep
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
-from turnover.tasks.linear_probe import Calibrated, Frozen, frozen, logits_of
+from turnover.tasks.linear_probe import (
+    Calibrated,
+    Frozen,
+    frozen,
+    logits_of,
+    train_head,
+    train_masked_head,
+)
 from turnover.tasks.review import check_rows, read_column
-from turnover.tasks.sweeps import figures_without, masked_heads, ranking_heads
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -43,6 +48,10 @@ NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
 _NOTHING = np.empty(0, dtype=np.int64)
 _ROWS = 250
+_RANKING_HEADS = 5
+MASKED_HEADS = 2
+_RANKING_SEED = 2**20
+"""Heads that rank have other seeds than those that are trained without what they ranked."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,6 @@ def cleanse(
     scores: NDArray[np.floating] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     seeds: int = 3,
-    engine: str = "process",
 ) -> Cleansing:
     """Rank the training rows of a run, and train heads without the lowest of them.
 
@@ -143,33 +151,29 @@ def cleanse(
         scores: a ranking of the user's in place of these, float (train,), positive = helpful.
         fractions: shares of the training rows to take out, each in (0, 1).
         seeds: heads trained without each.
-        engine: what trains the heads: this ``"process"``, or ``"ray"``, the workers of a Ray cluster (the
-            one this process is connected to, else that of ``RAY_ADDRESS``, else one of this machine),
-            with as many threads each as this process and in the same bits.
 
     Raises:
-        InputError: an unknown ranking or engine, fractions outside (0, 1), seeds below 1, scores that do not
+        InputError: an unknown ranking, fractions outside (0, 1), seeds below 1, scores that do not
             fit, training rows in groups, validation rows of one class or that are in the run, or a
             fraction that leaves nothing of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
     known = _known(run, ranking, scores)
-    with sweeping(engine) as sweep:
-        train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
-        heads = ranking_heads(train, sweep)
-        if known is None:
-            known = _estimated(ranking, heads, train, held, sweep)
-        orders = {known.name: np.argsort(known.scores, kind="stable"), LOSS: by_loss(heads, train)}
-        gone = {
-            (name, fraction): [
-                taken_out(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
-            ]
-            for name in (known.name, RANDOM, LOSS)
-            for fraction in sorted(set(fractions))
-        }
-        _check_classes(run.train, gone)
-        every = {(NONE, 0.0): [_NOTHING] * seeds, **gone}
-        curve, tested = _retrained(every, train, held, test, sweep)
+    train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
+    heads = ranking_heads(train)
+    if known is None:
+        known = _estimated(ranking, heads, train, held)
+    orders = {known.name: np.argsort(known.scores, kind="stable"), LOSS: by_loss(heads, train)}
+    gone = {
+        (name, fraction): [
+            taken_out(orders.get(name), fraction, len(train), seed) for seed in range(seeds)
+        ]
+        for name in (known.name, RANDOM, LOSS)
+        for fraction in sorted(set(fractions))
+    }
+    _check_classes(run.train, gone)
+    every = {(NONE, 0.0): [_NOTHING] * seeds, **gone}
+    curve, tested = _retrained(every, train, held, test)
     fraction = _best(curve, known.name)
     return Cleansing(
         known,
@@ -229,6 +233,22 @@ def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None
         for row in gone
     ]
     write_csv(removed, ("key", "label", "reason", "score", "z", "q", "text"), lines)
+
+
+def ranking_heads(train: Frozen) -> list[WideHead]:
+    """Train heads on all rows, with other seeds than any that is trained without some."""
+    seeds = _bar("heads for ranking", _RANKING_HEADS)
+    return [train_head(train, range(len(train)), seed) for seed in seeds]
+
+
+def masked_heads(train: Frozen) -> list[Network]:
+    """Train wide heads on all rows under masks, each row's number being its id."""
+    return [train_masked_head(train, seed) for seed in _bar("masked heads", MASKED_HEADS)]
+
+
+def _bar(name: str, heads: int) -> Iterable[int]:
+    """Seeds of heads that rank, under a progress bar."""
+    return tqdm(range(_RANKING_SEED, _RANKING_SEED + heads), desc=name, unit="head")
 
 
 def by_gram(heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Result:
@@ -295,13 +315,11 @@ def _check(
             )
 
 
-def _estimated(
-    name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen, sweep: Sweep
-) -> Ranking:
+def _estimated(name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Ranking:
     # The plain loss of another domain is largely that of a threshold and a confidence that do not
     # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
     if name == "turn-over":
-        result = by_masks(masked_heads(train, sweep), train, held)
+        result = by_masks(masked_heads(train), train, held)
     else:
         result = by_gram(heads, train, held)
     return Ranking(name, result.scores, result.z, result.q)
@@ -365,19 +383,29 @@ def _retrained(
     train: Frozen,
     held: Frozen,
     test: Frozen,
-    sweep: Sweep,
 ) -> tuple[list[Point], list[Point]]:
-    """Heads trained without rows: on the validation and on the test rows."""
+    """Train heads without rows, and measure them on the validation and on the test rows."""
     curve: list[Point] = []
     tested: list[Point] = []
-    every = [(rows, seed) for draws in gone.values() for seed, rows in enumerate(draws)]
-    found = figures_without(every, train, held, test, sweep)
-    for name, fraction in gone:
-        draws = gone[name, fraction]
-        figures, found = found[: len(draws)], found[len(draws) :]
-        for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
-            points.append(Point(name, fraction, len(draws[0]), *zip(*side, strict=True)))
+    every_row = np.arange(len(train))
+    with tqdm(desc="cleansing", total=sum(map(len, gone.values())), unit="head") as bar:
+        for (name, fraction), draws in gone.items():
+            figures = []
+            for seed, rows in enumerate(draws):
+                kept = torch.from_numpy(np.delete(every_row, rows))
+                head = train_head(train, kept, seed)
+                figures.append((_figures(head, held), _figures(head, test)))
+                bar.update()
+            for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
+                points.append(Point(name, fraction, len(draws[0]), *zip(*side, strict=True)))
     return curve, tested
+
+
+def _figures(head: WideHead, data: Frozen) -> tuple[float, float]:
+    """Accuracy, and mean cross entropy in nats."""
+    logits = logits_of(head, data)
+    loss = functional.cross_entropy(logits, data.labels)
+    return float((logits.argmax(dim=1) == data.labels).float().mean()), float(loss)
 
 
 def _best(curve: Sequence[Point], name: str) -> float:

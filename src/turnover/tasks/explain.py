@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turnover.data.base import Data
 from turnover.errors import InputError
@@ -18,28 +19,36 @@ SIGNIFICANT_Q = 0.05
 AMONG = ("predicted", "true")
 NOT_SIGNIFICANT = "not distinguishable from noise"
 TURNOVER_MEANS = (
-    "Turn-over: what the instance itself left in this network, as its exposed sub-network differs from "
-    "its hidden one; q says how surely that is more than chance."
+    "Turn-over: what the instance itself left in this network, the difference between its exposed and "
+    "its hidden sub-network; q says how surely that is more than chance."
 )
 GRAM_MEANS = (
-    "Gram: what retraining without the instance would change, the others' making up for it included, "
-    "told from gradients: read the order, as sizes come out several times too small; the standard "
-    "error says how far another training set would move the score, and training anew on it moves it "
-    "some 1.8 times as far."
+    "Gram: what retraining without the instance would change, including how the other instances make "
+    "up for it, estimated from gradients. Read the order: sizes come out several times too small. The "
+    "standard error says how far another training set would move the score; retraining on that set "
+    "moves it about 1.8 times as far."
 )
 
 
 @dataclass(frozen=True)
-class Influential:
-    """One training instance and what it did to a target, or to several taken together.
-
-    ``score`` is its influence in the objective's units (nats), ``z`` the score in units of the noise
-    floor, ``q`` the adjusted p-value (0 to 1). ``text`` is None where it was left out.
-    """
+class Instance:
+    """A training instance; its text is None where it was left out."""
 
     key: str
     label: str
     text: str | None
+
+
+@dataclass(frozen=True)
+class Influential(Instance):
+    """A training instance and its influence on a target, or on several together.
+
+    Attributes:
+        score: influence in the objective's units (nats).
+        z: the score in units of the noise floor.
+        q: adjusted p-value, from 0 to 1.
+    """
+
     score: float
     z: float
     q: float
@@ -51,16 +60,9 @@ class Influential:
 
 
 @dataclass(frozen=True)
-class GramInfluential:
-    """One training instance and what it did to a target by gram.
+class GramInfluential(Instance):
+    """A training instance and its influence on a target by gram, with standard error, in nats."""
 
-    ``score`` and ``standard_error`` are in the objective's units (nats). ``text`` is None where it was
-    left out.
-    """
-
-    key: str
-    label: str
-    text: str | None
     score: float
     standard_error: float
 
@@ -75,12 +77,21 @@ class GramExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One target with its most helpful (highest first) and most harmful (lowest first) instances.
+    """One target with its most helpful and most harmful training instances.
 
-    They are seen from the true class: the harmful ones pushed away from it. ``confidence`` is the
-    probability (0 to 1) given to ``predicted_label``, ``noise_floor`` the standard deviation of the
-    ghosts' scores on this target in nats. ``n_significant`` counts all training instances with
-    q <= 0.05, shown or not. ``text`` is None where it was left out, ``gram`` where it was not estimated.
+    Helpful instances pushed toward the true class, harmful ones away from it.
+
+    Attributes:
+        key: of the target.
+        text: of the target; ``None`` where it was left out.
+        true_label: its class.
+        predicted_label: the predicted class.
+        confidence: probability of the predicted class.
+        noise_floor: standard deviation of the ghosts' scores on this target, in nats.
+        n_significant: training instances with q <= 0.05, listed or not.
+        helpful: highest score first.
+        harmful: lowest score first.
+        gram: the same by gram; ``None`` where it was not estimated.
     """
 
     key: str
@@ -94,24 +105,28 @@ class Explanation:
     harmful: tuple[Influential, ...]
     gram: GramExplanation | None = None
 
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """All training instances listed."""
+        by_gram = () if self.gram is None else (*self.gram.helpful, *self.gram.harmful)
+        return (*self.helpful, *self.harmful, *by_gram)
+
     def to_dict(self) -> dict[str, Any]:
         """The explanation as JSON values."""
         return asdict(self)
 
 
-def rows_by_id(result: Result, train: Data) -> list[int]:
-    """For every id of a result, the first training row that has it.
+def rows_by_id(train_ids: NDArray[np.int64], train: Data) -> list[int]:
+    """Find the first training row of every id of a result.
 
     Raises:
         InputError: the result has ids that are not in the training data.
     """
-    first: dict[int, int] = {}
-    for row, value in enumerate(train.ids.tolist()):
-        first.setdefault(value, row)
-    missing = [int(i) for i in result.train_ids if int(i) not in first]
+    first = {value: row for row, value in reversed(list(enumerate(train.ids.tolist())))}
+    missing = [one for one in train_ids.tolist() if one not in first]
     if missing:
         raise InputError(f"the result has training ids that the run does not: {missing[:5]}")
-    return [first[int(i)] for i in result.train_ids]
+    return [first[one] for one in train_ids.tolist()]
 
 
 def influential(
@@ -119,22 +134,20 @@ def influential(
     target: int | None,
     train: Data,
     rows: list[int],
-    columns: np.ndarray[Any, Any],
+    columns: list[int],
 ) -> tuple[Influential, ...]:
-    """The training instances of some columns of a result, for a target (or of a (train,) result)."""
+    """List the training instances of some columns of a result, for a target (or of a (train,) result)."""
     at = (slice(None),) if target is None else (target,)
-    scores, z, q = result.scores[at], result.z[at], result.q[at]
+    numbers = (values[at][columns].tolist() for values in (result.scores, result.z, result.q))
     return tuple(
-        Influential(
-            train.keys[rows[column]],
-            train.classes[train.labels[rows[column]]],
-            train.shown(rows[column]),
-            float(scores[column]),
-            float(z[column]),
-            float(q[column]),
-        )
-        for column in columns
+        Influential(*described(train, rows[column]), *measured)
+        for column, *measured in zip(columns, *numbers, strict=True)
     )
+
+
+def described(data: Data, row: int) -> tuple[str, str, str]:
+    """Key, label and text of a row."""
+    return data.keys[row], data.classes[data.labels[row]], data.shown(row)
 
 
 def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
@@ -175,16 +188,18 @@ def explain(
     among: str | None = None,
     gram: Result | None = None,
 ) -> list[Explanation]:
-    """Explanations of targets from a pairwise result.
+    """Explain targets by a pairwise result.
 
     Args:
         result: scores (targets, train) on the true label's objective.
+        train: the training data.
+        targets: data of the targets.
         target_rows: row of each target of the result in ``targets``.
         predicted: predicted class of each target of the result.
         confidence: its probability.
         top: how many instances on each side.
         among: list only training instances of the ``"predicted"`` class, as Kobayashi et al. do, or
-            of the ``"true"`` one; q-values stay those over all instances.
+            of the ``"true"`` one; q-values are still adjusted over all instances.
         gram: the extremes of the same targets by gram, with row numbers of ``train`` as ids.
 
     Raises:
@@ -197,7 +212,7 @@ def explain(
             f"the result of gram has {len(gram.scores)} targets, the other one {len(target_rows)}: "
             f"estimate both again"
         )
-    rows = rows_by_id(result, train)
+    rows = rows_by_id(result.train_ids, train)
     labels = np.array([train.labels[row] for row in rows])
     explanations = []
     for index, row in enumerate(target_rows):
@@ -205,8 +220,8 @@ def explain(
         wanted = {"predicted": predicted[index], "true": targets.labels[row], None: None}[among]
         if wanted is not None:
             order = order[labels[order] == wanted]
-        helpful = [c for c in order[::-1][:top] if result.scores[index, c] > 0]
-        harmful = [c for c in order[:top] if result.scores[index, c] < 0]
+        helpful = [c for c in order[::-1][:top].tolist() if result.scores[index, c] > 0]
+        harmful = [c for c in order[:top].tolist() if result.scores[index, c] < 0]
         explanations.append(
             Explanation(
                 targets.keys[row],
@@ -216,8 +231,8 @@ def explain(
                 confidence[index],
                 float(result.noise_floor[index]),
                 int((result.q[index] <= SIGNIFICANT_Q).sum()),
-                influential(result, index, train, rows, np.array(helpful, dtype=int)),
-                influential(result, index, train, rows, np.array(harmful, dtype=int)),
+                influential(result, index, train, rows, helpful),
+                influential(result, index, train, rows, harmful),
                 None if gram is None else _by_gram(gram, index, train, top, wanted),
             )
         )
@@ -235,11 +250,7 @@ def _by_gram(
     def listed(ranks: Iterable[int]) -> tuple[GramInfluential, ...]:
         return tuple(
             GramInfluential(
-                train.keys[rows[rank]],
-                train.classes[train.labels[rows[rank]]],
-                train.shown(rows[rank]),
-                float(scores[rank]),
-                float(errors[target, rank]),
+                *described(train, rows[rank]), float(scores[rank]), float(errors[target, rank])
             )
             for rank in ranks
         )

@@ -6,13 +6,16 @@ that they still know the rows that are taken out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from turnover.data.base import Data
 from turnover.data.encoded import in_order
@@ -23,7 +26,8 @@ from turnover.dropout.network import Network, attach
 from turnover.errors import InputError
 from turnover.runs.run import Run
 from turnover.tasks.class_weights import weights_of_run
-from turnover.tasks.training import autocast, weighted_loss
+from turnover.tasks.training import autocast
+from turnover.training import mean_cross_entropy, shuffled, train
 
 # Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay to 0, the last
 # few steps decide how many rows a head calls positive, and two seeds differ by several points.
@@ -113,18 +117,16 @@ def train_head(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = WideHead(data.features.shape[1], _UNITS, data.classes, gain=1.0)
-    head.standardise(data.features)
-    optimiser = torch.optim.SGD(
+    head.standardize(data.features)
+    optimizer = torch.optim.SGD(
         head.parameters(), _RATE, momentum=0.9, weight_decay=weight_decay, fused=True
     )
     chosen = torch.arange(len(data))[rows]
     steps = -(-len(chosen) // _BATCH)
     epochs = epochs or max(_EPOCHS, -(-_STEPS // steps))
-    rates = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, epochs * steps)
-    for batch in _batches(chosen, epochs, seed):
-        _step(head, data, batch, optimiser)
-        rates.step()
-    return _finished(head, data)
+    rates = LinearLR(optimizer, 1.0, 0.0, epochs * steps)
+    _train(head, data, chosen, optimizer, epochs, seed, rates=rates)
+    return head
 
 
 def train_masked_head(data: Frozen, seed: int) -> Network:
@@ -140,38 +142,43 @@ def train_masked_head(data: Frozen, seed: int) -> Network:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = WideHead(data.features.shape[1], MASKED_UNITS, data.classes)
-    head.standardise(data.features)
+    head.standardize(data.features)
     network = attach(head, ["activation"], MaskSpec(seed=seed))
-    optimiser = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
+    optimizer = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
     epochs = max(_MASKED_EPOCHS, -(-_MASKED_STEPS * _BATCH // len(data)))
-    for batch in _batches(torch.arange(len(data)), epochs, seed):
-        with network.exposed(batch):
-            _step(head, data, batch, optimiser)
-    _finished(head, data)
+    _train(head, data, torch.arange(len(data)), optimizer, epochs, seed, network.exposed)
     return network
 
 
-def _batches(rows: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
+def _train(
+    head: WideHead,
+    data: Frozen,
+    rows: Tensor,
+    optimizer: Optimizer,
+    epochs: int,
+    seed: int,
+    bind: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
+    rates: LRScheduler | None = None,
+) -> None:
+    """Train a head on rows, each batch under ``bind(its rows)``, and leave it in eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        yield from torch.split(rows[torch.randperm(len(rows), generator=generator)], _BATCH)
 
+    def loss_of(batch: Tensor) -> Tensor:
+        labels = data.labels[batch]
+        with bind(batch):
+            logits = head(data.features[batch])
+        weights = None if data.weights is None else data.weights[labels]
+        return mean_cross_entropy(logits, labels, weights)
 
-def _step(head: WideHead, data: Frozen, rows: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    loss = weighted_loss(head(data.features[rows]), data.labels[rows], data.weights)
-    optimiser.zero_grad()
-    torch.autograd.backward(loss)
-    optimiser.step()
-
-
-def _finished(head: WideHead, data: Frozen) -> WideHead:
+    train(
+        optimizer, range(epochs), lambda _: shuffled(rows, _BATCH, generator), loss_of, rates=rates
+    )
     head.eval()
     if not bool(logits_of(head, data).isfinite().all()):
         raise InputError(
-            "the outputs of a head on the encoder's features are not finite: look for features that "
-            "are not"
+            "a head trained on the encoder's features has outputs that are not finite: check the "
+            "features for NaN and infinity"
         )
-    return head
 
 
 def logits_of(head: nn.Module, data: Frozen) -> Tensor:
@@ -199,10 +206,10 @@ class Calibrated(nn.Module):
         super().__init__()
         self.model = model
         values = torch.zeros(1 + logits.shape[1], requires_grad=True)
-        optimiser = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             scale = values[0].clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
             fitted = functional.cross_entropy(scale * logits + values[1:], labels)
             # Where all are right the scale would grow without end.
@@ -210,7 +217,7 @@ class Calibrated(nn.Module):
             torch.autograd.backward(cost)
             return cost
 
-        optimiser.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
         self.register_buffer(
             "scale", values[0].detach().clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
         )

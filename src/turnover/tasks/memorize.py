@@ -1,7 +1,7 @@
-"""Memorization over training: the exposed and the hidden loss of every training row, epoch by epoch.
+"""Memorization: the exposed and the hidden loss of every training row after each epoch of training.
 
-The exposed network of a row is trained on it, the hidden one is not. Where both losses fall, the others
-teach what the row says; where the exposed one alone falls, the row is learned by heart.
+The exposed network of a row is trained on it, the hidden one is not. Where both losses fall, the other
+rows teach what the row says; where only the exposed one falls, the row is memorized.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from turnover.runs.run import Run
 from turnover.tasks.training import evaluate, under_masks
 
 FILE = "memorization.safetensors"
-SHARE = 0.1
-"""Rows at either end whose curves are shown."""
+_SHARE = 0.1
+"""Share of the rows in each curve of a part."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +34,45 @@ class Memorization:
     hidden: NDArray[np.float32]
 
     @property
-    def by_heart(self) -> NDArray[np.float32]:
-        """Hidden minus exposed loss at the end of training (rows,): what only the row itself taught."""
+    def memorization(self) -> NDArray[np.float32]:
+        """Hidden minus exposed loss after training (rows,): what only the row itself taught."""
         difference: NDArray[np.float32] = self.hidden[-1] - self.exposed[-1]
         return difference
+
+    def order(self) -> NDArray[np.int64]:
+        """Rows, the most memorized first."""
+        return np.argsort(-self.memorization, kind="stable")
 
     def curves(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Mean exposed and hidden loss by epoch, of all rows and of three tenths of them.
 
-        ``by heart``: the largest differences at the end; ``hard``: of the others the largest exposed
-        losses at the end, which were not even learned by heart; ``easy``: the smallest hidden losses
-        at the end.
+        ``by heart``: the most memorized rows; ``hard``: of the others those with the largest exposed
+        losses after training, which were not even memorized; ``easy``: those with the smallest hidden
+        losses after training.
         """
-        count = max(1, round(SHARE * len(self.by_heart)))
-        by_heart = np.argsort(-self.by_heart, kind="stable")[:count]
-        others = np.setdiff1d(np.arange(len(self.by_heart)), by_heart)
-        hard = others[np.argsort(-self.exposed[-1][others], kind="stable")[:count]]
-        easy = np.argsort(self.hidden[-1], kind="stable")[:count]
-        everything = np.arange(len(self.by_heart))
-        chosen = {"all": everything, "by heart": by_heart, "hard": hard, "easy": easy}
+        rows = self.order()
+        count = max(1, round(_SHARE * len(rows)))
+        others = np.sort(rows[count:])
+        parts = {
+            "all": np.sort(rows),
+            "by heart": rows[:count],
+            "hard": others[np.argsort(-self.exposed[-1][others], kind="stable")[:count]],
+            "easy": np.argsort(self.hidden[-1], kind="stable")[:count],
+        }
         return {
-            name: (self.exposed[:, rows].mean(axis=1), self.hidden[:, rows].mean(axis=1))
-            for name, rows in chosen.items()
+            name: (self.exposed[:, part].mean(axis=1), self.hidden[:, part].mean(axis=1))
+            for name, part in parts.items()
         }
 
 
 class Follower:
-    """Measures the losses of all training rows after every epoch, and keeps them in a file."""
+    """Records the losses of all training rows after every epoch in a file."""
 
     def __init__(self, network: Network, training: Encoded, path: Path) -> None:
         self._network, self._training, self._path = network, training, path
 
     def __call__(self, epoch: int) -> None:
-        """Add the losses after ``epoch`` epochs, counted from 1; later ones of an earlier try go."""
+        """Record the losses after ``epoch`` epochs, counted from 1; later ones, left by a try, go."""
         from safetensors.torch import save_file
 
         rows = range(len(self._training))
@@ -82,10 +88,10 @@ class Follower:
 
 
 def memorization(run: Run) -> Memorization:
-    """What was measured while the run was trained.
+    """Read the losses recorded while the run was trained.
 
     Raises:
-        InputError: nothing was, or the file is damaged or of other training data.
+        InputError: none were recorded, or the file is damaged or of other training data.
     """
     path = run.folder / FILE
     if not path.exists():
@@ -101,14 +107,14 @@ def memorization(run: Run) -> Memorization:
 
 
 def write_memorization(run: Run, found: Memorization, out: Path) -> None:
-    """Write a CSV, atomically, the rows most learned by heart first: key, label, losses, every epoch's."""
+    """Write a CSV, atomically, the most memorized rows first: key, label, and losses by epoch."""
     epochs = range(1, len(found.exposed) + 1)
     columns = [f"{side}_{epoch}" for side in ("exposed", "hidden") for epoch in epochs]
     lines = []
-    for row in np.argsort(-found.by_heart, kind="stable"):
+    for row in found.order():
         losses = [*found.exposed[:, row], *found.hidden[:, row]]
         label = run.train.classes[run.train.labels[row]]
-        numbers = [f"{value:.4f}" for value in (found.by_heart[row], *losses)]
+        numbers = [f"{value:.4f}" for value in (found.memorization[row], *losses)]
         lines.append([run.train.keys[row], label, *numbers, run.train.shown(row)])
     write_csv(out, ["key", "label", "by_heart", *columns, "text"], lines)
 

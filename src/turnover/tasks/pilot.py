@@ -25,7 +25,7 @@ from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import writing_temporary
 from turnover.models.pipeline import build
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.objectives import margin
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q

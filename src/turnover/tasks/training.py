@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from turnover import training
+from turnover.batches import Batch
 from turnover.data.encoded import Encoded, in_order
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
@@ -26,6 +29,7 @@ from turnover.io.files import replacing
 from turnover.io.parsing import damage, parse_json
 from turnover.io.tensors import check_finite, opened
 from turnover.tasks.class_weights import ClassWeights, check_class_weights
+from turnover.training import mean_cross_entropy
 
 _CHECK_EVERY = 10
 _KEPT = ("step", "exp_avg", "exp_avg_sq")
@@ -186,64 +190,68 @@ def train(
     """
     device = device_of(model)
     bfloat16 = native_bfloat16(device) if bfloat16 is None else bfloat16
+    weights = None if weights is None else weights.to(device)
     optimizer = _optimizer(model, config)
     steps_per_epoch = -(-len(data) // config.batch_size)
     total = steps_per_epoch * config.epochs
-    wanted = {round(i * total / (points - 1)) for i in range(points)} if measure else set()
+    measured = {round(i * total / (points - 1)) for i in range(points)} if measure else set()
     curves = Curves()
     digest = _digest(identity, config, data)
     first_epoch = _restore(checkpoint, model, optimizer, curves, digest)
-    if measure and not curves.steps and 0 in wanted:
+    if measure and not curves.steps and 0 in measured:
         curves.add(0, measure())
-    step = first_epoch * steps_per_epoch
-    with tqdm(total=total, initial=step, desc=f"training {name}", unit="step") as bar:
-        for epoch in range(first_epoch, config.epochs):
-            # Seeded by epoch, so that a resumed run draws the dropout of an uninterrupted one.
-            seed = config.seed * 1_000_003 + epoch
-            torch.manual_seed(seed)
-            order, drawn = (torch.Generator().manual_seed(seed) for _ in range(2))
-            for rows in data.shuffled(config.batch_size, order):
-                model.train()
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * (1 - step / total)
-                batch = data.training_batch(rows, drawn)
-                assert batch.ids is not None and batch.labels is not None
-                with bind(batch.ids), autocast(device, bfloat16=bfloat16):
-                    logits = batch.to(device).call(model).float()
-                    loss = weighted_loss(logits, batch.labels.to(device), weights)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-                bar.update()
-                if step % _CHECK_EVERY == 0 or step == total:
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise InputError(
-                            f"the training loss became {value} at step {step} ({name}); lower the "
-                            f"learning rates (now {config.learning_rate:g} and "
-                            f"{config.head_learning_rate:g})"
-                        )
-                    bar.set_postfix(loss=f"{value:.3f}")
-                if measure and step in wanted:
-                    curves.add(step, measure())
-            if follow:  # before the checkpoint, so that no epoch is missing after it
-                follow(epoch + 1)
-            _store(checkpoint, model, optimizer, curves, digest, epoch + 1)
+    start = first_epoch * steps_per_epoch
+    rates = LambdaLR(optimizer, lambda step: 1 - step / total, last_epoch=start - 1)
+    bar = tqdm(total=total, initial=start, desc=f"training {name}", unit="step")
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        # Seeded for each epoch, so that a resumed run draws the dropout of an uninterrupted one.
+        seed = config.seed * 1_000_003 + epoch
+        torch.manual_seed(seed)
+        order, augmentation = (torch.Generator().manual_seed(seed) for _ in range(2))
+        for rows in data.shuffled(config.batch_size, order):
+            yield data.training_batch(rows, augmentation)
+
+    def loss_of(batch: Batch) -> Tensor:
+        assert batch.ids is not None and batch.labels is not None
+        model.train()
+        labels = batch.labels.to(device)
+        with bind(batch.ids), autocast(device, bfloat16=bfloat16):
+            logits = batch.to(device).call(model).float()
+            of_rows = None if weights is None else weights[labels]
+            return mean_cross_entropy(logits, labels, of_rows)
+
+    def after_step(loss: Tensor) -> None:
+        bar.update()
+        step = rates.last_epoch
+        if step % _CHECK_EVERY == 0 or step == total:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the training loss became {value} at step {step} ({name}): lower the learning "
+                    f"rates, now {config.learning_rate:g} and {config.head_learning_rate:g}"
+                )
+            bar.set_postfix(loss=f"{value:.3f}")
+        if measure and step in measured:
+            curves.add(step, measure())
+
+    def after_epoch(epochs: int) -> None:
+        if follow:  # before the checkpoint, so that no epoch is missing after it
+            follow(epochs)
+        _store(checkpoint, model, optimizer, curves, digest, epochs)
+
+    with bar:
+        training.train(
+            optimizer,
+            range(first_epoch, config.epochs),
+            batches,
+            loss_of,
+            rates=rates,
+            after_step=after_step,
+            after_epoch=after_epoch,
+        )
     model.eval()
     return curves
-
-
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean cross entropy, each row times the weight of its class.
-
-    The mean is over rows: over the sum of weights, as torch has it, what a row teaches would depend on the
-    classes of the rows beside it.
-    """
-    if weights is None:
-        return functional.cross_entropy(logits, labels)
-    losses = functional.cross_entropy(logits, labels, reduction="none")
-    return (losses * weights.to(losses)[labels]).mean()
 
 
 @contextmanager
@@ -337,7 +345,7 @@ def _restore(
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     _restore_one(path, file, name, parameter, optimizer)
-            steps, losses = parse_json(metadata["curves"], path, finite=False)
+            steps, losses = parse_json(metadata["curves"], path, own=True)
             curves.steps = [int(step) for step in steps]
             curves.losses = {name: [(m + 0.0, h + 0.0) for m, h in v] for name, v in losses.items()}
             return int(metadata["epochs"])

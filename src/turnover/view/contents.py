@@ -1,13 +1,13 @@
-"""What the page asks of a run, as JSON values: lists, one error, one training instance, an image.
+"""The page's answers about a run, as JSON values: lists, one error, one training instance, an image.
 
-Numbers are plain ones, ``None`` where they are not finite or were not measured. Errors go by their
+Numbers are ``None`` where they are not finite or were not measured. Errors are identified by their
 number among the run's errors, training instances by their row.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,35 +16,24 @@ from numpy.typing import NDArray
 
 from turnover.data.base import Data
 from turnover.errors import InputError
+from turnover.io.parsing import finite_or_none
 from turnover.results.calibration import NoiseFloor
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import read_targets
-from turnover.tasks.explain import (
-    GRAM_MEANS,
-    NOT_SIGNIFICANT,
-    SIGNIFICANT_Q,
-    TURNOVER_MEANS,
-    rows_by_id,
-)
+from turnover.tasks import explain
+from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.review import KEEP, REMOVE
+from turnover.view import filters
 from turnover.view.columns import open_columns, open_errors
-from turnover.view.filters import (
-    PAGE,
-    ErrorFilter,
-    InstanceFilter,
-    containing,
-    decided,
-    ordered,
-)
-from turnover.view.numbers import Ranked, by_gram, ends_of, finite, measured
+from turnover.view.filters import ErrorFilter, InstanceFilter
+from turnover.view.numbers import Ranked, by_gram, ends_of, measured
 
 _EXCERPT = 320
-_SIDES = ("helpful", "harmful")
 
 
 class Contents:
-    """What a page asks of a run.
+    """Answers the page's questions about a run.
 
     Ids, noise floors and a few numbers for each row are in memory, pairs on disk.
 
@@ -52,7 +41,8 @@ class Contents:
         run: a scored run.
 
     Raises:
-        InputError: it was not scored, has no errors, or what it holds is damaged or of another model.
+        InputError: the run was not scored, has no errors, or holds results that are damaged or of another
+            model.
     """
 
     def __init__(self, run: Run) -> None:
@@ -71,35 +61,35 @@ class Contents:
         self._pairs = open_columns(run)
         self._floor = NoiseFloor(self._errors.part("ghost_mean"), self._errors.part("noise_floor"))
         self._gram = run.open_result("gram") if run.has_result("gram") else None
-        overall = run.read_result("aggregate")
-        # Columns of the results are instances or groups; of a group the first row is shown.
-        self._row_of = np.array(rows_by_id(overall, run.train), dtype=np.int64)
-        if not np.array_equal(overall.train_ids, self._errors.train_ids):
-            raise InputError(
-                f"{run.folder}/results: errors and aggregate are of other training instances: run "
-                f"`turnover influence {run.folder}` again"
-            )
-        column = {value: at for at, value in enumerate(overall.train_ids.tolist())}
+        # Columns are instances or groups; for a group its first row is shown.
+        self._ids = self._errors.train_ids
+        self._row_of = np.array(rows_by_id(self._ids, run.train), dtype=np.int64)
+        column = {value: at for at, value in enumerate(self._ids.tolist())}
         self._column = np.array([column[value] for value in run.train.ids.tolist()], dtype=np.int64)
-        self._overall = Ranked(overall, np.argsort(overall.scores, kind="stable"))
-        self._own = self._self_influence(column)
-        self._significant = self._pairs.part("significant")
-        self._smallest_q, self._largest_z = (
-            self._pairs.part(name) for name in ("smallest_q", "largest_z")
-        )
-        self._helped, self._hurt = self._pairs.part("helped"), self._pairs.part("hurt")
+        self._overall = self._ranked("aggregate", 1)
+        self._own = self._ranked("self", -1) if run.has_result("self") else None
+        names = ("significant", "smallest_q", "largest_z", "helped", "hurt")
+        self._counts = {name: self._pairs.part(name) for name in names}
+
+    def _ranked(self, name: str, sign: int) -> Ranked:
+        result, folder = self._run.read_result(name), self._run.folder
+        if not np.array_equal(np.sort(result.train_ids), np.sort(self._ids)):
+            raise InputError(
+                f"{folder}/results: errors and {name} are of other training instances: run "
+                f"`turnover influence {folder}` again"
+            )
+        return Ranked(result, self._ids, sign)
 
     @property
     def self_influence(self) -> dict[int, tuple[float, float]]:
         """z and q of self-influence by instance id; empty where it was not estimated."""
         if self._own is None:
             return {}
-        result = self._own.result
-        triples = zip(result.train_ids.tolist(), result.z, result.q, strict=True)
-        return {value: (float(z), float(q)) for value, z, q in triples}
+        pairs = zip(self._own.z.tolist(), self._own.q.tolist(), strict=True)
+        return dict(zip(self._ids.tolist(), pairs, strict=True))
 
     def about(self) -> dict[str, Any]:
-        """What the page says of the run as a whole."""
+        """Describe the run as a whole."""
         run = self._run
         return {
             "name": run.folder.resolve().name,
@@ -109,42 +99,41 @@ class Contents:
             "training": len(run.train),
             "test": len(run.test),
             "gram": self._gram is not None,
-            "significant_q": SIGNIFICANT_Q,
-            "not_significant": NOT_SIGNIFICANT,
-            "meanings": [TURNOVER_MEANS] + [GRAM_MEANS] * (self._gram is not None),
+            "significant_q": explain.SIGNIFICANT_Q,
+            "not_significant": explain.NOT_SIGNIFICANT,
+            "meanings": [explain.TURNOVER_MEANS] + [explain.GRAM_MEANS] * (self._gram is not None),
             "keep": KEEP,
             "remove": REMOVE,
         }
 
     def errors(self, wanted: ErrorFilter) -> dict[str, Any]:
-        """How many errors pass a filter, and a page of them.
+        """Count the errors that pass a filter, and list a page of them.
 
         Raises:
             InputError: an unknown class or order.
         """
         passes = (self._confidence >= wanted.low) & (self._confidence <= wanted.high)
-        passes &= self._smallest_q <= wanted.q
+        passes &= self._counts["smallest_q"] <= wanted.q
         true = np.array(self._run.test.labels)[self._rows]
         for name, labels in ((wanted.true, true), (wanted.predicted, self._predicted)):
             if name:
                 passes &= labels == self._class(name)
-        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
         keys = {
-            "significant": -self._significant,
-            "z": -self._largest_z,
+            "significant": -self._counts["significant"],
+            "z": -self._counts["largest_z"],
             "confidence": -self._confidence,
             "row": self._rows,
         }
-        page = ordered(found, wanted.sort, keys)[wanted.start : wanted.start + PAGE]
-        return {"found": len(found), "items": [self._error(int(one)) for one in page]}
+        found = filters.containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
+        return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._error)
 
     def error(self, number: int, *, by: str, label: str, top: int) -> dict[str, Any]:
-        """One error with its training instances.
+        """Describe an error with its training instances.
 
         Args:
             number: of the error.
             by: ``turnover`` or ``gram``: what ranks them.
-            label: list training instances of this class alone; empty: of all.
+            label: list training instances of this class only; empty: of all.
             top: how many on each side.
 
         Raises:
@@ -167,34 +156,35 @@ class Contents:
         sides, more = ends_of(scores, kept, top)
         listed = {
             side: [self._influential(result, int(rows[at]), gram) for at in ends]
-            for side, ends in zip(_SIDES, sides, strict=True)
+            for side, ends in sides.items()
         }
         text = self._run.test.shown(int(self._rows[number]))
         return {**self._error(number), **listed, "text": text, "more": more}
 
     def instances(self, wanted: InstanceFilter, decisions: Mapping[int, str]) -> dict[str, Any]:
-        """How many training instances pass a filter, and a page of them.
+        """Count the training instances that pass a filter, and list a page of them.
 
         Raises:
             InputError: an unknown class, order or kind of decision.
         """
-        passes = decided(len(self._run.train), wanted.decision, decisions)
+        passes = filters.decided(len(self._run.train), wanted.decision, decisions)
         if wanted.label:
             passes &= self._labels == self._class(wanted.label)
-        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._instance_words)
-        by_column = {
-            "harmful": self._overall.result.scores,
-            "errors": -(self._helped + self._hurt),
+        counts, column = self._counts, self._column
+        keys = {
+            "harmful": self._overall.scores[column],
+            "errors": -(counts["helped"] + counts["hurt"])[column],
+            "row": np.arange(len(self._run.train)),
         }
         if self._own is not None:
-            by_column["self"] = -self._own.scores
-        keys = {name: values[self._column] for name, values in by_column.items()}
-        keys["row"] = np.arange(len(self._run.train))
-        page = ordered(found, wanted.sort, keys)[wanted.start : wanted.start + PAGE]
-        return {"found": len(found), "items": [self._instance(int(row)) for row in page]}
+            keys["self"] = -self._own.scores[column]
+        found = filters.containing(
+            np.flatnonzero(passes), wanted.words, lambda: self._instance_words
+        )
+        return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._instance)
 
     def instance(self, row: int, *, top: int) -> dict[str, Any]:
-        """One training instance, and whom it helps and hurts.
+        """Describe a training instance with the errors that it helps and hurts.
 
         Args:
             row: of the training data.
@@ -209,24 +199,25 @@ class Contents:
         scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
         z = self._floor.standardise(scores[:, None])[:, 0]
         sides, more = ends_of(scores, np.arange(len(scores)), top)
-        listed = {}
-        for side, ends in zip(_SIDES, sides, strict=True):
-            gram = self._gram_of_instance(row, ends)
-            listed[side] = [
-                {
-                    **self._error(one),
-                    **measured(scores[one], z[one], q[one]),
-                    "gram": gram.get(one),
-                }
+        gram = self._gram_of_instance(row, [*sides["helpful"], *sides["harmful"]])
+        listed = {
+            side: [
+                {**self._error(one), **measured(scores[one], z[one], q[one]), "gram": gram.get(one)}
                 for one in ends
             ]
-        text = self._run.train.shown(row)
-        beside = {"more": more, "overall": self._overall.at(column)}
-        beside["own"] = None if self._own is None else self._own.at(column)
-        return {**self._instance(row), **listed, **beside, "text": text}
+            for side, ends in sides.items()
+        }
+        return {
+            **self._instance(row),
+            **listed,
+            "text": self._run.train.shown(row),
+            "more": more,
+            "overall": self._overall.at(column),
+            "own": None if self._own is None else self._own.at(column),
+        }
 
     def image(self, side: str, row: int) -> bytes:
-        """A training (``train``) or test (``test``) image as PNG, at its size.
+        """Encode a training (``train``) or test (``test``) image as PNG, at its size.
 
         Raises:
             InputError: no such image.
@@ -242,57 +233,52 @@ class Contents:
         return written.getvalue()
 
     def check_row(self, row: int) -> None:
-        """Whether there is such a training row.
+        """Check that a training row exists.
 
         Raises:
-            InputError: there is none.
+            InputError: it does not.
         """
         if not 0 <= row < len(self._run.train):
             raise InputError(
                 f"there are {len(self._run.train)} training rows, none is number {row}"
             )
 
-    def _self_influence(self, column: Mapping[int, int]) -> Ranked | None:
-        if not self._run.has_result("self"):
-            return None
-        result = self._run.read_result("self")
-        at = np.array([column[value] for value in result.train_ids.tolist()], dtype=np.int64)
-        order = np.empty(len(column), dtype=np.int64)
-        order[at] = np.arange(len(at))
-        return Ranked(result, np.argsort(-result.scores, kind="stable"), order)
+    def _page(
+        self, found: NDArray[np.int64], start: int, item: Callable[[int], dict[str, Any]]
+    ) -> dict[str, Any]:
+        return {
+            "found": len(found),
+            "items": list(map(item, found[start : start + filters.PAGE].tolist())),
+        }
 
     def _error(self, number: int) -> dict[str, Any]:
-        test, row = self._run.test, int(self._rows[number])
+        row = int(self._rows[number])
+        key, true, text = described(self._run.test, row)
         return {
             "error": number,
             "row": row,
-            "key": test.keys[row],
-            "text": test.shown(row)[:_EXCERPT],
-            "true": test.classes[test.labels[row]],
-            "predicted": test.classes[self._predicted[number]],
-            "confidence": finite(self._confidence[number]),
-            "significant": int(self._significant[number]),
-            "largest_z": finite(self._largest_z[number]),
-            "noise_floor": finite(self._floor.sd[number]),
+            "key": key,
+            "text": text[:_EXCERPT],
+            "true": true,
+            "predicted": self._run.test.classes[self._predicted[number]],
+            "confidence": finite_or_none(self._confidence[number]),
+            "significant": int(self._counts["significant"][number]),
+            "largest_z": finite_or_none(self._counts["largest_z"][number]),
+            "noise_floor": finite_or_none(self._floor.sd[number]),
         }
 
     def _training_row(self, row: int) -> dict[str, Any]:
-        train = self._run.train
-        return {
-            "row": row,
-            "key": train.keys[row],
-            "label": train.classes[train.labels[row]],
-            "text": train.shown(row)[:_EXCERPT],
-        }
+        key, label, text = described(self._run.train, row)
+        return {"row": row, "key": key, "label": label, "text": text[:_EXCERPT]}
 
     def _instance(self, row: int) -> dict[str, Any]:
         column = int(self._column[row])
         return {
             **self._training_row(row),
-            "overall_score": finite(self._overall.scores[column]),
-            "self_score": None if self._own is None else finite(self._own.scores[column]),
-            "helped": int(self._helped[column]),
-            "hurt": int(self._hurt[column]),
+            "overall_score": finite_or_none(self._overall.scores[column]),
+            "self_score": None if self._own is None else finite_or_none(self._own.scores[column]),
+            "helped": int(self._counts["helped"][column]),
+            "hurt": int(self._counts["hurt"][column]),
         }
 
     def _influential(
@@ -329,17 +315,11 @@ class Contents:
 
     @cached_property
     def _error_words(self) -> list[str]:
-        test = self._run.test
-        classes = test.classes
-        return [
-            f"{test.keys[row]}\n{classes[test.labels[row]]}\n{classes[predicted]}\n{test.shown(row)}".lower()
-            for row, predicted in zip(self._rows.tolist(), self._predicted.tolist(), strict=True)
-        ]
+        test, both = self._run.test, zip(self._rows.tolist(), self._predicted.tolist(), strict=True)
+        found = ([*described(test, row), test.classes[predicted]] for row, predicted in both)
+        return ["\n".join(words).lower() for words in found]
 
     @cached_property
     def _instance_words(self) -> list[str]:
         train = self._run.train
-        return [
-            f"{key}\n{train.classes[train.labels[row]]}\n{train.shown(row)}".lower()
-            for row, key in enumerate(train.keys)
-        ]
+        return ["\n".join(described(train, row)).lower() for row in range(len(train))]

@@ -1,4 +1,4 @@
-"""Which entries of a list the page wants, and in what order."""
+"""Filters and orders of the page's lists."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from turnover.tasks.review import KEEP, REMOVE
 
 PAGE = 50
 """Entries of a list that are sent at once."""
+_DECISIONS = ("any", "none", "made", KEEP, REMOVE, "relabel")
 
 
 @dataclass(frozen=True)
 class ErrorFilter:
-    """Which errors are listed, and in what order.
+    """Selects and orders errors.
 
     Attributes:
         true: name of the true class, empty for any.
-        predicted: of the predicted one, likewise.
+        predicted: name of the predicted class, empty for any.
         low: lowest confidence, from 0 to 1.
         high: highest confidence.
-        q: list those that have an instance with at most this q; 1 is all.
-        words: every one must stand in the text, the key or a class name.
+        q: highest q of an error's most significant instance; 1 is all.
+        words: words that must all be in the text, the key or a class name.
         sort: ``significant``, ``z``, ``confidence``, each from the highest, or ``row``.
-        start: how many to leave out.
+        start: how many to skip.
     """
 
     true: str = ""
@@ -43,15 +44,15 @@ class ErrorFilter:
 
 @dataclass(frozen=True)
 class InstanceFilter:
-    """Which training instances are listed, and in what order.
+    """Selects and orders training instances.
 
     Attributes:
         label: name of their class, empty for any.
         decision: ``any``, ``none``, ``made``, ``keep``, ``remove`` or ``relabel``.
-        words: every one must stand in the text, the key or the class name.
-        sort: ``harmful`` (to the whole test set, most harmful first), ``self`` (most learned by heart
-            first), ``errors`` (significant on the most errors first), or ``row``.
-        start: how many to leave out.
+        words: words that must all be in the text, the key or the class name.
+        sort: ``harmful`` (to the whole test set, most harmful first), ``self`` (most memorized first),
+            ``errors`` (significant on the most errors first), or ``row``.
+        start: how many to skip.
     """
 
     label: str = ""
@@ -64,12 +65,12 @@ class InstanceFilter:
 def containing(
     found: NDArray[np.int64], words: str, haystack: Callable[[], list[str]]
 ) -> NDArray[np.int64]:
-    """Those whose text, in small letters, has every word.
+    """Select the texts that contain every word.
 
     Args:
-        found: int64, positions in the haystack.
-        words: with blanks between.
-        haystack: the texts, asked for where there are words.
+        found: positions in the texts, int64.
+        words: separated by blanks.
+        haystack: returns the texts, in lower case.
     """
     wanted = words.lower().split()
     if not wanted:
@@ -82,7 +83,7 @@ def containing(
 def ordered(
     found: NDArray[np.int64], sort: str, keys: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """What was found, by a key from the lowest; what has none comes last.
+    """Sort by a key, the lowest first and NaN last.
 
     Raises:
         InputError: an unknown order.
@@ -93,22 +94,15 @@ def ordered(
 
 
 def decided(rows: int, wanted: str, decisions: Mapping[int, str]) -> NDArray[np.bool_]:
-    """bool (rows,): the rows whose decision is of a kind (see :class:`InstanceFilter`).
+    """Rows whose decision is of a kind (see :class:`InstanceFilter`), bool (rows,).
 
     Raises:
         InputError: an unknown kind.
     """
-    kinds: dict[str, Callable[[str], bool]] = {
-        "any": lambda _: True,
-        "none": lambda _: False,
-        "made": lambda _: True,
-        "keep": lambda decision: decision == KEEP,
-        "remove": lambda decision: decision == REMOVE,
-        "relabel": lambda decision: decision not in (KEEP, REMOVE),
-    }
-    if wanted not in kinds:
-        raise InputError(f"unknown kind of decision {wanted!r}; there are {', '.join(kinds)}")
+    if wanted not in _DECISIONS:
+        raise InputError(f"unknown kind of decision {wanted!r}; there are {', '.join(_DECISIONS)}")
     passes = np.full(rows, wanted in ("any", "none"))
     for row, decision in decisions.items():
-        passes[row] = kinds[wanted](decision)
+        kind = decision if decision in (KEEP, REMOVE) else "relabel"
+        passes[row] = wanted in ("any", "made", kind)
     return passes

@@ -67,7 +67,7 @@ class RowGradients:
             parameters: dict[str, Tensor], row: list[Tensor], row_back: list[Tensor]
         ) -> Tensor:
             whole = iter([v[None] if rowed else v for v, rowed in zip(row, by_row, strict=True)])
-            filled = Batch(batch.inputs)._mapped(lambda _: next(whole))
+            filled = Batch(batch.inputs).mapped(lambda _: next(whole))
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 return torch.func.functional_call(self._model, parameters, args, kwargs)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from turnover.dropout.checkpoints import is_reentrant
 from turnover.dropout.modules import in_this_thread
+from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import InputError
 from turnover.influence.gram.parts import Part
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters: which of them run the modules that masks are put on, and how."""
+"""LoRA layers of PEFT: which kinds run ``lora_A`` once on each row of the batch, so that it can be masked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 from turnover.errors import InputError
 
-_OF_ROWS = frozenset({"MiCALinearVariant", "BdLoraLinearVariant", "KasaLinearVariant"})
-"""Variants of LoRA that run ``lora_A`` on the rows of the batch, once, as plain LoRA does."""
-_BY_WEIGHT = frozenset({"MultiheadAttention", "ParamWrapper"})
+_RUN_BY_ROW = frozenset({"MiCALinearVariant", "BdLoraLinearVariant", "KasaLinearVariant"})
+"""Variants that run ``lora_A`` once on each row, as plain LoRA does."""
+_WEIGHT_LAYERS = frozenset({"MultiheadAttention", "ParamWrapper"})
 """Layers of PEFT that add LoRA to a weight and never run ``lora_A``."""
 _NAMES = {
     "adalora": "AdaLoRA",
@@ -31,7 +31,7 @@ _FIX = (
 
 
 def layer_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module | None, str]:
-    """PEFT's layer around a part of LoRA, if the module is one, and the adapter's name."""
+    """PEFT's layer around a LoRA module, and the name of the adapter; ``(None, "")`` for other modules."""
     for part in (".lora_A.", ".lora_B.", ".lora_dropout."):
         if part in name:
             layer, _, adapter = name.rpartition(part)
@@ -40,15 +40,21 @@ def layer_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module | N
 
 
 def check(site: str, layer: nn.Module | None, adapter: str) -> None:
-    """Refuse kinds of LoRA, where active, under which a row is not run through its rank components.
-
-    Raises:
-        InputError: the kind is named.
-    """
-    if layer is None or adapter not in getattr(layer, "active_adapters", [adapter]):
+    """Refuse a site of an active adapter that does not run once on each row, or whose weights are merged."""
+    if layer is None:
         return
+    if adapter in getattr(layer, "active_adapters", [adapter]):
+        _check_kind(site, layer, adapter)
+    if getattr(layer, "merged", False):
+        raise InputError(
+            f"site {site!r} would never run: the adapter's weights are merged into the base layer, which "
+            f"runs in place of lora_A, so nothing would be masked: call unmerge_adapter() first"
+        )
+
+
+def _check_kind(site: str, layer: nn.Module, adapter: str) -> None:
     kind = type(layer).__name__
-    if type(layer).__module__.startswith("peft.") and kind in _BY_WEIGHT:
+    if type(layer).__module__.startswith("peft.") and kind in _WEIGHT_LAYERS:
         raise InputError(
             f"site {site!r} would never run: PEFT's {kind} adds LoRA to the weight and does not call "
             f"lora_A, so nothing would be masked: {_FIX}"
@@ -60,15 +66,15 @@ def check(site: str, layer: nn.Module | None, adapter: str) -> None:
             f"the norm of its whole weight, so every instance reaches every sub-network: leave "
             f"use_dora=True out, or {_FIX}"
         )
-    if variant not in _OF_ROWS and variant != "NoneType":
+    if variant not in _RUN_BY_ROW and variant != "NoneType":
         raise InputError(
             f"site {site!r} belongs to an adapter of the kind {variant.removesuffix('LinearVariant')}, "
             f"which does not run lora_A once for each row of the batch: {_FIX}"
         )
 
 
-def without_ranks(modules: Mapping[str, nn.Module]) -> str:
-    """What to say of a model in which no rank components are found; empty if it has no adapter."""
+def missing_ranks(modules: Mapping[str, nn.Module]) -> str:
+    """Explain why a model with an adapter has no rank components; empty without an adapter."""
     kinds = {
         type(module).__module__.split(".")[2]
         for module in modules.values()
@@ -80,6 +86,6 @@ def without_ranks(modules: Mapping[str, nn.Module]) -> str:
     names = " and ".join(sorted(_NAMES.get(kind, kind) for kind in kinds))
     where = " of an embedding or a parameter" if kinds == {"lora"} else ""
     return (
-        f" The model's adapter is {names}{where}, which has no module that gives rank components, so they "
-        f"cannot be masked: {_FIX}."
+        f" The model's adapter is {names}{where}, which has no module that computes rank components, so "
+        f"they cannot be masked: {_FIX}."
     )
