@@ -132,11 +132,7 @@ def check_writable(out: Path, *others: str) -> None:
 
 
 def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
-    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one.
-
-    Raises:
-        InputError: missing, repeated, negative or mixed ids, or two that differ only in blanks.
-    """
+    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one."""
     column = columns.id or columns.group
     if column is None:
         return None
@@ -215,12 +211,9 @@ def read_both(
 
 
 def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
-    """Split data into a training and a test part by hashes of the ids.
+    """Split data into a training and a test part by hashes of the ids; refuse too few rows.
 
     Rows of one group stay together, and re-sorting the data changes nothing.
-
-    Raises:
-        InputError: too few rows for both parts to hold every class.
     """
     bits = MaskSpec(balanced=False).exposed(data.ids, "hold-out", 64)  # independent of its masks
     weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)

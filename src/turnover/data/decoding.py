@@ -53,11 +53,7 @@ class Picture:
 
 
 def decode(raw: bytes, where: str) -> Picture:
-    """Decode the bytes of an image file.
-
-    Raises:
-        InputError: not an image, too many pixels, or NaN among its numbers.
-    """
+    """Decode the bytes of an image file; refuse other files, too many pixels, and NaN."""
     pillow = load_pillow()
     pillow.init()
     known = [one for one in FORMATS if one in pillow.OPEN]

@@ -242,11 +242,7 @@ def read_image(path: Path, size: int, ranges: Ranges | None = None) -> NDArray[n
 
 
 def write_images(data: ImageData, out: Path) -> None:
-    """Write images and labels as ``.npz``, or their names and labels as a table, atomically.
-
-    Raises:
-        InputError: another ending, or a folder that does not exist.
-    """
+    """Write images and labels as ``.npz``, or their names and labels as a table, atomically."""
     if out.suffix != ".npz":
         write(data, out)
         return

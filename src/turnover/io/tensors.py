@@ -24,11 +24,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a file of tensors with safetensors.
-
-    Raises:
-        InputError: no such file, not safetensors, or a tensor that the body reads is missing.
-    """
+    """Open a file of tensors with safetensors."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path)
@@ -72,12 +68,7 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a model's tensors, to replace those given.
-
-    Raises:
-        InputError: other names or shapes, integers instead of real numbers or the reverse, or NaN or
-            infinities where the model had none.
-    """
+    """Read the tensors that replace a model's: same shapes and kinds of numbers, and no new NaN."""
     check_shapes(path, wanted)
     with opened(path) as tensors:
         found = {name: tensors.get_tensor(name) for name in wanted}
