@@ -106,14 +106,10 @@ class Forwards:
         self._last = None
 
     @property
-    def elements(self) -> int:
-        """Elements of the largest output of a module in one forward, for one row."""
-        return max((strategy.elements for strategy in self._strategies.values()), default=1)
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows in one forward, both sides."""
-        return 2 * (self._block or self._rows_at_once(self.elements))
+    def nbytes(self) -> int:
+        """Bytes of the outputs of modules in a forward of both sides, by the strategies so far."""
+        elements = max((strategy.elements for strategy in self._strategies.values()), default=1)
+        return 8 * elements * 2 * (self._block or self._rows_at_once(elements))
 
     @property
     def strategy(self) -> str | None:

@@ -21,9 +21,8 @@ from turnover.dropout.masks import MaskSpec
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks, to_numpy
 from turnover.influence.gradients import Run, finite, mask_gradients
-from turnover.influence.plan import PILOT_IDS, MethodCost, Pilot, timed
+from turnover.influence.plan import PILOT_IDS, Pilot
 from turnover.influence.protocol import Estimator, Method, register
-from turnover.results.calibration import noise_floor
 
 _TABLE_ROWS = 16
 """Rows in one look-up table: wider ones fall out of the cache."""
@@ -88,36 +87,22 @@ class LinearEstimator(Estimator):
         """See :class:`Estimator`: pairs take no time beside the derivatives."""
         return {"backward": 1}
 
-    def guesses(self, first: Batch, rows: int) -> dict[str, float]:
-        """See :class:`Estimator`."""
-        some = first.rows(0, min(2, len(first)))
-        seconds = [_seconds_of_pair(engine, some, rows) for engine in self.engines]
-        return {"pair": sum(seconds) / len(seconds)}
-
-    def cost(self, pilot: Pilot) -> MethodCost:
-        """See :class:`Estimator`."""
-        engines, rows = self.engines, self.rows(pilot.targets)
-        each, pair = pilot.once("linear", lambda: self._seconds(pilot, rows))
-        pairs = self.work(pilot.ids, first=True, top=pilot.top)["pair"]
-        size = rows * self.columns(rows, pilot.ids) * 4
-        size += 3 * rows * sum(engine.units for engine in engines) * 4
-        floor = float(np.median(noise_floor(self.ghost_scores(pilot)).sd))
-        seconds = pilot.targets * (each + pair * pairs)
-        return MethodCost(self.name, seconds, (pilot.held + size) / 2**30, floor)
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`; pairs are timed with as many targets as are multiplied at once."""
+        return pilot.once("linear", lambda: self._seconds(pilot))
 
     def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
-        """Scores of the pilot's targets under ghosts: float64 (targets, ghosts)."""
+        """See :class:`Estimator`."""
+        return pilot.once("linear ghosts", partial(super().ghost_scores, pilot))
 
-        def score() -> NDArray[np.float64]:
-            return self.scores(pilot.block, ghost_ids(self.ghosts)).mean.cpu().double().numpy()
-
-        return pilot.once("linear ghosts", score)
-
-    def _seconds(self, pilot: Pilot, rows: int) -> tuple[float, float]:
-        """Seconds of a target's derivatives, and of a pair."""
-        first = pilot.first
-        each = sum(timed(one, partial(derivatives, one, [first])) for one in self.engines)
-        return each / len(first), sum(_seconds_of_pair(one, first, rows) for one in self.engines)
+    def _seconds(self, pilot: Pilot) -> dict[str, float]:
+        backward = pilot.timed(lambda: list(pilot.block.each(derivatives)))
+        rows, ids, scorers = self.rows(pilot.targets), torch.arange(PILOT_IDS), []
+        for engine, found in zip(self.engines, pilot.block.each(derivatives), strict=True):
+            repeated = found.repeat(-(-rows // len(found)), 1)[:rows]
+            scorers.append(scorer_of(engine, repeated))
+        pairs = pilot.timed(lambda: [scorer.scores(ids) for scorer in scorers])
+        return {"backward": backward / len(pilot.first), "pair": pairs / (rows * len(ids))}
 
     def _scorers(self, block: TargetBlock) -> list[LinearScorer]:
         def make() -> list[LinearScorer]:
@@ -147,14 +132,6 @@ def scorer_of(engine: Engine, coefficients: Tensor) -> LinearScorer:
     """A scorer of rows of coefficients under a network's masks at the scored sites."""
     network = engine.network
     return LinearScorer(coefficients, network.spec, network.known_units(engine.sites))
-
-
-def _seconds_of_pair(engine: Engine, batch: Batch, rows: int) -> float:
-    """Seconds of one pair, where so many targets are multiplied at once."""
-    gradients = derivatives(engine, [batch])
-    scorer = scorer_of(engine, gradients.repeat(-(-rows // len(gradients)), 1)[:rows])
-    ids = torch.arange(PILOT_IDS)
-    return timed(engine, lambda: scorer.scores(ids)) / (rows * len(ids))
 
 
 class LinearScorer:

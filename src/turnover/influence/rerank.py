@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.calibrated import Floats, calibrated
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.exact import Exact, ExactEstimator, check_block
 from turnover.influence.linear import Linear, LinearEstimator
-from turnover.influence.plan import MethodCost, Pilot
+from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
 from turnover.influence.sinks import Sink
 from turnover.influence.topk import Extremes
@@ -96,10 +95,6 @@ class RerankEstimator(Estimator):
         exact = min(2 * self.options.candidates, ids) + self.floor_ghosts
         return {"backward": 1, "pair": (2 if top is None else 1) * ids, "exact": exact}
 
-    def guesses(self, first: Batch, rows: int) -> dict[str, float]:
-        """See :class:`Estimator`."""
-        return self._linear.guesses(first, rows) | {"exact": self._exact.guess(first)}
-
     def variables(self, dims: tuple[str, str], chunks: tuple[int, int]) -> dict[str, Variable]:
         """See :class:`Estimator`."""
         recall = {"recall": Variable(dims[:1], "float32", chunks[:1])}
@@ -117,18 +112,18 @@ class RerankEstimator(Estimator):
                 f"exactly: raise candidates, or lower top"
             )
 
-    def cost(self, pilot: Pilot) -> MethodCost:
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
         """See :class:`Estimator`."""
-        linear, exact = self._linear.cost(pilot), self._exact.cost(pilot)
-        rows, work = self.rows(), self.work(pilot.ids, first=True, top=pilot.top)
-        passes = work["pair"] // pilot.ids
-        seconds = passes * linear.seconds
-        seconds += pilot.targets * work["exact"] * self._exact.seconds_of_pair(pilot)
-        size = rows * self.columns(rows, pilot.ids) * 4
-        size += 3 * rows * sum(engine.units for engine in self.engines) * 4
-        if pilot.top is None:
-            size += rows * pilot.ids * 5
-        return replace(exact, method=self.name, seconds=seconds, gib=(pilot.held + size) / 2**30)
+        return self._linear.seconds(pilot) | self._exact.seconds(pilot)
+
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """See :class:`Estimator`."""
+        return self._exact.ghost_scores(pilot)
+
+    def memory(self, pilot: Pilot) -> int:
+        """See :class:`Estimator`; all scores of a block are kept twice where all are wanted."""
+        dense = 5 * self.rows() * pilot.ids if pilot.top is None else 0
+        return super().memory(pilot) + dense
 
     def fill(
         self,

@@ -52,7 +52,7 @@ class LoaderInfluence:
         """
         self._rows = None
         warn_left_out(loader)
-        if self._influence.method == "gram":
+        if self._influence.needs_fit:
             self._influence.fit(self._batches(loader))
         if _has_places(loader):
             self._rows = _rows_of(loader)
@@ -118,7 +118,7 @@ class LoaderInfluence:
         return self._influence.adapter(first).ids is not None
 
     def _ids_of_places(self, loader: Iterable[Any]) -> Tensor:
-        if self._train_ids is None and self._influence.method != "gram":
+        if self._train_ids is None and not self._influence.needs_fit:
             raise InputError(
                 f"method={self._influence.method!r} needs the ids that the network was trained under: "
                 f"give batches with their ids, or train_ids= in the order of the data set"

@@ -98,4 +98,4 @@ def standardize(
     model.eval()
     with torch.no_grad():
         found = [features(batch.to(device).inputs) for batch in some]
-    head.standardise(torch.cat(found))
+    head.standardize(torch.cat(found))

@@ -21,24 +21,12 @@ from turnover.results.calibration import NoiseFloor
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import read_targets
-from turnover.tasks.explain import (
-    GRAM_MEANS,
-    NOT_SIGNIFICANT,
-    SIGNIFICANT_Q,
-    TURNOVER_MEANS,
-    described,
-    rows_by_id,
-)
+from turnover.tasks import explain
+from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.review import KEEP, REMOVE
+from turnover.view import filters
 from turnover.view.columns import open_columns, open_errors
-from turnover.view.filters import (
-    PAGE,
-    ErrorFilter,
-    InstanceFilter,
-    containing,
-    decided,
-    ordered,
-)
+from turnover.view.filters import ErrorFilter, InstanceFilter
 from turnover.view.numbers import Ranked, by_gram, ends_of, measured
 
 _EXCERPT = 320
@@ -111,9 +99,9 @@ class Contents:
             "training": len(run.train),
             "test": len(run.test),
             "gram": self._gram is not None,
-            "significant_q": SIGNIFICANT_Q,
-            "not_significant": NOT_SIGNIFICANT,
-            "meanings": [TURNOVER_MEANS] + [GRAM_MEANS] * (self._gram is not None),
+            "significant_q": explain.SIGNIFICANT_Q,
+            "not_significant": explain.NOT_SIGNIFICANT,
+            "meanings": [explain.TURNOVER_MEANS] + [explain.GRAM_MEANS] * (self._gram is not None),
             "keep": KEEP,
             "remove": REMOVE,
         }
@@ -136,8 +124,8 @@ class Contents:
             "confidence": -self._confidence,
             "row": self._rows,
         }
-        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
-        return self._page(ordered(found, wanted.sort, keys), wanted.start, self._error)
+        found = filters.containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
+        return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._error)
 
     def error(self, number: int, *, by: str, label: str, top: int) -> dict[str, Any]:
         """Describe an error with its training instances.
@@ -179,7 +167,7 @@ class Contents:
         Raises:
             InputError: an unknown class, order or kind of decision.
         """
-        passes = decided(len(self._run.train), wanted.decision, decisions)
+        passes = filters.decided(len(self._run.train), wanted.decision, decisions)
         if wanted.label:
             passes &= self._labels == self._class(wanted.label)
         counts, column = self._counts, self._column
@@ -190,8 +178,10 @@ class Contents:
         }
         if self._own is not None:
             keys["self"] = -self._own.scores[column]
-        found = containing(np.flatnonzero(passes), wanted.words, lambda: self._instance_words)
-        return self._page(ordered(found, wanted.sort, keys), wanted.start, self._instance)
+        found = filters.containing(
+            np.flatnonzero(passes), wanted.words, lambda: self._instance_words
+        )
+        return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._instance)
 
     def instance(self, row: int, *, top: int) -> dict[str, Any]:
         """Describe a training instance with the errors that it helps and hurts.
@@ -256,7 +246,10 @@ class Contents:
     def _page(
         self, found: NDArray[np.int64], start: int, item: Callable[[int], dict[str, Any]]
     ) -> dict[str, Any]:
-        return {"found": len(found), "items": list(map(item, found[start : start + PAGE].tolist()))}
+        return {
+            "found": len(found),
+            "items": list(map(item, found[start : start + filters.PAGE].tolist())),
+        }
 
     def _error(self, number: int) -> dict[str, Any]:
         row = int(self._rows[number])
