@@ -31,11 +31,7 @@ def label_names(
 ) -> list[str]:
     """Read a label column as class names; refuse missing labels, regression and multi-label targets.
 
-    Args:
-        table: from :func:`turnover.data.tables.load_table`.
-        column: of the labels.
-        source: of the table, for messages.
-        classes: those of the training data, which a CSV file may write in another way (1.0, TRUE).
+    A CSV file may write the ``classes`` of the training data in another way (1.0, TRUE).
     """
     feature = table.features[column]
     values = column_of(table, column, source)
@@ -80,13 +76,9 @@ def is_missing(value: Any) -> bool:
 def indexed(
     names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
 ) -> tuple[list[int], list[str]]:
-    """Class index of each label, and the classes, two or more; refuse unknown labels.
+    """Class index of each label, and the classes; refuse labels other than ``classes`` if they are given.
 
-    Args:
-        names: the labels.
-        classes: the classes that are allowed; ``None`` takes them from the labels.
-        source: of the labels, for messages.
-        where: the column or folder they are in, for messages.
+    Messages name the ``source``, and ``where`` in it the labels are.
     """
     if classes is None:
         check_alike(set(names), source, f"classes of {where}")

@@ -24,11 +24,10 @@ from tqdm.auto import tqdm
 from turnover.batches import Batch
 from turnover.data.base import Columns, Data, check_writable, write
 from turnover.data.classes import indexed
-from turnover.data.decoding import LARGEST, decode, load_pillow
+from turnover.data.decoding import LARGEST, Ranges, Scaling, decode, load_pillow
 from turnover.data.encoded import Encoded
 from turnover.data.image_sources import find_images, read_bytes
 from turnover.data.jsonl import Row
-from turnover.data.scaling import Ranges, Scaling
 from turnover.errors import InputError
 from turnover.ids import content_ids
 from turnover.io.files import mapped, replacing, writing_temporary
@@ -221,19 +220,7 @@ def read_images(
 
 
 def read_image(path: Path, size: int, ranges: Ranges | None = None) -> NDArray[np.uint8]:
-    """Read one image file as uint8 (size, size, 3).
-
-    Args:
-        path: the file.
-        size: height and width.
-        ranges: those of the images it is compared with.
-
-    Warns:
-        UserWarning: as :func:`read_images`.
-
-    Raises:
-        InputError: no such file, or not an image.
-    """
+    """Read one image file as uint8 (size, size, 3), as :func:`read_images` reads and refuses it."""
     picture, scaling = decode(read_bytes(path), str(path)), Scaling(ranges or {})
     is_scaled = scaling.add(picture)
     scaling.choose()

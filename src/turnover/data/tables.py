@@ -46,7 +46,7 @@ def load_table(
     Args:
         source: path or name.
         split: split of a data set, or beginning of a file's name in a folder.
-        needed: columns it must have; they show which character separates the cells of a CSV file.
+        needed: columns it must have, as in :func:`turnover.data.delimited.read_texts`.
         wanted: other columns to read if they exist; with neither all are read.
     """
     path = Path(source)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.data.base import Data, Reader
+from turnover.data.decoding import Ranges, check_ranges
 from turnover.data.encoded import Encoded
 from turnover.data.images import (
     ImageData,
@@ -24,12 +25,11 @@ from turnover.data.images import (
     write_images,
 )
 from turnover.data.jsonl import read_rows, write_rows
-from turnover.data.scaling import Ranges, check_ranges
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
 from turnover.io.files import write_array
 from turnover.io.parsing import check_file, convert, damage, read_object
-from turnover.io.tensors import check_finite, opened, read_model, shapes, write_model
+from turnover.io.tensors import opened, read_model, read_weights, write_model
 from turnover.models.base import STANDARDIZED_ROWS, standardize
 from turnover.models.vgg import SITES, VGG
 
@@ -125,29 +125,16 @@ class ImageClassifier(nn.Module):
         Raises:
             InputError: no such file, not safetensors, or weights of another shape.
         """
-        given, own = Path(path), self.encoder.state_dict()
-        found = {
-            name.removeprefix(_FEATURES): shape
-            for name, shape in shapes(given).items()
-            if name.startswith(_FEATURES)
-        }
-        for name, value in own.items():
-            if found.get(name) != tuple(value.shape):
-                has = f"is {found[name]}" if name in found else "is missing"
-                raise InputError(
-                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
-                    f"--model and --width of these weights"
-                )
-        if len(found) > len(own):
+        wanted = {_FEATURES + name: value for name, value in self.encoder.state_dict().items()}
+        with opened(Path(path)):
+            pass  # it is a file of tensors, so what is refused next are their shapes
+        try:
+            taken = read_weights(Path(path), wanted, _FEATURES)
+        except InputError as error:
             raise InputError(
-                f"{path}: holds more layers than this VGG has ({next(iter(set(found) - set(own)))}): "
-                f"give the --model of these weights, without batch normalization"
-            )
-        with opened(given) as tensors:
-            taken = {name: tensors.get_tensor(_FEATURES + name) for name in own}
-        for name, value in taken.items():
-            check_finite(given, _FEATURES + name, value)
-        self.encoder.load_state_dict(taken)
+                f"{error}; give the --model and --width of these weights, without batch normalization"
+            ) from error
+        self.encoder.load_state_dict({k.removeprefix(_FEATURES): v for k, v in taken.items()})
 
 
 @dataclass(frozen=True)
