@@ -169,14 +169,14 @@ def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> A
 
 
 @contextmanager
-def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
-    """Report errors of the body, which uses values of a file, as damage to it; ``mend`` is the fix."""
+def damage(path: Path | str, fix: str = "restore it") -> Iterator[None]:
+    """Report errors of the body, which uses values of a file, as damage to it, with the ``fix`` for it."""
     try:
         yield
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); {fix}") from error
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
