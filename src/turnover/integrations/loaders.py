@@ -55,13 +55,7 @@ class LoaderInfluence:
             self._rows = _length(found)
 
     def scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on every row of another: float32 (train, targets).
-
-        Positive: helpful. On the CPU.
-
-        Args:
-            train: the training set or a part of it, always in the same order.
-            targets: rows to explain, likewise.
+        """Influence of training rows on target rows: float32 (train, targets), positive = helpful.
 
         Raises:
             InputError: a loader that shuffles, rows without ids or known positions, or as in
@@ -72,21 +66,14 @@ class LoaderInfluence:
         return torch.from_numpy(result.scores).T.contiguous()
 
     def mean_scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on the mean objective: float32 (train,).
-
-        Arguments and errors as in :meth:`scores`. The matrix is never in memory.
-        """
+        """Influence of training rows on the mean objective of targets: float32 (train,)."""
         return torch.from_numpy(self._influence.aggregate(targets, self._ids(train)).scores)
 
     def self_scores(self, train: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on itself: float32 (train,).
-
-        Errors as in :meth:`scores`.
-        """
+        """Influence of training rows on themselves: float32 (train,)."""
         return torch.from_numpy(self._influence.self_influence(self._batches(train)).scores)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Batch]:
-        """The batches, with ids."""
         if self._has_ids(loader):
             yield from map(self._influence.adapter, loader)
             return
