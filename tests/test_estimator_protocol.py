@@ -18,6 +18,13 @@ IDS = torch.arange(2300) * 3
 GHOSTS = 40
 
 
+class Unfitted(Toy):
+    needs_fit = False
+
+
+register("unfitted", Unfitted, ToyEstimator)
+
+
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
     """Several blocks of targets and of ids."""
@@ -168,12 +175,24 @@ def test_it_shows_progress(capsys):
     assert "influence (toy): 100%" in capsys.readouterr().err
 
 
-def test_it_cannot_be_planned_unless_it_estimates_its_cost():
-    with pytest.raises(InputError, match="method='toy'"):
-        fitted().plan(targets(), IDS)
-    auto = turnover.Auto(methods=("linear", Toy()))
-    with pytest.raises(InputError, match="'toy' does not estimate its cost"):
-        Influence(networks(1), method=auto, ghosts=GHOSTS).plan(targets(), IDS)
+def test_a_plan_compares_it_and_auto_may_take_it():
+    plan = fitted().plan(targets(), IDS)
+    assert {cost.method for cost in plan.costs} == {"toy", "linear", "rerank", "exact"}
+    assert all(cost.seconds > 0 and cost.noise_floor > 0 for cost in plan.costs)
+    auto = Influence(networks(1), method=turnover.Auto(1e9, ("linear", Unfitted())), ghosts=GHOSTS)
+    assert auto.estimate(targets(), IDS).method == "unfitted"
+
+
+def test_it_says_that_it_must_be_fitted():
+    influence = Influence(networks(1), method="toy", ghosts=GHOSTS)
+    for call in (
+        lambda: influence.estimate(targets(), IDS),
+        lambda: influence.aggregate(targets(), IDS),
+        lambda: influence.self_influence(train()),
+        lambda: influence.plan(targets(), IDS),
+    ):
+        with pytest.raises(InputError, match=r"toy looks at the training data: call fit"):
+            call()
 
 
 def test_names_are_registered_once_and_named_where_one_is_unknown():

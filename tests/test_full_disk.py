@@ -35,7 +35,7 @@ from turnover.runs.run import Run
 from turnover.view.decisions import Decisions
 
 FULL = "No space left on device; make room there, and run again"
-READ_ONLY = "cannot be written: Read-only file system; see to it that it can be, and run again"
+READ_ONLY = "cannot be written: Read-only file system; make it writable, and run again"
 
 
 class Disk:

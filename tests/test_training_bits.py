@@ -168,7 +168,7 @@ def test_heads_on_frozen_features_are_trained_as_by_hand(weights):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             head = turnover.WideHead(12, units, CLASSES, gain=gain)
-        head.standardise(x)
+        head.standardize(x)
         generator = torch.Generator().manual_seed(seed)
         if masks:
             found = train_masked_head(data, seed).model

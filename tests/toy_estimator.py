@@ -24,6 +24,8 @@ class Toy(Method):
         scale: of the scores.
     """
 
+    needs_fit = True
+
     scale: float = 1.0
 
 

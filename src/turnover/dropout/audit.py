@@ -222,7 +222,7 @@ def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
 
 
 def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Reached:
-    """Where parameters get a gradient from values, each of which has another weight."""
+    """Where parameters get a gradient from values, weighted differently so that they do not cancel."""
     if not values:
         return [None] * len(parameters)
     flat = torch.cat([value.reshape(-1).float() for value in values])
@@ -237,11 +237,7 @@ def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Reach
 
 
 def _flat(outputs: Any, rows: int) -> Tensor:
-    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers).
-
-    Raises:
-        InputError: no output has rows.
-    """
+    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers)."""
     numbers = [v for v in _tensors(outputs) if v.is_floating_point() and v.dim() and len(v)]
     of_rows = [value for value in numbers if len(value) == rows]
     # Otherwise several in a row for each row of the batch, such as tokens.

@@ -68,11 +68,7 @@ class ResolvedSite:
     """The module, this one or one around it, that has ``batch_first=False``."""
 
     def check_runs(self) -> None:
-        """Refuse LoRA that does not run the module once on each row of the batch.
-
-        Raises:
-            InputError: the weights are merged into the base layer, or an unsupported kind of adapter.
-        """
+        """Refuse LoRA that does not run the module once on each row of the batch."""
         lora.check(self.name, self.lora_layer, self.adapter)
 
 
@@ -118,7 +114,7 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
             continue
         site = found[name]
         source = module if _width(module) is not None else predecessors.get(name, module)
-        axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
+        axis = site.axis if site.axis is not None else (1 if _has_channels(source) else -1)
         width = _width(source) if site.axis is None and _is_certain(name, everything) else None
         if site.name in resolved:
             raise InputError(f"two modules have the canonical name {site.name!r}; rename one")
@@ -135,12 +131,7 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
 def _match(
     request: SiteLike, modules: dict[str, nn.Module], roots: dict[str, nn.Module]
 ) -> list[str]:
-    """Names of the modules that a request matches.
-
-    Args:
-        modules: candidates.
-        roots: the model itself, by the names of its wrappers; presets may look for it.
-    """
+    """Names of the modules that a request matches; presets also see the model itself (``roots``)."""
     if isinstance(request, type):
         names = [name for name, module in modules.items() if isinstance(module, request)]
         if not names:
@@ -207,7 +198,7 @@ def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
     return elementwise and isinstance(parent, nn.Sequential | WideHead)
 
 
-def _is_channelled(module: nn.Module) -> bool:
+def _has_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
 
 
@@ -280,7 +271,7 @@ def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a convolution or its batch norm."""
-    return _activations_after(modules, _is_channelled)
+    return _activations_after(modules, _has_channels)
 
 
 def _activations_after(

@@ -23,13 +23,6 @@ def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
 
     Pairs are recognized by names (``critic`` and ``critic_target``, ``online`` and ``target``), structure
     and equal weights, so that twin critics and copied layers pass.
-
-    Args:
-        model: the model.
-        sites: the modules to mask.
-
-    Raises:
-        InputError: the message names both networks.
     """
     masked = set(sites)
     for path, parent in model.named_modules():

@@ -150,22 +150,22 @@ class BlockDriver:
             return self._compared(batches, ids, wanted)
 
     def _planned(self) -> list[Estimator]:
-        """What a plan compares: with this method's options, and the defaults of the others."""
-        if self.method.name not in PLANNED:
-            raise InputError(
-                f"plan compares the methods {', '.join(PLANNED)}: leave method={self.method.name!r} "
-                f"out, or give its options to turnover.Auto"
-            )
-        others = [method_of(name) for name in PLANNED if name != self.method.name]
-        found = [one.estimator(self._engines, self._setup.ghosts) for one in others]
-        found.insert(PLANNED.index(self.method.name), self._estimator)
-        return found
+        """What a plan compares: this method with its options, and the others by default."""
+        planned = [
+            self._estimator
+            if name == self.method.name
+            else method_of(name).estimator(self._engines, self._setup.ghosts)
+            for name in PLANNED
+        ]
+        return planned if self._estimator in planned else [self._estimator, *planned]
 
     def _compared(self, batches: Sequence[Batch], ids: Tensor, wanted: Wanted) -> Plan:
-        estimators, in_memory = self._planned(), wanted.out is None
-        pilot = Pilot(self._engines, batches, len(ids), top=wanted.top, in_memory=in_memory)
-        costs = [one.cost(pilot) for one in estimators]
-        return plan(costs, pilot.targets, len(ids), budget=self._budget)
+        targets, in_memory = sum(map(len, batches)), wanted.out is None
+        pilot = Pilot(
+            self._engines, batches[0], targets, len(ids), top=wanted.top, in_memory=in_memory
+        )
+        costs = [one.cost(pilot) for one in self._planned()]
+        return plan(costs, targets, len(ids), budget=self._budget)
 
     def _choose(
         self,
@@ -197,8 +197,11 @@ class BlockDriver:
         # The derivatives of the mean are one target's.
         once = {"pair": work.pop("pair")} if mean and "pair" in work else None
         shown = self._setup.progress
-        rows = estimator.rows(1 if mean else len(first))
-        guesses = estimator.guesses(first, rows) if shown else None
+        guesses = None
+        if shown and len(work) + bool(once) > 1:  # some of it runs late
+            guesses = estimator.seconds(
+                Pilot(self._engines, first, 1 if mean else len(first), len(ids))
+            )
         title = f"influence ({estimator.name})"
         progress = Progress(title, work, once=once, seconds=guesses, shown=shown)
         self._listen(progress)

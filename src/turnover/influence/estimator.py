@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -55,6 +56,7 @@ class Influence:
 
     Attributes:
         method: name of the estimator.
+        needs_fit: whether :meth:`fit` must come first.
 
     Raises:
         InputError: unknown method (the registered ones are listed), unknown site, too few ghosts, one
@@ -81,6 +83,7 @@ class Influence:
             raise InputError(f"ghosts must be >= {MIN_GHOSTS}, got {ghosts}")
         models = _distinct(network)
         self.method, self.objective, self.sites = options.name, objective, list[str]()
+        self.needs_fit, self._ready = options.needs_fit, not options.needs_fit
         if options.needs_masks:
             first = _attached(models, options.name)[0]
             self.sites = first.sites if sites is None else first.select(sites)
@@ -116,6 +119,7 @@ class Influence:
         """
         with exclusive(*self._modules):
             self._driver.fit(train_batches)
+        self._ready = True
         return self
 
     @overload
@@ -181,7 +185,7 @@ class Influence:
             raise InputError(f"top must be >= 1, got {top}")
         check_place(engine, out)
         wanted = Wanted(top, out, dict(coordinates or {}), engine)
-        with exclusive(*self._modules):
+        with self._scoring():
             return self._driver.estimate(targets, train_ids, wanted)
 
     def aggregate(self, targets: Iterable[Any], train_ids: Ids = None) -> Result:
@@ -192,7 +196,7 @@ class Influence:
         Returns:
             :class:`Result` with scores (train,) and a scalar noise floor.
         """
-        with exclusive(*self._modules):
+        with self._scoring():
             return self._driver.aggregate(targets, train_ids)
 
     def self_influence(self, train_batches: Iterable[Any] | None = None) -> Result:
@@ -212,7 +216,7 @@ class Influence:
         Raises:
             InputError: a batch without ids, ids given twice, an objective that is not finite.
         """
-        with exclusive(*self._modules):
+        with self._scoring():
             return self._driver.self_influence(train_batches)
 
     def plan(
@@ -231,8 +235,15 @@ class Influence:
             :class:`turnover.influence.plan.Plan` with estimated seconds, memory and noise floor of
             each method, and the one that ``"auto"`` takes; ``str()`` of it is a table.
         """
-        with exclusive(*self._modules):
+        with self._scoring():
             return self._driver.plan(targets, train_ids, Wanted(top, out))
+
+    def _scoring(self) -> AbstractContextManager[None]:
+        if not self._ready:
+            raise InputError(
+                f"{self.method} looks at the training data: call fit(train_batches) before it scores"
+            )
+        return exclusive(*self._modules)
 
 
 def _distinct(

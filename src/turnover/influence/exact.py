@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,17 +14,16 @@ from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.calibrated import calibrated
-from turnover.influence.engine import Engine, Scores, TargetBlock
+from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.forwards import Forwards
 from turnover.influence.gradients import finite
 from turnover.influence.linear import Linear, LinearEstimator
-from turnover.influence.plan import PILOT_IDS, MethodCost, Pilot, timed
+from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
-from turnover.results.calibration import noise_floor
 
 _FEW_GHOSTS, _MORE_GHOSTS = 16, 64
-_QUICK = 0.25
-"""Seconds below which a timing is repeated on more ids."""
+_SLOW = 0.004
+"""Seconds of a pair from which on a pilot scores few ghosts."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +81,24 @@ class ExactEstimator(Estimator):
         for engine in self.engines:
             self._forwards(engine).forget()
 
-    def cost(self, pilot: Pilot) -> MethodCost:
+    def memory(self, pilot: Pilot) -> int:  # noqa: ARG002
         """See :class:`Estimator`."""
-        each = self.seconds_of_pair(pilot)
-        pairs = self.work(pilot.ids, first=True, top=None)["exact"]
-        size = self.rows() * self.columns(self.rows(), pilot.ids) * 4
-        size += max(
-            8 * self._forwards(one).elements * self._forwards(one).rows_at_once
-            for one in self.engines
-        )
-        floor = float(np.median(noise_floor(self._ghosts(pilot, each)).sd))
-        seconds = pilot.targets * pairs * each
-        return MethodCost(self.name, seconds, (pilot.held + size) / 2**30, floor)
+        return max(self._forwards(engine).nbytes for engine in self.engines)
 
-    def seconds_of_pair(self, pilot: Pilot) -> float:
-        """Seconds of a pair by all networks."""
-        target = pilot.first.rows(0, 1)
-        return pilot.once("exact", lambda: sum(self._timed(one, target) for one in self.engines))
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """See :class:`Estimator`: a few, with the mean and deviation that linear scores of all foretell."""
 
-    def guess(self, first: Batch) -> float:
-        """Seconds of a pair, sooner and less surely."""
-        target, ids = first.rows(0, 1), ghost_ids(_FEW_GHOSTS)
-        found = [timed(one, partial(self._scored, one, [target], ids)) for one in self.engines]
-        return sum(found) / len(found) / len(ids)
+        def calibrate() -> NDArray[np.float64]:
+            linear = LinearEstimator(Linear(), self.engines, self.ghosts).ghost_scores(pilot)
+            count = _FEW_GHOSTS if self.seconds(pilot)["exact"] > _SLOW else _MORE_GHOSTS
+            some = self.scores(pilot.block, ghost_ids(self.ghosts)[:count])
+            return calibrated(linear, to_numpy(some.mean))[3].astype(np.float64)
+
+        return pilot.once("exact ghosts", calibrate)
+
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`."""
+        return pilot.once("exact", partial(super().seconds, pilot))
 
     def _scored(self, engine: Engine, batches: Sequence[Batch], ids: Tensor) -> Tensor:
         moved = [engine.moved(batch) for batch in batches]
@@ -119,27 +112,6 @@ class ExactEstimator(Estimator):
             return Forwards(engine.network, engine.objective, block, engine.sites)
 
         return engine.once(("forwards", block), make)
-
-    def _timed(self, engine: Engine, target: Batch) -> float:
-        self._scored(engine, [target], ghost_ids(2))  # finds the strategy
-        count = 8
-        while True:
-            run = partial(self._scored, engine, [target], torch.arange(count))
-            seconds = timed(engine, run, warm=False)
-            if seconds > _QUICK or count >= PILOT_IDS:
-                return seconds / count
-            count *= 4
-
-    def _ghosts(self, pilot: Pilot, each: float) -> NDArray[np.float32]:
-        """A few exact ghosts with the mean and deviation that linear scores of all foretell."""
-
-        def calibrate() -> NDArray[np.float32]:
-            linear = LinearEstimator(Linear(), self.engines, self.ghosts).ghost_scores(pilot)
-            count = _FEW_GHOSTS if each > _QUICK / _MORE_GHOSTS else _MORE_GHOSTS
-            some = ghost_ids(self.ghosts)[:count]
-            return calibrated(linear, self.scores(pilot.block, some).mean.cpu().numpy())[3]
-
-        return pilot.once("exact ghosts", calibrate)
 
 
 register("exact", Exact, ExactEstimator)

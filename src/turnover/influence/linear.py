@@ -6,7 +6,7 @@ entry, times (hidden mask - exposed mask). Kobayashi et al. 2020, equation 6, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +21,8 @@ from turnover.dropout.masks import MaskSpec
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks, to_numpy
 from turnover.influence.gradients import Run, finite, mask_gradients
-from turnover.influence.plan import PILOT_IDS, MethodCost, Pilot, timed
+from turnover.influence.plan import PILOT_IDS, Pilot
 from turnover.influence.protocol import Estimator, Method, register
-from turnover.results.calibration import noise_floor
 
 _TABLE_ROWS = 16
 """Rows in one look-up table: wider ones fall out of the cache."""
@@ -88,36 +87,22 @@ class LinearEstimator(Estimator):
         """See :class:`Estimator`: pairs take no time beside the derivatives."""
         return {"backward": 1}
 
-    def guesses(self, first: Batch, rows: int) -> dict[str, float]:
-        """See :class:`Estimator`."""
-        some = first.rows(0, min(2, len(first)))
-        seconds = [_seconds_of_pair(engine, some, rows) for engine in self.engines]
-        return {"pair": sum(seconds) / len(seconds)}
-
-    def cost(self, pilot: Pilot) -> MethodCost:
-        """See :class:`Estimator`."""
-        engines, rows = self.engines, self.rows(pilot.targets)
-        each, pair = pilot.once("linear", lambda: self._seconds(pilot, rows))
-        pairs = self.work(pilot.ids, first=True, top=pilot.top)["pair"]
-        size = rows * self.columns(rows, pilot.ids) * 4
-        size += 3 * rows * sum(engine.units for engine in engines) * 4
-        floor = float(np.median(noise_floor(self.ghost_scores(pilot)).sd))
-        seconds = pilot.targets * (each + pair * pairs)
-        return MethodCost(self.name, seconds, (pilot.held + size) / 2**30, floor)
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`; pairs are timed with as many targets as are multiplied at once."""
+        return pilot.once("linear", lambda: self._seconds(pilot))
 
     def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
-        """Scores of the pilot's targets under ghosts: float64 (targets, ghosts)."""
+        """See :class:`Estimator`."""
+        return pilot.once("linear ghosts", partial(super().ghost_scores, pilot))
 
-        def score() -> NDArray[np.float64]:
-            return self.scores(pilot.block, ghost_ids(self.ghosts)).mean.cpu().double().numpy()
-
-        return pilot.once("linear ghosts", score)
-
-    def _seconds(self, pilot: Pilot, rows: int) -> tuple[float, float]:
-        """Seconds of a target's derivatives, and of a pair."""
-        first = pilot.first
-        each = sum(timed(one, partial(derivatives, one, [first])) for one in self.engines)
-        return each / len(first), sum(_seconds_of_pair(one, first, rows) for one in self.engines)
+    def _seconds(self, pilot: Pilot) -> dict[str, float]:
+        backward = pilot.timed(lambda: list(pilot.block.each(derivatives)))
+        rows, ids, scorers = self.rows(pilot.targets), torch.arange(PILOT_IDS), []
+        for engine, found in zip(self.engines, pilot.block.each(derivatives), strict=True):
+            repeated = found.repeat(-(-rows // len(found)), 1)[:rows]
+            scorers.append(scorer_of(engine, repeated))
+        pairs = pilot.timed(lambda: [scorer.scores(ids) for scorer in scorers])
+        return {"backward": backward / len(pilot.first), "pair": pairs / (rows * len(ids))}
 
     def _scorers(self, block: TargetBlock) -> list[LinearScorer]:
         def make() -> list[LinearScorer]:
@@ -149,19 +134,11 @@ def scorer_of(engine: Engine, coefficients: Tensor) -> LinearScorer:
     return LinearScorer(coefficients, network.spec, network.known_units(engine.sites))
 
 
-def _seconds_of_pair(engine: Engine, batch: Batch, rows: int) -> float:
-    """Seconds of one pair, where so many targets are multiplied at once."""
-    gradients = derivatives(engine, [batch])
-    scorer = scorer_of(engine, gradients.repeat(-(-rows // len(gradients)), 1)[:rows])
-    ids = torch.arange(PILOT_IDS)
-    return timed(engine, lambda: scorer.scores(ids)) / (rows * len(ids))
-
-
 class LinearScorer:
     """Rows of coefficients, ready to be multiplied by (hidden mask - exposed mask) of any ids.
 
-    The masks are never expanded to numbers in memory, but for a block of ids that fits the cache. For
-    few rows even that is too much work: eight draws at a time are looked up in tables of their sums.
+    Masks are expanded to numbers for a block of ids that fits the cache. Few rows take even less: eight
+    draws at a time are looked up in tables of their sums.
 
     Args:
         coefficients: float32 (rows, mask units): derivatives by the mask entries.
@@ -177,7 +154,8 @@ class LinearScorer:
         # draws, plus or minus half their difference.
         self._base = coefficients.sum(dim=1) * (0.5 / (1 - keep) - 0.5 / keep)
         step = coefficients * (-0.5 / (keep * (1 - keep)))
-        self._steps = torch.cat([self._by_draw(part) for part in self._split(step)], dim=1)
+        sites = torch.split(step, list(self._units.values()), dim=1)
+        self._steps = torch.cat([self._by_draw(part) for part in sites], dim=1)
         self._tables: list[Tensor] = []
         if len(coefficients) <= _FEW_ROWS:
             self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
@@ -185,35 +163,28 @@ class LinearScorer:
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
         scores = self._steps.new_empty((len(self._steps), len(ids)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[:, start : start + len(packed)]
-            if self._tables:
-                block.copy_(self._looked_up(packed).T)
-            else:
-                torch.mm(self._steps, _signs(packed).T, out=block)
-            start += len(packed)
-        return scores.add_(self._base[:, None]) if self._spec.keep != 0.5 else scores
+        self._fill(scores.T, ids)
+        return scores
 
     def by_id(self, ids: Tensor) -> Tensor:
         """:meth:`scores` with the ids first: float32 (ids, rows)."""
         scores = self._steps.new_empty((len(ids), len(self._steps)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[start : start + len(packed)]
+        self._fill(scores, ids)
+        return scores
+
+    def _fill(self, scores: Tensor, ids: Tensor) -> None:
+        size = _PRODUCT_IDS
+        if self._tables:
+            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
+        parts = zip(torch.split(ids, size), torch.split(scores, size), strict=True)
+        for part, block in parts:
+            packed = self._packed(part.to(self._steps.device))
             if self._tables:
                 block.copy_(self._looked_up(packed))
             else:
                 torch.mm(_signs(packed), self._steps.T, out=block)
-            start += len(packed)
-        return scores.add_(self._base) if self._spec.keep != 0.5 else scores
-
-    def _blocks(self, ids: Tensor) -> Iterator[Tensor]:
-        size = _PRODUCT_IDS
-        if self._tables:
-            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
-        for part in torch.split(ids.to(self._steps.device), size):
-            yield self._packed(part)
+        if self._spec.keep != 0.5:
+            scores.add_(self._base)
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""
@@ -223,11 +194,8 @@ class LinearScorer:
     def _packed(self, ids: Tensor) -> Tensor:
         return torch.cat([self._spec.packed(ids, s, units) for s, units in self._units.items()], 1)
 
-    def _split(self, columns: Tensor) -> Sequence[Tensor]:
-        return torch.split(columns, list(self._units.values()), dim=1)
-
     def _by_draw(self, columns: Tensor) -> Tensor:
-        """What each draw of a site moves: columns of a pair cancel; whole bytes, filled up with 0."""
+        """Coefficients of a site's draws: columns of a pair cancel; whole bytes, padded with 0."""
         rows, units = columns.shape
         draws = self._spec.draws(units)
         padded = columns.new_zeros((rows, -(-draws // 8) * 8))

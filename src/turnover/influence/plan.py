@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of
 from turnover.influence.engine import Engine, Once, TargetBlock
 
-_PILOT_ROWS = 8
+_ROWS = 8
 PILOT_IDS = 4096
+_LONG_ENOUGH = 0.25
+"""Seconds from which on a timing is trusted."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ class Plan:
 
 
 class Pilot(Once):
-    """A few targets, on which estimators time what they do; each measurement is taken ``once``.
+    """A few targets, on which estimators time what they do.
 
     Args:
         engines: one for each network.
-        batches: all targets; the first rows are timed.
+        first: a batch of targets, whose first rows are timed.
+        targets: number of targets.
         ids: number of training ids.
         top: ids to keep on each side of each target; ``None``: all.
         in_memory: whether all scores are held in memory.
@@ -84,25 +89,45 @@ class Pilot(Once):
     Attributes:
         first: the targets that are timed.
         block: the same, as a block.
-        targets: number of all targets.
         held: bytes of scores that are held until the end.
     """
 
     def __init__(
         self,
         engines: Sequence[Engine],
-        batches: Sequence[Batch],
+        first: Batch,
+        targets: int,
         ids: int,
         *,
-        top: int | None,
-        in_memory: bool,
+        top: int | None = None,
+        in_memory: bool = False,
     ) -> None:
         super().__init__()
-        self.targets = sum(len(batch) for batch in batches)
-        self.ids, self.top = ids, top
-        self.first = batches[0].rows(0, min(_PILOT_ROWS, len(batches[0])))
+        self.targets, self.ids, self.top = targets, ids, top
+        self.first = first.rows(0, min(_ROWS, len(first)))
         self.block = TargetBlock(engines, [self.first])
-        self.held = self.targets * (min(2 * top, ids) if top else ids) * 4 if in_memory else 0
+        self.held = targets * (min(2 * top, ids) if top else ids) * 4 if in_memory else 0
+        devices = {device_of(engine.network.model) for engine in engines}
+        self._gpus = [device for device in devices if device.type == "cuda"]
+
+    def timed(self, function: Callable[[], object], *, warm: bool = True) -> float:
+        """Seconds of a call; with ``warm``, of the second one."""
+        if warm:
+            function()
+        start = time.perf_counter()
+        function()
+        for device in self._gpus:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    def seconds_of_id(self, function: Callable[[Tensor], object]) -> float:
+        """Seconds that a function of ids takes for each, timed on as many as it needs."""
+        count = 8
+        while True:
+            seconds = self.timed(partial(function, torch.arange(count)), warm=False)
+            if seconds > _LONG_ENOUGH or count >= PILOT_IDS:
+                return seconds / count
+            count *= 4
 
 
 def plan(costs: Sequence[MethodCost], targets: int, ids: int, *, budget: float) -> Plan:
@@ -135,15 +160,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def timed(engine: Engine, function: Callable[[], object], *, warm: bool = True) -> float:
-    """Seconds of a call; with ``warm``, of the second one."""
-    device = device_of(engine.network.model)
-    if warm:
-        function()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -28,10 +28,11 @@ from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.plan import MethodCost, Pilot, Plan
 from turnover.influence.user_batches import UserBatches
 from turnover.objectives import Objective
+from turnover.results.calibration import noise_floor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.influence.sinks import Sink
+    from turnover.influence.sinks import Region
     from turnover.results.store import StoredResult, Variable
 
 _GRADIENT_BYTES = 2**28
@@ -119,11 +120,13 @@ class Method:
         name: under which it is registered, and results are stored.
         needs_masks: whether it takes networks from :func:`turnover.attach` alone. The blockwise driver does:
             its noise floor comes from ghosts, which are masks.
+        needs_fit: whether :meth:`turnover.Influence.fit` must come first.
         driver: runs it, given the options and a :class:`Setup`; ``None``: the blockwise driver.
     """
 
     name: ClassVar[str]
     needs_masks: ClassVar[bool] = True
+    needs_fit: ClassVar[bool] = False
     driver: ClassVar[Any] = None
     _estimator: ClassVar[type[Estimator]]
 
@@ -272,16 +275,8 @@ class Estimator(ABC):
             errors[index] = to_numpy(found.standard_error)[0]
         return errors
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        top: int | None,
-    ) -> None:
-        """Score a block of targets on all ids, and put what was found into a sink."""
+    def fill(self, region: Region, top: int | None) -> None:
+        """Score a block of targets on all ids, and put all arrays of the region."""
         raise NotImplementedError
 
     def forget(self) -> None:  # noqa: B027
@@ -323,14 +318,33 @@ class Estimator(ABC):
             for kind, count in each.items():
                 engine.counts.skip(kind, times * count)
 
-    def guesses(self, first: Batch, rows: int) -> dict[str, float]:  # noqa: ARG002
-        """Seconds of a piece of each kind of work that runs late, for the progress bar.
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """Seconds of a piece of each kind of work, by all networks."""
+        target = pilot.block.first()
+        self.scores(target, ghost_ids(2))  # what is done once
+        return {self.work_kind: pilot.seconds_of_id(lambda ids: self.scores(target, ids))}
 
-        Args:
-            first: a batch of targets.
-            rows: targets in the first block.
-        """
-        return {}
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """Scores of the pilot's targets under ghosts: float64 (targets, ghosts)."""
+        return self.scores(pilot.block, ghost_ids(self.ghosts)).mean.cpu().double().numpy()
+
+    def memory(self, pilot: Pilot) -> int:
+        """Bytes that scoring takes, beside scores."""
+        rows = self.rows(pilot.targets)
+        return 12 * rows * sum(engine.units for engine in self.engines)
+
+    def cost(self, pilot: Pilot) -> MethodCost:
+        """Estimate time, memory and noise floor."""
+        each = self.seconds(pilot)
+        work = self.work(pilot.ids, first=True, top=pilot.top)
+        rows = self.rows(pilot.targets)
+        size = pilot.held + 4 * rows * self.columns(rows, pilot.ids) + self.memory(pilot)
+        return MethodCost(
+            self.name,
+            pilot.targets * sum(count * each[kind] for kind, count in work.items()),
+            size / 2**30,
+            float(np.median(noise_floor(self.ghost_scores(pilot)).sd)),
+        )
 
     def variables(
         self,
@@ -346,11 +360,3 @@ class Estimator(ABC):
 
     def check_top(self, top: int | None) -> None:  # noqa: B027
         """Refuse to keep more ids for each target than the method scores well."""
-
-    def cost(self, pilot: Pilot) -> MethodCost:  # noqa: ARG002
-        """Estimated time, memory and noise floor.
-
-        Raises:
-            InputError: the method does not estimate them.
-        """
-        raise InputError(f"method {self.name!r} does not estimate its cost: leave it out of Auto")

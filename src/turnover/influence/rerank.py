@@ -8,24 +8,23 @@ compared with the noise floor of exact scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.calibrated import Floats, calibrated
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.exact import Exact, ExactEstimator, check_block
 from turnover.influence.linear import Linear, LinearEstimator
-from turnover.influence.plan import MethodCost, Pilot
+from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
-from turnover.influence.sinks import Sink
+from turnover.influence.sinks import Region
 from turnover.influence.topk import Extremes
 from turnover.results.arrays import Variable
 
@@ -96,10 +95,6 @@ class RerankEstimator(Estimator):
         exact = min(2 * self.options.candidates, ids) + self.floor_ghosts
         return {"backward": 1, "pair": (2 if top is None else 1) * ids, "exact": exact}
 
-    def guesses(self, first: Batch, rows: int) -> dict[str, float]:
-        """See :class:`Estimator`."""
-        return self._linear.guesses(first, rows) | {"exact": self._exact.guess(first)}
-
     def variables(self, dims: tuple[str, str], chunks: tuple[int, int]) -> dict[str, Variable]:
         """See :class:`Estimator`."""
         recall = {"recall": Variable(dims[:1], "float32", chunks[:1])}
@@ -117,95 +112,73 @@ class RerankEstimator(Estimator):
                 f"exactly: raise candidates, or lower top"
             )
 
-    def cost(self, pilot: Pilot) -> MethodCost:
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
         """See :class:`Estimator`."""
-        linear, exact = self._linear.cost(pilot), self._exact.cost(pilot)
-        rows, work = self.rows(), self.work(pilot.ids, first=True, top=pilot.top)
-        passes = work["pair"] // pilot.ids
-        seconds = passes * linear.seconds
-        seconds += pilot.targets * work["exact"] * self._exact.seconds_of_pair(pilot)
-        size = rows * self.columns(rows, pilot.ids) * 4
-        size += 3 * rows * sum(engine.units for engine in self.engines) * 4
-        if pilot.top is None:
-            size += rows * pilot.ids * 5
-        return replace(exact, method=self.name, seconds=seconds, gib=(pilot.held + size) / 2**30)
+        return self._linear.seconds(pilot) | self._exact.seconds(pilot)
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        top: int | None,
-    ) -> None:
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
         """See :class:`Estimator`."""
-        count = rows.stop - rows.start
-        if sink.has("recall", rows):
-            self.skip(self.work(len(ids), first=True, top=top), count)
+        return self._exact.ghost_scores(pilot)
+
+    def memory(self, pilot: Pilot) -> int:
+        """See :class:`Estimator`; all scores of a block are kept twice where all are wanted."""
+        dense = 5 * self.rows() * pilot.ids if pilot.top is None else 0
+        return super().memory(pilot) + dense
+
+    def fill(self, region: Region, top: int | None) -> None:
+        """See :class:`Estimator`."""
+        if region.has("recall"):
+            self.skip(self.work(len(region.ids), first=True, top=top), region.targets)
             return
-        parts = torch.split(ids, columns)
-        found = self._reranked(
-            block,
-            (self._linear.counted_scores(block, part).mean for part in parts),
-            ids,
-            targets=count,
-            wanted=top or _RECALLED,
-        )
-        sink.put("ghost", rows, found.ghosts)
+        found = self._reranked(region, top or _RECALLED)
+        region.put("ghost", found.ghosts)
         if top is None:
-            start = 0
-            for part in parts:
-                some = slice(start, start + len(part))
-                linear = self._linear.counted_scores(block, part)
-                scores = found.on_scale(linear)
-                inside = (found.positions >= some.start) & (found.positions < some.stop)
-                row, column = np.nonzero(inside)
-                at = found.positions[row, column] - some.start
-                scores[row, at] = found.scores[row, column]
-                exact = np.zeros(scores.shape, dtype=bool)
-                exact[row, at] = True
-                sink.put("score", rows, scores, some)
-                sink.put("exact", rows, exact, some)
-                if found.standard_error is not None and linear.standard_error is not None:
-                    errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
-                    errors[row, at] = found.standard_error[row, column]
-                    sink.put("standard_error", rows, errors.astype(np.float32), some)
-                start = some.stop
+            self._put_all(region, found)
         else:
             order = np.argsort(-found.scores, axis=1, kind="stable")
             if order.shape[1] > 2 * top:
                 order = np.concatenate([order[:, :top], order[:, -top:]], axis=1)
             positions = np.take_along_axis(found.positions, order, axis=1)
-            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
-            sink.put("train_id", rows, ids.numpy()[positions])
+            region.put("score", np.take_along_axis(found.scores, order, axis=1))
+            region.put("train_id", region.ids.numpy()[positions])
             if found.standard_error is not None:
                 errors = np.take_along_axis(found.standard_error, order, axis=1)
-                sink.put("standard_error", rows, errors)
-        sink.put("recall", rows, found.recall)
+                region.put("standard_error", errors)
+        region.put("recall", found.recall)
 
-    def _reranked(
-        self,
-        block: TargetBlock,
-        linear: Iterable[Tensor],
-        ids: Tensor,
-        *,
-        targets: int,
-        wanted: int,
-    ) -> _Reranked:
+    def _put_all(self, region: Region, found: _Reranked) -> None:
+        """Put the exact scores of candidates among linear ones on their scale."""
+        start = 0
+        for part in torch.split(region.ids, region.columns):
+            some = slice(start, start + len(part))
+            linear = self._linear.counted_scores(region.block, part)
+            scores = found.on_scale(linear)
+            inside = (found.positions >= some.start) & (found.positions < some.stop)
+            row, column = np.nonzero(inside)
+            at = found.positions[row, column] - some.start
+            scores[row, at] = found.scores[row, column]
+            exact = np.zeros(scores.shape, dtype=bool)
+            exact[row, at] = True
+            region.put("score", scores, some)
+            region.put("exact", exact, some)
+            if found.standard_error is not None and linear.standard_error is not None:
+                errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                errors[row, at] = found.standard_error[row, column]
+                region.put("standard_error", errors.astype(np.float32), some)
+            start = some.stop
+
+    def _reranked(self, region: Region, wanted: int) -> _Reranked:
         """Find the candidates of every target, and score them exactly.
 
         Args:
-            block: the targets.
-            linear: their linear scores (targets, ids), in blocks of ids and in order.
-            ids: int64 (ids,).
-            targets: number of targets.
+            region: targets and ids.
             wanted: ids on each side whose recall is estimated.
         """
         candidates, ghosts = self.options.candidates, ghost_ids(self.ghosts)
-        extremes = Extremes(targets, _DEPTH * candidates)
-        for part in linear:
-            extremes.add(part)
+        block, ids = region.block, region.ids
+        extremes = Extremes(region.targets, _DEPTH * candidates)
+        for part in torch.split(ids, region.columns):
+            extremes.add(self._linear.counted_scores(block, part).mean)
         positions, found = extremes.result()
         # With few ids all of them are candidates.
         ends = np.r_[

@@ -16,14 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, Reader, write
+from turnover.data.base import Data, Reader, read_rows
 from turnover.data.encoded import Encoded
-from turnover.data.jsonl import read_rows, write_rows
 from turnover.data.text import TextData, TextRow, Tokens, read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
 from turnover.io.parsing import convert, read_object
-from turnover.io.tensors import check_shapes, distinct, read_weights, shapes, take
+from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.base import standardize
 from turnover.models.encoders import (
     Limits,
@@ -166,8 +165,6 @@ class TextPipeline:
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors), shapes (JSON) and tokenizer."""
-        from safetensors.torch import save_file
-
         assert isinstance(model, TextClassifier)
         encoder: Any = model.encoder
         encoder.config.dtype = torch.float32  # of the weights now
@@ -175,8 +172,7 @@ class TextPipeline:
         self.tokenizer.save_pretrained(folder / "encoder")
         saved = _Saved(asdict(self.config), classes, model.limits.positions)
         (folder / "classifier.json").write_text(json.dumps(asdict(saved), indent=2) + "\n")
-        tensors = {name: value.contiguous() for name, value in distinct(model).items()}
-        save_file(tensors, folder / "model.safetensors")
+        write_model(folder / "model.safetensors", model)
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
         """Make one row of a text."""
@@ -185,14 +181,6 @@ class TextPipeline:
         if not given.strip():
             raise InputError("the text to explain is empty")
         return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
-
-    def export(self, data: TextData, out: Path) -> None:
-        """Write key, text and label as a table."""
-        write(data, out)
-
-    def write(self, folder: Path, name: str, data: TextData) -> None:
-        """Write JSON lines with key, id, label and text."""
-        write_rows(folder / f"{name}.jsonl", data)
 
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
         """Read texts of a run."""
@@ -238,14 +226,11 @@ def load(folder: Path) -> tuple[TextPipeline, TextClassifier]:
         saved = convert(read_object(where), _Saved, where)
         config = convert(saved.classifier, ClassifierConfig, where, closed=True)
         encoder_config, tokenizer = load_saved(folder / "encoder", tensors=len(shapes(path)))
-        with torch.device("meta"):  # shapes are checked before any memory is allocated
-            check_shapes(path, distinct(_assemble(encoder_config, config, saved.classes)))
-        model = _assemble(encoder_config, config, saved.classes)
-        take(model, read_weights(path, distinct(model)))
+        model = read_model(path, lambda: _assemble(encoder_config, config, saved.classes))
         model.limits = Limits(saved.positions, model.limits.vocabulary)
     except Exception as error:  # transformers and its libraries raise many kinds
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    return TextPipeline(config, tokenizer, model.limits), model.eval()
+    return TextPipeline(config, tokenizer, model.limits), model
 
 
 def _assemble(

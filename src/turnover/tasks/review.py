@@ -260,7 +260,7 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
     train, made = run.train, read_decisions(run, decisions)
-    run.pipeline.export(decided(train, made), out)
+    decided(train, made).export(out)
     counts = Counter({"kept": len(train) - len(made), "removed": 0, "relabelled": 0})
     for row, decision in made.items():
         same = decision in (KEEP, train.classes[train.labels[row]])

@@ -258,7 +258,6 @@ class GramDriver:
         self, targets: Iterable[Any], numbers: Numbers
     ) -> Iterator[tuple[list[Batch], list[Tensor]]]:
         """Blocks of targets, and their inner products with the training set by each network."""
-        self._check_fitted()
         networks = len(self._captures)
         progress = self._progress()
         with closing(progress):
@@ -335,7 +334,6 @@ class GramDriver:
 
     def _columns(self, train_ids: Ids) -> tuple[Tensor, Tensor]:
         """Positions of training ids, and the ids."""
-        self._check_fitted()
         device = self._fitted[0].device
         if train_ids is None:
             return torch.arange(len(self._ids), device=device), self._ids
@@ -352,12 +350,6 @@ class GramDriver:
             )
         order = self._ids.argsort()
         return order[torch.searchsorted(self._ids[order], ids)].to(device), ids
-
-    def _check_fitted(self) -> None:
-        if not self._fitted:
-            raise InputError(
-                "gram looks at the training data: call fit(train_batches) before it scores"
-            )
 
 
 register("gram", Gram, driver=GramDriver)

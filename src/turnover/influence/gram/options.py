@@ -69,6 +69,7 @@ class Gram(Method):
     """
 
     needs_masks = False
+    needs_fit = True
 
     ridge: float | str = ridges.DEFAULT
     residual: bool | float | None = None
