@@ -143,17 +143,16 @@ def _fit(
         return {name: evaluation.mean() for name, evaluation in sides.items()}
 
     seconds = {}
+    same: dict[str, Any] = {"identity": repr(config), "bfloat16": bfloat16, "weights": weights}
     start = time.perf_counter()
     curves = train(
         model,
         training,
         config.training,
         network.exposed,
+        **same,
         name="with turn-over dropout",
         checkpoint=draft / f"turnover{CHECKPOINT}",
-        identity=repr(config),
-        bfloat16=bfloat16,
-        weights=weights,
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
@@ -171,11 +170,9 @@ def _fit(
                 training,
                 config.training,
                 _no_masks,
+                **same,
                 name="with ordinary dropout",
                 checkpoint=draft / f"ordinary{CHECKPOINT}",
-                identity=repr(config),
-                bfloat16=bfloat16,
-                weights=weights,
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)
