@@ -34,7 +34,8 @@ from turnover.results.calibration import MIN_GHOSTS, GhostPool, NoiseFloor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.results.store import StoredResult, Writer
+    from turnover.results.reader import StoredResult
+    from turnover.results.writer import Writer
 
     Over = Callable[[Walk, Iterable[Batch], Tensor, Writer], int]
 
@@ -464,7 +465,7 @@ class Influence:
         coordinates: dict[str, Any],
         over: Over,
     ) -> StoredResult:
-        from turnover.results import store
+        from turnover.results import reader, store
 
         top, reranks = walk.top, walk.method == "rerank"
         rows, columns = walk.grid(len(ids))
@@ -493,12 +494,12 @@ class Influence:
             else:
                 count = over(walk, targets, ids, writer)
             writer.finish(count)
-        return store.read(out)
+        return reader.open_result(out)
 
     def _variables(
         self, rows: int, columns: int, sizes: Mapping[str, int], *, reranks: bool
     ) -> dict[str, Any]:
-        from turnover.results.store import Variable
+        from turnover.results.arrays import Variable
 
         few = min(rows, 32)  # targets in one file: a reader wants some of them
         second = "train" if "train" in sizes else "rank"
@@ -569,9 +570,9 @@ def _check_engine(engine: str, out: str | Path | None) -> None:
         return
     if out is None:
         raise InputError(f"engine={engine!r} writes blocks from many processes: give out= as well")
-    from turnover.results.location import Place
+    from turnover.results.location import Location
 
-    _ = Place(out).address
+    _ = Location(out).address
 
 
 @contextmanager
@@ -592,7 +593,7 @@ def _begun_method(out: str | Path) -> str | None:
     """What a result was begun with goes on with it, however long it would now be estimated to take."""
     from turnover.results import store
 
-    return store.begun_method(out)
+    return store.stored_method(out)
 
 
 def _several(

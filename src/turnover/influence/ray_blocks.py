@@ -29,7 +29,8 @@ from turnover.influence.engine import TargetBlock
 from turnover.influence.sinks import StoreSink
 from turnover.influence.topk import Found
 from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, tensor_of
-from turnover.results.store import Writer, joining
+from turnover.results.store import joining
+from turnover.results.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class _Task:
     part: slice
     columns: int
     url: str
-    begun_with: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     settings: Settings
 
 
@@ -70,7 +71,7 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
             pickle.
         ray.exceptions.RayError: a block lost its worker again and again.
     """
-    url, columns = writer.place.address, walk.grid(len(ids))[1]
+    url, columns = writer.location.address, walk.grid(len(ids))[1]
     settings = Settings.here()
     broadcast = ray.put(_packed(walk, ids))
     fill, settle = settings.task(_fill), settings.task(_settle)
@@ -142,7 +143,7 @@ def _begun(
     task.settings.take()
     walk, ids = kept("walk", broadcast[0], _unpacked)
     block = kept("block", targets[0], lambda batches: TargetBlock(walk.engines, batches))
-    sink = StoreSink(joining(task.url, task.begun_with, task.rows.stop))
+    sink = StoreSink(joining(task.url, task.manifest, task.rows.stop))
     with ExitStack() as stack:
         for engine in walk.engines:
             stack.enter_context(engine.evaluating())

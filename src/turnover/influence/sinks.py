@@ -19,7 +19,7 @@ from turnover.results.result import Result
 
 if TYPE_CHECKING:
     from turnover.influence.blockwise import Walk
-    from turnover.results.store import Writer
+    from turnover.results.writer import Writer
 
 Array = NDArray[Any]
 
@@ -114,7 +114,7 @@ class StoreSink:
     def begin(self, start: int, batches: Sequence[Batch]) -> None:
         """See :class:`Sink`."""
         ids = [batch.ids for batch in batches if batch.ids is not None]
-        self._writer.targets(
+        self._writer.announce(
             start,
             np.concatenate([fingerprints(batch) for batch in batches]),
             torch.cat(ids).cpu().numpy() if len(ids) == len(batches) else None,
@@ -123,7 +123,7 @@ class StoreSink:
         )
 
     def _signed(self, batches: Sequence[Batch]) -> Signed | None:
-        if self._walk is None or not self._writer.signed:
+        if self._walk is None or not self._writer.has_signature:
             return None
         engines, method = self._walk.engines, self._walk.method
         return Signed(signatures(engines, method, batches), tolerance(engines))

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError, needing
-from turnover.results.arrays import Blocks
+from turnover.results.arrays import Arrays
 from turnover.results.calibration import NoiseFloor, NullDistribution, StudentNull
-from turnover.results.location import Place
-from turnover.results.manifest import BEGUN, ROOT, marked
+from turnover.results.location import ROOT, Location
+from turnover.results.manifest import STARTED, read_sealed
 from turnover.results.result import Result
-from turnover.results.schema import attributes_of, layout
+from turnover.results.schema import attributes_of, read_schema
 
 if TYPE_CHECKING:
     import xarray
@@ -38,12 +38,12 @@ class StoredResult:
     url: str
     kind: str
     attributes: Mapping[str, Any]
-    _blocks: Blocks
-    _stamp: str
+    _arrays: Arrays
+    _version: str
 
     def __len__(self) -> int:
         """Targets; training ids where there is one score for each."""
-        return self._blocks.sizes[self._blocks.variables["score"].dims[0]]
+        return self._arrays.sizes[self._arrays.variables["score"].dims[0]]
 
     @cached_property
     def dataset(self) -> xarray.Dataset:
@@ -57,9 +57,9 @@ class StoredResult:
         with needing("a labelled dataset", "turnover[results]"):
             import xarray
 
-        for name in self._blocks.sizes.keys() & self._blocks.variables.keys():
+        for name in self._arrays.sizes.keys() & self._arrays.variables.keys():
             self.part(name)  # made indexes of at once; a damaged one would not be named
-        store = self._blocks.place.zarr(writable=False)
+        store = self._arrays.location.zarr_store(writable=False)
         dataset = xarray.open_zarr(store, consolidated=True, zarr_format=3)
         dataset.attrs = dict(self.attributes)
         return dataset
@@ -67,7 +67,7 @@ class StoredResult:
     @cached_property
     def target_ids(self) -> NDArray[np.int64] | None:
         """int64 (targets,), where the targets had ids."""
-        return self.part("target") if "target" in self._blocks.variables else None
+        return self.part("target") if "target" in self._arrays.variables else None
 
     @cached_property
     def train_ids(self) -> NDArray[np.int64]:
@@ -103,7 +103,7 @@ class StoredResult:
         train_ids = self._rows("train_id", rows) if self.kind == "top" else self.train_ids
         ids = self.target_ids
         optional = {
-            name: self._rows(name, rows) if name in self._blocks.variables else None
+            name: self._rows(name, rows) if name in self._arrays.variables else None
             for name in ("standard_error", "exact", "recall")
         }
         return Result(
@@ -131,12 +131,12 @@ class StoredResult:
             InputError: no such variable, a chunk that is missing or damaged, or a result that was replaced
                 since it was opened.
         """
-        if name not in self._blocks.variables:
+        if name not in self._arrays.variables:
             raise InputError(
-                f"{self.url} has no {name}; it has {', '.join(self._blocks.variables)}"
+                f"{self.url} has no {name}; it has {', '.join(self._arrays.variables)}"
             )
         with self._unreplaced():
-            return self._blocks.read(name, region)
+            return self._arrays.read(name, region)
 
     @contextmanager
     def _unreplaced(self) -> Iterator[None]:
@@ -150,7 +150,7 @@ class StoredResult:
             yield
         except InputError as error:
             broken = error
-        if self._blocks.place.stamp(ROOT) != self._stamp:
+        if self._arrays.location.version(ROOT) != self._version:
             raise InputError(
                 f"{self.url} was replaced or removed after it was opened; open it again"
             ) from broken
@@ -172,15 +172,15 @@ class StoredResult:
     def _rows(self, name: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
         """A variable, or some of its rows: what they need of each chunk is read once."""
         if rows is None:
-            return self._blocks.read(name)
-        variable = self._blocks.variables[name]
-        rest = [self._blocks.sizes[dim] for dim in variable.dims[1:]]
+            return self._arrays.read(name)
+        variable = self._arrays.variables[name]
+        rest = [self._arrays.sizes[dim] for dim in variable.dims[1:]]
         values: NDArray[Any] = np.empty((len(rows), *rest), dtype=variable.dtype)
         chunks = rows // variable.chunks[0]
         for chunk in np.unique(chunks):
             chosen = np.flatnonzero(chunks == chunk)
             first, last = int(rows[chosen].min()), int(rows[chosen].max())
-            part = self._blocks.read(name, (slice(first, last + 1),))
+            part = self._arrays.read(name, (slice(first, last + 1),))
             values[chosen] = part[rows[chosen] - first]
         return values
 
@@ -195,17 +195,17 @@ def open_result(url: str | Path) -> StoredResult:
         InputError: no result there, not a result, one that is not finished, damaged, or of a later
             version; or zarr is not installed (``pip install turnover[results]``).
     """
-    place = Place(url)
-    stamp = place.stamp(ROOT)
-    root = marked(place, ROOT)
+    location = Location(url)
+    version = location.version(ROOT)
+    root = read_sealed(location, ROOT)
     if root is None:
-        if marked(place, BEGUN) is not None:
+        if read_sealed(location, STARTED) is not None:
             raise InputError(
                 f"{url} is not finished: repeat the call that began it, and it goes on where it was cut off"
             )
-        if place.vacant():
+        if location.is_vacant():
             raise InputError(f"{url}: there is no result; check the path, or estimate with out=")
         raise InputError(f"{url} is not a turnover result: it has no {ROOT}")
-    kind, variables, sizes = layout(root, str(url))
-    blocks = Blocks(place, variables, sizes, finished=True)
-    return StoredResult(str(url), kind, attributes_of(root), blocks, stamp)
+    kind, variables, sizes = read_schema(root, str(url))
+    arrays = Arrays(location, variables, sizes, finished=True)
+    return StoredResult(str(url), kind, attributes_of(root), arrays, version)

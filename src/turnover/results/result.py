@@ -144,29 +144,44 @@ class Result:
         with needing("a labelled dataset", "turnover[results]"):
             import xarray
 
-        extremes = self.train_ids.ndim > 1
-        dims = ("target", "rank" if extremes else "train")[-self.scores.ndim :]
+        dims = dims_of(self)
         values: dict[str, Any] = {
-            "score": (dims, self.scores),
+            **arrays_of(self),
             "z": (dims, self.z),
             "p": (dims, self.p),
             "q": (dims, self.q),
             "noise_floor": (dims[: self.floor.sd.ndim], self.noise_floor),
         }
-        coordinates: dict[str, Any] = {}
-        if extremes:
-            values["train_id"] = (dims, self.train_ids)
-        else:
-            coordinates["train"] = self.train_ids
-        if "target" in dims and self.target_ids is not None:
-            coordinates["target"] = self.target_ids
-        for name, more in (("standard_error", self.standard_error), ("exact", self.exact)):
-            if more is not None:
-                values[name] = (dims, more)
-        if self.recall is not None:
-            values["recall"] = (dims[: np.ndim(self.recall)], self.recall)
         attributes = {"method": self.method, "objective": self.objective, "network": self.network}
-        return xarray.Dataset(values, coords=coordinates, attrs=attributes)
+        return xarray.Dataset(values, coords=coordinates_of(self), attrs=attributes)
+
+
+def dims_of(result: Result) -> tuple[str, ...]:
+    """Names of the dimensions of the scores."""
+    return ("target", "train" if result.train_ids.ndim == 1 else "rank")[-result.scores.ndim :]
+
+
+def arrays_of(result: Result) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]]:
+    """Scores and what belongs to each: name to (dimensions, values)."""
+    dims = dims_of(result)
+    found = {
+        "score": result.scores,
+        "train_id": result.train_ids if "rank" in dims else None,
+        "standard_error": result.standard_error,
+        "exact": result.exact,
+        "recall": result.recall,
+    }
+    return {
+        name: (dims[: np.ndim(values)], values)
+        for name, values in found.items()
+        if values is not None
+    }
+
+
+def coordinates_of(result: Result) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """Ids along the dimensions that have some: name to (dimension, ids)."""
+    dims, ids = dims_of(result), {"train": result.train_ids, "target": result.target_ids}
+    return {dim: (dim, found) for dim, found in ids.items() if dim in dims and found is not None}
 
 
 def _columns(values: NDArray[Any] | None, keep: NDArray[np.bool_]) -> NDArray[Any] | None:

@@ -12,7 +12,7 @@ from typing import Any
 from turnover.errors import InputError, needing
 from turnover.io.files import alone, writing_to
 from turnover.io.parsing import read_json, write_json
-from turnover.results.location import Place
+from turnover.results.location import Location
 from turnover.runs.run import DIGESTS
 
 _ATTEMPTS = 3
@@ -144,7 +144,7 @@ class _Mirror:
         changed = {n for n, state in here.items() if noted.get(n, ["", ""])[1] != state}
         if not changed and not gone:
             return
-        with Place(f"{self._url}/results").locked() as renew:
+        with Location(f"{self._url}/results").locked() as renew:
             self._compare(noted, changed | gone)
             pending = {name: ["", _PUSHING] for name in changed}
             self._write_note(noted | pending | {name: ["", _REMOVING] for name in gone})

@@ -24,7 +24,7 @@ from turnover.influence.plan import Plan
 from turnover.io.parsing import field, read_json, write_json
 from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
-from turnover.results.manifest import ROOT
+from turnover.results.location import ROOT
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import EXPLANATIONS, rows_digest
