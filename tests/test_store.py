@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-import turnover
 from turnover import InputError
 from turnover.results import lease
 from turnover.results.arrays import Arrays, Variable

@@ -130,7 +130,7 @@ PAIRS = {
 def test_another_objective_of_one_name_does_not_get_the_first_ones_scores(pair, method, tmp_path):
     one, other = PAIRS[pair]
     stored = score(one, tmp_path / "r", method)
-    with pytest.raises(InputError, match=r"another objective, .* give another place, or delete it"):
+    with pytest.raises(InputError, match=r"another objective, .* give another path, or delete it"):
         score(other, tmp_path / "r", method)
     np.testing.assert_array_equal(score(one, tmp_path / "r", method).scores, stored.scores)
 

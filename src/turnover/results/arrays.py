@@ -54,13 +54,7 @@ class Variable:
 def metadata_files(
     variables: Mapping[str, Variable], sizes: Mapping[str, int], attributes: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The zarr.json files of a group with consolidated metadata: key to contents.
-
-    Args:
-        variables: arrays of the group.
-        sizes: length of each of their dimensions.
-        attributes: of the group, JSON values.
-    """
+    """The zarr.json files of a group of arrays, with consolidated metadata: key to contents."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -85,11 +79,8 @@ def metadata_files(
 
 
 def _fill_value(dtype: str) -> Any:
-    if dtype == "string":
-        return ""
-    if dtype.startswith("float"):
-        return float("nan")
-    return {"int64": MISSING, "bool": False}.get(dtype, 0)
+    number = float("nan") if dtype.startswith("float") else 0
+    return {"string": "", "int64": MISSING, "bool": False}.get(dtype, number)
 
 
 class Arrays:
@@ -118,39 +109,29 @@ class Arrays:
         self._opened: dict[str, Any] = {}
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any]:
-        """A region of an array.
-
-        Raises:
-            InputError: a chunk is missing or damaged.
-        """
+        """A region of an array, all of whose chunks must be present."""
         bounds = self.bounds(name, region)
-        self._check_present(name, bounds)
+        self.check_present(name, bounds)
         values = self.fetch(name, bounds)
-        self._check_present(name, bounds)  # a chunk removed meanwhile was read as fill values
+        self.check_present(name, bounds)  # a chunk removed meanwhile was read as fill values
         return values
 
-    def _check_present(self, name: str, bounds: Bounds) -> None:
+    def check_present(self, name: str, bounds: Bounds | None = None) -> None:
+        """Fail if a chunk of a region, or of all, was not written."""
         absent = next(self.absent(name, bounds), None)
         if absent is not None:
-            raise InputError(f"{self.location.url}: {absent} is missing; {self._fix}")
+            fix = self._fix if self._finished else "run again"
+            raise InputError(f"{self.location.url}: {absent} is missing; {fix}")
 
     def fetch(self, name: str, bounds: Bounds) -> NDArray[Any]:
-        """A region of an array, with fill values for chunks that were not written.
-
-        Raises:
-            InputError: a chunk is damaged.
-        """
+        """A region of an array, with fill values for chunks that were not written."""
         try:
-            return self._read(name, bounds)
+            return np.asarray(self._array(name)[tuple(slice(*bound) for bound in bounds)])
         except _READ_ERRORS as error:
             raise self._damaged(name, bounds, error) from error
 
     def write(self, name: str, region: Region, values: NDArray[Any]) -> None:
-        """Write a region of whole chunks (ragged at the end of a dimension).
-
-        Raises:
-            ValueError: the region cuts a chunk, or the values have another shape or type.
-        """
+        """Write a region of whole chunks (ragged at the end of a dimension)."""
         variable, bounds = self.variables[name], self.bounds(name, region)
         array = np.asarray(values)
         shape = tuple(stop - start for start, stop in bounds)
@@ -165,11 +146,7 @@ class Arrays:
         self.patch(name, bounds, array)
 
     def patch(self, name: str, bounds: Bounds, values: NDArray[Any]) -> None:
-        """Write a region that may cut chunks, each of which is replaced as a whole.
-
-        Raises:
-            InputError: a chunk that is cut is damaged.
-        """
+        """Write a region that may cut chunks, each of which is replaced as a whole."""
         if 0 in values.shape:
             return
         with self.location.writing():
@@ -215,19 +192,14 @@ class Arrays:
 
     def _damaged(self, name: str, bounds: Bounds, error: Exception) -> InputError:
         """An error that names the first chunk of a region that cannot be read."""
-        chunks, key = self.variables[name].chunks, name
+        key = name
         for index in product(*self._grid(name, bounds)):
-            pairs = zip(index, bounds, chunks, strict=True)
-            part = tuple((max(i * n, lo), min((i + 1) * n, hi)) for i, (lo, hi), n in pairs)
             try:
-                self._read(name, part)
+                self._array(name).blocks[index]
             except _READ_ERRORS:
                 key = _chunk_key(name, *index)
                 break
         return InputError(f"{self.location.url}: {key} is damaged ({error}); {self._fix}")
-
-    def _read(self, name: str, bounds: Bounds) -> NDArray[Any]:
-        return np.asarray(self._array(name)[tuple(slice(*bound) for bound in bounds)])
 
     def _array(self, name: str) -> Any:
         if name not in self._opened:

@@ -41,13 +41,14 @@ class Lease:
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        """Hold the lease in the body; yields :meth:`renew`.
-
-        Raises:
-            InputError: another process holds it, or the store cannot be written.
-        """
+        """Hold the lease in the body; yields :meth:`renew`. Fails if another process holds it."""
         try:
-            created = self._read() is None and self._create()
+            if created := self._read() is None:
+                with suppress(FileExistsError):
+                    self._files.pipe_file(self._path, self._value, mode="create")
+                created = (
+                    self._is_ours()
+                )  # the store may have created it although its answer was lost
         except OSError as error:
             raise InputError(f"{self._url} cannot be written: {error}") from error
         if not created:
@@ -65,11 +66,7 @@ class Lease:
                 self._remove(self._path)
 
     def renew(self) -> None:
-        """Write the lease again if it was not written recently; to be called before every write.
-
-        Raises:
-            InputError: another process has taken over.
-        """
+        """Write the lease again, if not written recently; fails if another process has taken over."""
         if time.monotonic() - self._renewed < _RENEW_SECONDS:
             return
         found = self._read() or {}
@@ -90,12 +87,6 @@ class Lease:
         raise InputError(
             f"{self._url} is being written by {holder}; wait for it to end, or, if it is gone, {fix}"
         )
-
-    def _create(self) -> bool:
-        with suppress(FileExistsError):
-            self._files.pipe_file(self._path, self._value, mode="create")
-        # The store may have created it although its answer was lost.
-        return self._is_ours()
 
     def _write(self) -> None:
         self._files.pipe_file(self._path, self._value)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from turnover.errors import InputError, needing
-from turnover.io.files import alone, check_within, replace_folder, writing_to
+from turnover.io.files import alone, check_within, replace_folder, replacing, writing_to
 from turnover.results.lease import ABSENT, LEASE, PROGRESS, Lease
 
 ROOT = "zarr.json"
@@ -27,9 +26,6 @@ class Location:
 
     Args:
         url: path or fsspec URL.
-
-    Raises:
-        InputError: no installed fsspec file system opens the URL, or zarr is not installed.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -49,11 +45,7 @@ class Location:
 
     @property
     def address(self) -> str:
-        """Path or URL by which other processes find the folder.
-
-        Raises:
-            InputError: it is in the memory of this process.
-        """
+        """Path or URL by which other processes find the folder."""
         from fsspec.implementations.memory import MemoryFileSystem
 
         if isinstance(self._files, MemoryFileSystem):
@@ -90,15 +82,10 @@ class Location:
         if self.local is None:
             self._files.pipe_file(self._path(key), value)
             return
-        path = self.local / key
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
         with self.writing():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                draft.write_bytes(value)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            (self.local / key).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.local / key) as draft:
+            draft.write_bytes(value)
 
     def writing(self) -> AbstractContextManager[None]:
         """Raise :class:`WriteError` if a local disk is full or refuses; stores report their own errors."""
@@ -127,11 +114,7 @@ class Location:
         return {name.rsplit("/", 1)[-1] for name in found if name.strip("/") != path.strip("/")}
 
     def is_vacant(self) -> bool:
-        """Whether the folder is empty, except for what a writer leaves that was cut off at once.
-
-        Raises:
-            InputError: the path is a file.
-        """
+        """Whether the folder is empty, except for what a writer leaves that was cut off at once."""
         if self.local is not None and self.local.is_file():
             raise InputError(f"{self.url} is a file, not a result; give another path")
         return all(key.endswith(_PARTIAL) or key.startswith(LEASE) for key in self._keys())

@@ -26,6 +26,7 @@ ATTRIBUTE = "turnover"
 """Attribute of a group that holds format, manifest and checksum."""
 SIGNATURE = "signature"
 """Dimension of the numbers that identify what an objective computes; older results have none."""
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _FORMAT = 1
 _START_OVER = "delete it and estimate again"
 
@@ -37,14 +38,10 @@ def make_manifest(
     coordinates: Coordinates,
     kind: str,
 ) -> dict[str, Any]:
-    """Describe a result before it is written, as JSON values.
-
-    Raises:
-        InputError: a coordinate's name, length or type is not allowed.
-    """
+    """Describe a result before it is written, as JSON values; checks the coordinates."""
     lengths = {dim: len(values) for dim, values in coordinates.values()} | dict(sizes)
     for name, (dim, values) in coordinates.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name in variables:
+        if not NAME.fullmatch(name) or name in variables:
             raise InputError(
                 f"coordinate {name!r}: its name must consist of letters, digits and _, and differ from "
                 f"every variable's"
@@ -81,11 +78,7 @@ def seal(document: dict[str, Any], manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_sealed(location: Location, key: str) -> dict[str, Any] | None:
-    """Read a zarr.json that :func:`seal` made; ``None`` if it is absent.
-
-    Raises:
-        InputError: it is not from turnover, damaged, or of a later version.
-    """
+    """Read a zarr.json that :func:`seal` made, and check it; ``None`` if it is absent."""
     raw = location.get(key)
     if raw is None:
         return None
@@ -122,11 +115,7 @@ def digest(values: NDArray[Any]) -> str:
 
 
 def dtype_of(values: NDArray[Any], name: str = "") -> str:
-    """The type a coordinate is stored as.
-
-    Raises:
-        InputError: neither numbers nor strings.
-    """
+    """The type a coordinate is stored as: a number or a string."""
     if values.dtype.kind == "U":
         return "string"
     if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:

@@ -147,15 +147,11 @@ def save(url: str | Path, result: Result) -> None:
     # Two results of one shape must differ in their root, by which a reader notices a replacement.
     identity = {name: getattr(result, name) for name in DESCRIBED}
     identity["values"] = {name: digest(array) for name, (_, array) in values.items()}
-    sizes = {
-        dim: length
-        for of, array in values.values()
-        for dim, length in zip(of, array.shape, strict=True)
-    }
-    variables = {
-        name: Variable(of, array.dtype.name, _chunks(array.shape))
-        for name, (of, array) in values.items()
-    }
+    sizes: dict[str, int] = {}
+    variables = {}
+    for name, (of, array) in values.items():
+        sizes |= zip(of, array.shape, strict=True)
+        variables[name] = Variable(of, array.dtype.name, _chunks(array.shape))
     coordinates = coordinates_of(result)
     manifest = make_manifest(identity, variables, sizes, coordinates, kinds.get(dims, "dense"))
     with location.locked() as renew:

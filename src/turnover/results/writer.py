@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,11 +89,7 @@ class Writer:
         self._arrays = Arrays(location, everything, self._sizes, finished=complete)
 
     def begin(self) -> None:
-        """Begin the result, or continue one that was begun; the manifest is written first.
-
-        Raises:
-            InputError: the location holds something else.
-        """
+        """Begin the result, or continue one of the same manifest, which is written first."""
         found = read_sealed(self.location, STARTED)
         if found is None:
             if not self.location.is_vacant():
@@ -152,7 +148,7 @@ class Writer:
         whole = -(-stop // self._step) * self._step
         stored = self._announced_digests(start, whole)
         if not stored.any() and not self.complete:
-            self._record(start, stop, given, ids, labels, signed)
+            self._record((start, stop), (ids, labels, given), signed)
             return
         differ = np.flatnonzero(stored != np.pad(given, (0, whole - stop)))
         if len(differ):
@@ -171,8 +167,7 @@ class Writer:
                 f"{self.location.url}: {_SIGNATURE} is missing or damaged, so another objective would go "
                 f"unnoticed; give another path, or delete it"
             )
-        found = signed.difference(stored)
-        if found is None:
+        if (found := signed.difference(stored)) is None:
             return
         then, now = stored[found], signed.values[found]
         raise InputError(
@@ -183,21 +178,13 @@ class Writer:
         )
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any] | None:
-        """A region that was written before, ``None`` if any of its chunks was not.
-
-        Raises:
-            InputError: a chunk is damaged.
-        """
+        """A region that was written before, ``None`` if any of its chunks was not."""
         if next(self._arrays.absent(name, self._arrays.bounds(name, region)), None) is not None:
             return None
         return self._arrays.read(name, region)
 
     def write(self, name: str, region: Region, values: NDArray[Any]) -> None:
-        """Write a region of whole chunks (ragged at the end of a dimension).
-
-        Raises:
-            InputError: another process has taken over the location.
-        """
+        """Write a region of whole chunks (ragged at the end of a dimension)."""
         if self.complete:
             raise ValueError(f"{self.location.url} is complete")
         self.renew()
@@ -223,9 +210,7 @@ class Writer:
         if missing:
             raise ValueError(f"no {', '.join(missing)} given")
         for name in self._written:
-            absent = next(self._arrays.absent(name), None)
-            if absent is not None:
-                raise InputError(f"{self.location.url}: {absent} is missing; run again")
+            self._arrays.check_present(name)
         variables = self._written | self._kept() | self._calibrate()
         known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         names = (name for name in (*self._coordinates, *self._journal) if name in variables)
@@ -264,36 +249,25 @@ class Writer:
         return self._arrays.fetch(_DIGEST, ((start, stop),))
 
     def _record(
-        self,
-        start: int,
-        stop: int,
-        digests: NDArray[np.uint64],
-        ids: NDArray[np.int64] | None,
-        labels: NDArray[np.int64] | None,
-        signed: Signed | None,
+        self, rows: tuple[int, int], known: Sequence[NDArray[Any] | None], signed: Signed | None
     ) -> None:
+        """Write ids, labels and digests of targets; the digests last, which say that all is there."""
         self.renew()
-        rows = (start, stop)
+        count = rows[1] - rows[0]
         if self.has_signature:
             columns = self._sizes[SIGNATURE]
-            values = np.full((stop - start, columns), np.nan) if signed is None else signed.values
+            values = np.full((count, columns), np.nan) if signed is None else signed.values
             self._arrays.patch(_SIGNATURE, (rows, (0, columns)), values)
-        names = (name for name in self._journal if name != _SIGNATURE)
-        # Digests last: they say that the others were recorded.
-        for name, known in zip(names, (ids, labels, digests), strict=True):
-            missing = np.full(stop - start, MISSING, dtype=np.int64)
-            self._arrays.patch(name, (rows,), missing if known is None else np.asarray(known))
+        for name, given in zip(self._journal, known, strict=False):
+            values = np.full(count, MISSING) if given is None else np.asarray(given)
+            self._arrays.patch(name, (rows,), values)
 
     def _kept(self) -> dict[str, Variable]:
         """Ids and labels of the targets, each if all targets have one; else they are removed."""
-        kept = {}
-        for name, variable in self._journal.items():
-            if name in (_DIGEST, _SIGNATURE):
-                continue
-            if (self._arrays.read(name) != MISSING).all():
-                kept[name] = variable
-            else:
-                self.location.remove(name)
+        kept = {name: v for name, v in self._journal.items() if not name.startswith(PROGRESS)}
+        for name in [name for name in kept if (self._arrays.read(name) == MISSING).any()]:
+            self.location.remove(name)
+            del kept[name]
         return kept
 
     def _calibrate(self) -> dict[str, Variable]:

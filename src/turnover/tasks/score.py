@@ -385,7 +385,7 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
             noise = scorer.scores(ghost_ids(200)).cpu().numpy()
             signal[site] += own.tolist()
             floor = noise_floor(noise)
-            ratio[site] += floor.standardise(own[:, None])[:, 0].tolist()
+            ratio[site] += floor.standardize(own[:, None])[:, 0].tolist()
             variance[site] += (floor.sd**2).tolist()
     return {
         site: {
