@@ -30,7 +30,7 @@ import tiny
 import turnover
 from test_store import TOP, arguments, expected, write
 from turnover import InputError
-from turnover.results import lease
+from turnover.results import location
 from turnover.results.store import save, writing
 
 
@@ -179,11 +179,11 @@ def child():
 
 @pytest.mark.long
 def test_killed_on_s3_it_ends_as_if_never_cut_off(url, top, monkeypatch):
-    monkeypatch.setattr(lease, "_LEASE_SECONDS", 0)
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(location, "_SETTLE_SECONDS", 0)
     rng, code = random.Random(0), f"test_store.write({url!r}, test_store.TOP, pause=0.2)"
     code = f"import test_store; {code}"
-    code = f"from turnover.results import lease; lease._LEASE_SECONDS = 0; {code}"
+    code = f"from turnover.results import location; location._LEASE_SECONDS = 0; {code}"
     for _ in range(2):
         had = len(names(url))
         process = subprocess.Popen([sys.executable, "-c", code], env=child())
@@ -214,8 +214,8 @@ def test_a_store_that_fails_now_and_then_gives_the_same_bits(fault, url, top, se
 def test_a_store_that_only_fails_ends_in_an_error_and_is_gone_on_with(
     fault, url, top, server, monkeypatch
 ):
-    monkeypatch.setattr(lease, "_LEASE_SECONDS", 0)
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(location, "_SETTLE_SECONDS", 0)
     server.fault = lambda number, method, path: fault if "/score/c/1/" in path else None
     with pytest.raises(Exception) as caught:  # noqa: PT011 - s3fs's, of several kinds
         write(url, TOP)
@@ -255,12 +255,12 @@ def test_a_bucket_that_is_not_there_is_refused(server):
 
 @pytest.mark.parametrize("left", [False, True], ids=["new", "left by one that is gone"])
 def test_of_two_that_begin_at_once_one_is_refused(left, url, server, monkeypatch):
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.7)
+    monkeypatch.setattr(location, "_SETTLE_SECONDS", 0.7)
     if left:
         write(url, TOP, blocks=1)
-        monkeypatch.setattr(lease, "_LEASE_SECONDS", 1.5)
+        monkeypatch.setattr(location, "_LEASE_SECONDS", 1.5)
         value = b'{"token": "gone", "holder": "process 1 on nowhere"}'
-        s3fs.S3FileSystem().pipe_file(f"{url}/{lease.LEASE}", value)
+        s3fs.S3FileSystem().pipe_file(f"{url}/{location.LEASE}", value)
         time.sleep(2.6)
     # Every question is answered before anybody writes.
     server.fault = lambda number, method, path: 0.1 if method in {"GET", "HEAD"} else None
@@ -316,8 +316,8 @@ def test_a_writer_with_a_wrong_clock_keeps_others_out_as_long_as_any(url, top, m
             process.wait()
     for one in said:
         assert 580 < float(re.search(r"if it is gone, (\d+) s", one)[1]) <= 600
-    monkeypatch.setattr(lease, "_LEASE_SECONDS", 1.5)
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(location, "_LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(location, "_SETTLE_SECONDS", 0)
     time.sleep(2.6)
     for one in urls:
         write(one, TOP)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import tiny
 from turnover import InputError
-from turnover.results import lease
+from turnover.results import location
 from turnover.results.arrays import Arrays, Variable
 from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.reader import open_result
@@ -397,7 +397,7 @@ def test_two_processes_do_not_write_one_result(remote, tmp_path, monkeypatch):
     if remote:  # nobody tells that the holder is gone, but its silence
         with pytest.raises(InputError, match=f"process {process.pid} .* or, if it is gone, "):
             write(url)
-        monkeypatch.setattr(lease, "_LEASE_SECONDS", 0)
+        monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
     write(url)
     tiny.assert_same(open_result(url).load(), expected())
 
@@ -409,19 +409,19 @@ def test_without_times_a_lease_that_was_left_has_to_be_deleted(tmp_path, monkeyp
     wait_for(lambda: list(folder.glob("score/zarr.json")))
     process.kill()
     process.wait()
-    monkeypatch.setattr(lease, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
     with pytest.raises(InputError, match=rf"process {process.pid} .* gone, delete .*lease$"):
         write(url)
-    (folder / lease.LEASE).unlink()
+    (folder / location.LEASE).unlink()
     write(url)
     tiny.assert_same(open_result(url).load(), expected())
 
 
 def test_a_writer_that_was_silent_finds_itself_replaced(monkeypatch):
     url = f"memory://{uuid.uuid4().hex}/result"
-    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0)
+    monkeypatch.setattr(location, "_RENEW_SECONDS", 0)
     with writing(url, **arguments()) as silent:
-        monkeypatch.setattr(lease, "_LEASE_SECONDS", 0)
+        monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
         taken_over = pytest.raises(InputError, match="was taken over by process")
         with writing(url, **arguments()), taken_over:
             silent.announce(0, digests(0, STEP))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import numpy as np
@@ -83,30 +83,22 @@ def _fill_value(dtype: str) -> Any:
     return {"string": "", "int64": MISSING, "bool": False}.get(dtype, number)
 
 
+@dataclass(frozen=True, eq=False)
 class Arrays:
     """Reads and writes regions of the arrays of a result.
 
-    Args:
+    Attributes:
         location: of the result.
         variables: layouts, by path; may be added to.
         sizes: length of each dimension; that of a growing one may be changed.
         finished: read only, and through consolidated metadata.
     """
 
-    def __init__(
-        self,
-        location: Location,
-        variables: dict[str, Variable],
-        sizes: dict[str, int],
-        *,
-        finished: bool,
-    ) -> None:
-        self.location = location
-        self.variables = variables
-        self.sizes = sizes
-        self._finished = finished
-        self._store = location.zarr_store(writable=not finished)
-        self._opened: dict[str, Any] = {}
+    location: Location
+    variables: dict[str, Variable]
+    sizes: dict[str, int]
+    finished: bool
+    _opened: dict[str, Any] = field(default_factory=dict)
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any]:
         """A region of an array, all of whose chunks must be present."""
@@ -120,7 +112,7 @@ class Arrays:
         """Fail if a chunk of a region, or of all, was not written."""
         absent = next(self.absent(name, bounds), None)
         if absent is not None:
-            fix = self._fix if self._finished else "run again"
+            fix = self._fix if self.finished else "run again"
             raise InputError(f"{self.location.url}: {absent} is missing; {fix}")
 
     def fetch(self, name: str, bounds: Bounds) -> NDArray[Any]:
@@ -176,13 +168,12 @@ class Arrays:
         dims = self.variables[name].dims
         if len(region) > len(dims):
             raise ValueError(f"{name} has dimensions {dims}, got a region of {len(region)}")
-        whole = (*region, *[slice(None)] * (len(dims) - len(region)))
         bounds = []
-        for dim, part in zip(dims, whole, strict=True):
-            start = 0 if part.start is None else part.start
-            stop = self.sizes[dim] if part.stop is None else part.stop
-            if not 0 <= start <= stop <= self.sizes[dim]:
-                raise ValueError(f"{name}: {dim} {start}:{stop} is not within {self.sizes[dim]}")
+        for dim, part in zip_longest(dims, region, fillvalue=slice(None)):
+            size = self.sizes[dim]
+            start, stop = part.start or 0, size if part.stop is None else part.stop
+            if not 0 <= start <= stop <= size:
+                raise ValueError(f"{name}: {dim} {start}:{stop} is not within {size}")
             bounds.append((start, stop))
         return tuple(bounds)
 
@@ -210,12 +201,16 @@ class Arrays:
     def _open(self, name: str) -> Any:
         import zarr
 
-        if self._finished and name in self._group:
+        if self.finished and name in self._group:
             return self._group[name]
-        mode = "r" if self._finished else "r+"
+        mode = "r" if self.finished else "r+"
         # A chunk's existence says that it was written, whatever it holds.
         with zarr.config.set({"array.write_empty_chunks": True}):
             return zarr.open_array(self._store, path=name, mode=mode, zarr_format=3)
+
+    @cached_property
+    def _store(self) -> Any:
+        return self.location.zarr_store(writable=not self.finished)
 
     @cached_property
     def _group(self) -> Any:
@@ -225,7 +220,7 @@ class Arrays:
 
     @property
     def _fix(self) -> str:
-        if not self._finished:
+        if not self.finished:
             return "delete that file and run again to compute it anew"
         return "delete the store and estimate again"
 

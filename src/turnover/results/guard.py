@@ -16,12 +16,7 @@ _SIZES = (0, 2, 4, 8)
 
 
 class GuardedStore(WrapperStore[Any]):  # type: ignore[misc]
-    """A zarr store that rejects chunks over 1 GiB decompressed, and files from outside the folder.
-
-    Args:
-        store: zarr store.
-        check: raises :class:`InputError` if a key may not be read, or has more than so many bytes.
-    """
+    """A zarr store that rejects chunks over 1 GiB decompressed, and what ``check`` rejects."""
 
     def __init__(self, store: Any, check: Callable[[str, int], None]) -> None:
         super().__init__(store)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -9,13 +14,20 @@ from typing import Any
 
 from turnover.errors import InputError, needing
 from turnover.io.files import alone, check_within, replace_folder, replacing, writing_to
-from turnover.results.lease import ABSENT, LEASE, PROGRESS, Lease
 
 ROOT = "zarr.json"
 """Metadata of the result, written last: without it a result is not finished."""
+PROGRESS = "progress"
+LEASE = f"{PROGRESS}/lease"
+_LEASE_SECONDS = 600.0
+"""A holder that wrote nothing for this long has lost the lease."""
+_RENEW_SECONDS = 30.0
+_SETTLE_SECONDS = 2.0
+"""Writers that take over an expired lease wait this long for each other: the last to write it holds it."""
 _PARTIAL = ".partial"
 """Suffix of unfinished writes, zarr's and ours."""
 _MAX_METADATA_BYTES = 2**28
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class Location:
@@ -23,9 +35,6 @@ class Location:
 
     Local files are written beside their path and renamed, since fsspec's own local writes can be cut off
     halfway; object stores replace an object as a whole.
-
-    Args:
-        url: path or fsspec URL.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -74,7 +83,7 @@ class Location:
         self.check(key)
         try:
             return bytes(self._files.cat_file(self._path(key)))
-        except ABSENT:
+        except _ABSENT:
             return None
 
     def put(self, key: str, value: bytes) -> None:
@@ -95,7 +104,7 @@ class Location:
         """A string that changes when an object is replaced; empty if it is absent."""
         try:
             found = self._files.info(self._path(key))
-        except ABSENT:
+        except _ABSENT:
             return ""
         return str(sorted((str(k), str(v)) for k, v in found.items()))
 
@@ -108,7 +117,7 @@ class Location:
         path = self._path(folder)
         try:
             found = [name.rstrip("/") for name in self._files.ls(path, detail=False)]
-        except ABSENT:
+        except _ABSENT:
             return set()
         # Some object stores list the folder itself as an empty object.
         return {name.rsplit("/", 1)[-1] for name in found if name.strip("/") != path.strip("/")}
@@ -121,7 +130,7 @@ class Location:
 
     def remove(self, key: str = "") -> None:
         """Remove an object, a folder, or everything; do nothing if it is absent."""
-        with self.writing(), suppress(*ABSENT):
+        with self.writing(), suppress(*_ABSENT):
             self._files.rm(self._path(key), recursive=True)
 
     def remove_partial(self) -> None:
@@ -158,7 +167,7 @@ class Location:
             InputError: another process writes here; from the function: another process has taken over.
         """
         if self.local is None:
-            with Lease(self._files, self._root, self.url).held() as renew:
+            with _Lease(self, self._files, self._path(LEASE)).held() as renew:
                 yield renew
             return
         path = self.local.with_name(f".{self.local.name}.lock")
@@ -177,3 +186,96 @@ class Location:
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else str(self._root)
+
+
+class _Lease:
+    """The right to write a remote folder: an object that names its holder, who renews it while writing."""
+
+    def __init__(self, location: Location, files: Any, path: str) -> None:
+        self._location, self._files, self._path = location, files, path
+        self._url = location.url
+        self._token = uuid.uuid4().hex
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        self._value = json.dumps({"token": self._token, "holder": holder}).encode()
+        self._renewed = float("-inf")
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Hold the lease in the body; yields :meth:`renew`. Fails if another process holds it."""
+        try:
+            if created := self._read() is None:
+                with suppress(FileExistsError):
+                    self._files.pipe_file(self._path, self._value, mode="create")
+                created = (
+                    self._is_ours()
+                )  # the store may have created it although its answer was lost
+        except OSError as error:
+            raise InputError(f"{self._url} cannot be written: {error}") from error
+        if not created:
+            self._check_expired()
+            self._write()
+            time.sleep(_SETTLE_SECONDS)
+        if not self._is_ours():
+            raise InputError(
+                f"{self._url}: another process began to write at the same moment; run again"
+            )
+        try:
+            yield self.renew
+        finally:
+            if self._is_ours():
+                self._location.remove(LEASE)
+
+    def renew(self) -> None:
+        """Write the lease again, if not written recently; fails if another process has taken over."""
+        if time.monotonic() - self._renewed < _RENEW_SECONDS:
+            return
+        found = self._read() or {}
+        if found.get("token") != self._token:
+            raise InputError(
+                f"{self._url} was taken over by {found.get('holder', 'another process')} after this process "
+                f"wrote nothing for a while; let that one finish"
+            )
+        self._write()
+
+    def _check_expired(self) -> None:
+        holder, age = (self._read() or {}).get("holder"), self._age()
+        if age is not None and age >= _LEASE_SECONDS:
+            return
+        fix = f"delete {self._url}/{LEASE}"
+        if age is not None:
+            fix = f"{_LEASE_SECONDS - age:.0f} s (or {fix})"
+        raise InputError(
+            f"{self._url} is being written by {holder}; wait for it to end, or, if it is gone, {fix}"
+        )
+
+    def _write(self) -> None:
+        self._location.put(LEASE, self._value)
+        self._renewed = time.monotonic()
+
+    def _read(self) -> dict[str, Any] | None:
+        raw = self._location.get(LEASE)
+        try:
+            return None if raw is None else dict(json.loads(raw))
+        except (ValueError, TypeError):
+            return {}  # its writer was cut off
+
+    def _is_ours(self) -> bool:
+        return (self._read() or {}).get("token") == self._token
+
+    def _age(self) -> float | None:
+        """Seconds since the lease was written, by the store's clock; ``None`` if the store keeps no times.
+
+        Clocks of two machines may differ by days, and jump.
+        """
+        suffix = f".{self._token}"
+        self._location.put(LEASE + suffix, b"")
+        try:
+            now = self._files.modified(self._path + suffix)
+            then = self._files.modified(self._path)
+        except FileNotFoundError:  # its holder has just ended
+            return float("inf")
+        except NotImplementedError:
+            return None
+        finally:
+            self._location.remove(LEASE + suffix)
+        return float((now - then).total_seconds())

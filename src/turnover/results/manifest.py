@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.io.parsing import parse_json
 from turnover.results.arrays import Variable
-from turnover.results.lease import PROGRESS
-from turnover.results.location import Location
+from turnover.results.location import PROGRESS, Location
 
 Coordinates = Mapping[str, tuple[str, NDArray[Any]]]
 STARTED = f"{PROGRESS}/zarr.json"
@@ -145,7 +144,8 @@ def check_same(location: Location, stored: Mapping[str, Any], given: Mapping[str
     sizes = stored.get("sizes")
     older = SIGNATURE in given["sizes"] and isinstance(sizes, dict) and SIGNATURE not in sizes
     if older:
-        given = _without_signature(given)
+        for part, name in (("identity", "precision"), ("sizes", SIGNATURE)):
+            given = {**given, part: {k: v for k, v in given[part].items() if k != name}}
     found = _difference(stored, given, ())
     if found:
         raise InputError(
@@ -158,13 +158,6 @@ def check_same(location: Location, stored: Mapping[str, Any], given: Mapping[str
             f"is not checked; give another path if they may not be",
             stacklevel=2,
         )
-
-
-def _without_signature(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest without what older versions did not record."""
-    identity = {key: value for key, value in given["identity"].items() if key != "precision"}
-    sizes = {key: value for key, value in given["sizes"].items() if key != SIGNATURE}
-    return {**given, "identity": identity, "sizes": sizes}
 
 
 def _difference(stored: Any, given: Any, path: tuple[str, ...]) -> str | None:

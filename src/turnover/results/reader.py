@@ -16,9 +16,9 @@ from turnover.errors import InputError, needing
 from turnover.results.arrays import Arrays
 from turnover.results.calibration import NoiseFloor, NullDistribution, StudentNull
 from turnover.results.location import ROOT, Location
-from turnover.results.manifest import STARTED, read_sealed
+from turnover.results.manifest import ATTRIBUTE, STARTED, read_sealed
 from turnover.results.result import Result
-from turnover.results.schema import DESCRIBED, attributes_of, read_schema
+from turnover.results.schema import DESCRIBED, read_schema
 
 if TYPE_CHECKING:
     import xarray
@@ -101,7 +101,7 @@ class StoredResult:
         ids = self.target_ids
         described: dict[str, Any] = {name: self.attributes[name] for name in DESCRIBED}
         described["sites"] = tuple(described["sites"])
-        for name in {"standard_error", "exact", "recall"} & self._arrays.variables.keys():
+        for name in sorted({"standard_error", "exact", "recall"} & self._arrays.variables.keys()):
             described[name] = self._rows(name, rows)
         return Result(
             scores=self._rows("score", rows),
@@ -191,5 +191,6 @@ def open_result(url: str | Path) -> StoredResult:
             raise InputError(f"{url}: there is no result; check the path, or estimate with out=")
         raise InputError(f"{url} is not a turnover result: it has no {ROOT}")
     kind, variables, sizes = read_schema(root, str(url))
+    own = {k: v for k, v in root["attributes"].items() if k not in {ATTRIBUTE, "coordinates"}}
     arrays = Arrays(location, variables, sizes, finished=True)
-    return StoredResult(str(url), kind, attributes_of(root), arrays, version)
+    return StoredResult(str(url), kind, own, arrays, version)

@@ -14,7 +14,7 @@ import numpy as np
 from turnover.errors import InputError
 from turnover.io.parsing import convert, damage
 from turnover.results.arrays import CODECS, DTYPES, Variable
-from turnover.results.manifest import ATTRIBUTE, NAME, manifest_of
+from turnover.results.manifest import NAME, manifest_of
 
 DESCRIBED: dict[str, Any] = {
     "method": str,
@@ -70,11 +70,6 @@ def read_schema(
             if name != "freedom" or name in attributes:
                 convert(attributes[name], of, f"{where}: {name}")
     return kind, variables, sizes
-
-
-def attributes_of(root: Mapping[str, Any]) -> dict[str, Any]:
-    """A result's own attributes."""
-    return {k: v for k, v in root["attributes"].items() if k not in {ATTRIBUTE, "coordinates"}}
 
 
 def _array(name: str, metadata: Mapping[str, Any], where: str) -> tuple[Variable, list[int]]:

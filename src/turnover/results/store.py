@@ -46,12 +46,11 @@ def writing(
     Args:
         url: path or fsspec URL; missing folders are made.
         identity: JSON values that say what the numbers are of.
-        variables: what will be written. If ``ghost`` is among them, noise floor and null distribution are
-            made of it at the end; otherwise ``ghost_mean``, ``noise_floor`` and ``null`` must be.
-        sizes: length of each dimension. One dimension of the variables may be left out: it grows as rows
-            come (:meth:`Writer.announce`), and must be the first of its variables. Dimensions of
-            coordinates alone may be left out. ``signature``: how many numbers identify what the objective
-            computes on a target (:mod:`turnover.influence.signature`), if they are recorded.
+        variables: what will be written: ``ghost``, from which noise floor and null distribution are computed
+            at the end, or ``ghost_mean``, ``noise_floor`` and ``null``.
+        sizes: length of each dimension of the variables, except one that grows as rows are announced: the
+            first of its variables. ``signature``: how many numbers identify what the objective computes on a
+            target (:mod:`turnover.influence.signature`), if they are recorded.
         coordinates: name to (dimension, values): numbers or strings.
         kind: see :class:`turnover.results.reader.StoredResult`.
 

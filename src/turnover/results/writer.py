@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from turnover.errors import InputError
 from turnover.results.arrays import MISSING, Arrays, Region, Variable, metadata_files
 from turnover.results.calibration import GhostPool
-from turnover.results.lease import PROGRESS
-from turnover.results.location import ROOT, Location
+from turnover.results.location import PROGRESS, ROOT, Location
 from turnover.results.manifest import (
     SIGNATURE,
     STARTED,
@@ -72,7 +71,10 @@ class Writer:
             for name, v in manifest["variables"].items()
         }
         self._sizes: dict[str, int] = dict(manifest["sizes"])
-        self._grows = _growing(self._variables, self._sizes)
+        unknown = {dim for v in self._variables.values() for dim in v.dims} - self._sizes.keys()
+        if len(unknown) > 1:
+            raise ValueError(f"sizes of {sorted(unknown)} are missing")
+        self._grows = next(iter(unknown), None)
         self._journal: dict[str, Variable] = {}
         if self._grows:
             rows = {v.chunks[0] for v in self._variables.values() if v.dims[:1] == (self._grows,)}
@@ -146,7 +148,7 @@ class Writer:
         given = np.where(given == 0, np.uint64(1), given)  # 0: not announced yet
         # The rest of the last chunk, too: it may have been written with more rows than now.
         whole = -(-stop // self._step) * self._step
-        stored = self._announced_digests(start, whole)
+        stored = self._arrays.fetch(_DIGEST, ((start, whole),))
         if not stored.any() and not self.complete:
             self._record((start, stop), (ids, labels, given), signed)
             return
@@ -229,7 +231,7 @@ class Writer:
             raise ValueError(f"{count} targets, {announced} were announced")
         if not count and not self.complete:
             raise InputError("no targets given")
-        if count and self._announced_digests(count, count + 1).any():
+        if count and self._arrays.fetch(_DIGEST, ((count, count + 1),)).any():
             raise InputError(
                 f"{self.location.url} was begun with more than {count} targets; give the same targets, or "
                 f"another path"
@@ -243,10 +245,6 @@ class Writer:
         for name in variables:
             self.location.put(f"{name}/zarr.json", files[f"{name}/zarr.json"])
         return files[ROOT]
-
-    def _announced_digests(self, start: int, stop: int) -> NDArray[np.uint64]:
-        """Digests of rows that were announced in this run or an earlier one; 0 for the others."""
-        return self._arrays.fetch(_DIGEST, ((start, stop),))
 
     def _record(
         self, rows: tuple[int, int], known: Sequence[NDArray[Any] | None], signed: Signed | None
@@ -299,19 +297,11 @@ class Writer:
         return made
 
 
-def _growing(variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> str | None:
-    """The dimension whose length is not known."""
-    unknown = {dim for variable in variables.values() for dim in variable.dims if dim not in sizes}
-    if len(unknown) > 1:
-        raise ValueError(f"sizes of {sorted(unknown)} are missing")
-    return next(iter(unknown), None)
-
-
 def _journal(grows: str, columns: int | None) -> dict[str, Variable]:
     """What is recorded of the rows of a growing dimension."""
-    of_rows = Variable((grows,), "int64", (_ROWS,))
-    found = {grows: of_rows, f"{grows}_label": of_rows}
-    found[_DIGEST] = Variable((grows,), "uint64", (_ROWS,))
+    integers = Variable((grows,), "int64", (_ROWS,))
+    digests = Variable((grows,), "uint64", (_ROWS,))
+    found = {grows: integers, f"{grows}_label": integers, _DIGEST: digests}
     if columns is not None:
         found[_SIGNATURE] = Variable((grows, SIGNATURE), "float64", (_ROWS, columns))
     return found
