@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from torch.nn import functional
 
 import turnover
 from turnover import Batch, Influence, MaskSpec, WideHead
-from turnover.influence.engine import Engine
+from turnover.influence.engine import Engine, TargetBlock
+from turnover.influence.protocol import Method
 from turnover.objectives import margin
 
 WIDTH, IDS, TARGETS, LOOP_BATCH = 768, 3000, 10, 100
@@ -113,6 +114,13 @@ def mlp_loop(model: Perceptron, spec: MaskSpec, batch: Batch, ids: Tensor, sites
     return scores
 
 
+def scored(method: Method, engine: Engine, batches: Sequence[Batch], ids: Tensor) -> Tensor:
+    """Scores (targets, ids) by one network, without ghosts."""
+    with engine.evaluating():
+        block = TargetBlock([engine], batches)
+        return method.estimator([engine], ghosts=10).scores(block, ids).mean
+
+
 def mlp(_: argparse.Namespace) -> Found:
     torch.manual_seed(0)
     model = Perceptron().eval()
@@ -120,8 +128,8 @@ def mlp(_: argparse.Namespace) -> Found:
     spec = network.spec
     ids = torch.arange(IDS)
     batch = Batch(torch.randn(TARGETS, 784), torch.randint(0, 10, (TARGETS,)))
-    engine = Engine(network, margin, None, network.sites)
-    head = Engine(network, margin, None, ["act3"])
+    engine = Engine(network, margin, network.sites)
+    head = Engine(network, margin, ["act3"])
     left, right = torch.randn(IDS, WIDTH), torch.randn(WIDTH, WIDTH)
     product = torch.empty(IDS, WIDTH)
 
@@ -132,16 +140,13 @@ def mlp(_: argparse.Namespace) -> Found:
         return mlp_loop(model, spec, batch, ids, "3")
 
     def exact() -> Tensor:
-        with engine.evaluating():
-            return engine.exact([batch], ids)
+        return scored(turnover.Exact(), engine, [batch], ids)
 
     def linear() -> Tensor:
-        with engine.evaluating():
-            return engine.scorer(engine.gradients([batch])).scores(ids)
+        return scored(turnover.Linear(), engine, [batch], ids)
 
     def head_exact() -> Tensor:
-        with head.evaluating():
-            return head.exact([batch], ids)
+        return scored(turnover.Exact(), head, [batch], ids)
 
     def products() -> None:
         for _ in range(3 * TARGETS):
@@ -203,7 +208,7 @@ def mlp(_: argparse.Namespace) -> Found:
 def demo_run(folder: Path) -> Any:
     """The demo's trained network; fitted anew, without the comparison, where there is none."""
     from turnover.data.demo import model_folder, write_sentences
-    from turnover.models.text_classifier import ClassifierConfig
+    from turnover.models.text import ClassifierConfig
     from turnover.runs.run import Run
     from turnover.tasks.fit import FitConfig, fit
     from turnover.tasks.training import TrainingConfig
@@ -257,11 +262,10 @@ def bert(arguments: argparse.Namespace) -> Found:
             rows.append(torch.cat(parts))
         return torch.stack(rows)
 
-    engine = Engine(network, margin, None, network.sites)
+    engine = Engine(network, margin, network.sites)
 
     def exact_of_some() -> Tensor:
-        with engine.evaluating():
-            return engine.exact(targets, some)
+        return scored(turnover.Exact(), engine, targets, some)
 
     assert torch.allclose(loop(), exact_of_some(), rtol=1e-4, atol=1e-4), "exact is not the loop"
     times = Times(2, loop=loop, exact=exact_of_some)
@@ -373,7 +377,7 @@ def memory(arguments: argparse.Namespace) -> Found:
 def training(arguments: argparse.Namespace) -> Found:
     """One optimiser step with masks beside one with ordinary dropout at the same sites."""
     from turnover.data.demo import model_folder
-    from turnover.models.text_classifier import SITES, ClassifierConfig, build
+    from turnover.models.text import SITES, ClassifierConfig, build_classifier
     from turnover.tasks.training import ordinary_dropout
 
     del arguments
@@ -393,8 +397,8 @@ def training(arguments: argparse.Namespace) -> Found:
         times = Times(100, dropout=first, masks=with_masks)
     overhead = {"mlp": times.ratio("masks", "dropout")}
     config = ClassifierConfig(str(model_folder()), 8192, 16, 128)
-    plain_bert, tokenizer = build(config, 2)
-    masked_bert, _ = build(config, 2)
+    plain_bert, tokenizer = build_classifier(config, 2)
+    masked_bert, _ = build_classifier(config, 2)
     bert_network = turnover.attach(masked_bert, SITES)
     texts = [" ".join(["a film that is better than its title"] * 3)] * 32
     tokens = dict(tokenizer(texts, return_tensors="pt"))

@@ -108,7 +108,7 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
 
 def scores(network, method):
     if method == "masks":
-        influence = turnover.Influence(network, method="gram", features="masks")
+        influence = turnover.Influence(network, method=turnover.Gram(features="masks"))
         return influence.fit([(X, Y, IDS)]).estimate(TARGETS).scores.tolist()
     return turnover.Influence(network, method=method).estimate(TARGETS, IDS).scores.tolist()
 

@@ -58,7 +58,7 @@ def test_a_site_whose_gradient_is_cut_off_is_refused_by_name(way):
             scores(network, method)
     assert "use_reentrant=False" in str(error.value)
     assert np.isfinite(scores(network, "exact")).all()
-    masks = turnover.Influence(network, method="gram", features="masks")
+    masks = turnover.Influence(network, method=turnover.Gram(features="masks"))
     with pytest.raises(BindingError, match=r"'block.1'"):
         masks.fit([(tiny.features(9), tiny.labels(9), torch.arange(9))])
     # The site that has its gradient is right by itself.

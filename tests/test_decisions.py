@@ -121,9 +121,9 @@ def test_a_decision_is_the_one_name_it_can_mean(
     run = run_of(tmp_path, ["7", "8"], classes)
     (tmp_path / "results").mkdir()
     if meant is None:
-        with pytest.raises(InputError, match=r"line 2: decision .* is the name of several"):
+        with pytest.raises(InputError, match=r"line 2: decision .* is ambiguous"):
             written(run, f"key,decision\n7,{decision}\n")
-        with pytest.raises(InputError, match="is the name of several"):
+        with pytest.raises(InputError, match="is ambiguous"):
             Decisions(run, {}).set(0, decision)
         return
     assert written(run, f"key,decision\n7,{decision}\n") == {0: meant}

@@ -14,7 +14,7 @@ import tiny
 import turnover
 from turnover import Batch, Influence, MaskSpec, objectives
 from turnover.dropout.sites import Site
-from turnover.influence.exact import ExactEstimator
+from turnover.influence.forwards import Forwards
 
 ROWS = 3
 IDS = torch.tensor([0, 4, 2**24 + 1, 2**62, 11, 12, 13])
@@ -170,17 +170,17 @@ def build(make, sites, keep=0.5, seed=0):
 
 
 def check(network, objective, batch, ids=IDS, tolerance=1e-5, block=None):
-    """Compare the exact scores with the definition; returns the way they were made."""
+    """Compare the exact scores with the definition; returns the strategy."""
     batch.call(network.model)
     expected = tiny.definition(network, objective, batch, ids)
     assert np.abs(expected).max() > 1e-4
-    estimator = ExactEstimator(network, objective, block)
+    estimator = Forwards(network, objective, block)
     with torch.no_grad():
         found = estimator.scores([batch], ids).numpy()
         again = estimator.scores([batch.rows(1, 2)], ids).numpy()
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(again, expected[1:2], rtol=tolerance, atol=tolerance)
-    return estimator.way
+    return estimator.strategy
 
 
 def batch_of(shape, rows=ROWS):
@@ -406,7 +406,7 @@ def test_half_precision(name):
     network.model.bfloat16()
     half = Batch(batch.inputs.bfloat16(), batch.labels)
     with torch.no_grad():
-        found = ExactEstimator(network, objectives.margin).scores([half], IDS).numpy()
+        found = Forwards(network, objectives.margin).scores([half], IDS).numpy()
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
 
@@ -419,7 +419,7 @@ def test_double_precision_and_autocast(name):
     batch.call(network.model)
     expected = tiny.definition(network, objectives.margin, batch, IDS)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ExactEstimator(network, objectives.margin).scores([batch], IDS).numpy()
+        found = Forwards(network, objectives.margin).scores([batch], IDS).numpy()
     np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
     network.model.double()
     check(network, objectives.margin, Batch(batch.inputs.double(), batch.labels))

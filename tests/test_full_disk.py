@@ -35,7 +35,7 @@ from turnover.runs.run import Run
 from turnover.view.decisions import Decisions
 
 FULL = "No space left on device; make room there, and run again"
-READ_ONLY = "cannot be written: Read-only file system; see to it that it can be, and run again"
+READ_ONLY = "cannot be written: Read-only file system; make it writable, and run again"
 
 
 class Disk:
@@ -225,7 +225,7 @@ def test_gram_says_that_the_temporary_folder_is_full(
     network, batches = tiny.mlp(), [(tiny.features(200), tiny.labels(200), torch.arange(200))]
     for limits, room in ((Limits(memory=0), 0), (Limits(rows=10, landmarks=5), 2**14)):
         gram = Influence(network, method="gram")
-        gram._gram._limits = limits
+        gram._driver._limits = limits
         disk.fill(leave=room)
         with pytest.raises(WriteError, match=f"temporary folder {disk.path}.*TMPDIR.*{FULL}"):
             gram.fit(batches)
@@ -339,6 +339,6 @@ def test_without_a_temporary_folder_it_is_said(
     with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
         read_images(str(folders[0]), 32)
     gram = Influence(tiny.mlp(), method="gram")
-    gram._gram._limits = Limits(memory=0)
+    gram._driver._limits = Limits(memory=0)
     with pytest.raises(WriteError, match=r"temporary folder .*TMPDIR"):
         gram.fit([(tiny.features(20), tiny.labels(20), torch.arange(20))])

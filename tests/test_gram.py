@@ -11,7 +11,7 @@ from torch import nn
 import tiny
 import turnover
 from test_gram_gradients import build, by_hand
-from turnover import Batch, Influence, InputError, objectives
+from turnover import Batch, Gram, Influence, InputError, objectives
 from turnover.influence.gram import ridge
 from turnover.results.calibration import StudentNull
 from turnover.results.store import save
@@ -37,7 +37,7 @@ def cut(batch, size):
 def test_scores_without_directions_are_those_of_a_plain_solve():
     model, train, targets = problem()
     for residual in (False, True, 0.5):
-        influence = Influence(model, method="gram", ridge=0.4, residual=residual, directions=0)
+        influence = Influence(model, method=Gram(0.4, residual, directions=0))
         result = influence.fit(cut(train, 7)).estimate(cut(targets, 2))
         own, others = by_hand(model, train), by_hand(model, targets)
         k = own @ own.T
@@ -62,7 +62,7 @@ def squared(outputs, batch):
 def test_an_objective_of_ones_own_has_no_residual():
     model, train, targets = problem()
     scores = [
-        Influence(model, squared, "gram", residual=residual).fit([train])
+        Influence(model, squared, Gram(residual=residual)).fit([train])
         for residual in (None, False)
     ]
     one, other = (each.estimate([targets]).scores for each in scores)
@@ -72,7 +72,7 @@ def test_an_objective_of_ones_own_has_no_residual():
 def test_the_training_instance_that_is_the_target_is_on_top():
     model, train, _ = problem()
     for residual in (True, False):
-        fitted = Influence(model, method="gram", residual=residual).fit([train])
+        fitted = Influence(model, method=Gram(residual=residual)).fit([train])
         result = fitted.estimate([train.rows(3, 6)])
         if not residual:
             assert result.train_ids[result.scores.argmax(axis=1)].tolist() == [103, 104, 105]
@@ -225,24 +225,24 @@ def test_a_turn_over_network_is_scored_whole():
     train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
     tiny.train(network, train.inputs, train.labels, train.ids, epochs=10)
     targets = Batch(tiny.features(4, seed=2), tiny.labels(4, seed=2))
-    scores = Influence(network, method="gram", residual=0).fit([train]).estimate([targets]).scores
+    scores = Influence(network, method=Gram(residual=0)).fit([train]).estimate([targets]).scores
     with network.exposed(torch.arange(4)):
-        influence = Influence(network, method="gram", residual=0)
+        influence = Influence(network, method=Gram(residual=0))
         bound = influence.fit([train]).estimate([targets]).scores
     np.testing.assert_array_equal(scores, bound)
     network.detach()
-    plain = Influence(model, method="gram", residual=False).fit([train]).estimate([targets]).scores
+    plain = Influence(model, method=Gram(residual=False)).fit([train]).estimate([targets]).scores
     np.testing.assert_allclose(scores, plain, atol=1e-6)
 
 
 def test_mask_features_are_inner_products_of_mask_derivatives():
-    from turnover.influence.linear import mask_gradients
+    from turnover.influence.gradients import mask_gradients
 
     torch.manual_seed(0)
     network = turnover.attach(tiny.mlp(width=32).eval(), "mlp")
     train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
     targets = Batch(tiny.features(4, seed=2), tiny.labels(4, seed=2))
-    influence = Influence(network, method="gram", features="masks", residual=0, directions=0)
+    influence = Influence(network, method=Gram(features="masks", residual=0, directions=0))
     result = influence.fit([train]).estimate([targets])
     own, others = (
         mask_gradients(network, objectives.margin, batch).detach().double().numpy()
@@ -292,7 +292,7 @@ def test_the_ridge_is_what_the_data_asks_for():
 @pytest.mark.parametrize("rule", ["gcv", "evidence"])
 def test_a_rule_for_the_ridge_can_be_asked_for(rule):
     model, train, targets = problem()
-    result = Influence(model, method="gram", ridge=rule).fit([train]).estimate([targets])
+    result = Influence(model, method=Gram(ridge=rule)).fit([train]).estimate([targets])
     assert np.isfinite(result.scores).all() and np.ptp(result.scores) > 0
 
 
@@ -332,7 +332,7 @@ def test_wrong_input_is_refused_by_name():
     with pytest.raises(InputError, match="plan compares"):
         influence.plan([targets], [101])
     with pytest.raises(InputError, match="masks of a turn-over network"):
-        Influence(model, method="gram", features="masks")
+        Influence(model, method=Gram(features="masks"))
     for options in (
         {"ridge": "best"},
         {"ridge": 0},
@@ -341,13 +341,13 @@ def test_wrong_input_is_refused_by_name():
         {"directions": -1},
     ):
         with pytest.raises(InputError, match=next(iter(options))):
-            Influence(model, method="gram", **options)
+            Gram(**options)
     with pytest.raises(InputError, match="give a number, or directions=0"):
-        Influence(model, method="gram", ridge="gcv", directions=1)
+        Gram(ridge="gcv", directions=1)
     with pytest.raises(InputError, match="those of class outputs"):
-        Influence(model, lambda outputs, batch: outputs[:, 0], "gram", directions=1)
+        Influence(model, lambda outputs, batch: outputs[:, 0], Gram(directions=1))
     with pytest.raises(InputError, match="features"):
-        Influence(model, method="gram", features="all")
+        Gram(features="all")
     with pytest.raises(InputError, match="given twice"):
         Influence([model, model], method="gram")
     with pytest.raises(InputError, match="same masks and weights"):

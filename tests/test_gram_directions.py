@@ -11,7 +11,7 @@ from torch import nn
 import tiny
 import turnover
 from test_gram import cut
-from turnover import Batch, Influence, objectives
+from turnover import Batch, Gram, Influence, objectives
 from turnover.influence.gram.directions import directions
 
 CLASSES = 5
@@ -77,7 +77,7 @@ def test_directions_make_the_margin_and_the_root_of_the_curvature(classes, count
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_scores_are_those_of_a_solve_along_the_directions(count):
     model, train, targets = problem()
-    influence = Influence(model, method="gram", ridge=0.4, directions=count)
+    influence = Influence(model, method=Gram(0.4, directions=count))
     result = influence.fit(cut(train, 7)).estimate(cut(targets, 2))
     own, others = jacobians(model, train), jacobians(model, targets)
     found = directions(model(train.inputs), train.labels, count)
@@ -105,7 +105,7 @@ def test_scores_are_those_of_a_solve_along_the_directions(count):
 def test_all_directions_are_the_generalised_gauss_newton_matrix_of_the_rooted_curvature():
     """Nothing is lost by the subspace once it is the whole space: the solve over parameters agrees."""
     model, train, targets = problem()
-    influence = Influence(model, method="gram", directions=CLASSES - 1, residual=0)
+    influence = Influence(model, method=Gram(directions=CLASSES - 1, residual=0))
     scores = influence.fit([train]).estimate([targets]).scores
     own, others = jacobians(model, train), jacobians(model, targets)
     p = model(train.inputs).detach().double().softmax(dim=1)
@@ -137,7 +137,7 @@ def test_the_loss_of_a_target_ranks_as_its_margin_does():
 def test_two_classes_have_one_direction():
     model, train, targets = problem(classes=2)
     one, two = (
-        Influence(model, method="gram", directions=count).fit([train]).estimate([targets])
+        Influence(model, method=Gram(directions=count)).fit([train]).estimate([targets])
         for count in (1, 2)
     )
     tiny.assert_same(one, two)
@@ -175,12 +175,12 @@ def test_mask_features_have_directions_too():
     network = turnover.attach(tiny.mlp(width=32).eval(), "mlp")
     train = Batch(tiny.features(30), tiny.labels(30), torch.arange(30))
     plain, directed = (
-        Influence(network, method="gram", features="masks", directions=count)
+        Influence(network, method=Gram(features="masks", directions=count))
         .fit(cut(train, size))
         .estimate([train])
         .scores
         for count, size in ((0, 30), (2, 7))
     )
-    again = Influence(network, method="gram", features="masks").fit([train]).estimate([train])
+    again = Influence(network, method=Gram(features="masks")).fit([train]).estimate([train])
     np.testing.assert_allclose(again.scores, directed, atol=1e-5 * np.abs(directed).max())
     assert np.abs(plain - directed).max() > 1e-3 * np.abs(directed).max()

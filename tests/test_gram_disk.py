@@ -18,7 +18,7 @@ from turnover.influence.gram.disk import Limits
 
 def limited(model, **limits):
     influence = Influence(model, method="gram")
-    influence._gram._limits = Limits(**limits)
+    influence._driver._limits = Limits(**limits)
     return influence
 
 

@@ -81,7 +81,7 @@ class Sequential(nn.Module):
         return self.last(torch.tanh(self.first(x.transpose(0, 1))).mean(dim=0))
 
 
-class Gain(nn.Module):
+class Scale(nn.Module):
     """A layer that turnover does not know."""
 
     def __init__(self):
@@ -92,18 +92,18 @@ class Gain(nn.Module):
         return x * self.weight
 
 
-class WrongGain(Gain):
+class WrongScale(Scale):
     """Its rule forgets a factor."""
 
 
-@register(Gain)
-class GainRule(Rule):
+@register(Scale)
+class ScaleRule(Rule):
     def factors(self, module, trained, calls):
         return Explicit(sum((call.back * call.inputs).sum(dim=1) for call in calls))
 
 
-@register(WrongGain)
-class WrongRule(GainRule):
+@register(WrongScale)
+class WrongRule(ScaleRule):
     def factors(self, module, trained, calls):
         return Explicit(1.1 * super().factors(module, trained, calls).matrix)
 
@@ -155,12 +155,12 @@ MODELS = {
     "lora": (tiny.bert, lambda: tiny.texts(ROWS)),
     "bert": (whole_bert, lambda: tiny.texts(ROWS)),
     "gpt2": (tiny.gpt2, lambda: tiny.texts(ROWS)),
-    "rule from outside": (lambda: gained(Gain), lambda: tiny.features(ROWS, 5, 6)),
+    "rule from outside": (lambda: gained(Scale), lambda: tiny.features(ROWS, 5, 6)),
 }
 GENERAL = {
     "shared weights": (Recurring, tokens),
     "attention": (Attention, lambda: tiny.features(ROWS, 5, 6)),
-    "wrong rule": (lambda: gained(WrongGain), lambda: tiny.features(ROWS, 5, 6)),
+    "wrong rule": (lambda: gained(WrongScale), lambda: tiny.features(ROWS, 5, 6)),
     "rows second": (Sequential, lambda: tiny.features(ROWS, ROWS, 5)),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import tiny
-from turnover import Batch, Influence, objectives
+from turnover import Batch, Gram, Influence, objectives
 
 ROWS = 24
 pytestmark = pytest.mark.filterwarnings("ignore:turnover. gram knows no rule")
@@ -99,7 +99,7 @@ def test_a_kernel_of_routed_layers_is_that_of_all_gradients(make, pattern):
     model = tiny.randomise(make()).eval()
     train = Batch(features(PATTERNS[pattern]), tiny.labels(ROWS))
     targets = Batch(features([True, False, True, True, False], seed=4), tiny.labels(5))
-    influence = Influence(model, method="gram", directions=0, residual=False, ridge=1.0)
+    influence = Influence(model, method=Gram(1.0, residual=False, directions=0))
     influence.fit([train.rows(i, i + 8) for i in range(0, ROWS, 8)])
     k, cross = by_hand(model, train, train), by_hand(model, targets, train)
     ridge = np.diag(k).mean() * np.eye(ROWS)

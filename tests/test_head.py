@@ -44,7 +44,7 @@ def test_a_head_made_on_no_device_is_drawn_from_the_generator_given():
 def test_units_start_at_the_scale_that_gain_says():
     torch.manual_seed(0)
     head = WideHead(50, 4096, 2, gain=0.02)
-    head.standardise(torch.randn(300, 50) * 7 + 3)
+    head.standardize(torch.randn(300, 50) * 7 + 3)
     unit_inputs = head.spread((torch.randn(100, 50) * 7 + 3 - head.centre) * head.scale)
     assert unit_inputs.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -52,15 +52,15 @@ def test_units_start_at_the_scale_that_gain_says():
 def test_standardised_head_does_not_see_shift_and_scale():
     torch.manual_seed(0)
     head, x = WideHead(6, 16, 2), tiny.features(40)
-    head.standardise(x)
+    head.standardize(x)
     plain = head(x)
-    head.standardise(x * 5 - 3)
+    head.standardize(x * 5 - 3)
     assert torch.allclose(head(x * 5 - 3), plain, atol=1e-5)
 
 
 def test_standardisation_travels_with_the_weights_and_is_not_trained():
     head = WideHead(6, 16, 2)
-    head.standardise(tiny.features(40) + 2)
+    head.standardize(tiny.features(40) + 2)
     again = WideHead(6, 16, 2)
     again.load_state_dict(head.state_dict())
     assert torch.equal(again(tiny.features(3)), head(tiny.features(3)))
@@ -74,7 +74,7 @@ def test_standardisation_travels_with_the_weights_and_is_not_trained():
 @pytest.mark.parametrize("shape", [(1, 6), (4, 5), (6,)])
 def test_features_of_another_shape_are_refused(shape):
     with pytest.raises(InputError, match="standardise needs features"):
-        WideHead(6, 16, 2).standardise(torch.zeros(shape))
+        WideHead(6, 16, 2).standardize(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("arguments", [(0, 8, 2), (4, 0, 2), (4, 8, 0)])
@@ -159,7 +159,7 @@ def test_a_feature_that_hardly_varies_in_the_sample_does_not_drown_the_others(sp
     torch.manual_seed(0)
     head, sample = WideHead(6, 256, 2), tiny.features(40)
     sample[:, 2] = spread * sample[:, 2] + 1
-    head.standardise(sample)
+    head.standardize(sample)
     usual = tiny.features(40, seed=5)
     usual[:, 2] = 1
     other = usual.clone()

@@ -9,7 +9,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, BindingError, Influence, InputError, MaskSpec, objectives
-from turnover.influence.exact import ExactEstimator
+from turnover.influence.forwards import Forwards
 
 ROWS = 3
 IDS = torch.tensor([0, 4, 2**24 + 1, 2**62, 11, 12, 13])
@@ -89,7 +89,7 @@ def test_exact_is_the_plain_loop_of_two_forwards(name, keep):
     network, batch = build(name, keep)
     for objective in OBJECTIVES[:2]:
         expected = tiny.definition(network, objective, batch, IDS)
-        result = Influence(network, objective, "exact", ghosts=10, block=4).estimate([batch], IDS)
+        result = Influence(network, objective, turnover.Exact(4), ghosts=10).estimate([batch], IDS)
         assert np.abs(expected).max() > 1e-4
         np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-5)
 
@@ -108,16 +108,16 @@ def test_exact_is_the_plain_loop_of_two_forwards(name, keep):
 )
 def test_work_is_shared_as_far_as_the_model_allows(name, way):
     network, batch = build(name)
-    estimator = ExactEstimator(network, objectives.margin, 8)
+    estimator = Forwards(network, objectives.margin, 8)
     estimator.scores([batch.rows(0, 1)], IDS)
-    assert estimator.way.startswith(way)
+    assert estimator.strategy.startswith(way)
 
 
 def test_the_frozen_encoder_runs_on_one_row():
     network, batch = build("head")
     rows = []
     network.model.encoder.register_forward_hook(lambda m, a, output: rows.append(len(output)))
-    estimator = ExactEstimator(network, objectives.margin, 64)
+    estimator = Forwards(network, objectives.margin, 64)
     estimator.scores([batch.rows(0, 1)], torch.arange(50))
     rows.clear()
     estimator.scores([batch.rows(1, 2)], torch.arange(50))
@@ -144,7 +144,7 @@ def test_a_place_is_checked_anew_for_inputs_of_another_shape():
 @given(block=st.integers(1, 40))
 def test_block_size_changes_nothing_but_rounding(block):
     network, batch = build("mlp")
-    result = Influence(network, objectives.margin, "exact", ghosts=10, block=block).estimate(
+    result = Influence(network, objectives.margin, turnover.Exact(block), ghosts=10).estimate(
         [batch], IDS
     )
     expected = tiny.definition(network, objectives.margin, batch, IDS)
@@ -156,7 +156,7 @@ def test_one_block_grid_gives_the_same_bits(method):
     results = []
     for _ in range(2):
         network, batch = build("bert")
-        influence = Influence(network, method=method, ghosts=10, block=8)
+        influence = Influence(network, method=tiny.method(method, block=8), ghosts=10)
         results.append(influence.estimate([batch], IDS))
     assert (results[0].scores == results[1].scores).all()
     assert (results[0].p == results[1].p).all()
@@ -165,7 +165,8 @@ def test_one_block_grid_gives_the_same_bits(method):
 @pytest.mark.parametrize("method", ["exact", "linear"])
 def test_a_single_id_is_enough(method):
     network, batch = build("bert")
-    result = Influence(network, method=method, ghosts=10, block=1).estimate([batch], IDS[2:3])
+    one = tiny.method(method, block=1)
+    result = Influence(network, method=one, ghosts=10).estimate([batch], IDS[2:3])
     every = Influence(network, method=method, ghosts=10).estimate([batch], IDS)
     np.testing.assert_allclose(result.scores[:, 0], every.scores[:, 2], rtol=1e-5, atol=1e-5)
 
@@ -289,7 +290,7 @@ def test_fresh_ghosts_are_significant_as_often_as_chance_says(trained, method, o
 @pytest.mark.parametrize("method", ["exact", "linear"])
 def test_aggregate_is_the_mean_over_targets(method):
     network, batch = build("mlp")
-    influence = Influence(network, objectives.margin, method, ghosts=30, block=4)
+    influence = Influence(network, objectives.margin, tiny.method(method, block=4), ghosts=30)
     parts = [batch.rows(0, 2), batch.rows(2, 3)]
     pairs = influence.estimate(parts, IDS)
     mean = influence.aggregate(parts, IDS)
@@ -360,12 +361,12 @@ def test_callers_without_autograd_are_served(method, context):
 
 def test_unknown_methods_are_answered_with_those_that_are_built():
     network, _ = build("mlp")
-    with pytest.raises(InputError, match=r"'magic'.*linear, exact, rerank"):
+    with pytest.raises(InputError, match=r"'magic'.*auto, exact, gram, linear, rerank"):
         Influence(network, method="magic")
     with pytest.raises(InputError, match="ghosts"):
         Influence(network, ghosts=9)
     with pytest.raises(InputError, match="block"):
-        Influence(network, block=0)
+        turnover.Exact(block=0)
 
 
 @pytest.mark.parametrize("method", ["exact", "linear"])

@@ -34,12 +34,15 @@ def build(width=64):
 def test_the_budget_decides_and_more_of_it_never_buys_a_rougher_method(top):
     network, batches = build()
     order = ["linear", "rerank", "exact"]
-    influence = Influence(network, method="auto", ghosts=50, candidates=10)
-    costs = {c.method: c.seconds for c in influence.plan(batches, IDS, top=top).costs}
+    methods = ("linear", turnover.Rerank(candidates=10), "exact")
+
+    def auto(seconds):
+        return Influence(network, method=turnover.Auto(seconds, methods), ghosts=50)
+
+    costs = {c.method: c.seconds for c in auto(60.0).plan(batches, IDS, top=top).costs}
     chosen = []
     for seconds in (0.0, costs["rerank"] * 1.2, 1e9):
-        influence.seconds = seconds
-        plan = influence.plan(batches, IDS, top=top)
+        plan = auto(seconds).plan(batches, IDS, top=top)
         chosen.append(order.index(plan.chosen))
         assert plan.chosen in str(plan) and plan.to_dict()["chosen"] == plan.chosen
     assert chosen == sorted(chosen)
@@ -49,7 +52,7 @@ def test_the_budget_decides_and_more_of_it_never_buys_a_rougher_method(top):
 @pytest.mark.parametrize(("seconds", "method"), [(0.0, "linear"), (1e9, "exact")])
 def test_auto_estimates_by_the_method_that_it_chose(seconds, method):
     network, batches = build()
-    auto = Influence(network, method="auto", ghosts=50, seconds=seconds)
+    auto = Influence(network, method=turnover.Auto(seconds), ghosts=50)
     plain = Influence(network, method=method, ghosts=50)
     for estimate, expected in (
         (auto.estimate(batches, IDS), plain.estimate(batches, IDS)),
@@ -62,10 +65,10 @@ def test_auto_estimates_by_the_method_that_it_chose(seconds, method):
 def test_auto_goes_on_with_the_method_that_a_result_was_begun_with(tmp_path):
     network, batches = build()
     place = tmp_path / "scores.zarr"
-    begun = Influence(network, method="auto", ghosts=50, seconds=1e9).estimate(
+    begun = Influence(network, method=turnover.Auto(1e9), ghosts=50).estimate(
         batches, IDS, out=place
     )
-    again = Influence(network, method="auto", ghosts=50, seconds=0.0).estimate(
+    again = Influence(network, method=turnover.Auto(0.0), ghosts=50).estimate(
         batches, IDS, out=place
     )
     assert begun.load().method == again.load().method == "exact"
@@ -74,9 +77,10 @@ def test_auto_goes_on_with_the_method_that_a_result_was_begun_with(tmp_path):
 def test_auto_stores_what_it_reranks(tmp_path, monkeypatch):
     network, batches = build()
     monkeypatch.setattr(plan, "_choose", lambda *_: ("rerank", "it fits"))
-    auto = Influence(network, method="auto", ghosts=150, candidates=5)
+    rerank = turnover.Rerank(candidates=5)
+    auto = Influence(network, method=turnover.Auto(methods=("linear", rerank, "exact")), ghosts=150)
     stored = auto.estimate(batches, IDS, out=tmp_path / "scores.zarr").load()
-    expected = Influence(network, method="rerank", ghosts=150, candidates=5).estimate(batches, IDS)
+    expected = Influence(network, method=rerank, ghosts=150).estimate(batches, IDS)
     np.testing.assert_array_equal(stored.scores, expected.scores)
     np.testing.assert_array_equal(stored.noise_floor, expected.noise_floor)
 

@@ -13,7 +13,7 @@ from test_cli import encoder, sentences  # noqa: F401 - a fixture
 from turnover import InputError
 from turnover.data.text import TextData
 from turnover.evaluation import Masked, Recipe
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.tasks import linear_probe
 from turnover.tasks.linear_probe import Frozen
 from turnover.tasks.training import TrainingConfig

@@ -64,7 +64,7 @@ def test_a_training_resumes_though_a_parameter_was_never_reached(tmp_path: Path)
     from torch import nn
 
     import turnover
-    from turnover.data.encoded import Tokens
+    from turnover.data.text import Tokens
     from turnover.tasks.training import TrainingConfig, train
 
     class Model(nn.Module):

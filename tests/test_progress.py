@@ -10,7 +10,7 @@ from torch import nn
 
 import tiny
 import turnover
-from turnover import Batch, Influence
+from turnover import Batch, Exact, Influence, Rerank
 
 
 class Slow(nn.Module):
@@ -73,16 +73,16 @@ def batches(count, rows=2, *, ids=False):
 RUNS = {
     "linear": lambda n: Influence(n, ghosts=20, progress=True).estimate(batches(60), range(50)),
     "aggregate": lambda n: Influence(n, ghosts=20, progress=True).aggregate(batches(60), range(50)),
-    "exact": lambda n: Influence(n, method="exact", ghosts=20, block=10, progress=True).estimate(
+    "exact": lambda n: Influence(n, method=Exact(10), ghosts=20, progress=True).estimate(
         batches(4), range(40)
     ),
-    "rerank": lambda n: Influence(
-        n, method="rerank", ghosts=20, block=10, candidates=5, progress=True
-    ).estimate(batches(16), range(50)),
+    "rerank": lambda n: Influence(n, method=Rerank(5, block=10), ghosts=20, progress=True).estimate(
+        batches(16), range(50)
+    ),
     "self": lambda n: Influence(n, ghosts=20, progress=True).self_influence(batches(60, ids=True)),
-    "self exact": lambda n: Influence(
-        n, method="exact", ghosts=20, block=10, progress=True
-    ).self_influence(batches(8, ids=True)),
+    "self exact": lambda n: Influence(n, method=Exact(10), ghosts=20, progress=True).self_influence(
+        batches(8, ids=True)
+    ),
     "gram": lambda n: Influence(n.model, method="gram", progress=True).fit(batches(60)),
 }
 

@@ -15,7 +15,7 @@ import tiny
 import turnover
 from test_stored_objective import older
 from turnover import Batch, Influence, InputError, objectives
-from turnover.influence import blockwise
+from turnover.influence import blockwise, protocol
 from turnover.results.reader import open_result
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
@@ -41,7 +41,8 @@ def batches():
 
 
 def influence(method="linear", objective=objectives.margin, count=1):
-    return Influence(networks(count), objective, method, ghosts=50, candidates=5)
+    method = tiny.method(method, candidates=5)
+    return Influence(networks(count), objective, method, ghosts=50)
 
 
 def tree(folder):
@@ -81,8 +82,8 @@ def blocks(monkeypatch):
     """One thread, and several blocks of targets and of ids by every method."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(blockwise, "_MOST_TARGETS", 32)
-    monkeypatch.setattr(blockwise, "_SCORE_BYTES", 2**17)
+    monkeypatch.setattr(protocol, "_MOST_TARGETS", 32)
+    monkeypatch.setattr(protocol, "_SCORE_BYTES", 2**17)
     monkeypatch.setattr(blockwise, "_SCANNED", 1)
     yield
     torch.set_num_threads(threads)
@@ -195,10 +196,10 @@ SCRIPT = """
 import sys, time
 import torch
 import test_ray
-from turnover.influence import blockwise
+from turnover.influence import protocol
 
 torch.set_num_threads(1)
-blockwise._MOST_TARGETS, blockwise._SCORE_BYTES = 32, 2**17
+protocol._MOST_TARGETS, protocol._SCORE_BYTES = 32, 2**17
 
 class Slow:
     __name__ = "margin"

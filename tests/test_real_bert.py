@@ -15,7 +15,7 @@ from turnover.data.demo import model_folder, write_sentences
 from turnover.data.encoded import Encoded
 from turnover.data.text import TextData, read
 from turnover.models.pipeline import build
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.tasks.training import TrainingConfig, evaluate, train, under_masks
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from turnover.data.base import Columns
 from turnover.data.text import read
 from turnover.models.encoders import check_tokenizer
 from turnover.models.pipeline import build
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.runs.run import Run
 from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import logits_of_rows
@@ -249,7 +249,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_that_are_read_says_what_to_do(tmp_path: Path) -> None:
     data, model = write_texts(tmp_path / "t.csv"), tmp_path / "model"
     for missing in (model, data, "./model", "~/no such folder"):
-        assert "there is no such folder; give the folder" in refusal(data, missing)
+        assert "no such folder; give the folder" in refusal(data, missing)
     encoders.folder(transformers.BertConfig(**SHAPE), model)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert "and save it with save_pretrained" in refusal(data, model)

@@ -27,9 +27,8 @@ def targets(rows=TARGETS, seed=0):
 
 
 def estimate(method, network, ids=IDS, batch=None, objective=objectives.cross_entropy, **options):
-    options = {"ghosts": 1000} | options
-    top = options.pop("top", None)
-    make = Influence(network, objective, method, **options)
+    top, ghosts = options.pop("top", None), options.pop("ghosts", 1000)
+    make = Influence(network, objective, tiny.method(method, **options), ghosts=ghosts)
     return make.estimate([batch or targets()], ids, top=top)
 
 

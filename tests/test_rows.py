@@ -264,7 +264,9 @@ def test_models_that_are_odd_but_by_rows_are_scored_as_before(make):
     network = attached(make())
     network.model(tiny.features(2, 6))
     before = torch.get_rng_state()
-    checked = Influence(network, ghosts=20)._given.check(Batch(tiny.features(4, 6), tiny.labels(4)))
+    checked = Influence(network, ghosts=20)._batches.check(
+        Batch(tiny.features(4, 6), tiny.labels(4))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert checked.shared == ()
     scores = Influence(network, ghosts=20).estimate([checked], IDS).scores

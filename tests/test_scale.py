@@ -20,7 +20,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
-from turnover.influence import blockwise
+from turnover.influence import protocol
 from turnover.influence.linear import LinearScorer
 from turnover.results.calibration import GhostPool
 from turnover.results.store import save
@@ -44,7 +44,9 @@ def targets(rows=TARGETS, seed=0):
 
 
 def influence(method, networks=None, objective=objectives.margin, ghosts=30, **options):
-    return Influence(networks or network(), objective, method, ghosts=ghosts, **options)
+    sites = options.pop("sites", None)
+    method = tiny.method(method, **options)
+    return Influence(networks or network(), objective, method, ghosts=ghosts, sites=sites)
 
 
 # The linear scorer against the dense definition
@@ -140,7 +142,7 @@ def test_a_shared_input_as_long_as_a_block_of_targets_is_not_cut(method, length,
         def forward(self, x, table):
             return self.body(x + table.sum(0))
 
-    monkeypatch.setattr(blockwise, "_MOST_TARGETS", 16)
+    monkeypatch.setattr(protocol, "_MOST_TARGETS", 16)
     net = turnover.attach(tiny.randomise(Shifted()).eval(), "mlp")
     x, y, table = tiny.features(21), tiny.labels(21), tiny.features(length, seed=3)
     make = influence(method, net)
@@ -471,11 +473,11 @@ import json, sys, time
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-import tiny, turnover, turnover.influence.blockwise
+import tiny, turnover, turnover.influence.protocol
 from test_scale import influence, network, targets, several
 from turnover import Batch, objectives
 
-turnover.influence.blockwise._MOST_TARGETS = 32  # several blocks of the linear method
+turnover.influence.protocol._MOST_TARGETS = 32  # several blocks of the linear method
 method, top, out, pause = json.loads(sys.argv[1])
 nets = several(2, width=8)
 def slow(module, args, output):
@@ -575,11 +577,11 @@ import resource, sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-import turnover.influence.blockwise
+import turnover.influence.protocol
 from test_scale import influence, network, targets, several
 
 call, method, count, many, out = sys.argv[1:]
-turnover.influence.blockwise._SCORE_BYTES = 2**22  # that both counts of ids fill their blocks
+turnover.influence.protocol._SCORE_BYTES = 2**22  # that both counts of ids fill their blocks
 nets = several(int(many), width=64)
 make = influence(method, nets, ghosts=100, candidates=10)
 batches = [targets(64)]

@@ -27,7 +27,7 @@ from test_images import run as image_run  # noqa: F401 - a fixture
 from turnover import InputError
 from turnover.data.images import read_images
 from turnover.data.text import load_table
-from turnover.models.text_classifier import ClassifierConfig, build
+from turnover.models.text import ClassifierConfig, build_classifier
 from turnover.runs.run import Run, write_digests
 
 SOURCE = Path(package.__file__).parent
@@ -206,7 +206,7 @@ def change(path: Path, **values: object) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(InputError) as refused:
-        build(ClassifierConfig(str(folder), 8, 2), 2)
+        build_classifier(ClassifierConfig(str(folder), 8, 2), 2)
     return str(refused.value)
 
 
@@ -215,7 +215,7 @@ def test_pretrained_weights_that_are_a_pickle_are_refused(
     write: Callable[[Path, Path], None], pretrained: Path, marker: Path
 ) -> None:
     write(pretrained / "pytorch_model.bin", marker)
-    build(ClassifierConfig(str(pretrained), 8, 2), 2)
+    build_classifier(ClassifierConfig(str(pretrained), 8, 2), 2)
     (pretrained / "model.safetensors").unlink()
     assert "no file named model.safetensors" in refusal(pretrained)
     torch.save({}, pretrained / "pytorch_model.bin")
@@ -249,7 +249,7 @@ def test_weights_in_shards_are_read(pretrained: Path) -> None:
     (pretrained / "model.safetensors").unlink()
     model.save_pretrained(pretrained, max_shard_size="20KB")
     assert len(list(pretrained.glob("model-*.safetensors"))) > 1
-    build(ClassifierConfig(str(pretrained), 8, 2), 2)
+    build_classifier(ClassifierConfig(str(pretrained), 8, 2), 2)
 
 
 def test_a_list_of_weights_that_is_damaged_is_refused_in_a_line(pretrained: Path) -> None:
@@ -302,7 +302,7 @@ def test_code_that_comes_with_a_model_is_not_run(
             change(folder / kind, auto_map=names, **own)
     write_digests(copy)
     for opening in (
-        lambda: build(ClassifierConfig(str(pretrained), 8, 2), 2),
+        lambda: build_classifier(ClassifierConfig(str(pretrained), 8, 2), 2),
         lambda: Run.load(copy),
     ):
         try:

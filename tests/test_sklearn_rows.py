@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 
 from turnover.integrations import sklearn as classifier  # noqa: E402
 from turnover.integrations.sklearn import TurnoverClassifier  # noqa: E402
+from turnover.training import mean_cross_entropy  # noqa: E402
 
 small = TurnoverClassifier(units=64, random_state=0, learning_rate=3e-3, batch_size=64)
 
@@ -60,7 +61,7 @@ def test_weights_multiply_the_losses_of_their_rows():
     seen = []
 
     class Watched(TurnoverClassifier):
-        def _optimise(self, generator, weights):
+        def _train(self, generator, weights):
             seen.append(weights)
 
     Watched(units=64, random_state=0).fit(X, Y, ids=IDS, sample_weight=weights)
@@ -68,8 +69,8 @@ def test_weights_multiply_the_losses_of_their_rows():
     logits = torch.randn(len(X), 3, requires_grad=True)
     labels = torch.arange(len(X)) % 3
     given = torch.tensor(weights, dtype=torch.float32)
-    (weighted,) = torch.autograd.grad(classifier._loss(logits, labels, given), logits)
-    (plain,) = torch.autograd.grad(classifier._loss(logits, labels, None), logits)
+    (weighted,) = torch.autograd.grad(mean_cross_entropy(logits, labels, given), logits)
+    (plain,) = torch.autograd.grad(mean_cross_entropy(logits, labels, None), logits)
     torch.testing.assert_close(weighted, plain * given[:, None])
 
 

@@ -34,7 +34,8 @@ def batches(rows=24, size=8):
 
 
 def score(objective, out=None, method="linear", net=None, given=None, **options):
-    estimator = Influence(net or network(), objective, method, ghosts=30, candidates=5)
+    method = tiny.method(method, candidates=5)
+    estimator = Influence(net or network(), objective, method, ghosts=30)
     extra = {} if out is None else {"out": out, **options}
     result = estimator.estimate(given or batches(), IDS, **extra)
     return result if out is None else result.load()
@@ -52,10 +53,9 @@ def begin(objective, out, method="linear", net=None, given=None):
         raise Interrupted
 
     # The last, unfinished block of targets is not scored, so the first must be whole.
+    estimator = Influence(net or network(), objective, tiny.method(method, candidates=5), ghosts=30)
     with pytest.raises(Interrupted):
-        Influence(net or network(), objective, method, ghosts=30, candidates=5).estimate(
-            cut_off(), IDS, out=out
-        )
+        estimator.estimate(cut_off(), IDS, out=out)
 
 
 def scaled(outputs, batch, factor):

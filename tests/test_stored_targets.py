@@ -34,7 +34,8 @@ def targets(length, size, *, shift=1.0):
 
 def score(given, out=None, method="linear", objective=objectives.margin, net=None):
     net = net or turnover.attach(Shifted().eval(), ["body.1", "body.3"], MaskSpec(seed=0))
-    estimator = Influence(net, objective, method, ghosts=30, candidates=5)
+    method = tiny.method(method, candidates=5)
+    estimator = Influence(net, objective, method, ghosts=30)
     extra = {} if out is None else {"out": out}
     result = estimator.estimate(given, IDS, **extra)
     return result if out is None else result.load()
@@ -97,7 +98,8 @@ def constant(value):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("objective", [masked_class, constant(torch.inf), constant(-torch.inf)])
 def test_infinite_targets_are_named_though_their_derivative_is_0(objective, method):
-    estimator = Influence(plain(), objective, method, ghosts=30, candidates=5)
+    method = tiny.method(method, candidates=5)
+    estimator = Influence(plain(), objective, method, ghosts=30)
     for estimate in (estimator.estimate, estimator.aggregate):
         with pytest.raises(InputError, match=r"NaN or infinite for rows \["):
             estimate(rows(), IDS)

@@ -22,7 +22,7 @@ def in_thread(function):
 
 
 def scored(network, method, **options):
-    estimator = turnover.Influence(network, method=method, ghosts=20, **options)
+    estimator = turnover.Influence(network, method=tiny.method(method, **options), ghosts=20)
     batch = turnover.Batch(tiny.features(4), tiny.labels(4), IDS[:4])
     if method == "gram":
         estimator.fit([turnover.Batch(tiny.features(9), tiny.labels(9), torch.arange(9))])
@@ -33,7 +33,7 @@ def scored(network, method, **options):
 @pytest.mark.parametrize("method", ["linear", "exact", "rerank", "gram"])
 def test_threads_that_score_with_one_network_get_what_one_thread_gets(method):
     network = turnover.attach(tiny.mlp(32).eval(), "mlp")
-    options = {"block": 3, "candidates": 5} if method != "gram" else {}
+    options = {"block": 3, "candidates": 5}
     expected = scored(network, method, **options)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: scored(network, method, **options), range(6)))
@@ -44,7 +44,7 @@ def test_threads_that_score_with_one_network_get_what_one_thread_gets(method):
 def test_threads_may_share_one_estimator_and_two_networks_one_model():
     model = tiny.mlp(32).eval()
     networks = [turnover.attach(model, "1"), turnover.attach(model, "3", MaskSpec(seed=2))]
-    influences = [turnover.Influence(one, method="exact", ghosts=20, block=3) for one in networks]
+    influences = [turnover.Influence(one, method=turnover.Exact(3), ghosts=20) for one in networks]
     targets = [(tiny.features(3), tiny.labels(3))]
     expected = [one.estimate(targets, IDS).scores for one in influences]
     with ThreadPoolExecutor(4) as pool:

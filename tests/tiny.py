@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import turnover
 from turnover import Batch
+from turnover.influence.protocol import METHODS, Method
 
 CLASSES = 3
 TOKENS = 7
@@ -145,6 +146,12 @@ def train(
         loss.backward()
         optimizer.step()
     network.model.eval()
+
+
+def method(name: str, **options: object) -> Method:
+    """Options of a method, of those given that it has."""
+    kind = METHODS[name]
+    return kind(**{key: value for key, value in options.items() if key in kind.__annotations__})
 
 
 def definition(network, objective, batch: Batch, ids: Tensor) -> np.ndarray:

@@ -48,7 +48,7 @@ def gram(count: int, features: str = "gradients") -> Callable[[Attribution], Sco
                 stack.enter_context(attached(task, count)) if task.sites else task.models[:count]
             )
             start = time.perf_counter()
-            influence = turnover.Influence(networks, method="gram", features=features)
+            influence = turnover.Influence(networks, method=turnover.Gram(features=features))
             influence.fit(batches(task.problem.train))
             fitted = time.perf_counter()
             result = influence.estimate(batches(task.problem.test))

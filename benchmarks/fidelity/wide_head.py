@@ -42,7 +42,7 @@ def train(problem: Problem, seed: int, keep: float) -> tuple[nn.Module, float]:
         torch.manual_seed(seed)
         features = below(x)
         head = turnover.WideHead(features.shape[1], UNITS, problem.classes)
-        head.standardise(features)
+        head.standardize(features)
     model = nn.Sequential(below, head)
     network = turnover.attach(model, ["head"], turnover.MaskSpec(keep, seed=seed))
     groups = [

@@ -28,7 +28,7 @@ from turnover.evaluation import Recipe
 from turnover.io.files import replacing
 from turnover.io.parsing import read_json
 from turnover.models.image import ImageClassifierConfig
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.models.vgg import VGG
 from turnover.report.from_run import content
 from turnover.report.pictures import write_sheet

@@ -21,7 +21,7 @@ from turnover.data import demo
 from turnover.data.text import TextData
 from turnover.evaluation import Build, Masked, Recipe
 from turnover.ids import ghost_ids
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.models.vgg import SITES, VGG
 from turnover.tasks.fit import FitConfig, fit
 from turnover.tasks.training import TrainingConfig

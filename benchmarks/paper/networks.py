@@ -26,7 +26,7 @@ def wide_head(x: Tensor, units: int, classes: int) -> Build:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = turnover.WideHead(x.shape[1], units, classes)
-        head.standardise(x)
+        head.standardize(x)
         return nn.Sequential(head)
 
     return build

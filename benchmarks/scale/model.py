@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from turnover.influence import blockwise
+from turnover.influence import blockwise, protocol
+from turnover.influence.exact import ExactEstimator
 
 Json = dict[str, Any]
 
@@ -79,9 +80,9 @@ def fitted(runs: list[Json]) -> Rates:
 def blocks(asked: Json) -> tuple[int, int]:
     """Tasks, by blocks of targets and parts of ids."""
     if asked["method"] == "exact":
-        rows, columns = blockwise._EXACT_BLOCK
+        rows, columns = ExactEstimator.block_shape
     else:
-        rows, columns = blockwise._MOST_TARGETS, _IDS_BLOCK
+        rows, columns = protocol._MOST_TARGETS, _IDS_BLOCK
         if "top" in asked:
             columns *= max(
                 blockwise._SCANNED, -(-asked["ids"] // (columns * blockwise._MOST_PARTS))

@@ -13,20 +13,30 @@ from turnover.dropout.network import Network, attach
 from turnover.dropout.sites import Site
 from turnover.errors import BindingError, InputError
 from turnover.ids import content_ids, ghost_ids, string_ids
+from turnover.influence.auto import Auto
 from turnover.influence.estimator import Influence
+from turnover.influence.exact import Exact
+from turnover.influence.gram import Gram
+from turnover.influence.linear import Linear
+from turnover.influence.rerank import Rerank
 from turnover.results.reader import open_result
 from turnover.results.result import Result
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "Batch",
     "BindingError",
+    "Exact",
+    "Gram",
     "HiddenPredictions",
     "Influence",
     "InputError",
+    "Linear",
     "MaskSpec",
     "Network",
+    "Rerank",
     "Result",
     "Site",
     "WideHead",

@@ -138,14 +138,14 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
             f"{_prompt_tuning_fix(logits, labels)}"
         )
     following = labels[:, 1:].long()  # (rows, tokens - 1)
-    asked = following != -100
-    if not bool(asked.any(dim=1).all()):
-        rows = (~asked.any(dim=1)).nonzero().flatten()
+    labeled = following != -100
+    if not bool(labeled.any(dim=1).all()):
+        rows = (~labeled.any(dim=1)).nonzero().flatten()
         raise InputError(
             f"rows {rows[:5].tolist()} have no labeled token after the first: label the completion "
             f"with its token ids, and the rest with -100"
         )
-    known = following[asked]
+    known = following[labeled]
     if not 0 <= int(known.min()) <= int(known.max()) < logits.shape[2]:
         raise InputError(
             f"labels must lie in [0, {logits.shape[2]}), the vocabulary, or be -100; got "
@@ -153,9 +153,9 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
         )
     check_causal(outputs, batch, labels)
     # Only of the labeled tokens: float32 logits of a whole prompt are large.
-    of_token = functional.cross_entropy(logits[:, :-1][asked].float(), known, reduction="none")
-    row = asked.nonzero()[:, 0]
-    return of_token.new_zeros(len(labels)).index_add(0, row, of_token)
+    token_costs = functional.cross_entropy(logits[:, :-1][labeled].float(), known, reduction="none")
+    row = labeled.nonzero()[:, 0]
+    return token_costs.new_zeros(len(labels)).index_add(0, row, token_costs)
 
 
 def _prompt_tuning_fix(logits: Tensor, labels: Tensor) -> str:

@@ -226,11 +226,7 @@ def as_batch(batch: Any, *, label_names: Sequence[str] = ("labels", "label")) ->
 
 
 def check_not_packed(inputs: Any) -> None:
-    """Refuse packed sequences, in inputs nested to any depth.
-
-    Raises:
-        InputError: an input is a ``PackedSequence``.
-    """
+    """Refuse packed sequences, in inputs nested to any depth."""
     if isinstance(inputs, PackedSequence):
         raise InputError(
             "a PackedSequence is not arranged by rows: pad it (torch.nn.utils.rnn.pad_packed_sequence), "

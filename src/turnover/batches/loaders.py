@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import Enum, auto
 from itertools import chain, islice
 from typing import Any
 
@@ -75,23 +75,15 @@ def places_of(loader: DataLoader[Any]) -> list[Any] | None:
 class Numbers(Enum):
     """How rows without ids are identified by their numbers."""
 
-    UNUSED = "nothing"
-    ROWS = "rows of the loader"
+    UNUSED = auto()
+    ROWS = auto()
     """In the loader's order, which must be the same in each pass."""
-    DATA = "rows of the data set"
+    DATA = auto()
     """In the data set's order, which must be the loader's."""
 
 
 def check_numbered(batches: Iterable[Any], numbers: Numbers) -> None:
-    """Refuse batches without ids whose rows cannot be identified by their numbers.
-
-    Args:
-        batches: batches as the user gave them; an iterator without a loader passes.
-        numbers: the use of the numbers.
-
-    Raises:
-        InputError: a loader that shuffles, or has another order.
-    """
+    """Refuse a loader of batches without ids whose rows cannot be identified by their numbers."""
     loader = None if numbers is Numbers.UNUSED else loader_of(batches)
     if loader is None or length_of(loader.dataset) in (0, 1):
         return

@@ -29,7 +29,7 @@ from turnover.cli.training import fit, plan
 
 _SHOW = warnings.showwarning
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
-"""Exit codes; what fails unexpectedly ends with a traceback and Python's own 1."""
+"""Exit codes; an unexpected error ends with a traceback and Python's own 1."""
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -69,42 +69,37 @@ def turnover(
         sys.stdout.write(f"{ctx.get_help()}\n")
 
 
-def main() -> None:
-    """Entry point; bad input is one line on stderr and exit code 2."""
+def main() -> NoReturn:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show
-        _main()
-
-
-def _main() -> NoReturn:
-    code = DONE
-    try:
-        # Not standalone: what is wrong comes here as an exception, and not as a page of usage.
-        code = app(prog_name="turnover", standalone_mode=False) or DONE
-    except (InputError, BindingError) as error:
-        _stop(str(error), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        if not isinstance(error, _USAGE_ERROR):
-            raise
-        _stop(_usage(error), BAD_INPUT)
+        try:
+            # Not standalone: bad input arrives here as an exception, not as a page of usage.
+            code = app(prog_name="turnover", standalone_mode=False) or DONE
+        except (InputError, BindingError) as error:
+            _stop(str(error), BAD_INPUT)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if not isinstance(error, _USAGE_ERROR):
+                raise
+            _stop(_usage(error), BAD_INPUT)
     if code == INTERRUPTED:
         _stop("interrupted; the same command resumes where it can", INTERRUPTED)
     sys.exit(code)
 
 
-# Typer has its own copy of click's exceptions or click's, by version; it shows this one of them.
+# Typer has its own copy of click's exceptions, or click's, by version.
 _USAGE_ERROR = typer.BadParameter.__mro__[1]
 
 
 def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
-    asked = f" (see {context.command_path} --help)" if context is not None else ""
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
     message: str = error.format_message()  # type: ignore[attr-defined]
-    return f"{message.rstrip('.')}{asked}"
+    return f"{message.rstrip('.')}{hint}"
 
 
 def _show(
@@ -115,18 +110,18 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of ours in one line, as an error; one of a library with its origin."""
+    """Print our own warnings in one line, as errors; those of libraries with their origin."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        sys.stderr.write(_line(str(message)))
+        _write(str(message))
     else:
         _SHOW(message, category, filename, lineno, file, line)
 
 
-def _line(message: str) -> str:
-    whole = " ".join(line.strip() for line in message.splitlines())
-    return f"turnover: {visible(whole)}\n"
-
-
 def _stop(message: str, code: int) -> NoReturn:
-    sys.stderr.write(_line(message))
+    _write(message)
     sys.exit(code)
+
+
+def _write(message: str) -> None:
+    whole = " ".join(line.strip() for line in message.splitlines())
+    sys.stderr.write(f"turnover: {visible(whole)}\n")

@@ -1,4 +1,4 @@
-"""Options from a TOML file, and the file in a run's folder that makes the run again."""
+"""Options from a TOML file, and the recipe in a run's folder that makes the run again."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from turnover.io.parsing import read_toml
 from turnover.runs.run import versions
 
 _MADE = "made"
-"""The table of what made a run: read for a note alone."""
+"""Table of the command and versions that made a run; only compared with the versions here."""
 _NOT_OPTIONS = ("config", "as_json")
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "text"}
 
 
-def config_option(*, passing_over: Callable[..., None] | None = None) -> Any:
-    """What ``--config`` of a command is.
+def config_option(*, ignoring: Callable[..., None] | None = None) -> Any:
+    """Make the option ``--config`` of a command.
 
     Args:
-        passing_over: a command whose options may stand in the file too, and are not read.
+        ignoring: a command whose other options are allowed in the file and ignored.
     """
-    others = set() if passing_over is None else set(options_of(passing_over))
+    others = set() if ignoring is None else set(options_of(ignoring))
 
     def read(ctx: typer.Context, config: Path | None) -> Path | None:
         if config is not None and not ctx.resilient_parsing:
@@ -41,52 +41,50 @@ def config_option(*, passing_over: Callable[..., None] | None = None) -> Any:
     return typer.Option(
         callback=read,
         is_eager=True,
-        help="TOML file with options under their long names, dashes and all; those on the command "
-        "line win.",
+        help="TOML file with options under their long names, with dashes; options on the command line "
+        "win.",
         rich_help_panel=RUN,
     )
 
 
 def read_config(path: Path, options: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
-    """Options by their long names.
+    """Read options by their long names.
 
     Args:
         path: TOML file.
-        options: type of each option that there is.
-        others: options that may stand in the file and are left out.
+        options: type of each known option.
+        others: options that are allowed and ignored.
 
     Raises:
         InputError: no such file, not TOML, an unknown option, or a value of another type.
     """
     values = read_toml(path)
     made = values.pop(_MADE, {})
+    known = sorted({*options, *others})
     for key, value in values.items():
         if "\0" in str(value):
             raise InputError(
-                f"{path}: {key!r} holds a zero character, and no name may: take it out"
+                f"{path}: {key!r} holds a zero character, which no name may: remove it"
             )
-        if key in options:
-            if not _fits(value, options[key]):
-                raise InputError(
-                    f"{path}: {key!r} must be {_said(options[key])}, got {value!r} of the type "
-                    f"{type(value).__name__}"
-                )
-        elif key not in others:
-            known = sorted({*options, *others})
+        if key not in known:
             close = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-            raise InputError(f"{path}: unknown option {key!r}{hint}")
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise InputError(f"{path}: unknown option {key!r}; {hint}")
+        if key in options and not _fits(value, options[key]):
+            raise InputError(
+                f"{path}: {key!r} must be {_said(options[key])}, got {value!r} of the type "
+                f"{type(value).__name__}"
+            )
     _note_other_versions(path, made)
     return {key: value for key, value in values.items() if key in options}
 
 
 def recipe(settings: Mapping[str, Any], files: Collection[str]) -> str:
-    """TOML text with which ``turnover fit --config`` makes a run again.
+    """Write the TOML text with which ``turnover fit --config`` makes a run again.
 
     Args:
-        settings: values by the parameters' names; those that are ``None`` are left out.
-        files: those of them that may name a file or folder here; where they do, the whole path is
-            given, so that the text may be read from anywhere.
+        settings: values by the parameters' names; ``None`` is left out.
+        files: parameters that may name a file or folder: the text has its absolute path.
     """
     options = {}
     for name, value in settings.items():
@@ -94,12 +92,12 @@ def recipe(settings: Mapping[str, Any], files: Collection[str]) -> str:
             value = Path(value).resolve()
         if value is not None:
             options[name.replace("_", "-")] = str(value) if isinstance(value, Path) else value
-    made: dict[str, Any] = {"command": ["turnover", *sys.argv[1:]], **versions()}
+    made = {"command": ["turnover", *sys.argv[1:]], **versions()}
     return tomli_w.dumps({**options, _MADE: made})
 
 
 def options_of(command: Callable[..., Any]) -> dict[str, Any]:
-    """Type of each option of a command that may stand in its file."""
+    """Types of the options that a command's file may hold."""
     hints = get_type_hints(command).items()
     return {name.replace("_", "-"): hint for name, hint in hints if name not in _NOT_OPTIONS}
 

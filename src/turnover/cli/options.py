@@ -9,7 +9,7 @@ import typer
 
 from turnover.cli.parameters import Fields
 from turnover.dropout.masks import MaskSpec
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.tasks.training import TrainingConfig
 
 DATA = "Data"
@@ -17,10 +17,8 @@ MODEL = "Model"
 IMAGES = "Images"
 TRAINING = "Training and masks"
 
-AT_LEAST_1 = typer.Option(min=1)
-Positive = Annotated[int, AT_LEAST_1]
+Positive = Annotated[int, typer.Option(min=1)]
 Count = Annotated[int, typer.Option(min=0)]
-Rate = Annotated[float, typer.Option(min=0)]
 Objective = Literal["margin", "cross_entropy"]
 
 
@@ -52,21 +50,10 @@ _CLASS_WEIGHTS = typer.Option(
     "weighted."
 )
 _KEEP = typer.Option(help="Share of units that an instance trains, strictly between 0 and 1.")
-TEXT_MODEL = Fields(
-    ClassifierConfig,
-    MODEL,
-    types=dict.fromkeys(("head_units", "lora_rank", "max_tokens"), Positive),
-)
+TEXT_MODEL = Fields(ClassifierConfig, MODEL)
 TRAIN = Fields(
     TrainingConfig,
     TRAINING,
-    types={
-        "epochs": Positive,
-        "batch_size": Positive,
-        "learning_rate": Rate,
-        "head_learning_rate": Rate,
-        "seed": Seed,
-        "class_weights": Annotated[list[str] | None, _CLASS_WEIGHTS],
-    },
+    types={"seed": Seed, "class_weights": Annotated[list[str] | None, _CLASS_WEIGHTS]},
 )
 MASKS = Fields(MaskSpec, TRAINING, ("keep",), {"keep": Annotated[float, _KEEP]})

@@ -28,6 +28,15 @@ RUN = "Run and output"
 _JSON_HELP = "Print one JSON document on stdout; tables, notes and progress go to stderr."
 _OTHER_NAMES = {"size": "image_size", "sites": "site"}
 """Options that are not called like their field."""
+_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "head_units", "lora_rank", "max_tokens"), 1),
+    "size": 32,
+    "width": 1,
+    "hidden": 1,
+    "ghosts": 10,
+    **dict.fromkeys(("learning_rate", "head_learning_rate", "seconds"), 0),
+}
+"""Smallest values of fields that are numbers."""
 _ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 _Made = TypeVar("_Made")
@@ -41,8 +50,8 @@ class Fields:
         of: the dataclass; its docstring gives the help.
         panel: heading of the options in the help.
         only: names of the fields; empty: all.
-        types: types by field, in place of the dataclass's: a range, choices, or another help. One that
-            allows ``None`` makes that the default, with which :func:`build` keeps the field's own.
+        types: types by field, in place of the dataclass's: choices, or another help. One that allows
+            ``None`` makes that the default, with which :func:`build` keeps the field's own.
     """
 
     of: Any
@@ -63,7 +72,7 @@ class Fields:
             if NoneType in get_args(bare):
                 default = None
             name, text = _OTHER_NAMES.get(one.name, one.name), texts.get(one.name)
-            yield _parameter(name, hint, default, text, self.panel)
+            yield _parameter(name, hint, default, text, self.panel, _LEAST.get(one.name))
 
 
 def build(of: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:
@@ -99,7 +108,7 @@ def command(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         hints, texts = get_type_hints(function, include_extras=True), _descriptions(function)
         own = {
-            name: _parameter(name, hints[name], one.default, texts.get(name), None)
+            name: _parameter(name, hints[name], one.default, texts.get(name))
             for name, one in inspect.signature(function).parameters.items()
             if one.kind is not Parameter.VAR_KEYWORD and name != "output"
         }
@@ -136,12 +145,18 @@ def command(
 
 
 def _parameter(
-    name: str, hint: Any, default: Any, text: str | None, panel: str | None
+    name: str,
+    hint: Any,
+    default: Any,
+    text: str | None,
+    panel: str | None = None,
+    least: float | None = None,
 ) -> Parameter:
     bare, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     info = copy(next((one for one in marks if isinstance(one, ParameterInfo)), typer.Option()))
     info.help = info.help or text
     info.rich_help_panel = info.rich_help_panel or panel
+    info.min = info.min if least is None else least
     hint = Annotated[bare, info]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 

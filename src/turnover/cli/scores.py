@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from turnover.cli.config import config_option
-from turnover.cli.options import Count, Objective, Positive, Rate, RunFolder
+from turnover.cli.options import Count, Objective, Positive, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.errors import InputError
@@ -20,14 +21,7 @@ from turnover.runs.targets import EXPLANATIONS
 from turnover.tasks import explain as explain_task
 from turnover.tasks import groups as groups_task
 from turnover.tasks import score as score_task
-from turnover.tasks.explain import (
-    GRAM_MEANS,
-    NOT_SIGNIFICANT,
-    TURNOVER_MEANS,
-    Explanation,
-    GramInfluential,
-    Influential,
-)
+from turnover.tasks.explain import Explanation, GramExplanation, Influential
 from turnover.tasks.memorize import memorization, write_memorization
 
 _METHOD = typer.Option(
@@ -46,9 +40,7 @@ _SITES = typer.Option(
         types={
             "method": Annotated[Literal["linear", "exact", "rerank", "auto"], _METHOD],
             "objective": Objective,
-            "ghosts": Annotated[int, typer.Option(min=10)],
             "sites": Annotated[list[str] | None, _SITES],
-            "seconds": Rate,
         },
     ),
     config=config_option(),
@@ -183,21 +175,18 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         for name, (exposed, hidden) in found.curves().items()
     }
     epochs = [f"epoch {epoch + 1}" for epoch in range(len(found.exposed))]
-    output.table(
-        ("mean loss, nats", "network", *epochs),
-        (
-            (name, side, *(f"{loss:.3f}" for loss in losses))
-            for name, sides in curves.items()
-            for side, losses in sides.items()
-        ),
-    )
+    losses = [
+        [name, side, *(f"{loss:.3f}" for loss in values)]
+        for name, sides in curves.items()
+        for side, values in sides.items()
+    ]
+    output.table(["mean loss, nats", "network", *epochs], losses)
     if rows:
+        columns = ("hidden - exposed", "label", "most memorized training row")
+        texts = [f"[{one['key']}] {one['text']}" for one in rows]
+        listed = zip(rows, texts, strict=True)
         output.table(
-            ("hidden - exposed", "label", "most memorized training row"),
-            (
-                (f"{one['by_heart']:+.3f}", one["label"], f"[{one['key']}] {one['text']}")
-                for one in rows
-            ),
+            columns, ([f"{one['by_heart']:+.3f}", one["label"], text] for one, text in listed)
         )
     output.say(f"all rows: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})
@@ -259,39 +248,29 @@ def _print_groups(output: Output, found: groups_task.Groups) -> None:
 
 def _print_explanations(output: Output, explanations: list[Explanation]) -> None:
     for one in explanations:
+        said = f"{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})"
         output.table(
             ("", "label", "nats", "z", "q", "training instance"),
-            (
-                (*_beginning(side, item), f"{item.z:+.1f}", _q(item), f"[{item.key}] {item.text}")
-                for side, items in (("helpful", one.helpful), ("harmful", one.harmful))
-                for item in items
-            ),
-            title=f"{one.text}\n{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})",
+            _rows(one, lambda item: (f"{item.z:+.1f}", _q(item))),
+            title=f"{one.text}\n{said}",
         )
         if one.gram is not None:
             output.table(
                 ("gram", "label", "nats", "standard error", "training instance"),
-                (
-                    (
-                        *_beginning(side, item),
-                        f"{item.standard_error:.3f}",
-                        f"[{item.key}] {item.text}",
-                    )
-                    for side, items in (
-                        ("helpful", one.gram.helpful),
-                        ("harmful", one.gram.harmful),
-                    )
-                    for item in items
-                ),
+                _rows(one.gram, lambda item: (f"{item.standard_error:.3f}",)),
             )
     if any(one.gram for one in explanations):
-        for meaning in (TURNOVER_MEANS, GRAM_MEANS):
-            output.say(meaning, highlight=False)
+        output.say(f"{explain_task.TURNOVER_MEANS}\n{explain_task.GRAM_MEANS}", highlight=False)
 
 
-def _beginning(side: str, item: Influential | GramInfluential) -> tuple[str, str, str]:
-    return side, item.label, f"{item.score:+.3f}"
+def _rows(
+    sides: Explanation | GramExplanation, figures: Callable[[Any], Iterable[str]]
+) -> Iterator[list[str]]:
+    for side, items in (("helpful", sides.helpful), ("harmful", sides.harmful)):
+        for one in items:
+            text = f"[{one.key}] {one.text}"
+            yield [side, one.label, f"{one.score:+.3f}", *figures(one), text]
 
 
 def _q(item: Influential) -> str:
-    return f"{item.q:.2g}" if item.significant else f"{item.q:.2f} {NOT_SIGNIFICANT}"
+    return f"{item.q:.2g}" if item.significant else f"{item.q:.2f} {explain_task.NOT_SIGNIFICANT}"

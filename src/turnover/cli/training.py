@@ -30,7 +30,7 @@ from turnover.errors import InputError
 from turnover.models.base import Config
 from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
 from turnover.models.pipeline import config_class
-from turnover.models.text_classifier import ClassifierConfig
+from turnover.models.text import ClassifierConfig
 from turnover.runs.run import check_new_run
 from turnover.runs.run import data_digest as digest_of
 from turnover.tasks import fit as fit_task
@@ -40,9 +40,7 @@ from turnover.tasks.fit import FitConfig
 from turnover.tasks.training import TrainingConfig
 
 _OF_TEXTS = tuple(one.name for one in fields(Source) if one.name != "image_column")
-_EPOCHS = typer.Option(
-    min=1, help="Passes over the training data; default: 3 for texts, 10 for images."
-)
+_EPOCHS = typer.Option(help="Passes over the training data; default: 3 for texts, 10 for images.")
 _SITES = typer.Option(
     help="Masked module, pattern or preset (lora, head, mlp, channels; repeatable); default: everything "
     "that is trained.",
@@ -64,16 +62,7 @@ def _digest_of_file(ctx: typer.Context, data_digest: str | None) -> str | None:
 @command(
     Fields(Source, DATA),
     TEXT_MODEL,
-    Fields(
-        ImageClassifierConfig,
-        IMAGES,
-        types={
-            "size": Annotated[int, typer.Option(min=32)],
-            "width": Positive,
-            "hidden": Positive,
-            "weights": Path | None,
-        },
-    ),
+    Fields(ImageClassifierConfig, IMAGES, types={"weights": Path | None}),
     replace(TRAIN, types={**TRAIN.types, "epochs": Annotated[int | None, _EPOCHS]}),
     MASKS,
     Fields(
@@ -141,7 +130,7 @@ def fit(
     Fields(Source, DATA, _OF_TEXTS),
     TRAIN,
     MASKS,
-    config=config_option(passing_over=fit),
+    config=config_option(ignoring=fit),
 )
 def plan(
     data: Annotated[str, typer.Argument()],

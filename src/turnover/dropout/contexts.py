@@ -54,6 +54,8 @@ class Binding:
     last_node: int | None = None
     thread: weakref.ref[Any] | None = None
     """The thread that opened it."""
+    outer: tuple[Binding | None, tuple[str, ...]] = (None, ())
+    """The binding and the training families that were current before it."""
 
     @property
     def by_row(self) -> bool:
@@ -75,35 +77,26 @@ class Binding:
         return runs[-1]
 
 
-class _Thread:
+class _ThreadKey:
     """Identifies a running thread; thread numbers are used again."""
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """State of this thread, over all networks."""
 
     def __init__(self) -> None:
-        self._thread = _Thread()
+        self._thread = _ThreadKey()
         self.thread = weakref.ref(self._thread)
         self.training: tuple[str, ...] = ()
         """Families of the networks that are bound to the ids of a training batch."""
 
 
-_HERE = _Here()
+_THIS_THREAD = _ThreadState()
 
 
 class _Current(threading.local):
     def __init__(self) -> None:
         self.binding: Binding | None = None
-
-
-@dataclass
-class _Opened:
-    """An open binding, and what its thread had open before."""
-
-    binding: Binding
-    before: Binding | None
-    training: tuple[str, ...]
 
 
 class Contexts:
@@ -120,33 +113,31 @@ class Contexts:
         self.open: list[Binding] = []
         """Of all threads."""
         self.past: deque[Binding] = deque(maxlen=_REMEMBERED_BINDINGS)
-        self._holder: weakref.ref[_Thread] | None = None
+        self._holder: weakref.ref[_ThreadKey] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.family,)
 
-    def enter(self, binding: Binding, *, training: bool) -> _Opened:
+    def enter(self, binding: Binding, *, training: bool) -> None:
         """Open a binding in this thread."""
-        binding.thread, binding.first_node = _HERE.thread, next_node()
-        opened = _Opened(binding, self.current.binding, _HERE.training)
-        others = tuple(family for family in _HERE.training if family != self.family)
+        binding.thread, binding.first_node = _THIS_THREAD.thread, next_node()
+        binding.outer = self.current.binding, _THIS_THREAD.training
+        others = tuple(family for family in _THIS_THREAD.training if family != self.family)
         bound = training and binding.ids is not None
-        _HERE.training = (*others, self.family) if bound else others
+        _THIS_THREAD.training = (*others, self.family) if bound else others
         self.used = True
         self.open.append(binding)
         self.current.binding = binding
-        return opened
 
-    def leave(self, opened: _Opened) -> None:
+    def leave(self, binding: Binding) -> None:
         """Close a binding and restore the one before."""
-        binding = opened.binding
         self.open.remove(binding)
-        if binding.thread is not _HERE.thread:
+        if binding.thread is not _THIS_THREAD.thread:
             raise BindingError(
                 "a context of a network was entered in one thread and left in another, and stays open in "
                 "the first: enter and leave it in the thread that runs the model"
             )
-        self.current.binding, _HERE.training = opened.before, opened.training
+        (self.current.binding, _THIS_THREAD.training), binding.outer = binding.outer, (None, ())
         binding.last_node = next_node()
         # Probes are as large as a batch of masks, and their backward runs within the context.
         if binding.probes is None and binding.last_node > binding.first_node:
@@ -155,27 +146,23 @@ class Contexts:
 
     def original_is_bound(self) -> bool:
         """Whether this thread has ids of a training batch bound to the original of this copy."""
-        return self.family in _HERE.training and self.current.binding is None
+        return self.family in _THIS_THREAD.training and self.current.binding is None
 
     def is_held_elsewhere(self) -> bool:
         """Whether another thread has the network to itself."""
-        return self._holder is not None and self._holder is not _HERE.thread
+        return self._holder is not None and self._holder is not _THIS_THREAD.thread
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Refuse runs of the network in other threads."""
-        self._holder = _HERE.thread
+        self._holder = _THIS_THREAD.thread
         try:
             yield
         finally:
             self._holder = None
 
     def of_replica(self, site: str) -> Binding:
-        """The binding for a replica of ``nn.DataParallel``, which runs some rows in a thread of its own.
-
-        Raises:
-            BindingError: the masks depend on the rows, which are unknown.
-        """
+        """The binding for a replica of ``nn.DataParallel``, which runs unknown rows in its own thread."""
         bindings = list(self.open)
         if len(bindings) > 1 or bindings[0].by_row:
             raise BindingError(
@@ -189,9 +176,6 @@ class Contexts:
 
         The context has usually ended by then, and several forwards may share one backward. Autograd
         numbers its nodes in order of creation, so the number of the running node identifies the context.
-
-        Raises:
-            BindingError: the binding is unknown, in training.
         """
         candidates = [*self.past, *self.open]
         if candidates and not torch.is_grad_enabled():
@@ -216,7 +200,7 @@ class Context:
         self._contexts = contexts
         self._binding = binding
         self._model = model
-        self._opened: list[_Opened] = []
+        self._opened: list[Binding] = []
 
     def __enter__(self) -> None:
         model = self._model
@@ -227,10 +211,13 @@ class Context:
             )
         # Each entry has its own range of autograd nodes.
         binding = replace(self._binding, masks=dict(self._binding.masks), last_node=None)
-        self._opened.append(self._contexts.enter(binding, training=model.training))
+        self._contexts.enter(binding, training=model.training)
+        self._opened.append(binding)
 
     def __exit__(self, *exception: object) -> None:
-        mine = [i for i, one in enumerate(self._opened) if one.binding.thread is _HERE.thread]
+        mine = [
+            i for i, binding in enumerate(self._opened) if binding.thread is _THIS_THREAD.thread
+        ]
         self._contexts.leave(self._opened.pop(mine[-1] if mine else -1))
 
 
@@ -239,14 +226,11 @@ def _made_in(candidates: Sequence[Binding]) -> Binding | None:
 
     Numbers of nodes begin at 0 in each thread. ``backward()`` runs in the thread that calls it, and on
     other devices than the CPU in autograd's own threads.
-
-    Raises:
-        BindingError: the node may belong to either of two threads.
     """
     number = running_node()
     if number is None:
         return None
-    mine = [binding for binding in candidates if binding.thread is _HERE.thread]
+    mine = [binding for binding in candidates if binding.thread is _THIS_THREAD.thread]
     found = [
         binding
         for binding in sorted(mine or candidates, key=lambda b: b.first_node, reverse=True)

@@ -74,7 +74,7 @@ class WideHead(nn.Module):
         nn.init.normal_(self.spread.weight, std=std, generator=generator)
         nn.init.zeros_(self.spread.bias)
 
-    def standardise(self, features: Tensor) -> None:
+    def standardize(self, features: Tensor) -> None:
         """Set the center and the scale of the input, once, before training.
 
         Features that all instances have in common hide their differences. The constants are buffers:
@@ -90,7 +90,7 @@ class WideHead(nn.Module):
         """
         if features.dim() != 2 or len(features) < 2 or features.shape[1] != len(self.centre):
             raise InputError(
-                f"WideHead.standardise needs features (rows >= 2, {len(self.centre)}), got "
+                f"WideHead.standardize needs features (rows >= 2, {len(self.centre)}), got "
                 f"{tuple(features.shape)}"
             )
         sample = features.detach().to(self.centre.dtype)
@@ -101,6 +101,6 @@ class WideHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (rows, classes) of features (rows, features)."""
-        standardised = (features - self.centre) * self.scale
-        logits: Tensor = self.classify(self.activation(self.spread(standardised)))
+        standardized = (features - self.centre) * self.scale
+        logits: Tensor = self.classify(self.activation(self.spread(standardized)))
         return logits

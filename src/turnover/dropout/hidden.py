@@ -95,12 +95,8 @@ def hidden_predictions(
     ordered = False
     with evaluating(network.model):
         calibration = None if held_out is None else _calibrated(network, held_out, adapter)
-        shown = tqdm(
-            iter(train_batches),
-            desc="hidden predictions",
-            total=length_of(train_batches),
-            disable=not progress,
-        )
+        total = length_of(train_batches)
+        shown = tqdm(iter(train_batches), "hidden predictions", total, disable=not progress)
         for given in shown:
             batch = adapter(given)
             if batch.ids is None:

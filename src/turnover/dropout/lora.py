@@ -40,11 +40,7 @@ def layer_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module | N
 
 
 def check(site: str, layer: nn.Module | None, adapter: str) -> None:
-    """Refuse a site of an active adapter that does not run once on each row, or whose weights are merged.
-
-    Raises:
-        InputError: the message names the kind of adapter.
-    """
+    """Refuse a site of an active adapter that does not run once on each row, or whose weights are merged."""
     if layer is None:
         return
     if adapter in getattr(layer, "active_adapters", [adapter]):

@@ -65,11 +65,7 @@ class Masking:
         self._handles.clear()
 
     def select(self, patterns: Sequence[str]) -> list[str]:
-        """Names of the sites that equal or match (as globs) one of the patterns.
-
-        Raises:
-            InputError: a pattern that matches no site; the closest are listed.
-        """
+        """Names of the sites that equal or match (as globs) one of the patterns."""
         names = list(self.sites)
         found: set[str] = set()
         for pattern in patterns:
@@ -153,11 +149,7 @@ class Masking:
         return binding
 
     def open(self, binding: Binding) -> Context:
-        """Context in which the sites follow a binding, in the thread that enters it.
-
-        Raises:
-            InputError: merged LoRA weights at a site.
-        """
+        """Context in which the sites follow a binding, in the thread that enters it."""
         if binding.ids is not None or binding.probes is not None:
             for name, site in self.sites.items():
                 if binding.covers(name):
@@ -333,8 +325,6 @@ class Masking:
         keep = self.spec.keep
         if not isinstance(binding.hidden, Tensor):
             return 1 / (1 - keep) if binding.hidden else 1 / keep
-        if keep == 0.5:
-            return 2.0
         hidden, exposed = output.new_tensor(1 / (1 - keep)), output.new_tensor(1 / keep)
         return torch.where(binding.hidden.to(output.device)[:, None], hidden, exposed)
 

@@ -173,10 +173,12 @@ class MaskSpec:
                 f"mask spec fields must be keep, seed and balanced, got {sorted(map(str, rest))}"
             )
         keep, seed, balanced = rest["keep"], rest["seed"], rest["balanced"]
-        if not isinstance(keep, int | float) or not isinstance(seed, int):
-            raise InputError(f"mask spec: keep and seed must be numbers, got {keep!r} and {seed!r}")
-        if not isinstance(balanced, bool):
-            raise InputError(f"mask spec: balanced must be true or false, got {balanced!r}")
+        if not (
+            isinstance(keep, int | float) and isinstance(seed, int) and isinstance(balanced, bool)
+        ):
+            raise InputError(
+                f"mask spec: keep and seed must be numbers, and balanced true or false, got {rest}"
+            )
         return cls(float(keep), seed, balanced)
 
 
@@ -233,25 +235,20 @@ def _make_table(bits: int, *, paired: bool) -> Tensor:
 
 # Not at the first use, which may be in inference mode or under a tracer's fake tensors.
 with torch.inference_mode(False):
-    _TABLE = _make_table(8, paired=False)
-    _PAIRED_TABLE = _make_table(4, paired=True)
+    _TABLES = {False: _make_table(8, paired=False), True: _make_table(4, paired=True)}
 
 
 @lru_cache(maxsize=16)
 def _table_on(device: torch.device, paired: bool) -> Tensor:
     with torch.inference_mode(False):
-        return (_PAIRED_TABLE if paired else _TABLE).to(device)
-
-
-def _table(device: torch.device, *, paired: bool) -> Tensor:
-    if device.type == "cpu":
-        return _PAIRED_TABLE if paired else _TABLE
-    return _table_on(device, paired)
+        return _TABLES[paired].to(device)
 
 
 def _expand(words: Tensor, *, paired: bool) -> Tensor:
     """Bits as booleans (rows, 64 * words), or as pairs of a bit and its complement (rows, 128 * words)."""
-    table, bits = _table(words.device, paired=paired), 4 if paired else 8
+    on_cpu = words.device.type == "cpu"
+    table = _TABLES[paired] if on_cpu else _table_on(words.device, paired)
+    bits = 4 if paired else 8
     shifts = torch.arange(0, 64, bits, device=words.device, dtype=torch.int64)
     keys = (words[:, :, None] >> shifts) & (2**bits - 1)  # (rows, words, 64 / bits)
     return table.index_select(0, keys.flatten()).view(keys.shape).flatten(1).view(torch.bool)

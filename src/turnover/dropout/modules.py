@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,15 +41,10 @@ def exclusive(*models: nn.Module) -> Iterator[None]:
     modules = {module for model in models for module in model.modules()}
     with _guard:
         locks = [_locks.setdefault(one, threading.RLock()) for one in sorted(modules, key=id)]
-    held = []
-    try:
+    with ExitStack() as held:
         for lock in locks:
-            lock.acquire()
-            held.append(lock)
+            held.enter_context(lock)
         yield
-    finally:
-        for lock in reversed(held):
-            lock.release()
 
 
 @contextmanager

@@ -203,13 +203,8 @@ class Network:
         return {
             "spec": self.spec.to_dict(),
             "sites": [
-                {
-                    "name": site.name,
-                    "axis": site.axis,
-                    "unit_size": site.unit_size,
-                    "units": units[site.name],
-                }
-                for site in self.masking.sites.values()
+                {"name": name, "axis": s.axis, "unit_size": s.unit_size, "units": units[name]}
+                for name, s in self.masking.sites.items()
             ],
             "fingerprint": self.fingerprint(),
         }

@@ -7,8 +7,9 @@ shows it: the inputs of such a layer are not reversed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,12 +78,7 @@ def reversed_rows(batch: Batch) -> Batch:
 def out_of_order(
     forward: Mapping[str, Sequence[Tensor]], backward: Mapping[str, Sequence[Tensor]]
 ) -> list[str]:
-    """Names whose tensors in a reversed batch are not their tensors in the batch, reversed.
-
-    Args:
-        forward: tensors of a layer's calls, by name.
-        backward: the same in the reversed batch.
-    """
+    """Names of layers whose tensors in a reversed batch are not their tensors in the batch, reversed."""
     names = dict.fromkeys([*forward, *backward])
     return [n for n in names if not _are_reversed(forward.get(n, ()), backward.get(n, ()))]
 
@@ -100,10 +96,15 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     share = _TOLERANCE if one.dtype in (torch.float32, torch.float64) else _COARSE_TOLERANCE
     one, other = one.float(), other.float()
+    largest = float(torch.where(one.isfinite(), one.abs(), 0.0).max()) if one.numel() else 0.0
+    return largest_difference(one, other) <= share * largest
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """The largest absolute difference; NaN differs from all numbers by infinity, and from NaN by 0."""
     same = (one == other) | (one.isnan() & other.isnan())
     difference = torch.where(same, 0.0, (one - other).abs())
-    largest = torch.where(one.isfinite(), one.abs(), 0.0).max() if one.numel() else 0.0
-    return bool((difference <= share * largest).all())
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
 def _is_moved(network: Network, batch: Batch, site: str, seen: Mapping[str, list[Tensor]]) -> bool:
@@ -119,25 +120,16 @@ def _is_moved(network: Network, batch: Batch, site: str, seen: Mapping[str, list
 def _site_outputs(network: Network, batch: Batch) -> dict[str, list[Tensor]]:
     """Outputs of the sites in the mean network that have as many rows as the batch."""
     found: dict[str, list[Tensor]] = {}
-    with network.mean(), _recording(network, len(batch), found):
+    rows = len(batch)
+
+    def record(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor) and first.dim() and len(first) == rows:
+            found.setdefault(name, []).append(first.detach().clone())
+
+    with network.mean(), ExitStack() as hooks:
+        for name, site in network.masking.sites.items():
+            hook = in_this_thread(partial(record, name))
+            hooks.enter_context(site.module.register_forward_hook(hook))
         batch.call(uncompiled(network.model))
     return found
-
-
-@contextmanager
-def _recording(network: Network, rows: int, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    def recorder(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple | list) and output else output
-            if isinstance(first, Tensor) and first.dim() and len(first) == rows:
-                found.setdefault(name, []).append(first.detach().clone())
-
-        return in_this_thread(hook)
-
-    sites = network.masking.sites
-    handles = [s.module.register_forward_hook(recorder(name)) for name, s in sites.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

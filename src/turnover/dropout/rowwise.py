@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from turnover.batches import Batch, check_not_packed, named, tensors
 from turnover.dropout.modules import device_of, trial, uncompiled
+from turnover.dropout.row_order import largest_difference
 from turnover.errors import InputError
 from turnover.objectives import Objective, costs, logits_of
 
@@ -57,12 +58,12 @@ class _Outcome:
 
     def distance(self, found: _Outcome) -> float:
         """The largest difference of costs, and of logits of the same shape, relative to their scales."""
-        distance = _largest_difference(found.costs, self.costs) / self.scale
+        distance = largest_difference(found.costs, self.costs) / self.scale
         one, other = found.logits, self.logits
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
             return distance
         # The costs alone of a saturated objective would agree whatever the logits are.
-        return max(distance, _largest_difference(one, other) / self.logit_scale)
+        return max(distance, largest_difference(one, other) / self.logit_scale)
 
 
 class RowCheck:
@@ -223,12 +224,6 @@ def _logits(outputs: Any, rows: int) -> Tensor | None:
     except InputError:
         return None
     return found.float() if found.dim() and len(found) == rows else None
-
-
-def _largest_difference(found: Tensor, wanted: Tensor) -> float:
-    same = (found == wanted) | (found.isnan() & wanted.isnan())
-    difference = torch.where(same, 0.0, (found - wanted).abs())
-    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
 def _largest(values: Tensor) -> float:

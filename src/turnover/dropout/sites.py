@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -68,11 +68,7 @@ class ResolvedSite:
     """The module, this one or one around it, that has ``batch_first=False``."""
 
     def check_runs(self) -> None:
-        """Refuse LoRA that does not run the module once on each row of the batch.
-
-        Raises:
-            InputError: the weights are merged into the base layer, or an unsupported kind of adapter.
-        """
+        """Refuse LoRA that does not run the module once on each row of the batch."""
         lora.check(self.name, self.lora_layer, self.adapter)
 
 
@@ -104,43 +100,38 @@ def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[Reso
         if canonical_name(name) and not _is_spare(name, everything)
     }
     roots = {name: module for name, module in everything.items() if not canonical_name(name)}
-    order = {name: index for index, name in enumerate(modules)}
     found: dict[str, Site] = {}
     for request in requests:
-        for name, site in _match(request, modules, roots):
-            if found.setdefault(name, site) != site:
-                raise InputError(
-                    f"site {canonical_name(name)!r} is requested twice, with different settings"
-                )
+        site = request if isinstance(request, Site) else Site("")
+        for name in _match(request, modules, roots):
+            named = replace(site, name=canonical_name(name))
+            if found.setdefault(name, named) != named:
+                raise InputError(f"site {named.name!r} is requested twice, with different settings")
     predecessors = _predecessors(modules)
     resolved: dict[str, ResolvedSite] = {}
-    for name in sorted(found, key=order.__getitem__):
-        site, module = found[name], modules[name]
+    for name, module in modules.items():
+        if name not in found:
+            continue
+        site = found[name]
         source = module if _width(module) is not None else predecessors.get(name, module)
-        axis = site.axis if site.axis is not None else (1 if _is_channelled(source) else -1)
+        axis = site.axis if site.axis is not None else (1 if _has_channels(source) else -1)
         width = _width(source) if site.axis is None and _is_certain(name, everything) else None
-        canonical = canonical_name(name)
-        if canonical in resolved:
-            raise InputError(f"two modules have the canonical name {canonical!r}; rename one")
+        if site.name in resolved:
+            raise InputError(f"two modules have the canonical name {site.name!r}; rename one")
         units = None if width is None or width % site.unit_size else width // site.unit_size
         layer, adapter = lora.layer_of(name, everything)
         sequence_first = _sequence_first(name, everything)
-        resolved[canonical] = ResolvedSite(
-            canonical, module, axis, site.unit_size, units, layer, adapter, sequence_first
+        resolved[site.name] = ResolvedSite(
+            site.name, module, axis, site.unit_size, units, layer, adapter, sequence_first
         )
-        resolved[canonical].check_runs()
+        resolved[site.name].check_runs()
     return list(resolved.values())
 
 
 def _match(
     request: SiteLike, modules: dict[str, nn.Module], roots: dict[str, nn.Module]
-) -> list[tuple[str, Site]]:
-    """Names and sites of a request.
-
-    Args:
-        modules: candidates.
-        roots: the model itself, by the names of its wrappers; presets may look for it.
-    """
+) -> list[str]:
+    """Names of the modules that a request matches; presets also see the model itself (``roots``)."""
     if isinstance(request, type):
         names = [name for name, module in modules.items() if isinstance(module, request)]
         if not names:
@@ -148,7 +139,7 @@ def _match(
             raise InputError(
                 f"no module of type {request.__name__} in the model; it has {', '.join(kinds)}"
             )
-        return [(name, Site(canonical_name(name))) for name in names]
+        return names
     if isinstance(request, str) and request in PRESETS:
         names = [name for name in PRESETS[request]({**roots, **modules}) if name in modules]
         if not names:
@@ -157,22 +148,21 @@ def _match(
                 f"{lora.missing_ranks(modules) if request == 'lora' else ''} "
                 f"Name modules instead (as in model.named_modules())."
             )
-        return [(name, Site(canonical_name(name))) for name in names]
-    site = Site(request) if isinstance(request, str) else request
+        return names
+    wanted = request if isinstance(request, str) else request.name
+    known = {name: canonical_name(name) for name in modules}
     names = [
         name
-        for name in modules
-        if site.name in (name, canonical_name(name))
-        or fnmatch.fnmatchcase(canonical_name(name), site.name)
+        for name, canonical in known.items()
+        if wanted in (name, canonical) or fnmatch.fnmatchcase(canonical, wanted)
     ]
     if not names:
-        known = [canonical_name(name) for name in modules]
-        close = difflib.get_close_matches(site.name, [*known, *PRESETS], n=5, cutoff=0.3)
+        close = difflib.get_close_matches(wanted, [*known.values(), *PRESETS], n=5, cutoff=0.3)
         raise InputError(
-            f"unknown site {site.name!r}: no module or preset has that name or matches it. "
-            f"Closest: {', '.join(close) if close else ', '.join(known[:10])}"
+            f"unknown site {wanted!r}: no module or preset has that name or matches it. "
+            f"Closest: {', '.join(close or list(known.values())[:10])}"
         )
-    return [(name, Site(canonical_name(name), site.axis, site.unit_size)) for name in names]
+    return names
 
 
 def _is_spare(name: str, modules: dict[str, nn.Module]) -> bool:
@@ -208,7 +198,7 @@ def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
     return elementwise and isinstance(parent, nn.Sequential | WideHead)
 
 
-def _is_channelled(module: nn.Module) -> bool:
+def _has_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
 
 
@@ -265,13 +255,9 @@ def _head(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _mlp(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a linear layer."""
-    before = _predecessors(modules)
-    return [
-        name
-        for name, module in modules.items()
-        if _is_activation(module)
-        and (isinstance(before.get(name), nn.Linear) or type(before.get(name)).__name__ == "Conv1D")
-    ]
+    return _activations_after(
+        modules, lambda layer: isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    )
 
 
 def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
@@ -285,11 +271,15 @@ def _lora(modules: dict[str, nn.Module]) -> Iterable[str]:
 
 def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
     """activation modules that follow a convolution or its batch norm."""
+    return _activations_after(modules, _has_channels)
+
+
+def _activations_after(
+    modules: dict[str, nn.Module], accepts: Callable[[nn.Module], bool]
+) -> list[str]:
     before = _predecessors(modules)
     return [
-        name
-        for name, module in modules.items()
-        if _is_activation(module) and name in before and _is_channelled(before[name])
+        n for n, m in modules.items() if _is_activation(m) and n in before and accepts(before[n])
     ]
 
 

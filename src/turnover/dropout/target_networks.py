@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from turnover.dropout.modules import is_sharded
 from turnover.dropout.sites import canonical_name
 from turnover.errors import InputError
 
-_SLOW = frozenset({"target", "targ", "tgt", "ema", "teacher", "momentum", "old"})
-_ONLINE = frozenset({"online", "student", "live", "local", "current", "main", "policy"})
-_FILLING = frozenset({"net", "network", "model", "module", "q"})
+_TARGET_WORDS = frozenset({"target", "targ", "tgt", "ema", "teacher", "momentum", "old"})
+_ONLINE_WORDS = frozenset({"online", "student", "live", "local", "current", "main", "policy"})
+_GENERIC_WORDS = frozenset({"net", "network", "model", "module", "q"})
 
 
 def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
@@ -22,22 +23,21 @@ def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
 
     Pairs are recognized by names (``critic`` and ``critic_target``, ``online`` and ``target``), structure
     and equal weights, so that twin critics and copied layers pass.
-
-    Args:
-        model: the model.
-        sites: the modules to mask.
-
-    Raises:
-        InputError: the message names both.
     """
     masked = set(sites)
-    for parent, holder in model.named_modules():
-        children = {name: child for name, child in holder.named_children() if name}
-        for online, slow in _pairs(list(children)):
-            first, second = _masked(children[online], masked), _masked(children[slow], masked)
-            if first & second and _are_equal(children[online], children[slow]):
+    for path, parent in model.named_modules():
+        children = {name: child for name, child in parent.named_children() if name}
+        targets = [name for name in children if not _TARGET_WORDS.isdisjoint(_words(name))]
+        for target, online in product(targets, children):
+            if not _is_target(target, online):
+                continue
+            first, second = (
+                {name for name, module in children[one].named_modules() if module in masked}
+                for one in (online, target)
+            )
+            if first & second and _are_equal(children[online], children[target]):
                 one, other = (
-                    canonical_name(f"{parent}.{name}".strip(".")) for name in (online, slow)
+                    canonical_name(f"{path}.{name}".strip(".")) for name in (online, target)
                 )
                 raise InputError(
                     f"the model holds {one!r} and its target {other!r}, in which an instance would have "
@@ -47,39 +47,26 @@ def check_targets(model: nn.Module, sites: Sequence[nn.Module]) -> None:
                 )
 
 
-def _pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names of a network and of its target."""
-    for slow in names:
-        words = _words(slow)
-        rest = [word for word in words if word not in _SLOW]
-        if len(rest) == len(words):
-            continue
-        for online in names:
-            others = _words(online)
-            if _SLOW.isdisjoint(others) and _are_counterparts(rest, others):
-                yield online, slow
-
-
-def _are_counterparts(rest: list[str], online: list[str]) -> bool:
-    """Whether a target's name, without the word for target, is the name of the online network."""
-    if rest == online:
+def _is_target(name: str, online: str) -> bool:
+    """Whether a name with a word for target belongs to the target of an online network."""
+    rest = [word for word in _words(name) if word not in _TARGET_WORDS]
+    online_words = _words(online)
+    if not _TARGET_WORDS.isdisjoint(online_words):
+        return False
+    if rest == online_words:
         return True
-    plain = [word for word in online if word not in _ONLINE]
-    if len(plain) < len(online) and _core(plain) == _core(rest):
+    plain = [word for word in online_words if word not in _ONLINE_WORDS]
+    if len(plain) < len(online_words) and _specific(plain) == _specific(rest):
         return True
-    return not _core(rest) and not _core(online)
+    return not _specific(rest) and not _specific(online_words)
 
 
-def _core(words: list[str]) -> list[str]:
-    return [word for word in words if word not in _FILLING]
+def _specific(words: list[str]) -> list[str]:
+    return [word for word in words if word not in _GENERIC_WORDS]
 
 
 def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
-
-
-def _masked(network: nn.Module, sites: set[nn.Module]) -> set[str]:
-    return {name for name, module in network.named_modules() if module in sites}
 
 
 def _are_equal(one: nn.Module, other: nn.Module) -> bool:

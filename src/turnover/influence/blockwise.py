@@ -1,70 +1,54 @@
-"""Going through targets and ids in blocks, by any method."""
+"""Go through targets and ids in blocks, by any estimator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.ids import ghost_ids
-from turnover.influence.engine import Engine, MeanTarget, Score, Scores, TargetBlock, to_numpy
-from turnover.influence.rerank import EXACT_GHOSTS, put_on_scale, rerank
-from turnover.influence.sinks import Sink
+from turnover.influence.engine import MeanTarget, TargetBlock, to_numpy
+from turnover.influence.protocol import Estimator
+from turnover.influence.sinks import Region, Sink
 from turnover.influence.topk import Extremes, Found, merged
 
-_GRADIENT_BYTES = 2**28
-_SCORE_BYTES = 2**25
-"""Bytes of derivatives and of scores that a block of targets takes."""
-_MOST_TARGETS = 1024
-_EXACT_BLOCK = (16, 1024)
-"""Targets and ids between two saves of exact scores: minutes of a small BERT."""
-_RERANKED = 32
 _SCANNED, _MOST_PARTS = 16, 32
-"""Blocks of ids looked through at once for their extremes, and parts of which extremes are held, at most."""
-_RECALLED = 10
+"""Blocks of ids scanned at once for their extremes, and parts whose extremes are held, at most."""
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How targets and ids are gone through.
+class Traversal:
+    """Scores blocks of targets on blocks of ids, and puts the scores into a sink.
 
     Attributes:
-        engines: one for each network.
-        method: estimator.
-        ghosts: ghosts of the noise floor.
-        candidates: ids on each side that are reranked.
-        top: keep only so many ids on each side of each target; ``None``: all.
+        estimator: scores a block.
+        top: ids to keep on each side of each target; ``None``: all.
     """
 
-    engines: Sequence[Engine]
-    method: str
-    ghosts: int
-    candidates: int
+    estimator: Estimator
     top: int | None = None
 
     def over(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
-        """Score all targets, block by block; returns how many there were."""
+        """Score all targets, block by block; returns their number."""
         columns = self.grid(len(ids))[1]
         count = 0
         for rows, batches in self.announced(targets, ids, sink):
-            self.fill(TargetBlock(self.engines, batches), rows, ids, sink, columns)
-            count += sum(map(len, batches))
+            block = TargetBlock(self.estimator.engines, batches)
+            self.fill(Region(block, rows, ids, columns, sink))
+            count = rows.stop
         return count
 
     def announce(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
-        """Tell the sink of all targets, and score none; returns how many there were."""
+        """Announce all targets to the sink without scoring them; returns their number."""
         return sum(len(batch) for _, some in self.announced(targets, ids, sink) for batch in some)
 
     def announced(
         self, targets: Iterable[Batch], ids: Tensor, sink: Sink
     ) -> Iterator[tuple[slice, list[Batch]]]:
-        """The blocks of targets, of which the sink has been told: their numbers and they themselves."""
+        """Blocks of targets and their numbers, once the sink knows of them."""
         start = 0
         for batches in _regrouped(targets, self.grid(len(ids))[0]):
             sink.begin(start, batches)
@@ -74,34 +58,18 @@ class Walk:
 
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
         """Score the mean objective of all targets."""
-        block, columns = MeanTarget(self.engines, targets), self.columns(1, len(ids))
-        self.fill(block, slice(0, 1), ids, sink, columns)
-
-    def rows(self, targets: int | None = None) -> int:
-        """Targets in one block."""
-        if self.method == "exact":
-            return _EXACT_BLOCK[0]
-        if self.method == "rerank":
-            return _RERANKED  # the exact part of a block is what takes the time
-        units = sum(engine.units for engine in self.engines)
-        most = min(_MOST_TARGETS, max(32, _GRADIENT_BYTES // (4 * units) // 32 * 32))
-        return most if targets is None else min(most, targets)
-
-    def columns(self, rows: int, ids: int) -> int:
-        """Ids in one block of so many targets."""
-        if self.method == "exact":
-            return _EXACT_BLOCK[1]
-        size = max(1024, _SCORE_BYTES // (4 * rows))
-        return int(min(2 ** (size.bit_length() - 1), 2 ** (max(ids, 1024) - 1).bit_length()))
+        block = MeanTarget(self.estimator.engines, targets)
+        columns = self.estimator.columns(1, len(ids))
+        self.fill(Region(block, slice(0, 1), ids, columns, sink))
 
     @property
     def scans(self) -> bool:
-        """Whether parts are not written, but :meth:`scan` gives what :meth:`settle` writes."""
-        return self.top is not None and self.method != "rerank"
+        """Whether :meth:`scan` finds the extremes of each part, and :meth:`settle` writes those of all."""
+        return self.top is not None and not self.estimator.ranks_first
 
     def parts(self, ids: int, columns: int) -> list[slice]:
         """Parts of the ids that can be scored apart, ghosts with the first."""
-        if self.method == "rerank":
+        if self.estimator.ranks_first:
             return [slice(0, ids)]
         size = columns
         if self.scans:
@@ -109,216 +77,83 @@ class Walk:
         return [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
 
     def grid(self, ids: int) -> tuple[int, int]:
-        """Targets and ids in one block; whoever repeats it repeats the bits."""
-        rows = self.rows()
-        return rows, self.columns(rows, ids)
+        """Block shape, targets and ids; fixes results bit for bit."""
+        rows = self.estimator.rows()
+        return rows, self.estimator.columns(rows, ids)
 
-    @property
-    def floor_ghosts(self) -> int:
-        """Ghosts that make the noise floor of a target."""
-        return min(EXACT_GHOSTS, self.ghosts) if self.method == "rerank" else self.ghosts
+    def work(self, ids: int) -> dict[str, int]:
+        """Work of each kind that a target takes of each network."""
+        return self.estimator.work(ids, first=True, top=self.top)
 
-    def pairs(self, ids: int, part: slice | None = None) -> int:
-        """Pairs that a target, or a part of it, takes of each network, by which progress is told."""
-        start, stop = (0, ids) if part is None else (part.start, part.stop)
-        scored: int = stop - start
-        if self.method == "rerank":
-            scored = min(2 * self.candidates, scored)
-        return scored + (0 if start else self.floor_ghosts)
+    def count(self, targets: int, part: slice) -> None:
+        """Report a part of the ids that another process scored for a block of targets."""
+        work = self.estimator.work(part.stop - part.start, first=not part.start, top=self.top)
+        self.estimator.advance(work, targets)
 
-    def work(self, ids: int, part: slice | None = None) -> dict[str, int]:
-        """What a target, or a part of it, takes of each network, by kind."""
-        pairs = self.pairs(ids, part)
-        first = part is None or not part.start
-        if self.method == "exact":
-            # Whose standard errors are wanted is known only when all are scored.
-            again = 2 * self.top if self.top and len(self.engines) > 1 and first else 0
-            return {"exact": pairs + min(again, ids)}
-        work = {"backward": int(first), "pair": pairs}
-        if self.method == "rerank":
-            work["pair"] = (2 if self.top is None else 1) * ids
-            work["exact"] = pairs
-        return work
-
-    def count(self, targets: int, ids: int, part: slice | None = None) -> None:
-        """Targets, or parts of them, are done elsewhere."""
-        for engine in self.engines:
-            for kind, each in self.work(ids, part).items():
-                engine.counts.advance(kind, targets * each)
-
-    def skip(self, targets: int, work: Mapping[str, int]) -> None:
-        """Work that was done before."""
-        for engine in self.engines:
-            for kind, each in work.items():
-                engine.counts.skip(kind, targets * each)
-
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        part: slice | None = None,
-    ) -> None:
-        """Put the scores of one block of targets where they belong: all, or one of :meth:`parts`."""
-        part = part or slice(0, len(ids))
+    def fill(self, region: Region, part: slice | None = None) -> None:
+        """Score a block of targets on all ids, or on one of :meth:`parts`."""
+        part = part or slice(0, len(region.ids))
         if self.scans:
-            self.settle(
-                block, rows, ids, sink, columns, [self.scan(block, rows, ids, sink, columns, part)]
-            )
+            self.settle(region, [self.scan(region, part)])
             return
-        self._forget()
-        if self.method == "rerank":
-            self._rerank(block, rows, ids, sink, columns)
+        self.estimator.forget()
+        if self.estimator.ranks_first:
+            self.estimator.fill(region, self.top)
             return
-        score = self._floor(block, rows, sink, part)
-        for start in range(part.start, part.stop, columns):
-            some = slice(start, min(start + columns, part.stop))
-            several = len(self.engines) > 1
-            if sink.has("standard_error" if several else "score", rows, some):
-                self.skip(rows.stop - rows.start, {self._kind: some.stop - some.start})
+        self._fill_ghosts(region, part)
+        last = "standard_error" if len(self.estimator.engines) > 1 else "score"
+        for start in range(part.start, part.stop, region.columns):
+            some = slice(start, min(start + region.columns, part.stop))
+            if region.has(last, some):
+                self._skip(region, some)
                 continue
-            _put(sink, rows, score(ids[some]), some)
+            scores = self.estimator.counted_scores(region.block, region.ids[some])
+            region.put("score", to_numpy(scores.mean), some)
+            if scores.standard_error is not None:
+                region.put("standard_error", to_numpy(scores.standard_error), some)
 
-    def scan(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        part: slice,
-    ) -> Found | None:
-        """The extremes of one of :meth:`parts`; ``None`` where the sink has those of all."""
-        self._forget()
-        score = self._floor(block, rows, sink, part)
-        if sink.has("train_id", rows):
-            self.skip(rows.stop - rows.start, {self._kind: part.stop - part.start})
+    def scan(self, region: Region, part: slice) -> Found | None:
+        """Find the extremes of one of :meth:`parts`; ``None`` where the sink has those of all."""
+        self.estimator.forget()
+        self._fill_ghosts(region, part)
+        if region.has("train_id"):
+            self._skip(region, part)
             return None
         assert self.top is not None
-        extremes = Extremes(rows.stop - rows.start, self.top)
-        for some in torch.split(ids[part], columns):
-            extremes.add(score(some).mean)
+        extremes = Extremes(region.targets, self.top)
+        for some in torch.split(region.ids[part], region.columns):
+            extremes.add(self.estimator.counted_scores(region.block, some).mean)
         positions, scores = extremes.result()
         return positions + part.start, scores
 
-    def settle(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        parts: Sequence[Found | None],
-    ) -> None:
-        """Put the extremes of all parts where they belong."""
+    def settle(self, region: Region, parts: Sequence[Found | None]) -> None:
+        """Put the extremes of all parts into the sink, unless it has them."""
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return
         assert self.top is not None
-        self._forget()
+        self.estimator.forget()
         positions, scores = merged(found, self.top)
-        if len(self.engines) > 1:
-            # Few of them are wanted, but which is known only now.
-            sink.put("standard_error", rows, self._errors(block, ids, positions, columns))
-        sink.put("score", rows, scores)
-        sink.put("train_id", rows, ids.numpy()[positions])
+        if len(self.estimator.engines) > 1:
+            errors = self.estimator.errors(region.block, region.ids, positions, region.columns)
+            region.put("standard_error", errors)
+        region.put("score", scores)
+        region.put("train_id", region.ids.numpy()[positions])
 
-    def _floor(self, block: TargetBlock, rows: slice, sink: Sink, part: slice) -> Score:
-        """What scores the block; its ghosts go to the sink with the first part."""
-        score: Score = block.exact if self.method == "exact" else partial(self._linear, block)
-        if part.start == 0 and not sink.has("ghost", rows):
-            sink.put("ghost", rows, to_numpy(score(ghost_ids(self.ghosts)).mean))
-        elif part.start == 0:
-            again = {self._kind: self.ghosts, "backward": int(self.method != "exact")}
-            self.skip(rows.stop - rows.start, again)
-        return score
-
-    @property
-    def _kind(self) -> str:
-        """Kind of work that a score is."""
-        return "exact" if self.method == "exact" else "pair"
-
-    def _forget(self) -> None:
-        for engine in self.engines:
-            engine.forget()
-
-    def _linear(self, block: TargetBlock, ids: Tensor) -> Scores:
-        scores = block.linear(ids)
-        for engine in self.engines:
-            engine.counts.advance("pair", scores.mean.numel())
-        return scores
-
-    def _errors(self, block: TargetBlock, ids: Tensor, positions: Any, columns: int) -> Any:
-        """Standard errors of the scores of the ids at some positions: float32, of their shape."""
-        errors = np.empty(positions.shape, dtype=np.float32)
-        if self.method == "exact":
-            for index, target in enumerate(block.targets()):
-                errors[index] = _error(target.exact(ids[torch.from_numpy(positions[index])]))[0]
-            return errors
-        wanted = np.unique(positions)
-        for start in range(0, len(wanted), columns):
-            some = wanted[start : start + columns]
-            error = _error(block.linear(ids[torch.from_numpy(some)]))
-            row, rank = np.nonzero((positions >= some[0]) & (positions <= some[-1]))
-            errors[row, rank] = error[row, np.searchsorted(some, positions[row, rank])]
-        return errors
-
-    def _rerank(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-    ) -> None:
-        if sink.has("recall", rows):
-            self.skip(rows.stop - rows.start, self.work(len(ids)))
+    def _fill_ghosts(self, region: Region, part: slice) -> None:
+        if part.start:
             return
-        count = rows.stop - rows.start
-        parts = torch.split(ids, columns)
-        found = rerank(
-            block,
-            (self._linear(block, part).mean for part in parts),
-            ids,
-            ghost_ids(self.ghosts),
-            targets=count,
-            candidates=self.candidates,
-            wanted=self.top or _RECALLED,
-        )
-        sink.put("ghost", rows, found.ghosts)
-        if self.top is None:
-            start = 0
-            for part in parts:
-                some = slice(start, start + len(part))
-                linear = self._linear(block, part)
-                scores = put_on_scale(found, linear)
-                inside = (found.positions >= some.start) & (found.positions < some.stop)
-                row, column = np.nonzero(inside)
-                at = found.positions[row, column] - some.start
-                scores[row, at] = found.scores[row, column]
-                exact = np.zeros(scores.shape, dtype=bool)
-                exact[row, at] = True
-                sink.put("score", rows, scores, some)
-                sink.put("exact", rows, exact, some)
-                if found.standard_error is not None and linear.standard_error is not None:
-                    errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
-                    errors[row, at] = found.standard_error[row, column]
-                    sink.put("standard_error", rows, errors.astype(np.float32), some)
-                start = some.stop
+        if region.has("ghost"):
+            done = self.estimator.work(0, first=True, top=None)
+            self.estimator.skip(done, region.targets)
         else:
-            order = np.argsort(-found.scores, axis=1, kind="stable")
-            if order.shape[1] > 2 * self.top:
-                ends = [order[:, : self.top], order[:, -self.top :]]
-                order = np.concatenate(ends, axis=1)
-            positions = np.take_along_axis(found.positions, order, axis=1)
-            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
-            sink.put("train_id", rows, ids.numpy()[positions])
-            if found.standard_error is not None:
-                errors = np.take_along_axis(found.standard_error, order, axis=1)
-                sink.put("standard_error", rows, errors)
-        sink.put("recall", rows, found.recall)
+            ghosts = ghost_ids(self.estimator.ghosts)
+            found = self.estimator.counted_scores(region.block, ghosts)
+            region.put("ghost", to_numpy(found.mean))
+
+    def _skip(self, region: Region, part: slice) -> None:
+        done = self.estimator.work(part.stop - part.start, first=False, top=None)
+        self.estimator.skip(done, region.targets)
 
 
 def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
@@ -336,14 +171,3 @@ def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:
             missing -= len(batch) - start
     if group:
         yield group
-
-
-def _put(sink: Sink, rows: slice, scores: Scores, columns: slice) -> None:
-    sink.put("score", rows, to_numpy(scores.mean), columns)
-    if scores.standard_error is not None:
-        sink.put("standard_error", rows, to_numpy(scores.standard_error), columns)
-
-
-def _error(scores: Scores) -> Any:
-    assert scores.standard_error is not None
-    return to_numpy(scores.standard_error)

@@ -1,13 +1,13 @@
-"""Scores of the targets of one block by one or several networks, on any ids."""
+"""Networks in use by estimators, blocks of targets before them, and scores over networks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
 from turnover.errors import InputError
-from turnover.influence.exact import ExactEstimator
-from turnover.influence.linear import LinearScorer, finite, mask_gradients
 from turnover.influence.progress import Counts
-from turnover.influence.reach import Run
 from turnover.objectives import Objective
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,98 +36,68 @@ class Scores:
     mean: Tensor
     standard_error: Tensor | None = None
 
-    def columns(self, start: int, stop: int) -> Scores:
-        """The scores of some ids alone."""
-        error = self.standard_error
-        return Scores(self.mean[:, start:stop], None if error is None else error[:, start:stop])
+
+class Once:
+    """Keeps what is computed once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` returned when this key was first asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: T = self._kept[key]
+        return kept
 
 
-Score = Callable[[Tensor], Scores]
-"""Scores of ids, int64 (ids,)."""
-
-
-class Engine:
-    """The estimators of one network.
+class Engine(Once):
+    """One network in use by estimators, and what they learned of it.
 
     Args:
         network: the network.
         objective: callable (outputs, batch) -> (rows,).
-        block: ids in one forward of the exact estimator; ``None``: as many as the caches hold.
         sites: masked sites; at others the network runs whole.
+
+    Attributes:
+        counts: takes reports of the work done.
     """
 
-    def __init__(
-        self, network: Network, objective: Objective, block: int | None, sites: Sequence[str]
-    ) -> None:
+    def __init__(self, network: Network, objective: Objective, sites: Sequence[str]) -> None:
+        super().__init__()
         self.network = network
         self.objective = objective
-        self.block = block
         self.sites = list(sites)
-        self._exact = ExactEstimator(network, objective, block, sites)
-        self._independent: set[Run] = set()
         self.counts = Counts()
-        """Told of backward passes, and of pairs that were scored exactly."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process begins with nothing learned, and has nobody to tell.
-        return type(self), (self.network, self.objective, self.block, self.sites)
-
-    def forget(self) -> None:
-        """Score what comes as if it were the first."""
-        self._exact.forget()
+        # Another process begins with nothing learned, and shows no progress.
+        return type(self), (self.network, self.objective, self.sites)
 
     @property
     def units(self) -> int:
         """Mask units of the scored sites."""
         return sum(self.network.known_units(self.sites).values())
 
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the network's device."""
+        return batch.to(device_of(self.network.model))
+
     def measure(self, batch: Batch) -> None:
-        """Learn the widths of the sites from a forward, where they are not known yet."""
+        """Learn unknown widths of sites from a forward."""
         network = self.network
-        # All of them: the digest of the network tells the masks of sites that are not scored, too.
+        # All of them: the digest of the network covers the masks of sites that are not scored, too.
         if all(units is not None for units in network.units.values()):
             return
         with torch.no_grad(), network.masking.probing():
-            batch.rows(0, 1).to(device_of(network.model)).call(network.model)
-
-    def gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """Derivatives of the targets' objectives by the mask entries: float32 (targets, units)."""
-        parts = []
-        for batch in batches:
-            moved = batch.to(device_of(self.network.model))
-            part = mask_gradients(
-                self.network, self.objective, moved, self.sites, self._independent
-            )
-            parts.append(finite(part, "mask derivative"))
-            self.counts.advance("backward", len(batch))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def scorer(self, gradients: Tensor) -> LinearScorer:
-        """The linear estimator of rows of derivatives."""
-        return LinearScorer(gradients, self.network.spec, self.network.known_units(self.sites))
-
-    def exact(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
-        """Exact scores: float32 (targets, ids)."""
-        device = device_of(self.network.model)
-        moved = [batch.to(device) for batch in batches]
-        scores = self._exact.scores(moved, ids, partial(self.counts.advance, "exact"))
-        return finite(scores, "influence")
-
-    @property
-    def elements(self) -> int:
-        """Elements of the largest output of a module in an exact forward, for one row."""
-        return self._exact.elements
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows in an exact forward."""
-        return self._exact.rows_at_once
+            self.moved(batch.rows(0, 1)).call(network.model)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, put back after: dropout or batch statistics would be taken for influence.
+        """Run in eval mode, without gradients by parameters; both are restored after.
 
-        Masks are differentiated and parameters are not: below the first site no graph is built.
+        Dropout or batch statistics would be taken for influence. Only masks are differentiated, so below
+        the first site no graph is built.
         """
         model = self.network.model
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -144,7 +113,7 @@ class Engine:
                     parameter.requires_grad_(True)
 
 
-class TargetBlock:
+class TargetBlock(Once):
     """The targets of some batches, before some networks.
 
     Args:
@@ -153,63 +122,48 @@ class TargetBlock:
     """
 
     def __init__(self, engines: Sequence[Engine], batches: Sequence[Batch]) -> None:
-        self._engines = engines
-        self._batches = batches
+        super().__init__()
+        self.engines = engines
+        self.batches = batches
 
-    def linear(self, ids: Tensor) -> Scores:
-        """Linear scores."""
-        return over_networks([scorer.scores(ids) for scorer in self._scorers])
+    def each(self, function: Callable[[Engine, Sequence[Batch]], Tensor]) -> Iterator[Tensor]:
+        """Rows of a function of the targets, (targets, ...), by each network in turn."""
+        for engine in self.engines:
+            yield self._rows(partial(function, engine))
 
-    def own(self, ids: Tensor) -> Scores:
-        """Linear scores (1, targets) of target i and ``ids[i]``."""
-        return over_networks([scorer.own(ids)[None] for scorer in self._scorers])
+    def scores(self, function: Callable[[Engine, Sequence[Batch]], Tensor]) -> Scores:
+        """Scores over networks, by a function that scores for one: float32 (targets, ids)."""
+        return over_networks(list(self.each(function)))
 
-    def exact(self, ids: Tensor) -> Scores:
-        """Exact scores."""
-        return over_networks([self._exact(engine, ids) for engine in self._engines])
+    def first(self) -> TargetBlock:
+        """The first target as a block of its own."""
+        return next(self.targets())
 
     def targets(self) -> Iterator[TargetBlock]:
         """Each target as a block of its own."""
-        for batch in self._batches:
+        for batch in self.batches:
             for row in range(len(batch)):
-                yield TargetBlock(self._engines, [batch.rows(row, row + 1)])
+                yield TargetBlock(self.engines, [batch.rows(row, row + 1)])
 
-    @cached_property
-    def _scorers(self) -> list[LinearScorer]:
-        return [engine.scorer(self._gradients(engine)) for engine in self._engines]
-
-    def _gradients(self, engine: Engine) -> Tensor:
-        return engine.gradients(self._batches)
-
-    def _exact(self, engine: Engine, ids: Tensor) -> Tensor:
-        return engine.exact(self._batches, ids)
+    def _rows(self, function: Callable[[Sequence[Batch]], Tensor]) -> Tensor:
+        return function(self.batches)
 
 
 class MeanTarget(TargetBlock):
-    """The mean objective over all targets, as one target.
-
-    The derivatives are summed first; for the exact scores the targets are gone over for every block of
-    ids.
-    """
+    """The mean objective over all targets, as one target: the mean of every function's rows."""
 
     def targets(self) -> Iterator[TargetBlock]:
         """Itself."""
         yield self
 
-    def _gradients(self, engine: Engine) -> Tensor:
-        return self._mean(lambda batch: engine.gradients([batch]))
-
-    def _exact(self, engine: Engine, ids: Tensor) -> Tensor:
-        return self._mean(lambda batch: engine.exact([batch], ids))
-
-    def _mean(self, of: Callable[[Batch], Tensor]) -> Tensor:
-        total = sum(of(batch).double().sum(dim=0) for batch in self._batches)
+    def _rows(self, function: Callable[[Sequence[Batch]], Tensor]) -> Tensor:
+        total = sum(function([batch]).double().sum(dim=0) for batch in self.batches)
         assert isinstance(total, Tensor)
-        return (total / sum(map(len, self._batches))).float()[None]
+        return (total / sum(map(len, self.batches))).float()[None]
 
 
 def measure(engines: Sequence[Engine], batch: Batch) -> None:
-    """Learn the widths of all sites, by which one network can be told from another.
+    """Learn the widths of all sites, and check that no two networks are the same.
 
     Raises:
         InputError: two networks have the same masks and weights.

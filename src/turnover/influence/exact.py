@@ -1,381 +1,117 @@
-"""The exact estimator: the objective in the hidden minus in the exposed sub-network of every id.
-
-Kobayashi et al. 2020, equation 6. What all ids share is computed once for a target. The ways to do
-that are tried from the one that shares most, and each is compared with the plain way, the target
-repeated at the model's inputs, before it is trusted. What that cannot show, since models may branch on
-data, is looked at for every target: the first two ways prove that the model computes what they take it
-to compute, and where they cannot, or anything fails, the target is run in the plain way.
-
-1. The one masked layer feeds the linear layer that makes the logits: all ids are one matrix product.
-2. The first masked layer feeds a linear or convolution layer: that layer runs for the exposed rows,
-   and what the hidden rows give is what is left of the whole.
-3. One row becomes many at the first masked layer, or where an enclosing module begins.
-"""
+"""The exact estimator: the objective in the hidden minus in the exposed sub-network of every id."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from functools import cache, partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from turnover.batches import Batch, shapes
-from turnover.dropout.modules import device_of
-from turnover.dropout.network import Network
+from turnover.batches import Batch
+from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.linear import LinearScorer, check_reached
-from turnover.influence.sharing import (
-    AT_INPUTS,
-    AT_SITE,
-    Trail,
-    Way,
-    deriving,
-    expanding,
-    following,
-    holds_nothing_else,
-    logits_in,
-    recording,
-    rows_of,
-    with_logits,
-)
-from turnover.objectives import Objective, costs, cross_entropy, logits_of, margin
+from turnover.influence.calibrated import calibrated
+from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
+from turnover.influence.forwards import Forwards
+from turnover.influence.gradients import finite
+from turnover.influence.linear import Linear, LinearEstimator
+from turnover.influence.plan import Pilot
+from turnover.influence.protocol import Estimator, Method, register
 
-_PROBE_START = 2**40
-"""Ghosts used for comparing ways; far from the noise floor's."""
-_PROBES = 3
-
-_CACHED = {"cpu": 2**23}
-"""Bytes of the largest output of a module in one forward that the caches hold."""
-_LARGEST = {"cpu": 2**26}
-"""Bytes of it that are worth while for the sake of a forward of some rows."""
-_ELSEWHERE = 2**28
-"""Both, on a GPU: what keeps it busy."""
-_SOME_IDS = 64
-_COEFFICIENTS = 2**28
-"""Bytes of coefficients that one product takes at a time."""
-_LOGITS = 2**25
-"""Bytes of logits that the objective takes at a time."""
-_PRODUCT_IDS = 256
-_OF_LABELS = (cross_entropy, margin)
-"""Objectives that look at logits and labels alone: they take all targets at once."""
+_FEW_GHOSTS, _MORE_GHOSTS = 16, 64
+_SLOW = 0.004
+"""Seconds of a pair from which on a pilot scores few ghosts."""
 
 
-@cache
-def _keep_freed_memory() -> None:
-    """Have the C library keep what a forward frees for the next one.
+@dataclass(frozen=True)
+class Exact(Method):
+    """Options of the exact estimator: every target under both masks of every id.
 
-    glibc hands large freed blocks back to the system, and every output of the next forward then pays
-    for fresh pages, which takes longer than computing it. From the size of a freed block it learns to
-    keep up to twice as much; this one is never touched.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+    The objective in the sub-network that never learned the id, minus that in the one that did. Two forwards
+    for each pair, of what the ids do not share; each shortcut is compared with the definition before it is
+    trusted (``docs/scale.md``).
 
+    Attributes:
+        block: ids in one forward; ``None``: as many as the caches hold. Less takes less memory.
 
-class ExactEstimator:
-    """Exact influence of ids on targets, sharing what they have in common.
+    Raises:
+        InputError: a block of less than 1.
 
-    Args:
-        network: the network; its model should be in eval mode.
-        objective: callable (outputs, batch) -> (rows,).
-        block: ids in one forward; ``None``: as many as the caches hold.
-        sites: masked sites; at others the network runs whole. ``None``: all.
+    Source: Kobayashi et al. 2020 (arXiv 2012.04207), equation 6.
+
+    Example::
+
+        influence = turnover.Influence(network, method=turnover.Exact(block=64))
+        result = influence.estimate(targets, train_ids)
     """
 
-    def __init__(
-        self,
-        network: Network,
-        objective: Objective,
-        block: int | None = None,
-        sites: Sequence[str] | None = None,
-    ) -> None:
-        self._network = network
-        self._objective = objective
-        self._block = block
-        self._sites = network.sites if sites is None else list(sites)
-        self._ways: dict[tuple[tuple[int, ...], ...], Way] = {}
-        self._last: Way | None = None
-        self._advance: Callable[[int], None] = lambda _: None
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+
+
+def check_block(block: int | None) -> None:
+    """Refuse forwards of no ids.
+
+    Raises:
+        InputError: a block of less than 1.
+    """
+    if block is not None and block < 1:
+        raise InputError(f"block must be >= 1, got {block}")
+
+
+class ExactEstimator(Estimator):
+    """Scores ids by forwards under their masks."""
+
+    work_kind = "exact"
+    reports_work = True
+    runs_masked = True
+    block_shape = (16, 1024)  # between two saves: minutes of a small BERT
+
+    def scores(self, block: TargetBlock, ids: Tensor) -> Scores:
+        """See :class:`Estimator`."""
+        return block.scores(lambda engine, batches: self._scored(engine, batches, ids))
 
     def forget(self) -> None:
-        """Choose anew how targets are run: what was seen before must not change the bits of what comes."""
-        self._ways.clear()
-        self._last = None
+        """See :class:`Estimator`."""
+        for engine in self.engines:
+            self._forwards(engine).forget()
 
-    @property
-    def elements(self) -> int:
-        """Elements of the largest output of a module in one forward, for one row."""
-        return max((way.elements for way in self._ways.values()), default=1)
+    def memory(self, pilot: Pilot) -> int:  # noqa: ARG002
+        """See :class:`Estimator`."""
+        return max(self._forwards(engine).nbytes for engine in self.engines)
 
-    @property
-    def rows_at_once(self) -> int:
-        """Rows in one forward, both sides."""
-        return 2 * (self._block or self._rows_at_once(self.elements))
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """See :class:`Estimator`: a few, with the mean and deviation that linear scores of all foretell."""
 
-    @property
-    def way(self) -> str | None:
-        """How the last targets were run, in words; ``None`` before the first."""
-        return None if self._last is None else str(self._last)
+        def calibrate() -> NDArray[np.float64]:
+            linear = LinearEstimator(Linear(), self.engines, self.ghosts).ghost_scores(pilot)
+            count = _FEW_GHOSTS if self.seconds(pilot)["exact"] > _SLOW else _MORE_GHOSTS
+            some = self.scores(pilot.block, ghost_ids(self.ghosts)[:count])
+            return calibrated(linear, to_numpy(some.mean))[3].astype(np.float64)
 
-    def scores(
-        self, batches: Sequence[Batch], ids: Tensor, advance: Callable[[int], None] | None = None
-    ) -> Tensor:
-        """Influence of ids on the targets of some batches: float32 (targets, ids).
+        return pilot.once("exact ghosts", calibrate)
 
-        Args:
-            advance: told how many pairs more are scored; 0: what was done until now was made ready.
-        """
-        self._advance = advance or (lambda _: None)
-        _keep_freed_memory()
-        with torch.no_grad():
-            ways = [self._way(batch) for batch in batches]
-            self._advance(0)  # finding ways takes time once
-            counts = [len(batch) for batch in batches]
-            scores = torch.empty((sum(counts), len(ids)), device=device_of(self._network.model))
-            blocks = torch.split(scores, counts)
-            forwards = []
-            for index, way in enumerate(ways):
-                made = False
-                with suppress(Exception):  # if it is not the product's fault, it will come again
-                    made = self._product(batches[index], way, ids, blocks[index])
-                if made:
-                    self._advance(blocks[index].numel())
-                else:
-                    forwards.append(index)
-            if forwards:
-                self._forward(batches, ways, forwards, ids, blocks)
-        return scores
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`."""
+        return pilot.once("exact", partial(super().seconds, pilot))
 
-    def _product(self, batch: Batch, way: Way, ids: Tensor, scores: Tensor) -> bool:
-        """Fill in scores (rows, ids) by one product; False if that is not the model's way."""
-        seen = self._seen(batch, way) if way.logits else None
-        if seen is None:
-            return False
-        whole, coefficients = seen
-        rows, classes, units = coefficients.shape
-        group = max(1, _COEFFICIENTS // (4 * classes * units))
-        for first in range(0, rows, group):
-            some = slice(first, min(first + group, rows))
-            scorer = self._scorer(coefficients[some].flatten(0, 1))
-            part = batch.rows(some.start, some.stop)
-            count = some.stop - some.start
-            size = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes * count))
-            start = 0
-            for block in torch.split(ids, size):
-                change = scorer.by_id(block).view(len(block), count, classes)
-                values = self._of_logits(part, rows_of(whole, some), change)
-                scores[some, start : start + len(block)] = values
-                start += len(block)
-        return True
+    def _scored(self, engine: Engine, batches: Sequence[Batch], ids: Tensor) -> Tensor:
+        moved = [engine.moved(batch) for batch in batches]
+        scores = self._forwards(engine).scores(moved, ids, partial(engine.counts.advance, "exact"))
+        return finite(scores, "influence")
 
-    def _seen(self, batch: Batch, way: Way) -> tuple[Any, Tensor] | None:
-        """Outputs of the whole network, and what each unit adds to each logit.
+    def _forwards(self, engine: Engine) -> Forwards:
+        block = self.options.block
 
-        Returns:
-            the outputs, and float32 (rows, classes, units); ``None`` if the logits are not what the
-            layer made of the site's one output.
-        """
-        assert way.affine is not None and way.split is not None
-        layer = self._network.model.get_submodule(way.affine)
-        site = self._network.masking.sites[way.split].module
-        with following(self._network.model, site) as trail, self._network.mean():
-            predicted = batch.call(self._network.model)
-        if not self._are_made_by(layer, predicted, trail):
-            return None
-        weight, given = layer.weight, trail.output
-        assert isinstance(weight, Tensor) and given is not None
-        return predicted, weight.float() * given.float()[:, None]
+        def make() -> Forwards:
+            return Forwards(engine.network, engine.objective, block, engine.sites)
 
-    def _are_made_by(self, layer: nn.Module, outputs: Any, trail: Trail) -> bool:
-        """Whether the objective depends on the site through a linear layer's one output alone."""
-        logits = logits_in(outputs)
-        return (
-            trail.uses == 1
-            and type(layer) is nn.Linear
-            and "forward" not in vars(layer)
-            and any(made is logits and of is layer for of, made in trail.unchanged())
-            and (self._objective in _OF_LABELS or holds_nothing_else(outputs))
-        )
+        return engine.once(("forwards", block), make)
 
-    def _scorer(self, coefficients: Tensor) -> LinearScorer:
-        return LinearScorer(
-            coefficients, self._network.spec, self._network.known_units(self._sites)
-        )
 
-    def _of_logits(self, batch: Batch, outputs: Any, change: Tensor) -> Tensor:
-        """Scores (rows, ids) from the hidden minus the exposed logits (ids, rows, classes)."""
-        keep, (ids, rows, classes) = self._network.spec.keep, change.shape
-        whole = logits_of(outputs).float()  # (rows, classes) = keep * exposed + (1 - keep) * hidden
-        logits = whole.new_empty((2, ids, rows, classes))
-        torch.add(whole, change, alpha=-(1 - keep), out=logits[0])
-        torch.add(whole, change, alpha=keep, out=logits[1])
-        if self._objective in _OF_LABELS and batch.labels is not None:
-            labels = batch.labels.expand(2 * ids, rows).reshape(-1)
-            flat = logits.view(-1, classes)
-            values = costs(self._objective, flat, Batch(flat, labels)).view(2, ids, rows)
-            return (values[1] - values[0]).T
-        scores = []
-        for row in range(rows):
-            target = batch.rows(row, row + 1).expanded(2 * ids)
-            own = with_logits(outputs, logits[:, :, row].reshape(-1, classes))
-            values = costs(self._objective, own, target)
-            scores.append(values[ids:] - values[:ids])
-        return torch.stack(scores)
-
-    def _forward(
-        self,
-        batches: Sequence[Batch],
-        ways: Sequence[Way],
-        chosen: Sequence[int],
-        ids: Tensor,
-        scores: Sequence[Tensor],
-    ) -> None:
-        block = self._block or self._rows_at_once(max(ways[index].elements for index in chosen))
-        splits = {ways[index].split for index in chosen}
-        start = 0
-        for part in torch.split(ids, block):
-            # Alone, an exposed row would pass for one that serves all.
-            bound = part if len(part) > 1 else part.expand(2)
-            # The masks of a block serve all targets.
-            bindings = {
-                split: self._network.masking.bind_both(bound, self._sites, split=split)
-                for split in splits
-            }
-            for index in chosen:
-                way, batch = ways[index], batches[index]
-                for row in range(len(batch)):
-                    target = batch.rows(row, row + 1)
-                    values = self._surely(target, way, bindings[way.split], bound)
-                    scores[index][row, start : start + len(part)] = values[: len(part)]
-                    self._advance(len(part))
-            start += len(part)
-
-    def _rows_at_once(self, elements: int) -> int:
-        device = device_of(self._network.model).type
-        per_id = 2 * 4 * elements
-        cached = _CACHED.get(device, _ELSEWHERE) // per_id
-        some = min(_SOME_IDS, _LARGEST.get(device, _ELSEWHERE) // per_id)
-        ids = max(1, cached, some)
-        return int(min(2 ** (ids.bit_length() - 1), 4096))
-
-    def _surely(self, target: Batch, way: Way, binding: Any, ids: Tensor) -> Tensor:
-        # The model may treat this target otherwise than the one the way was compared for.
-        with suppress(Exception):
-            values = self._shared(target, way, binding, len(ids))[0]
-            return values[1] - values[0]
-        values = self._plain(target, ids)[0]
-        return values[1] - values[0]
-
-    def _shared(
-        self, target: Batch, way: Way, binding: Any, ids: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`_plain`, in a way that shares work."""
-        network = self._network
-        repeated = target.expanded(2 * ids)
-        with (
-            network.masking.open(binding),
-            expanding(network.model, way.place, 2 * ids),
-            deriving(network, way),
-        ):
-            outputs = (repeated if way.place == AT_INPUTS else target).call(network.model)
-        values = costs(self._objective, outputs, repeated)
-        logits = logits_in(outputs)
-        return values.view(2, ids), None if logits is None else logits.reshape(
-            2, ids, *logits.shape[1:]
-        )
-
-    def _plain(self, target: Batch, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The definition: the target repeated at the model's inputs, once for each side.
-
-        Returns:
-            the objective (2, ids) of the exposed and the hidden side, and their logits (2, ids, ...).
-        """
-        repeated = target.expanded(len(ids))
-        sides, logits = [], []
-        for hidden in (False, True):
-            with self._network.masking.open(
-                self._network.masking.bind(ids, hidden, sites=self._sites)
-            ):
-                outputs = repeated.call(self._network.model)
-            sides.append(costs(self._objective, outputs, repeated))
-            logits.append(logits_in(outputs))
-        found = [one for one in logits if one is not None]
-        return torch.stack(sides), torch.stack(found) if len(found) == 2 else None
-
-    def _way(self, batch: Batch) -> Way:
-        target = batch.rows(0, 1)
-        # A way that serves inputs of one shape may not serve those of another.
-        seen = shapes(target.inputs)
-        if seen not in self._ways:
-            self._ways[seen] = self._choose(target)
-        self._last = self._ways[seen]
-        return self._last
-
-    def _choose(self, target: Batch) -> Way:
-        ids = ghost_ids(_PROBES, start=_PROBE_START)
-        plain = self._plain(target, ids)
-        found = list(self._candidates(target))
-        for way in found:
-            # Whatever fails inside a foreign model rules the way out, and nothing else.
-            with suppress(Exception):
-                if self._agrees(target, way, ids, *plain):
-                    return way
-        return Way(AT_INPUTS, elements=found[-1].elements)
-
-    def _agrees(
-        self, target: Batch, way: Way, ids: Tensor, plain: Tensor, plain_logits: Tensor | None
-    ) -> bool:
-        coarse = self._is_coarse(plain.device.type)
-        # Errors of the two sides, not of their difference, which may be small.
-        allowed = (1e-2 if coarse else 1e-5) * (1 + plain.abs().amax(dim=0))
-        difference = plain[1] - plain[0]
-        if way.logits:
-            scores = torch.empty((1, len(ids)), device=plain.device)
-            made = self._product(target, way, ids, scores)
-            return made and bool(((scores[0] - difference).abs() <= allowed).all())
-        binding = self._network.masking.bind_both(ids, self._sites, split=way.split)
-        values, logits = self._shared(target, way, binding, len(ids))
-        if not bool(((values[1] - values[0] - difference).abs() <= allowed).all()):
-            return False
-        if logits is None or plain_logits is None:
-            return logits is plain_logits
-        # An objective that is saturated on this target would let anything pass.
-        most = (3e-2 if coarse else 1e-5) * (1 + plain_logits.abs().max())
-        return bool(((logits - plain_logits).abs() <= most).all())
-
-    def _is_coarse(self, device_type: str) -> bool:
-        kinds = {parameter.dtype for parameter in self._network.model.parameters()}
-        half = not kinds.isdisjoint((torch.float16, torch.bfloat16))
-        return half or torch.is_autocast_enabled(device_type)
-
-    def _candidates(self, target: Batch) -> Iterator[Way]:
-        network = self._network
-        with torch.enable_grad(), network.masking.probing(self._sites) as probes:
-            target.call(network.model)
-        check_reached(self._sites, probes)
-        reached = list(probes)  # sites are recorded in the order in which they ran
-        site = network.masking.sites[reached[0]].module
-        names = {id(module): name for name, module in network.model.named_modules()}
-        with (
-            recording(network.model.modules()) as outputs,
-            network.mean(),
-            following(network.model, site) as trail,
-        ):
-            predicted = target.call(network.model)
-        sizes = [o.numel() // len(o) for o in outputs.values() if o.dim() and len(o)]
-        way = partial(Way, elements=max(sizes, default=1))
-        if trail.fed:
-            behind = trail.fed[0][0]
-            split = {"split": reached[0], "affine": names[id(behind)]}
-            alone = len(reached) == len(self._sites) == 1
-            if alone and self._are_made_by(behind, predicted, trail):
-                yield way(AT_SITE, logits=True, **split)
-            yield way(AT_SITE, **split)
-        if self._last is not None and self._last.affine is None:
-            yield way(self._last.place)
-        yield way(AT_SITE)
-        path = names[id(site)].split(".")
-        for length in range(len(path), 0, -1):
-            yield way(".".join(path[:length]))
+register("exact", Exact, ExactEstimator)

@@ -1,23 +1,28 @@
-"""The linear estimator: one backward pass per target, then codes times gradients.
+"""The linear estimator: one backward pass for each target, then mask codes times gradients.
 
-Influence is linearised in the mask at the mean network: the derivative of the objective by every mask
+Influence is linearized in the mask at the mean network: the derivative of the objective by every mask
 entry, times (hidden mask - exposed mask). Kobayashi et al. 2020, equation 6, to first order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from turnover.batches import Batch
 from turnover.dropout.masks import MaskSpec
-from turnover.dropout.network import Network
-from turnover.errors import BindingError, InputError
-from turnover.influence.reach import Run, check_independent, differentiate
-from turnover.objectives import Objective, costs
+from turnover.ids import ghost_ids
+from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks, to_numpy
+from turnover.influence.gradients import Run, finite, mask_gradients
+from turnover.influence.plan import PILOT_IDS, Pilot
+from turnover.influence.protocol import Estimator, Method, register
 
 _TABLE_ROWS = 16
 """Rows in one look-up table: wider ones fall out of the cache."""
@@ -29,116 +34,111 @@ _PRODUCT_IDS = 512
 """Ids in one matrix product; more of them would fall out of the cache."""
 
 
-def mask_gradients(
-    network: Network,
-    objective: Objective,
-    batch: Batch,
-    sites: Sequence[str] | None = None,
-    independent: set[Run] | None = None,
-) -> Tensor:
-    """Derivative of each target's objective by the mask entries of the mean network.
+@dataclass(frozen=True)
+class Linear(Method):
+    """Options of the linear estimator: one backward pass for each target, whatever the number of ids.
 
-    Args:
-        sites: by the masks of these sites alone; ``None``: all of them.
-        independent: runs of sites that this objective is known not to depend on; more are added.
-            ``None``: those without a gradient are looked at anew.
+    Derivatives of a target's objective by the mask entries at the mean network, times the hidden minus the
+    exposed mask of each id: the first order of :class:`turnover.Exact`. It ranks nearly as that does, at the
+    price of a matrix product. There is nothing to set.
 
-    Returns:
-        float32 (rows, mask units), the sites side by side in ``network.sites`` order.
+    Source: Kobayashi et al. 2020 (arXiv 2012.04207), equation 6, to first order.
 
-    Raises:
-        BindingError: no site was reached by the forward, or the objective depends on a site in a way that
-            autograd does not see.
-        InputError: the objective does not give one number for each row, is not finite, or has no
-            derivative; a site that does not see the rows of the batch.
+    Example::
+
+        influence = turnover.Influence(network, method=turnover.Linear())  # or method="linear"
+        result = influence.estimate(targets, train_ids)
     """
-    wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
-
-    def run() -> Tensor:
-        return costs(objective, batch.call(network.model), batch)
-
-    with torch.enable_grad(), network.masking.probing(wanted) as probes:
-        values = run()
-        check_reached(wanted, probes)
-        if not values.requires_grad:
-            raise InputError(
-                "the linear method differentiates the objective, and this one cannot be "
-                'differentiated: use method="exact", or an objective and a model without detach, '
-                "no_grad or torch.utils.checkpoint(use_reentrant=True)"
-            )
-        # Infinity may be a constant, as of a class that is masked, whose derivative is 0.
-        finite(values.detach(), "the objective")
-        runs = [(site, number) for site in probes for number in range(len(probes[site]))]
-        found = differentiate(values, [probes[site][number] for site, number in runs])
-    gradients = dict(zip(runs, found, strict=True))
-    known = set() if independent is None else independent
-    cut = [one for one in runs if gradients[one] is None and one not in known]
-    if cut:
-        check_independent(network, cut, values, run)
-        known.update(cut)
-    units = network.known_units(wanted)
-    columns = []
-    for site in wanted:
-        column = None
-        for one in runs:
-            gradient = gradients[one]
-            if one[0] == site and gradient is not None:
-                _check_rows(gradient, site, len(values))
-                column = gradient if column is None else column + gradient
-        # By a site that the objective does not depend on the derivative is 0.
-        nothing = values.new_zeros((len(values), units[site]), dtype=torch.float32)
-        columns.append(nothing if column is None else column)
-    return torch.cat(columns, dim=1)
 
 
-def finite(values: Tensor, what: str) -> Tensor:
-    """The values, if they are finite.
+class LinearEstimator(Estimator):
+    """Scores ids by derivatives of the targets' objectives by the masks."""
 
-    Raises:
-        InputError: NaN or infinite; the rows are named.
-    """
-    if not bool(torch.isfinite(values).all()):
-        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
-        raise InputError(
-            f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
-            f"objective diverged on them"
+    differentiates = True
+
+    def scores(self, block: TargetBlock, ids: Tensor) -> Scores:
+        """See :class:`Estimator`."""
+        return over_networks([scorer.scores(ids) for scorer in self._scorers(block)])
+
+    def own(self, block: TargetBlock, ids: Tensor) -> tuple[Scores, Tensor]:
+        """See :class:`Estimator`; all ghosts are scored."""
+        own = over_networks([scorer.own(ids)[None] for scorer in self._scorers(block)])
+        return own, self.scores(block, ghost_ids(self.ghosts)).mean
+
+    def errors(
+        self, block: TargetBlock, ids: Tensor, positions: NDArray[np.int64], columns: int
+    ) -> NDArray[np.float32]:
+        """See :class:`Estimator`; ids that several targets share are scored once."""
+        errors = np.empty(positions.shape, dtype=np.float32)
+        wanted = np.unique(positions)
+        for start in range(0, len(wanted), columns):
+            some = wanted[start : start + columns]
+            found = self.scores(block, ids[torch.from_numpy(some)]).standard_error
+            assert found is not None
+            row, rank = np.nonzero((positions >= some[0]) & (positions <= some[-1]))
+            errors[row, rank] = to_numpy(found)[row, np.searchsorted(some, positions[row, rank])]
+        return errors
+
+    def work(self, ids: int, *, first: bool, top: int | None) -> dict[str, int]:  # noqa: ARG002
+        """See :class:`Estimator`."""
+        return {"backward": int(first), "pair": ids + (self.ghosts if first else 0)}
+
+    def own_work(self) -> dict[str, int]:
+        """See :class:`Estimator`: pairs take no time beside the derivatives."""
+        return {"backward": 1}
+
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`; pairs are timed with as many targets as are multiplied at once."""
+        return pilot.once("linear", lambda: self._seconds(pilot))
+
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """See :class:`Estimator`."""
+        return pilot.once("linear ghosts", partial(super().ghost_scores, pilot))
+
+    def _seconds(self, pilot: Pilot) -> dict[str, float]:
+        backward = pilot.timed(lambda: list(pilot.block.each(derivatives)))
+        rows, ids, scorers = self.rows(pilot.targets), torch.arange(PILOT_IDS), []
+        for engine, found in zip(self.engines, pilot.block.each(derivatives), strict=True):
+            repeated = found.repeat(-(-rows // len(found)), 1)[:rows]
+            scorers.append(scorer_of(engine, repeated))
+        pairs = pilot.timed(lambda: [scorer.scores(ids) for scorer in scorers])
+        return {"backward": backward / len(pilot.first), "pair": pairs / (rows * len(ids))}
+
+    def _scorers(self, block: TargetBlock) -> list[LinearScorer]:
+        def make() -> list[LinearScorer]:
+            found = zip(block.engines, block.each(derivatives), strict=True)
+            return [scorer_of(engine, gradients) for engine, gradients in found]
+
+        return block.once("linear", make)
+
+
+register("linear", Linear, LinearEstimator)
+
+
+def derivatives(engine: Engine, batches: Sequence[Batch]) -> Tensor:
+    """Derivatives of targets' objectives by the mask entries: float32 (targets, units)."""
+    independent: set[Run] = engine.once("independent", set)
+    parts = []
+    for batch in batches:
+        part = mask_gradients(
+            engine.network, engine.objective, engine.moved(batch), engine.sites, independent
         )
-    return values
+        parts.append(finite(part, "mask derivative"))
+        engine.counts.advance("backward", len(batch))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
-    """Refuse a forward that came by no site at all: every influence would be 0.
-
-    Raises:
-        BindingError: ``reached`` is empty.
-    """
-    if not reached:
-        raise BindingError(
-            f"the forward reached none of the sites {list(wanted)}: are these modules called (weights "
-            f"merged, or used by name, bypass them), and is the network attached?"
-        )
-
-
-def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
-    """Refuse masks of something else than rows.
-
-    Raises:
-        InputError: a site that saw more or fewer rows than the batch has.
-    """
-    if len(gradient) != rows:
-        raise InputError(
-            f"site {site!r} saw {len(gradient)} rows in a batch of {rows}, so its masks do not belong to "
-            f"rows: another axis (choices, time, views) is on axis 0 or folded into it, or rows take "
-            f"different paths. Attach sites whose outputs have one row for each row of the batch "
-            f"(batch_first=True, where the module has it)"
-        )
+def scorer_of(engine: Engine, coefficients: Tensor) -> LinearScorer:
+    """A scorer of rows of coefficients under a network's masks at the scored sites."""
+    network = engine.network
+    return LinearScorer(coefficients, network.spec, network.known_units(engine.sites))
 
 
 class LinearScorer:
     """Rows of coefficients, ready to be multiplied by (hidden mask - exposed mask) of any ids.
 
-    The masks are never expanded to numbers in memory, but for a block of ids that fits the cache. For
-    few rows even that is too much work: eight draws at a time are looked up in tables of their sums.
+    Masks are expanded to numbers for a block of ids that fits the cache. Few rows take even less: eight
+    draws at a time are looked up in tables of their sums.
 
     Args:
         coefficients: float32 (rows, mask units): derivatives by the mask entries.
@@ -154,7 +154,8 @@ class LinearScorer:
         # draws, plus or minus half their difference.
         self._base = coefficients.sum(dim=1) * (0.5 / (1 - keep) - 0.5 / keep)
         step = coefficients * (-0.5 / (keep * (1 - keep)))
-        self._steps = torch.cat([self._by_draw(part) for part in self._split(step)], dim=1)
+        sites = torch.split(step, list(self._units.values()), dim=1)
+        self._steps = torch.cat([self._by_draw(part) for part in sites], dim=1)
         self._tables: list[Tensor] = []
         if len(coefficients) <= _FEW_ROWS:
             self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
@@ -162,35 +163,28 @@ class LinearScorer:
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
         scores = self._steps.new_empty((len(self._steps), len(ids)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[:, start : start + len(packed)]
-            if self._tables:
-                block.copy_(self._looked_up(packed).T)
-            else:
-                torch.mm(self._steps, _signs(packed).T, out=block)
-            start += len(packed)
-        return scores.add_(self._base[:, None]) if self._spec.keep != 0.5 else scores
+        self._fill(scores.T, ids)
+        return scores
 
     def by_id(self, ids: Tensor) -> Tensor:
         """:meth:`scores` with the ids first: float32 (ids, rows)."""
         scores = self._steps.new_empty((len(ids), len(self._steps)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[start : start + len(packed)]
+        self._fill(scores, ids)
+        return scores
+
+    def _fill(self, scores: Tensor, ids: Tensor) -> None:
+        size = _PRODUCT_IDS
+        if self._tables:
+            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
+        parts = zip(torch.split(ids, size), torch.split(scores, size), strict=True)
+        for part, block in parts:
+            packed = self._packed(part.to(self._steps.device))
             if self._tables:
                 block.copy_(self._looked_up(packed))
             else:
                 torch.mm(_signs(packed), self._steps.T, out=block)
-            start += len(packed)
-        return scores.add_(self._base) if self._spec.keep != 0.5 else scores
-
-    def _blocks(self, ids: Tensor) -> Iterator[Tensor]:
-        size = _PRODUCT_IDS
-        if self._tables:
-            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
-        for part in torch.split(ids.to(self._steps.device), size):
-            yield self._packed(part)
+        if self._spec.keep != 0.5:
+            scores.add_(self._base)
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""
@@ -200,11 +194,8 @@ class LinearScorer:
     def _packed(self, ids: Tensor) -> Tensor:
         return torch.cat([self._spec.packed(ids, s, units) for s, units in self._units.items()], 1)
 
-    def _split(self, columns: Tensor) -> Sequence[Tensor]:
-        return torch.split(columns, list(self._units.values()), dim=1)
-
     def _by_draw(self, columns: Tensor) -> Tensor:
-        """What each draw of a site moves: columns of a pair cancel; whole bytes, filled up with 0."""
+        """Coefficients of a site's draws: columns of a pair cancel; whole bytes, padded with 0."""
         rows, units = columns.shape
         draws = self._spec.draws(units)
         padded = columns.new_zeros((rows, -(-draws // 8) * 8))

@@ -34,6 +34,9 @@ class Counts:
     def skip(self, kind: str, count: int) -> None:
         """So much less of a kind is to do: it was done before."""
 
+    def close(self) -> None:
+        """Nothing more comes."""
+
 
 class Progress(Counts):
     """Counts work; how much there is follows from the batches seen so far.
@@ -106,7 +109,7 @@ class Progress(Counts):
         self._show()
 
     def close(self) -> None:
-        """The bar is done with."""
+        """See :class:`Counts`."""
         self._bar.close()
 
     def _seconds(self, kind: str, total: float) -> float:

@@ -1,7 +1,7 @@
 """Blocks of a result as Ray tasks, on the cores of one machine or many. Needs ``turnover[ray]``.
 
-Each task writes regions of its own; this process alone announces targets, keeps the right to write and
-finishes the result. A task that is lost with its worker is run again by Ray, and makes the same bits.
+Each task writes regions of its own; this process alone announces targets, holds the lease and finishes the
+result. Ray runs a task again whose worker was lost, and gets the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of
 from turnover.errors import InputError
-from turnover.influence.blockwise import Walk
-from turnover.influence.engine import TargetBlock
-from turnover.influence.sinks import StoreSink
+from turnover.influence.blockwise import Traversal
+from turnover.influence.engine import Engine, TargetBlock
+from turnover.influence.sinks import Region, StoreSink
 from turnover.influence.topk import Found
 from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, tensor_of
 from turnover.results.store import joining
@@ -35,7 +35,7 @@ from turnover.results.writer import Writer
 
 @dataclass(frozen=True)
 class _Task:
-    """Where one block belongs."""
+    """The place of one block in the result."""
 
     rows: slice
     part: slice
@@ -45,35 +45,34 @@ class _Task:
     settings: Settings
 
 
-def check(walk: Walk) -> None:
-    """Whether tasks would compute what this process would.
+def check(engines: Sequence[Engine]) -> None:
+    """Check that tasks compute the same bits as this process.
 
     Raises:
         InputError: a network that is not on the CPU, autocast, or threads that no node has.
     """
-    devices = {device_of(engine.network.model).type for engine in walk.engines}
+    devices = {device_of(engine.network.model).type for engine in engines}
     if devices != {"cpu"}:
         raise InputError(f'engine="ray" runs on CPUs, and a network is on {max(devices - {"cpu"})}')
     Settings.here()
 
 
-def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> int:
-    """Score all targets, each block in a task, and write them; returns how many targets there were.
+def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> int:
+    """Score all targets, each block in a task, and write the scores; returns the number of targets.
 
     Args:
-        walk: how they are gone through; its networks are broadcast once.
+        traversal: scores the blocks; its networks are broadcast once.
         targets: batches, taken as the tasks before them end.
         ids: int64 (train,).
         writer: of the result, begun here.
 
     Raises:
-        InputError: as :meth:`turnover.Influence.estimate`, from whichever task; a network that does not
-            pickle.
+        InputError: as :meth:`turnover.Influence.estimate`, from any task; a network that does not pickle.
         ray.exceptions.RayError: a block lost its worker again and again.
     """
-    url, columns = writer.location.address, walk.grid(len(ids))[1]
+    url, columns = writer.location.address, traversal.grid(len(ids))[1]
     settings = Settings.here()
-    broadcast = ray.put(_packed(walk, ids))
+    broadcast = ray.put(_packed(traversal, ids))
     fill, settle = settings.task(_fill), settings.task(_settle)
     scan = settings.task(_scan, num_returns=2)
     flight: dict[Any, tuple[int, slice] | None] = {}
@@ -89,19 +88,21 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
                 raise error.cause from error
             scored = flight.pop(one)
             if scored is not None:
-                walk.count(scored[0], len(ids), scored[1])
+                traversal.count(*scored)
 
     try:
-        for rows, batches in walk.announced(targets, ids, StoreSink(writer, walk)):
+        for rows, batches in traversal.announced(
+            targets, ids, StoreSink(writer, traversal.estimator)
+        ):
             count += (many := rows.stop - rows.start)
-            # References in a list are not fetched before the task asks for them.
+            # Ray leaves references in a list to the task to fetch.
             block = [broadcast], [ray.put(batches)]
             scanned = []
-            for part in walk.parts(len(ids), columns):
+            for part in traversal.parts(len(ids), columns):
                 while len(flight) >= WAITING * max(1, places()):
                     land()
                 task = _Task(rows, part, columns, url, writer.manifest, settings)
-                if walk.scans:
+                if traversal.scans:
                     ended, found = scan.remote(task, *block)
                     scanned.append(found)
                 else:
@@ -119,39 +120,40 @@ def over(walk: Walk, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> i
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
-    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
-        walk.fill(block, task.rows, ids, sink, task.columns, task.part)
+    with _region(task, broadcast, targets) as (traversal, region):
+        traversal.fill(region, task.part)
 
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _scan(task: _Task, broadcast: list[Any], targets: list[Any]) -> tuple[None, Found | None]:
-    """What the part has, apart from whether it has ended: that alone goes to the driver."""
-    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
-        return None, walk.scan(block, task.rows, ids, sink, task.columns, task.part)
+    """``None`` when it has ended, which alone goes to the driver, and the extremes of the part."""
+    with _region(task, broadcast, targets) as (traversal, region):
+        return None, traversal.scan(region, task.part)
 
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _settle(task: _Task, broadcast: list[Any], targets: list[Any], *parts: Found | None) -> None:
-    with _begun(task, broadcast, targets) as (walk, block, ids, sink):
-        walk.settle(block, task.rows, ids, sink, task.columns, parts)
+    with _region(task, broadcast, targets) as (traversal, region):
+        traversal.settle(region, parts)
 
 
 @contextmanager
-def _begun(
+def _region(
     task: _Task, broadcast: list[Any], targets: list[Any]
-) -> Iterator[tuple[Walk, TargetBlock, Tensor, StoreSink]]:
+) -> Iterator[tuple[Traversal, Region]]:
     task.settings.take()
-    walk, ids = kept("walk", broadcast[0], _unpacked)
-    block = kept("block", targets[0], lambda batches: TargetBlock(walk.engines, batches))
+    traversal, ids = kept("traversal", broadcast[0], _unpacked)
+    engines = traversal.estimator.engines
+    block = kept("block", targets[0], lambda batches: TargetBlock(engines, batches))
     sink = StoreSink(joining(task.url, task.manifest, task.rows.stop))
     with ExitStack() as stack:
-        for engine in walk.engines:
+        for engine in engines:
             stack.enter_context(engine.evaluating())
-        yield walk, block, ids, sink
+        yield traversal, Region(block, task.rows, ids, task.columns, sink)
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-    """Leaves parameters out as arrays, which all workers of a node then read from one memory.
+    """Replaces parameters by arrays, which all workers of a node read from one memory.
 
     Buffers are copied: a forward may write into them.
     """
@@ -162,7 +164,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         self._seen: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
-        """Number of the array that a parameter is left out as."""
+        """Number of the array that replaces a parameter."""
         if type(value) is not nn.Parameter or value.layout != torch.strided:
             return None
         if id(value) not in self._seen:
@@ -182,11 +184,11 @@ class _Unpickler(pickle.Unpickler):
         return self._parameters[pid]
 
 
-def _packed(walk: Walk, ids: Tensor) -> tuple[bytes, list[Any], Any]:
+def _packed(traversal: Traversal, ids: Tensor) -> tuple[bytes, list[Any], Any]:
     file = io.BytesIO()
     pickler = _Pickler(file)
     try:
-        pickler.dump(walk)
+        pickler.dump(traversal)
     except (TypeError, AttributeError, pickle.PicklingError) as error:
         raise InputError(
             f'engine="ray" sends networks and objective to other processes, and they do not pickle: {error}'
@@ -194,17 +196,17 @@ def _packed(walk: Walk, ids: Tensor) -> tuple[bytes, list[Any], Any]:
     return file.getvalue(), pickler.arrays, ids.numpy()
 
 
-def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Walk, Tensor]:
+def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Traversal, Tensor]:
     pickled, arrays, ids = packed
     parameters = []
     for raw, dtype, shape, trained in arrays:
         values = tensor_of(raw).view(dtype).reshape(shape)
         parameters.append(nn.Parameter(values, requires_grad=trained))
     try:
-        walk = _Unpickler(io.BytesIO(pickled), parameters).load()
+        traversal: Traversal = _Unpickler(io.BytesIO(pickled), parameters).load()
     except ImportError as error:
         raise InputError(
-            f"a Ray worker on {socket.gethostname()} cannot import {error.name}, which the network or the "
-            f"objective is of: install it there, or name its folder in PYTHONPATH before Ray starts"
+            f"a Ray worker on {socket.gethostname()} cannot import {error.name}, required by the network or "
+            f"the objective: install it there, or name its folder in PYTHONPATH before Ray starts"
         ) from error
-    return walk, tensor_of(ids)
+    return traversal, tensor_of(ids)

@@ -1,14 +1,14 @@
 """Rerank: linear scores of all ids, then exact ones for those at either end.
 
-The linear estimator ranks nearly as the exact one does, so what is most helpful or harmful exactly is
-nearly always among somewhat more candidates taken linearly. The same is done to ghosts, so that what
-stands beside an exact score is the noise floor of exact scores.
+The linear estimator ranks nearly as the exact one does, so the exactly most helpful or harmful ids are
+nearly always among somewhat more linear candidates. The same is done to ghosts, so that an exact score is
+compared with the noise floor of exact scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,19 +16,217 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.influence.engine import Scores, TargetBlock, to_numpy
+from turnover.errors import InputError
+from turnover.ids import ghost_ids
+from turnover.influence.calibrated import Floats, calibrated
+from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
+from turnover.influence.exact import Exact, ExactEstimator, check_block
+from turnover.influence.linear import Linear, LinearEstimator
+from turnover.influence.plan import Pilot
+from turnover.influence.protocol import Estimator, Method, register
+from turnover.influence.sinks import Region
 from turnover.influence.topk import Extremes
+from turnover.results.arrays import Variable
 
-EXACT_GHOSTS = 100
+_EXACT_GHOSTS = 100
 """Ghosts of every target that are scored exactly."""
 _DEPTH = 4
-"""Linear ranks that the estimate of recall looks at, in multiples of the candidates."""
-
-Floats = NDArray[np.float64]
+"""Linear ranks that the estimate of recall uses, in multiples of the candidates."""
+_RECALLED = 10
 
 
 @dataclass(frozen=True)
-class Reranked:
+class Rerank(Method):
+    """Options of rerank: linear scores of all ids, then exact ones of the candidates at both ends.
+
+    ``result.exact`` marks the exact pairs; the others are linear scores on the exact ones' scale.
+    ``result.recall`` estimates the share of the exact extremes that are among the candidates.
+
+    Attributes:
+        candidates: ids on each side of each target that are scored exactly.
+        block: as of :class:`turnover.Exact`.
+
+    Raises:
+        InputError: candidates or a block of less than 1.
+
+    Source: both estimators are of Kobayashi et al. 2020 (arXiv 2012.04207); the noise floor of exact scores
+    comes from 100 exact ghosts, with the linear scores of all as control variates.
+
+    Example::
+
+        influence = turnover.Influence(network, method=turnover.Rerank(candidates=100))
+        best = influence.estimate(targets, train_ids, top=20)
+    """
+
+    candidates: int = 50
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise InputError(f"candidates must be >= 1, got {self.candidates}")
+        check_block(self.block)
+
+
+class RerankEstimator(Estimator):
+    """Ranks ids by :class:`LinearEstimator`, and scores the extremes by :class:`ExactEstimator`."""
+
+    differentiates = True
+    runs_masked = True
+    ranks_first = True
+    block_shape = (32, None)  # the exact part of a block takes the time
+
+    def __init__(self, options: Rerank, engines: Sequence[Engine], ghosts: int) -> None:
+        super().__init__(options, engines, ghosts)
+        self._linear = LinearEstimator(Linear(), engines, ghosts)
+        self._exact = ExactEstimator(Exact(options.block), engines, ghosts)
+        self.floor_ghosts = min(_EXACT_GHOSTS, ghosts)
+        self.on_itself = self._linear  # a row on itself has no rank
+
+    def scores(self, block: TargetBlock, ids: Tensor) -> Scores:
+        """See :class:`Estimator`: the scores that rank."""
+        return self._linear.scores(block, ids)
+
+    def forget(self) -> None:
+        """See :class:`Estimator`."""
+        self._exact.forget()
+
+    def work(self, ids: int, *, first: bool, top: int | None) -> dict[str, int]:  # noqa: ARG002
+        """See :class:`Estimator`; all scores are kept after a second pass."""
+        exact = min(2 * self.options.candidates, ids) + self.floor_ghosts
+        return {"backward": 1, "pair": (2 if top is None else 1) * ids, "exact": exact}
+
+    def variables(self, dims: tuple[str, str], chunks: tuple[int, int]) -> dict[str, Variable]:
+        """See :class:`Estimator`."""
+        recall = {"recall": Variable(dims[:1], "float32", chunks[:1])}
+        return recall | ({"exact": Variable(dims, "bool", chunks)} if dims[1] == "train" else {})
+
+    def check_top(self, top: int | None) -> None:
+        """See :class:`Estimator`.
+
+        Raises:
+            InputError: more than are scored exactly.
+        """
+        if top is not None and top > self.options.candidates:
+            raise InputError(
+                f"top={top} asks for more than the {self.options.candidates} candidates that are scored "
+                f"exactly: raise candidates, or lower top"
+            )
+
+    def seconds(self, pilot: Pilot) -> dict[str, float]:
+        """See :class:`Estimator`."""
+        return self._linear.seconds(pilot) | self._exact.seconds(pilot)
+
+    def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
+        """See :class:`Estimator`."""
+        return self._exact.ghost_scores(pilot)
+
+    def memory(self, pilot: Pilot) -> int:
+        """See :class:`Estimator`; all scores of a block are kept twice where all are wanted."""
+        dense = 5 * self.rows() * pilot.ids if pilot.top is None else 0
+        return super().memory(pilot) + dense
+
+    def fill(self, region: Region, top: int | None) -> None:
+        """See :class:`Estimator`."""
+        if region.has("recall"):
+            self.skip(self.work(len(region.ids), first=True, top=top), region.targets)
+            return
+        found = self._reranked(region, top or _RECALLED)
+        region.put("ghost", found.ghosts)
+        if top is None:
+            self._put_all(region, found)
+        else:
+            order = np.argsort(-found.scores, axis=1, kind="stable")
+            if order.shape[1] > 2 * top:
+                order = np.concatenate([order[:, :top], order[:, -top:]], axis=1)
+            positions = np.take_along_axis(found.positions, order, axis=1)
+            region.put("score", np.take_along_axis(found.scores, order, axis=1))
+            region.put("train_id", region.ids.numpy()[positions])
+            if found.standard_error is not None:
+                errors = np.take_along_axis(found.standard_error, order, axis=1)
+                region.put("standard_error", errors)
+        region.put("recall", found.recall)
+
+    def _put_all(self, region: Region, found: _Reranked) -> None:
+        """Put the exact scores of candidates among linear ones on their scale."""
+        start = 0
+        for part in torch.split(region.ids, region.columns):
+            some = slice(start, start + len(part))
+            linear = self._linear.counted_scores(region.block, part)
+            scores = found.on_scale(linear)
+            inside = (found.positions >= some.start) & (found.positions < some.stop)
+            row, column = np.nonzero(inside)
+            at = found.positions[row, column] - some.start
+            scores[row, at] = found.scores[row, column]
+            exact = np.zeros(scores.shape, dtype=bool)
+            exact[row, at] = True
+            region.put("score", scores, some)
+            region.put("exact", exact, some)
+            if found.standard_error is not None and linear.standard_error is not None:
+                errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                errors[row, at] = found.standard_error[row, column]
+                region.put("standard_error", errors.astype(np.float32), some)
+            start = some.stop
+
+    def _reranked(self, region: Region, wanted: int) -> _Reranked:
+        """Find the candidates of every target, and score them exactly.
+
+        Args:
+            region: targets and ids.
+            wanted: ids on each side whose recall is estimated.
+        """
+        candidates, ghosts = self.options.candidates, ghost_ids(self.ghosts)
+        block, ids = region.block, region.ids
+        extremes = Extremes(region.targets, _DEPTH * candidates)
+        for part in torch.split(ids, region.columns):
+            extremes.add(self._linear.counted_scores(block, part).mean)
+        positions, found = extremes.result()
+        # With few ids all of them are candidates.
+        ends = np.r_[
+            0:candidates, max(candidates, positions.shape[1] - candidates) : positions.shape[1]
+        ]
+        ends = ends[ends < positions.shape[1]]
+        between = np.setdiff1d(np.arange(positions.shape[1]), ends)
+        sample = ghosts[: self.floor_ghosts]
+        linear_ghosts = self._linear.scores(block, ghosts).mean.cpu().double().numpy()
+        scores, errors, exact_ghosts = [], [], []
+        for row, target in enumerate(block.targets()):
+            chosen = ids[torch.from_numpy(positions[row, ends])]
+            both = self._exact.scores(target, torch.cat([chosen, sample]))
+            scores.append(to_numpy(both.mean[0, : len(chosen)]))
+            exact_ghosts.append(to_numpy(both.mean[0, len(chosen) :]))
+            if both.standard_error is not None:
+                errors.append(to_numpy(both.standard_error[0, : len(chosen)]))
+        exact = np.stack(scores)
+        offset, slope, spread, on_floor = calibrated(linear_ghosts, np.stack(exact_ghosts))
+        expected = offset[:, None] + slope[:, None] * found[:, between]
+        # Ids further in are distributed as ghosts are there.
+        half, left = positions.shape[1] // 2, len(ids) - positions.shape[1]
+        high, low = found[:, max(half - 1, 0), None], found[:, half, None]
+        inner = (linear_ghosts < high) & (linear_ghosts > low)
+        weights = inner * (left / np.maximum(inner.sum(axis=1, keepdims=True), 1))
+        further = offset[:, None] + slope[:, None] * linear_ghosts
+        return _Reranked(
+            positions=positions[:, ends],
+            scores=exact,
+            standard_error=np.stack(errors) if errors else None,
+            ghosts=on_floor,
+            offset=offset,
+            slope=slope,
+            recall=_recall(
+                exact,
+                np.concatenate([expected, further], axis=1),
+                np.concatenate([np.ones_like(expected), weights], axis=1),
+                spread,
+                wanted,
+            ),
+        )
+
+
+register("rerank", Rerank, RerankEstimator)
+
+
+@dataclass(frozen=True)
+class _Reranked:
     """Exact scores of the candidates of every target of a block.
 
     Attributes:
@@ -51,105 +249,10 @@ class Reranked:
     slope: Floats
     recall: NDArray[np.float32]
 
-
-def rerank(
-    block: TargetBlock,
-    linear: Iterable[Tensor],
-    ids: Tensor,
-    ghosts: Tensor,
-    *,
-    targets: int,
-    candidates: int,
-    wanted: int,
-) -> Reranked:
-    """Find the candidates of every target, and score them exactly.
-
-    Args:
-        block: the targets.
-        linear: their linear scores (targets, ids) of the ids, in blocks and in order.
-        ids: int64 (ids,).
-        ghosts: int64 (ghosts,), for the noise floor; the first 100 are scored exactly.
-        targets: number of targets.
-        candidates: ids on each side that are scored exactly.
-        wanted: ids on each side whose recall is estimated.
-    """
-    extremes = Extremes(targets, _DEPTH * candidates)
-    for part in linear:
-        extremes.add(part)
-    positions, found = extremes.result()
-    # With few ids all of them are candidates.
-    ends = np.r_[
-        0:candidates, max(candidates, positions.shape[1] - candidates) : positions.shape[1]
-    ]
-    ends = ends[ends < positions.shape[1]]
-    between = np.setdiff1d(np.arange(positions.shape[1]), ends)
-    sample = ghosts[:EXACT_GHOSTS]
-    linear_ghosts = block.linear(ghosts).mean.cpu().double().numpy()
-    scores, errors, exact_ghosts = [], [], []
-    for row, target in enumerate(block.targets()):
-        chosen = ids[torch.from_numpy(positions[row, ends])]
-        both = target.exact(torch.cat([chosen, sample.to(chosen.device)]))
-        scores.append(to_numpy(both.mean[0, : len(chosen)]))
-        exact_ghosts.append(to_numpy(both.mean[0, len(chosen) :]))
-        if both.standard_error is not None:
-            errors.append(to_numpy(both.standard_error[0, : len(chosen)]))
-    exact = np.stack(scores)
-    offset, slope, spread, on_floor = calibrated(linear_ghosts, np.stack(exact_ghosts))
-    expected = offset[:, None] + slope[:, None] * found[:, between]
-    # What lies further in looks as ghosts do there.
-    half, left = positions.shape[1] // 2, len(ids) - positions.shape[1]
-    high, low = found[:, max(half - 1, 0), None], found[:, half, None]
-    inner = (linear_ghosts < high) & (linear_ghosts > low)
-    weights = inner * (left / np.maximum(inner.sum(axis=1, keepdims=True), 1))
-    further = offset[:, None] + slope[:, None] * linear_ghosts
-    return Reranked(
-        positions=positions[:, ends],
-        scores=exact,
-        standard_error=np.stack(errors) if errors else None,
-        ghosts=on_floor,
-        offset=offset,
-        slope=slope,
-        recall=_recall(
-            exact,
-            np.concatenate([expected, further], axis=1),
-            np.concatenate([np.ones_like(expected), weights], axis=1),
-            spread,
-            wanted,
-        ),
-    )
-
-
-def calibrated(
-    linear: Floats, exact: NDArray[np.float32]
-) -> tuple[Floats, Floats, Floats, NDArray[np.float32]]:
-    """Regression of the exact ghosts on the linear ones, and exact ghosts on the better noise floor.
-
-    The linear scores of all ghosts are control variates: the mean and deviation of exact ghosts are
-    told nearly as well as from all of them, though only some were scored exactly.
-
-    Args:
-        linear: float64 (targets, ghosts).
-        exact: float32 (targets, exact ghosts), of the first ghosts.
-
-    Returns:
-        offset, slope and residual deviation (targets,), and float32 (targets, exact ghosts) with the
-        mean and deviation so told.
-    """
-    some, values = linear[:, : exact.shape[1]], exact.astype(np.float64)
-    count = values.shape[1]
-    centred = some - some.mean(axis=1, keepdims=True)
-    variance = (centred**2).sum(axis=1)
-    covariance = (centred * values).sum(axis=1)
-    slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
-    offset = values.mean(axis=1) - slope * some.mean(axis=1)
-    residual = values - offset[:, None] - slope[:, None] * some
-    left = (residual**2).sum(axis=1) / max(count - 2, 1)
-    mean = offset + slope * linear.mean(axis=1)
-    sd = np.sqrt(slope**2 * linear.var(axis=1, ddof=1) + left)
-    own = values.std(axis=1, ddof=1)
-    scale = np.divide(sd, own, out=np.zeros_like(sd), where=own > 0)
-    floor = mean[:, None] + (values - values.mean(axis=1, keepdims=True)) * scale[:, None]
-    return offset, slope, np.sqrt(left), floor.astype(np.float32)
+    def on_scale(self, linear: Scores) -> NDArray[np.float32]:
+        """Linear scores (targets, ids) on the scale of the exact ones."""
+        values = linear.mean.cpu().double().numpy()
+        return np.asarray(self.offset[:, None] + self.slope[:, None] * values, dtype=np.float32)
 
 
 def _recall(
@@ -183,9 +286,3 @@ def _recall(
             found += float(np.interp(wanted, np.r_[0.0, ranks[1:] + missed], ranks))
         recall[row] = found / (2 * wanted)
     return recall.astype(np.float32)
-
-
-def put_on_scale(reranked: Reranked, linear: Scores) -> NDArray[np.float32]:
-    """Linear scores (targets, ids) on the scale of the exact ones."""
-    values = linear.mean.cpu().double().numpy()
-    return np.asarray(reranked.offset[:, None] + reranked.slope[:, None] * values, dtype=np.float32)

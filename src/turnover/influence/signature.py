@@ -6,6 +6,7 @@ weights computes something else: another activation function, another adapter.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from turnover.batches import Batch
 from turnover.dropout.modules import device_of
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine
-from turnover.influence.linear import mask_gradients
-from turnover.influence.reach import differentiate
+from turnover.influence.gradients import differentiate, mask_gradients
+from turnover.influence.protocol import Estimator
 from turnover.objectives import costs
 
+_log = logging.getLogger(__name__)
 _ROWS, _SPREAD = 32, 8
 """Targets of a block that are looked at, at most, and those of them that are taken whatever their labels."""
 _HALF = (torch.float16, torch.bfloat16)
@@ -53,36 +55,33 @@ class Signed(NamedTuple):
         return (int(differ[0][0]), int(differ[0][1])) if len(differ) else None
 
 
-def signature_columns(engines: Sequence[Engine], method: str) -> int:
-    """How many numbers describe the objective on one target."""
-    return len(engines) * (1 + (method != "exact") + 2 * (method != "linear"))
+def signature_columns(estimator: Estimator) -> int:
+    """Count the numbers that describe the objective on one target."""
+    return len(estimator.engines) * (1 + estimator.differentiates + 2 * estimator.runs_masked)
 
 
-def signatures(
-    engines: Sequence[Engine], method: str, batches: Sequence[Batch]
-) -> NDArray[np.float64]:
-    """The objective on some targets of a block, under each network.
+def signatures(estimator: Estimator, batches: Sequence[Batch]) -> NDArray[np.float64]:
+    """Compute the objective on some targets of a block, under each network.
 
-    At the mean network; for the linear scores also the norm of its derivative by the masks, and for
-    exact ones its values under both masks of a ghost.
+    At the mean network; of an estimator that differentiates also the norm of its derivative by the masks, and
+    of one that runs masked networks its values under both masks of a ghost.
 
     Args:
-        engines: one for each network, in eval mode.
-        method: estimator.
+        estimator: with networks in eval mode.
         batches: the targets of the block.
 
     Returns:
-        float64 (targets, columns), finite; NaN for the targets that are not looked at.
+        float64 (targets, columns), finite; NaN for the targets that are left out.
     """
     rows = sum(map(len, batches))
-    found = np.full((rows, signature_columns(engines, method)), np.nan)
+    found = np.full((rows, signature_columns(estimator)), np.nan)
     chosen = _chosen(batches, rows)
     start = 0
     for batch in batches:
         within = chosen[(chosen >= start) & (chosen < start + len(batch))]
         if len(within):
-            values = _of_batch(engines, method, batch, within - start)
-            # NaN says that a target was not looked at.
+            values = _of_batch(estimator, batch, within - start)
+            # NaN marks a target that was left out.
             found[within] = np.nan_to_num(values, nan=_NOT_A_NUMBER)
         start += len(batch)
     return found
@@ -127,39 +126,40 @@ def _chosen(batches: Sequence[Batch], rows: int) -> NDArray[np.int64]:
     return np.union1d(first, spread)
 
 
-def _of_batch(
-    engines: Sequence[Engine], method: str, batch: Batch, rows: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _of_batch(estimator: Estimator, batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Signatures of some rows of a batch: (rows, columns)."""
     if 2 * len(rows) < len(batch):
         try:
             return np.concatenate(
-                [_whole(engines, method, batch.rows(row, row + 1)) for row in rows.tolist()]
+                [_whole(estimator, batch.rows(row, row + 1)) for row in rows.tolist()]
             )
-        except Exception:  # noqa: BLE001, S110
-            pass  # a model or an objective of someone else's that takes no batch of one row
-    return _whole(engines, method, batch)[rows]
+        except Exception:  # noqa: BLE001 - a user's model or objective that takes no batch of one row
+            _log.debug("signatures of single rows failed; taking whole batches", exc_info=True)
+    return _whole(estimator, batch)[rows]
 
 
-def _whole(engines: Sequence[Engine], method: str, batch: Batch) -> NDArray[np.float64]:
-    columns = [column for engine in engines for column in _columns(engine, method, batch)]
+def _whole(estimator: Estimator, batch: Batch) -> NDArray[np.float64]:
+    columns = [
+        column
+        for engine in estimator.engines
+        for column in _columns(engine, engine.moved(batch), estimator)
+    ]
     return np.stack([column.detach().double().cpu().numpy() for column in columns], axis=1)
 
 
-def _columns(engine: Engine, method: str, batch: Batch) -> Iterator[Tensor]:
+def _columns(engine: Engine, batch: Batch, estimator: Estimator) -> Iterator[Tensor]:
     network, objective = engine.network, engine.objective
-    moved = batch.to(device_of(network.model))
-    if method == "exact":
-        with torch.no_grad(), network.mean():
-            yield costs(objective, moved.call(network.model), moved)
+    if estimator.differentiates:
+        yield from _derived(engine, batch)
     else:
-        yield from _derived(engine, moved)
-    if method == "linear":
+        with torch.no_grad(), network.mean():
+            yield costs(objective, batch.call(network.model), batch)
+    if not estimator.runs_masked:
         return
     for hidden in (False, True):
         binding = network.masking.bind(ghost_ids(1), hidden, every_row=True, sites=engine.sites)
         with torch.no_grad(), network.masking.open(binding):
-            yield costs(objective, moved.call(network.model), moved)
+            yield costs(objective, batch.call(network.model), batch)
 
 
 def _derived(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what is said when a disk is full or not ours to write."""
+"""Atomic writes, locks and links, and errors for a full disk or missing permission."""
 
 from __future__ import annotations
 
@@ -27,53 +27,38 @@ _ZEROS = 2**20
 
 @contextmanager
 def writing_to(place: Path | str) -> Iterator[None]:
-    """The body writes there.
-
-    Raises:
-        WriteError: the disk is full, a quota is spent, or nothing can be written there.
-    """
+    """Raise a WriteError if the body meets a full disk, a spent quota or missing permission."""
     try:
         yield
     except Exception as error:
         code = _code(error)
         if code not in _FULL | _REFUSED:
             raise
-        mend = "make room there" if code in _FULL else "see to it that it can be"
+        fix = "make room there" if code in _FULL else "make it writable"
         raise WriteError(
-            f"{place} cannot be written: {os.strerror(code)}; {mend}, and run again"
+            f"{place} cannot be written: {os.strerror(code)}; {fix}, and run again"
         ) from error
 
 
 @contextmanager
 def writing_temporary(folder: Path | None = None) -> Iterator[str]:
-    """The body writes into the temporary folder, which this yields.
-
-    Args:
-        folder: one in it, if it has been made.
-
-    Raises:
-        WriteError: it is full, or nothing can be written there.
-    """
-    mend = "make room there, or name another one by TMPDIR, and run again"
+    """Yield the temporary folder, or the given folder in it, and raise a WriteError if it is full."""
+    fix = "make room there, or set TMPDIR to another folder, and run again"
     try:
         place = str(folder or tempfile.gettempdir())
     except FileNotFoundError as error:
-        raise WriteError(f"there is no temporary folder to write to ({error}); {mend}") from error
+        raise WriteError(f"no temporary folder can be written ({error}); {fix}") from error
     with writing_to(f"the temporary folder {place} (TMPDIR names another)"):
         try:
             yield place
         except FileNotFoundError as error:
-            raise WriteError(f"the temporary folder {place} is gone; {mend}") from error
+            raise WriteError(f"the temporary folder {place} was deleted; {fix}") from error
 
 
 def mapped(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array of zeros at the end of a file, written through a memory map.
+    """Map an array of zeros at the end of a file; the array holds the file open.
 
-    The file takes its room on the disk now: a page of a map for which there is none kills the process.
-    The array holds the file open.
-
-    Raises:
-        OSError: the disk has no room for it.
+    Its disk space is allocated now (OSError if full): writing to a page without space kills the process.
     """
     start = file.tell()
     _allocate(file, start, int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)))
@@ -96,21 +81,19 @@ def _allocate(file: IO[bytes], start: int, size: int) -> None:
 
 
 def _code(error: Exception) -> int:
-    """What the operating system said, 0 where it was not asked."""
+    """Error number of the operating system, 0 for other errors."""
     if isinstance(error, OSError):
         return error.errno or 0
     # Libraries in Rust (safetensors, tokenizers) have exceptions of their own.
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` when the body ends; nothing stays if it fails.
+    """Yield a draft that replaces ``path`` when the body ends; it is deleted if the body fails.
 
-    Raises:
-        InputError: a device or a pipe is there, which a file would take the place of.
-        WriteError: the disk is full, or nothing can be written there.
+    A device or a pipe is refused, and a full disk raises a WriteError.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a device or a pipe; give the path of a file")
@@ -124,11 +107,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Move a folder to the place of another, which is gone for no longer than two renames take.
-
-    Raises:
-        WriteError: nothing can be written there.
-    """
+    """Replace a folder by a draft; it is missing for no longer than two renames take."""
     old = folder.with_name(f".{folder.name}.old")
     with writing_to(folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -140,15 +119,12 @@ def replace_folder(draft: Path, folder: Path) -> None:
 
 @contextmanager
 def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """The body is run by one process at a time; the kernel lets the next one in however it ends.
+    """Let one process at a time run the body; the kernel releases the lock however the process ends.
 
     Args:
-        lock: a file of no other use, made where it is not there.
-        what: the other processes are kept from writing, for the message.
-        wait: for the other process to end.
-
-    Raises:
-        InputError: another process is at it, or the lock cannot be written.
+        lock: file for the lock alone, created if missing.
+        what: the thing that is written, for the message to other processes.
+        wait: wait for the other process to end, instead of raising an InputError.
     """
     from filelock import FileLock, Timeout
 
@@ -159,7 +135,7 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             held.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise InputError(
-            f"{what} is being written by another process; wait for it to end, or give another place"
+            f"{what} is being written by another process; wait for it to end, or give another path"
         ) from None
     try:
         yield
@@ -168,13 +144,9 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def check_within(path: Path, folder: Path, most: int) -> None:
-    """Whether a file, if it is there, is a plain one of a folder, of at most so many bytes.
-
-    Raises:
-        InputError: a link leads out of the folder, it is a device or a pipe, which has no end, or larger.
-    """
+    """Refuse a link that leads out of a folder, a device or pipe, and a file of more than ``most`` bytes."""
     try:
-        # The folder itself may be reached by links.
+        # The path of the folder itself may contain links.
         real, home = os.path.realpath(path), os.path.realpath(folder)
         found = Path(real).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -182,21 +154,15 @@ def check_within(path: Path, folder: Path, most: int) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not Path(real).is_relative_to(home):
-        raise InputError(
-            f"{path} leads out of {folder}: put there what it leads to, or take it out"
-        )
+        raise InputError(f"{path} leads out of {folder}: copy its target there, or remove it")
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path} is a device or a pipe, not a file; take it out")
+        raise InputError(f"{path} is a device or a pipe, not a file; remove it")
     if found.st_size > most:
         raise InputError(f"{path} has {found.st_size} bytes, where {most} is the most; restore it")
 
 
 def check_links(folder: Path) -> None:
-    """Whether all links in a folder stay in it.
-
-    Raises:
-        InputError: one leads out of it, or nowhere; or the folder cannot be listed.
-    """
+    """Refuse links that lead out of a folder, or nowhere."""
     home, folders = folder.resolve(), [str(folder)]
     while folders:
         try:
@@ -205,7 +171,7 @@ def check_links(folder: Path) -> None:
                     if entry.is_symlink():
                         if not Path(entry).resolve().is_relative_to(home):
                             raise InputError(
-                                f"{entry.path} leads out of {folder}: put there what it leads to (cp -rL)"
+                                f"{entry.path} leads out of {folder}: copy its target there (cp -rL)"
                             )
                     elif entry.is_dir():
                         folders.append(entry.path)
@@ -216,10 +182,9 @@ def check_links(folder: Path) -> None:
 def write_array(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[NDArray[Any]]
 ) -> None:
-    """Write a ``.npy`` file, part by part along the first dimension.
+    """Write a ``.npy`` file in parts along the first dimension.
 
-    Neither through a memory map, where a full disk kills the process, nor by ``np.save``, which does
-    not say that the disk was full.
+    On a full disk a memory map would kill the process, and ``np.save`` would not report it.
     """
     with path.open("wb") as file:
         write_header(file, shape, dtype)
@@ -228,7 +193,7 @@ def write_array(
 
 
 def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> None:
-    """Write the beginning of a ``.npy`` file."""
+    """Write the header of a ``.npy`` file."""
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     header = {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)

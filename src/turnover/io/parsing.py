@@ -1,6 +1,6 @@
-"""Text files in: JSON, JSON lines and TOML that anybody may have written.
+"""Read JSON, JSON lines and TOML that anybody may have written, and check their values.
 
-Whatever is in a file, what comes back is plain values or an :class:`InputError` that names it.
+A corrupt or malicious file raises an :class:`InputError` that names it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,9 +20,10 @@ from turnover.errors import InputError, needing
 from turnover.io.files import replacing
 
 DEPTH = 64
-"""Lists and objects within one another."""
+"""Most levels of nested lists and objects."""
 _Value = TypeVar("_Value")
 _LARGEST_TOML = 2**20
+_CHECKSUM = "checksum"
 _DAMAGE = (
     *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError),
     *(ArithmeticError, RuntimeError, AssertionError, MemoryError),
@@ -30,61 +31,42 @@ _DAMAGE = (
 
 
 def check_file(path: Path) -> None:
-    """Whether what is there, if anything, is a file, and no pipe or device that never ends.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """Refuse a pipe or a device, which never ends, or a folder; a missing file passes."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: missing or damaged (not a file)")
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without a byte order mark.
-
-    Raises:
-        InputError: it cannot be read, or is not UTF-8; the line is named.
-    """
-    check_file(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
-    text = _decoded(raw, path, lambda start: raw.count(b"\n", 0, start) + 1)
-    return text.removeprefix("\ufeff")
+    """Read a UTF-8 file, without its byte order mark."""
+    return "".join(_lines(path))
 
 
-def check_utf8(path: Path, lines: Iterable[bytes]) -> None:
-    """Whether the lines of a file are UTF-8.
-
-    Raises:
-        InputError: one is not; it is named.
-    """
+def decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    """Decode the lines of a UTF-8 file, without its byte order mark."""
     for number, line in enumerate(lines, start=1):
-        _decoded(line, path, lambda _, number=number: number)  # type: ignore[misc]
+        try:
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: line {number}: not UTF-8 ({error.reason}); restore it, or write it as UTF-8"
+            ) from error
 
 
-def parse_json(raw: str | bytes, where: object, *, finite: bool = True, whole: bool = True) -> Any:
-    """A JSON value.
+def parse_json(raw: str | bytes, where: object, *, own: bool = False) -> Any:
+    """Parse a JSON value; refuse deep nesting, NaN, infinities and lone surrogates.
 
     Args:
         raw: the text.
-        where: what it is of, for messages.
-        finite: refuse NaN and infinities, which JSON does not know and Python writes.
-        whole: refuse halves of characters, which file names may hold where they are not UTF-8.
-
-    Raises:
-        InputError: not JSON, nested too deep, numbers that are refused, or halves of characters.
+        where: the file, for messages.
+        own: turnover wrote it, so NaN, infinities and lone surrogates (of file names) are accepted.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        value = json.loads(text, **(_FINITE if finite else {}))
-        if (
-            whole and "\\u" in text
-        ):  # a half of a character ("\ud800") is no text, and no file takes it
+        value = json.loads(text, **({} if own else _FINITE))
+        if not own and "\\u" in text:  # no file takes a lone surrogate ("\ud800")
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: damaged, a text holds half a character ({error})") from error
+        raise InputError(f"{where}: damaged, a text holds a lone surrogate ({error})") from error
     except ValueError as error:
         raise InputError(f"{where}: missing or damaged ({error})") from error
     except RecursionError as error:
@@ -94,50 +76,26 @@ def parse_json(raw: str | bytes, where: object, *, finite: bool = True, whole: b
     return value
 
 
-def read_object(path: Path, *, finite: bool = True, whole: bool = True) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-        finite: as in :func:`parse_json`.
-        whole: likewise.
-
-    Raises:
-        InputError: missing, not a JSON object, or as :func:`parse_json`.
-    """
-    value = parse_json(read_text(path), path, finite=finite, whole=whole)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged, not a JSON object")
-    return value
+def read_object(path: Path, *, own: bool = False) -> dict[str, Any]:
+    """Read a JSON object (``own`` as in :func:`parse_json`)."""
+    return _object(parse_json(read_text(path), path, own=own), path)
 
 
-def read_objects(path: Path, *, whole: bool = True) -> list[dict[str, Any]]:
-    """JSON objects, one a line, or in one JSON list.
-
-    Args:
-        whole: as in :func:`parse_json`.
-
-    Raises:
-        InputError: missing, or not that; the line is named.
-    """
-    rows: list[Any] = []
+def read_objects(path: Path, *, own: bool = False) -> list[dict[str, Any]]:
+    """Read JSON objects, one per line or in one JSON list (``own`` as in :func:`parse_json`)."""
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        if not rows and line.lstrip()[0] == "[":
-            rows = parse_json(read_text(path), path, whole=whole)
-            _check_objects(enumerate(rows, start=1), f"{path}: row")
-            break
-        rows.append(parse_json(line, f"{path}: line {number}", whole=whole))
-        _check_objects([(number, rows[-1])], f"{path}: line")
+        if not rows and line.lstrip().startswith("["):
+            listed = enumerate(parse_json(read_text(path), path, own=own), start=1)
+            return [_object(row, f"{path}: row {index}") for index, row in listed]
+        if line.strip():
+            where = f"{path}: line {number}"
+            rows.append(_object(parse_json(line, where, own=own), where))
     return rows
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Values of a TOML file.
-
-    Raises:
-        InputError: no such file, larger than 1 MiB, or not TOML.
-    """
+    """Read a TOML file of at most 1 MiB."""
     if path.is_file() and path.stat().st_size > _LARGEST_TOML:
         raise InputError(f"{path}: cannot be read as TOML: larger than 1 MiB, too much for options")
     text = read_text(path)
@@ -149,19 +107,36 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as TOML: {error}") from error
 
 
-@contextmanager
-def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
-    """The body takes values out of a file that was written by us, and stumbles where it was not.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that :func:`write_json` wrote, and compare its checksum if it has one."""
+    values = read_object(path, own=True)
+    stored = values.pop(_CHECKSUM, None)
+    if stored is not None and stored != checksum(values):
+        raise InputError(
+            f"{path}: damaged, or changed after it was written: it does not match its {_CHECKSUM}; "
+            f"restore it, or run the command that wrote it again"
+        )
+    return values
 
-    Raises:
-        InputError: the body failed.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
+
+def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
+    """Write a JSON object, atomically; if ``sealed``, with a checksum that :func:`read_json` compares."""
+    if sealed:
+        values = {**values, _CHECKSUM: checksum(json.loads(json.dumps(values)))}
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def checksum(values: Any) -> str:
+    """Hash JSON values, in any order of their fields: 32 hexadecimal digits."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def finite_or_none(value: float) -> float | None:
+    """Convert a number to float, or to ``None`` (JSON's null) if it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 @overload
@@ -178,9 +153,6 @@ def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> A
         kind: a dataclass, or any type that msgspec knows: ``list[str]``, ``int | None``, ``Literal[...]``.
         where: the file, for messages.
         closed: refuse fields that the dataclass does not have.
-
-    Raises:
-        InputError: a missing field, one of another type (it is named), or one that the dataclass refuses.
     """
     with needing("reading files", "turnover[results]", "turnover[evaluation]"):
         import msgspec
@@ -194,6 +166,17 @@ def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> A
         raise InputError(
             f"{where}: damaged, or of another version ({error}); restore it"
         ) from error
+
+
+@contextmanager
+def damage(path: Path | str, fix: str = "restore it") -> Iterator[None]:
+    """Report errors of the body, which uses values of a file, as damage to it, with the ``fix`` for it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _DAMAGE as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); {fix}") from error
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
@@ -225,24 +208,13 @@ def _lines(path: Path) -> Iterator[str]:
     check_file(path)
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-                yield _decoded(line, path, lambda _, number=number: number)  # type: ignore[misc]
+            yield from decoded(file, path)
     except OSError as error:
         raise InputError(f"{path}: missing or damaged ({error})") from error
 
 
-def _decoded(raw: bytes, path: Path, line: Callable[[int], int]) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: line {line(error.start)}: not UTF-8 ({error.reason}); restore it, or write it as UTF-8"
-        ) from error
-
-
 def _refuse(number: str) -> float:
-    raise ValueError(f"{number} is no number that JSON knows")
+    raise ValueError(f"{number} is not a finite number")
 
 
 def _float(number: str) -> float:
@@ -253,65 +225,18 @@ def _float(number: str) -> float:
 _FINITE: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _float}
 
 
-def _check_objects(rows: Iterable[tuple[int, Any]], where: str) -> None:
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{where} {number}: damaged, not a JSON object")
+def _object(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: damaged, not a JSON object")
+    return value
 
 
 def _deep(where: object) -> str:
-    return f"{where}: damaged, more than {DEPTH} lists and objects within one another"
+    return f"{where}: damaged, lists and objects are nested more than {DEPTH} deep"
 
 
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-    return any(isinstance(one, dict | list) for one in level)
-
-
-_CHECKSUM = "checksum"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, without its checksum where it has one.
-
-    Raises:
-        InputError: missing, not a JSON object, or not what its checksum is of.
-    """
-    values = read_object(path, finite=False, whole=False)
-    checksum = values.pop(_CHECKSUM, None)
-    if checksum is not None and checksum != _checksum(values):
-        raise InputError(
-            f"{path}: damaged, or changed after it was written: it does not match its {_CHECKSUM}; "
-            f"restore it, or run the command that wrote it again"
-        )
-    return values
-
-
-def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
-    """Write a JSON object, atomically.
-
-    Args:
-        sealed: with a checksum, which :func:`read_json` compares.
-    """
-    if sealed:
-        values = {**values, _CHECKSUM: _checksum(json.loads(json.dumps(values)))}
-    with replacing(path) as draft:
-        draft.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def finite_or_none(value: float) -> float | None:
-    """A plain float; ``None``, JSON's null, where it is not finite."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _too_deep(value: Any, left: int = DEPTH) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_too_deep(one, left - 1) for one in inner)

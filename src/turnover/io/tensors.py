@@ -1,14 +1,14 @@
-"""Tensors in: safetensors alone, checked against what they are for before any memory is taken for them.
+"""Read and write tensors as safetensors, checked against the model before memory is allocated.
 
-A header says no more than the file holds, so that shapes that fit it are no larger than the file.
+A header may not claim more than the file holds, so shapes that fit it are no larger than the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,14 @@ from turnover.errors import InputError
 from turnover.io.parsing import check_file
 
 _LENGTH = 8
-"""Bytes at the beginning of the file: the length of the header after them."""
+"""Bytes at the beginning of a file that hold the length of its header."""
 _SHOWN = 3
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors, as safetensors opens it.
-
-    Raises:
-        InputError: no such file, or not safetensors, or a tensor that the body asks for is missing.
-    """
+    """Open a file of tensors with safetensors."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path)
@@ -49,21 +46,13 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor; none of them is read.
-
-    Raises:
-        InputError: as :func:`opened`.
-    """
+    """Name and shape of every tensor, from the header alone."""
     with opened(path) as tensors:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
-def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Whether a file holds a model's tensors and no others, none of which has to be in memory.
-
-    Raises:
-        InputError: as :func:`opened`, or a tensor is missing, of another shape, or not the model's.
-    """
+def check_shapes(path: Path, wanted: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse a file that does not hold exactly a model's tensors, among names that begin with ``prefix``."""
     found = shapes(path)
     for name, value in wanted.items():
         if found.get(name) != tuple(value.shape):
@@ -71,22 +60,16 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
             raise InputError(
                 f"{path}: {name} {has} where {tuple(value.shape)} is needed: damaged, or of another model"
             )
-    others = [name for name in found if name not in wanted]
+    others = [name for name in found if name not in wanted and name.startswith(prefix)]
     if others:
-        raise InputError(f"{path}: holds {', '.join(others[:_SHOWN])}, which the model has not")
+        raise InputError(
+            f"{path}: holds {', '.join(others[:_SHOWN])}, which the model does not have"
+        )
 
 
-def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors.
-
-    Args:
-        wanted: what they take the place of: its shapes and kinds of numbers are asked for.
-
-    Raises:
-        InputError: as :func:`check_shapes`, integers in place of real numbers or the other way round, or NaN
-            or infinities where there were none.
-    """
-    check_shapes(path, wanted)
+def read_weights(path: Path, wanted: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors that replace a model's: same shapes and kinds of numbers, and no new NaN."""
+    check_shapes(path, wanted, prefix)
     with opened(path) as tensors:
         found = {name: tensors.get_tensor(name) for name in wanted}
     for name, value in found.items():
@@ -98,7 +81,7 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, each tensor under the first of its names: safetensors keeps no ties."""
+    """State of a model, each tensor under its first name only: safetensors does not store ties."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
@@ -108,20 +91,27 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def take(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put the state of :func:`distinct` back into a model with the same ties."""
-    model.load_state_dict(state, strict=False)
+def write_model(path: Path, model: nn.Module) -> None:
+    """Write the weights of a model."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in distinct(model).items()}, path)
+
+
+def read_model(path: Path, build: Callable[[], _Model]) -> _Model:
+    """Build a model and read its weights from a file; returns it in eval mode.
+
+    Shapes are compared before any memory is allocated for a model that the file does not hold.
+    """
+    with torch.device("meta"):
+        check_shapes(path, distinct(build()))
+    model = build()
+    model.load_state_dict(read_weights(path, distinct(model)), strict=False)
+    return model.eval()
 
 
 def check_finite(path: Path, name: str, value: Tensor, own: Tensor | None = None) -> None:
-    """Whether all numbers are.
-
-    Args:
-        own: what takes it, where infinities may be meant to be in it.
-
-    Raises:
-        InputError: NaN or infinities.
-    """
+    """Refuse NaN and infinities, unless the model's ``own`` value has some."""
     if not torch.isfinite(value).all() and (own is None or bool(torch.isfinite(own).all())):
         raise InputError(
             f"{path}: {name} holds NaN or infinite numbers; restore it, or train again"

@@ -1,4 +1,4 @@
-"""What a run asks of a kind of data: how a model is built, fed and saved."""
+"""Interfaces of a data kind's models: their shape, and how data reach them and their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data
+from turnover.data.base import Data, Reader
 from turnover.data.encoded import Encoded, batches
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
@@ -23,7 +23,7 @@ class Config(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of data it takes: a key of :data:`turnover.models.pipeline.KINDS`."""
+        """Kind of data: a key of :data:`turnover.models.pipeline.KINDS`."""
 
     @property
     def model(self) -> str:
@@ -31,83 +31,65 @@ class Config(Protocol):
 
     @property
     def epochs(self) -> int:
-        """Passes over the training data, unless asked otherwise."""
+        """Default number of passes over the training data."""
 
     @property
     def head_units(self) -> int:
         """Mask units of the wide head."""
 
-    def reader(self) -> Callable[..., Data]:
-        """A reader of such data: :func:`turnover.data.text.read`, or one called in the same way."""
-
     @property
     def sites(self) -> tuple[str, ...]:
-        """What is masked by default: everything that is trained."""
+        """Sites masked by default: everything that is trained."""
+
+    def reader(self) -> Reader:
+        """Function that reads labeled data of this kind, first the training data, then the test data."""
 
 
 class Pipeline(Protocol):
-    """From data to a model's batches, and both to files."""
+    """Takes data of one kind to a model's batches, and both to files."""
 
     @property
     def config(self) -> Config:
         """Shape of the model."""
 
+    def reader(self) -> Reader:
+        """Function that reads labeled data to compare with the run's training data."""
+
     def encode(self, data: Any) -> Encoded:
-        """Data as the model takes them.
-
-        Raises:
-            InputError: data that it cannot take.
-        """
-
-    def reader(self) -> Callable[..., Data]:
-        """A reader of data that compare with the training data (:meth:`Config.reader`)."""
+        """Encode data for the model, or refuse data that it cannot take."""
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
-        """What is done once before training."""
+        """Prepare the model once before training."""
 
     def pretrained(self, model: nn.Module) -> AbstractContextManager[Callable[[Any], Tensor]]:
-        """From a batch's inputs to the features (rows, width) of the encoder as it was pretrained.
+        """Function from a batch's inputs to features (rows, width) of the encoder before training.
 
         Raises:
-            InputError: there is none, as the network was trained from scratch.
+            InputError: the network was trained from scratch.
         """
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
-        """Write the model, and all that this pipeline is, into a folder."""
+        """Write the model and this pipeline into a folder."""
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> Data:
-        """A text, or the file of an image, as data of one row.
+        """Make one row of a text, or of an image file.
 
         Raises:
-            InputError: an empty text, an unreadable image, or the other of the two.
+            InputError: an empty text, an unreadable image, or another kind of data than the model's.
         """
-
-    def export(self, data: Any, out: Path) -> None:
-        """Write data for the user, in a format that can be read again, atomically.
-
-        Raises:
-            InputError: another format, or a folder that does not exist.
-        """
-
-    def write(self, folder: Path, name: str, data: Any) -> None:
-        """Write data into a run's folder."""
 
     def read(self, folder: Path, name: str, classes: list[str]) -> Data:
-        """Read what :meth:`write` wrote.
-
-        Raises:
-            InputError: a missing or damaged file.
-        """
+        """Read data that ``data.save`` wrote."""
 
 
 def standardize(
     model: nn.Module, head: WideHead, training: Encoded, features: Callable[[Any], Tensor]
 ) -> None:
-    """Standardize a wide head's input on the features of some training instances."""
+    """Standardize a wide head's input by the features of some training instances."""
     device = device_of(model)
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
     some = batches(training, rows[:STANDARDIZED_ROWS].tolist())
     model.eval()
     with torch.no_grad():
         found = [features(batch.to(device).inputs) for batch in some]
-    head.standardise(torch.cat(found))
+    head.standardize(torch.cat(found))

@@ -1,4 +1,4 @@
-"""Image classifiers of a run."""
+"""Image classifiers of a run: a VGG from scratch, or pretrained convolutions below a wide masked head."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data
-from turnover.data.encoded import Encoded, Pixels
-from turnover.data.images import ImageData, ImageReader, read_image, write_images
-from turnover.data.jsonl import read_rows, write_rows
-from turnover.data.scaling import Ranges, check_ranges, colors, saved_ranges
+from turnover.data.base import Data, Reader, read_rows
+from turnover.data.decoding import Ranges, check_ranges
+from turnover.data.encoded import Encoded
+from turnover.data.images import (
+    ImageData,
+    ImageReader,
+    ImageRow,
+    Pixels,
+    read_image,
+)
+from turnover.dropout.head import WideHead
 from turnover.errors import InputError
-from turnover.io import parsing
-from turnover.io.files import write_array
-from turnover.io.parsing import check_file
-from turnover.io.tensors import check_shapes, read_weights
-from turnover.models import vgg
+from turnover.io.parsing import check_file, convert, damage, read_object
+from turnover.io.tensors import opened, read_model, read_weights, write_model
 from turnover.models.base import STANDARDIZED_ROWS, standardize
-from turnover.models.vgg import VGG, ImageClassifier
+from turnover.models.vgg import SITES, VGG
 
-_WRITTEN_ROWS = 1000
 IMAGE_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19")
+_FEATURES = "features."
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,13 @@ class ImageClassifierConfig:
     def __post_init__(self) -> None:
         if self.model not in IMAGE_MODELS:
             raise InputError(
-                f"unknown image model {self.model!r}; there are {', '.join(IMAGE_MODELS)}"
+                f"unknown image model {self.model!r}; known models: {', '.join(IMAGE_MODELS)}"
             )
         if self.head_units < 1:
             raise InputError(f"head_units must be >= 1, got {self.head_units}")
         try:
             with torch.device("meta"):
-                self.network(2)  # raises what cannot be
+                self.network(2)  # raises if it cannot be built
         except InputError:
             raise
         except (TypeError, RuntimeError, OverflowError) as error:
@@ -76,52 +79,103 @@ class ImageClassifierConfig:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """What is masked by default: everything that is trained."""
-        return vgg.SITES if self.weights is None else ("head",)
+        """Sites masked by default: everything that is trained."""
+        return SITES if self.weights is None else ("head",)
 
-    def reader(self) -> Callable[..., ImageData]:
-        """Reads images of this size."""
+    def reader(self) -> Reader:
+        """Function that reads labeled images; numbers of more than 8 bits are scaled as in the first set."""
         return ImageReader(self.size)
 
     def network(self, classes: int) -> nn.Module:
-        """A new network, nothing loaded; its weights are drawn from torch's default generator."""
+        """Build a network; its weights are drawn from torch's default generator."""
         depth = int(self.model.removeprefix("vgg"))
         whole = VGG(depth, classes, size=self.size, width=self.width, hidden=self.hidden)
         return whole if self.weights is None else ImageClassifier(whole, self.head_units, classes)
 
 
+class ImageClassifier(nn.Module):
+    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
+
+    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
+    """
+
+    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = whole.features.requires_grad_(False)
+        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
+        self.head = WideHead(channels, head_units, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Means of the last channels, float (rows, channels)."""
+        means: Tensor = self.encoder(images).mean(dim=(2, 3))
+        return means
+
+    def load_convolutions(self, path: str) -> None:
+        """Load the convolutions of a VGG's weights under torchvision's names.
+
+        Raises:
+            InputError: no such file, not safetensors, or weights of another shape.
+        """
+        wanted = {_FEATURES + name: value for name, value in self.encoder.state_dict().items()}
+        with opened(Path(path)):
+            pass  # it is a file of tensors, so what is refused next are their shapes
+        try:
+            taken = read_weights(Path(path), wanted, _FEATURES)
+        except InputError as error:
+            raise InputError(
+                f"{error}; give the --model and --width of these weights, without batch normalization"
+            ) from error
+        self.encoder.load_state_dict({k.removeprefix(_FEATURES): v for k, v in taken.items()})
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What ``classifier.json`` holds."""
+
+    classifier: dict[str, Any]
+    classes: int
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+    ranges: dict[Literal["integers", "floats"], tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= one <= 1 for one in self.mean):
+            raise InputError(f"mean cannot be {self.mean}")
+        if not all(1e-6 <= one <= 1 for one in self.deviation):
+            raise InputError(f"deviation cannot be {self.deviation}")
+
+
 @dataclass(frozen=True)
 class ImagePipeline:
-    """Images standardised by the mean and standard deviation of the training images' colours."""
+    """Standardizes images by the mean and standard deviation of the training images' colors."""
 
     config: ImageClassifierConfig
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     ranges: Ranges = field(default_factory=dict)
 
+    def reader(self) -> Reader:
+        """Function that reads labeled images to compare with the training images."""
+        return ImageReader(self.config.size, self.ranges)
+
     def encode(self, data: ImageData) -> Pixels:
-        """Pixels, standardised batch by batch.
+        """Standardize images, batch by batch.
 
         Raises:
             InputError: numbers of more than 8 bits were scaled by another range than the training images'.
         """
         check_ranges(data.ranges, self.ranges)
-        return Pixels(
-            data.pixels,
-            data.rows,
-            data.labels,
-            data.ids,
-            self.mean,
-            self.deviation,
-            self.config.augment,
-        )
-
-    def reader(self) -> Callable[..., ImageData]:
-        """Reads images of the training images' size, with their ranges."""
-        return ImageReader(self.config.size, self.ranges)
+        standard = self.mean, self.deviation
+        augment = self.config.augment
+        return Pixels(data.pixels, data.rows, data.labels, data.ids, *standard, augment)
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
-        """Standardise the input of a wide head, where there is one."""
+        """Standardize the input of a wide head, if the model has one."""
         if isinstance(model, ImageClassifier):
             standardize(model, model.head, training, model.features)
 
@@ -130,15 +184,13 @@ class ImagePipeline:
         """Means of the frozen convolutions' last channels."""
         if not isinstance(model, ImageClassifier):
             raise InputError(
-                "this takes features that were trained on other images, and the run's network was "
+                "this needs features that were trained on other images, and the run's network was "
                 "trained from scratch: fit with --weights"
             )
         yield model.features
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
-        """Weights (safetensors) and shapes (JSON)."""
-        from safetensors.torch import save_file
-
+        """Write weights (safetensors) and shapes (JSON)."""
         shape = {
             "kind": "image",
             "classifier": asdict(self.config),
@@ -148,41 +200,28 @@ class ImagePipeline:
             "ranges": self.ranges,
         }
         (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
-        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        write_model(folder / "model.safetensors", model)
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> ImageData:
-        """An image as data of one row."""
+        """Make one row of an image file."""
         if isinstance(given, str):
             raise InputError("this run's model takes images: use --image")
         pixels = read_image(given, self.config.size, self.ranges)[None]
         ids, name = torch.zeros(1, dtype=torch.int64), given.name
         return ImageData(pixels, [0], [name], [label], ids, [name], classes, self.ranges)
 
-    def export(self, data: ImageData, out: Path) -> None:
-        """Images with keys and labels as ``.npz``, or keys, names and labels as a table."""
-        write_images(data, out)
-
-    def write(self, folder: Path, name: str, data: ImageData) -> None:
-        """JSON lines with key, id, label and name, and the pixels beside them."""
-        write_rows(folder / f"{name}.jsonl", data, "image")
-        shape = (len(data), *data.pixels.shape[1:])
-        starts = range(0, len(data), _WRITTEN_ROWS)
-        parts = (data.pixels[data.rows[start : start + _WRITTEN_ROWS]] for start in starts)
-        write_array(folder / f"{name}.npy", shape, np.uint8, parts)
-
     def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
-        """Images of a run; their pixels stay on disk."""
-        labels, ids, keys, names = read_rows(folder / f"{name}.jsonl", classes, "image")
-        path, size = folder / f"{name}.npy", self.config.size
+        """Read images of a run; their pixels stay on disk."""
+        found, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, ImageRow)
+        path, size, rows = folder / f"{name}.npy", self.config.size, list(range(len(found)))
         check_file(path)
         try:
             pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy reads the header as Python does
+        except Exception as error:  # numpy evaluates the header as Python
             raise InputError(f"{path}: missing or damaged ({error})") from error
-        if pixels.shape != (len(names), size, size, 3) or pixels.dtype != np.uint8:
-            raise InputError(f"{path}: damaged, not {len(names)} images of {size} x {size}")
-        rows = list(range(len(names)))
+        if pixels.shape != (len(rows), size, size, 3) or pixels.dtype != np.uint8:
+            raise InputError(f"{path}: damaged, not {len(rows)} images of {size} x {size}")
+        names = [row.image for row in found]
         return ImageData(pixels, rows, names, labels, ids, keys, classes, self.ranges)
 
 
@@ -203,19 +242,14 @@ def build(config: ImageClassifierConfig, train_data: Data) -> tuple[ImagePipelin
 
 
 def load(folder: Path) -> tuple[ImagePipeline, nn.Module]:
-    """Load what :meth:`ImagePipeline.save` wrote."""
+    """Load what :meth:`ImagePipeline.save` wrote, from the folder alone."""
     where, path = folder / "classifier.json", folder / "model.safetensors"
-    shape = parsing.read_object(where)
     try:
-        with parsing.damage(where):
-            config = ImageClassifierConfig(**parsing.field(shape, "classifier", dict, where))
-            mean, deviation = (colors(shape, name, where) for name in ("mean", "deviation"))
-            classes = parsing.field(shape, "classes", int, where)
-            ranges = saved_ranges(shape, where)
-            with torch.device("meta"):  # no memory is taken for what the file does not hold
-                check_shapes(path, config.network(classes).state_dict())
-            model = config.network(classes)
-        model.load_state_dict(read_weights(path, model.state_dict()))
+        saved = convert(read_object(where), _Saved, where)
+        config = convert(saved.classifier, ImageClassifierConfig, where, closed=True)
+        with damage(where):
+            model = read_model(path, lambda: config.network(saved.classes))
     except InputError as error:
         raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
-    return ImagePipeline(config, mean, deviation, ranges), model.eval()
+    ranges = {str(kind): ends for kind, ends in saved.ranges.items()}
+    return ImagePipeline(config, saved.mean, saved.deviation, ranges), model

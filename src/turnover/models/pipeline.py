@@ -1,4 +1,4 @@
-"""Builds and loads the model of a run, whatever kind of data it takes."""
+"""Builds and loads the model of a run, for every kind of data."""
 
 from __future__ import annotations
 
@@ -8,32 +8,23 @@ from typing import Any
 from torch import nn
 
 from turnover.data.base import Data
-from turnover.data.image_folders import holds_images
+from turnover.data.image_sources import holds_images
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
 from turnover.models import image, text
 from turnover.models.base import Config, Pipeline
-from turnover.models.text_classifier import ClassifierConfig
 
 KINDS: dict[str, Any] = {"text": text, "image": image}
-"""Kinds of data, and the module that builds and loads their models: add a kind here."""
+"""Module that builds and loads the models of each kind of data. To add a kind, add its module here."""
 
 
 def config_class(model: str, source: str) -> type[Any]:
-    """The configuration of a model: of an image classifier, or else of a text encoder.
-
-    Args:
-        model: name or folder.
-        source: the training data.
-
-    Raises:
-        InputError: a text encoder for images.
-    """
+    """Class of a model's configuration, by its name; refuses a text encoder for a source of images."""
     if model in image.IMAGE_MODELS:
         return image.ImageClassifierConfig
-    if source.lower().endswith(".npz") or holds_images(Path(source)):
+    if holds_images(source):
         raise InputError(f"{source} holds images: give --model {' or '.join(image.IMAGE_MODELS)}")
-    return ClassifierConfig
+    return text.ClassifierConfig
 
 
 def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
@@ -58,6 +49,6 @@ def load(folder: Path) -> tuple[Pipeline, nn.Module]:
     where = folder / "classifier.json"
     kind = read_object(where).get("kind", "text")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{where}: unknown kind of data {kind!r}; there are: {', '.join(KINDS)}")
+        raise InputError(f"{where}: unknown kind of data {kind!r}; known kinds: {', '.join(KINDS)}")
     loaded: tuple[Pipeline, nn.Module] = KINDS[kind].load(folder)
     return loaded

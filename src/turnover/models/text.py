@@ -1,98 +1,260 @@
-"""Texts of a run: through a tokenizer, and back to files."""
+"""Text classifiers of a run: a Hugging Face encoder with LoRA, and a wide masked head.
+
+The base stays frozen and everything that is trained sits behind masks (LoRA rank components, the
+head's units), so nothing that learns an instance is shared with its hidden sub-network.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, write
-from turnover.data.encoded import Encoded, Tokens
-from turnover.data.jsonl import read_rows, write_rows
-from turnover.data.text import TextData
+from turnover.data.base import Data, Reader, read_rows
+from turnover.data.encoded import Encoded
+from turnover.data.text import TextData, TextRow, Tokens, read
+from turnover.dropout.head import WideHead
 from turnover.errors import InputError
-from turnover.models import text_classifier
+from turnover.io.parsing import convert, read_object
+from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.base import standardize
-from turnover.models.encoders import Limits, check_tokenizer
-from turnover.models.text_classifier import ClassifierConfig, TextClassifier
+from turnover.models.encoders import (
+    Limits,
+    check_tokenizer,
+    first_line,
+    limits_of,
+    load_pretrained,
+    load_saved,
+    new_encoder,
+    vocabulary_of,
+)
+
+SITES = ("lora", "head")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of a :class:`TextClassifier`.
+
+    Attributes:
+        model: Hugging Face name or folder of the encoder.
+        head_units: mask units of the wide head.
+        lora_rank: rank of the LoRA components, one mask unit each (texts).
+        max_tokens: tokens to which longer texts are cut.
+    """
+
+    kind: ClassVar[str] = "text"
+    epochs: ClassVar[int] = 3
+    model: str
+    head_units: int = 8192
+    lora_rank: int = 16
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("head_units", "lora_rank", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites masked by default: everything that is trained."""
+        return SITES
+
+    def reader(self) -> Reader:
+        """Function that reads labeled texts."""
+        return read
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What ``classifier.json`` holds."""
+
+    classifier: dict[str, Any]
+    classes: int
+    positions: int | None = None
+
+
+class TextClassifier(nn.Module):
+    """Frozen encoder with LoRA -> mean of the last layer's tokens -> :class:`~turnover.WideHead`.
+
+    ``forward(input_ids, attention_mask, ...)``: int64 (rows, tokens) each; logits (rows, classes).
+
+    Attributes:
+        limits: limits of the encoder.
+        stored: type of real numbers in its checkpoint; here they are float32.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: WideHead,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        stored: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.limits = limits
+        self.stored = stored
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        logits: Tensor = self.head(self.features(input_ids, attention_mask, **inputs))
+        return logits
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Mean of the last layer's tokens, float (rows, width)."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None or hidden.shape[:2] != input_ids.shape:
+            shape = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
+            raise InputError(
+                f"a text encoder gives a last_hidden_state for every token, of "
+                f"{tuple(input_ids.shape)}; that of {type(self.encoder).__name__} is {shape}"
+            )
+        weights = attention_mask[..., None].to(hidden.dtype)
+        pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return pooled
 
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """Texts through a tokenizer, as far as the encoder can take them."""
+    """Takes texts through a tokenizer, within the limits of the encoder."""
 
     config: ClassifierConfig
     tokenizer: Any
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+
+    def reader(self) -> Reader:
+        """Function that reads labeled texts."""
+        return read
 
     def encode(self, data: TextData) -> Tokens:
-        """Tokenised texts.
-
-        Raises:
-            InputError: a text without tokens, or one that the encoder cannot take.
-        """
-        padding = self.tokenizer.pad_token_id
-        tokens = text_classifier.tokenize(self.tokenizer, data.texts, self.config.max_tokens)
-        self.limits.check(tokens, data.keys, self.config.max_tokens, self.tokenizer)
+        """Tokenize texts, or refuse those that the encoder cannot take."""
+        longest, padding = self.config.max_tokens, self.tokenizer.pad_token_id
+        encoded = self.tokenizer(list(data.texts), truncation=True, max_length=longest)
+        tokens = list(encoded["input_ids"])
+        self.limits.check(tokens, data.keys, longest, self.tokenizer)
         return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
 
-    def reader(self) -> Callable[..., TextData]:
-        """Reads texts."""
-        return self.config.reader()
-
     def prepare(self, model: nn.Module, training: Encoded) -> None:
-        """Standardise the head's input on the pretrained encoder's features of some instances."""
+        """Standardize the head's input by the pretrained encoder's features of some instances."""
         assert isinstance(model, TextClassifier)
         standardize(model, model.head, training, lambda inputs: model.features(**inputs))
 
     @contextmanager
     def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
         """Mean-pooled features without the LoRA components."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         assert isinstance(model, TextClassifier)
-        with text_classifier.without_lora(model):
+        layers = [one for one in model.encoder.modules() if isinstance(one, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
             yield lambda inputs: model.features(**inputs)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
-        """Weights (safetensors), shapes (JSON) and tokenizer."""
+        """Write weights (safetensors), shapes (JSON) and tokenizer."""
         assert isinstance(model, TextClassifier)
-        text_classifier.save(folder, model, self.tokenizer, self.config, classes)
+        encoder: Any = model.encoder
+        encoder.config.dtype = torch.float32  # of the weights now
+        encoder.config.save_pretrained(folder / "encoder")
+        self.tokenizer.save_pretrained(folder / "encoder")
+        saved = _Saved(asdict(self.config), classes, model.limits.positions)
+        (folder / "classifier.json").write_text(json.dumps(asdict(saved), indent=2) + "\n")
+        write_model(folder / "model.safetensors", model)
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
-        """A text as data of one row."""
+        """Make one row of a text."""
         if isinstance(given, Path):
             raise InputError(f"{given}: this run's model takes texts: use --text")
         if not given.strip():
             raise InputError("the text to explain is empty")
         return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
 
-    def export(self, data: TextData, out: Path) -> None:
-        """Key, text and label as a table."""
-        write(data, out)
-
-    def write(self, folder: Path, name: str, data: TextData) -> None:
-        """JSON lines with key, id, label and text."""
-        write_rows(folder / f"{name}.jsonl", data, "text")
-
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
-        """Texts of a run."""
-        labels, ids, keys, texts = read_rows(folder / f"{name}.jsonl", classes, "text")
-        return TextData(texts, labels, ids, keys, classes)
+        """Read texts of a run."""
+        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, TextRow)
+        return TextData([row.text for row in rows], labels, ids, keys, classes)
 
 
-def build(config: ClassifierConfig, train_data: Data) -> tuple[TextPipeline, nn.Module]:
-    """Build a text classifier on a pretrained encoder, and its pipeline."""
+def build(config: ClassifierConfig, train_data: Data) -> tuple[TextPipeline, TextClassifier]:
+    """Build a classifier for some training texts, and its pipeline."""
     assert isinstance(train_data, TextData)
-    model, tokenizer = text_classifier.build(config, len(train_data.classes))
+    model, tokenizer = build_classifier(config, len(train_data.classes))
     check_tokenizer(tokenizer, train_data.texts, config.model)
     return TextPipeline(config, tokenizer, model.limits), model
 
 
-def load(folder: Path) -> tuple[TextPipeline, nn.Module]:
-    """Load what :meth:`TextPipeline.save` wrote."""
-    model, tokenizer, config = text_classifier.load(folder)
+def build_classifier(config: ClassifierConfig, classes: int) -> tuple[TextClassifier, Any]:
+    """Build a classifier on a pretrained encoder; returns it and its tokenizer.
+
+    New weights are drawn from torch's default generator: seed it, or fork it, outside.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+    encoder, tokenizer, stored = load_pretrained(config.model)
+    limits = limits_of(encoder, config.max_tokens)
+    try:
+        return _assemble(encoder, config, classes, limits, stored), tokenizer
+    except Exception as error:  # from peft, or for a config without what encoders have
+        raise InputError(
+            f"model {config.model!r} ({type(encoder).__name__}) cannot be a text encoder with LoRA: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load(folder: Path) -> tuple[TextPipeline, TextClassifier]:
+    """Load what :meth:`TextPipeline.save` wrote, from the folder alone.
+
+    Raises:
+        InputError: a missing or damaged file, or weights that do not fit the shapes.
+    """
+    where, path = folder / "classifier.json", folder / "model.safetensors"
+    try:
+        saved = convert(read_object(where), _Saved, where)
+        config = convert(saved.classifier, ClassifierConfig, where, closed=True)
+        encoder_config, tokenizer = load_saved(folder / "encoder", tensors=len(shapes(path)))
+        model = read_model(path, lambda: _assemble(encoder_config, config, saved.classes))
+        model.limits = Limits(saved.positions, model.limits.vocabulary)
+    except Exception as error:  # transformers and its libraries raise many kinds
+        raise InputError(f"{folder}: the saved model is missing or damaged: {error}") from error
     return TextPipeline(config, tokenizer, model.limits), model
+
+
+def _assemble(
+    encoder: Any,
+    config: ClassifierConfig,
+    classes: int,
+    limits: Limits | None = None,
+    stored: str = "float32",
+) -> TextClassifier:
+    """Add LoRA and a head to an encoder, or to a new encoder of a config's shape."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    if not isinstance(encoder, nn.Module):
+        encoder = new_encoder(encoder)
+    limits = limits or Limits(vocabulary=vocabulary_of(encoder))
+    encoder.requires_grad_(False)
+    targets = TARGETS.get(encoder.config.model_type)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        lora_dropout=0.0,
+        target_modules=list(targets) if targets else "all-linear",
+    )
+    inject_adapter_in_model(lora, encoder)
+    features = int(encoder.config.hidden_size)
+    return TextClassifier(encoder, WideHead(features, config.head_units, classes), limits, stored)

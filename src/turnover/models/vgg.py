@@ -1,21 +1,17 @@
-"""VGG image classifiers with torchvision's layer names, so that its weights load (Simonyan, Zisserman 2015).
+"""VGG networks (Simonyan, Zisserman 2015) with torchvision's layer names, so that its weights load.
 
-Built here because torchvision is optional: models of torchvision itself attach in the same way.
+Built here because torchvision is optional; torchvision's own models attach in the same way.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from turnover.dropout.head import WideHead
 from turnover.errors import InputError
-from turnover.io.tensors import check_finite, opened, shapes
 
 SITES = ("channels", "mlp")
-"""Channels behind every convolution and units of the fully connected layers, as :func:`turnover.attach`
+"""Channels after every convolution and units of the fully connected layers, as :func:`turnover.attach`
 takes them."""
 
 _POOL = 0
@@ -27,15 +23,15 @@ _DEPTHS = {
 }
 """Output channels of the convolutions, in multiples of the width, and pools."""
 _HALVED = 32
-"""Five pools halve the image so many times over."""
+"""Factor by which the five pools shrink an image."""
 
 
 class VGG(nn.Module):
     """``features`` (convolutions, ReLUs, pools), ``avgpool`` and ``classifier``, as torchvision names them.
 
     Every convolution's weights and bias belong to one output channel and every linear layer's to one
-    unit, so under masks on all of them nothing is shared between exposed and hidden, but for a bias in
-    the last layer, and with ``batch_norm`` its statistics, which hold every row of a batch.
+    unit, so under masks on all of them exposed and hidden share nothing but a bias in the last layer, and
+    with ``batch_norm`` its statistics, which hold every row of a batch.
 
     Args:
         depth: 11, 13, 16 or 19 layers with weights.
@@ -44,14 +40,14 @@ class VGG(nn.Module):
             CIFAR.
         width: channels of the first convolution; 64 for torchvision's weights.
         hidden: units of the two fully connected hidden layers; 4096 for torchvision's weights.
-        batch_norm: normalise behind every convolution (torchvision's ``vgg11_bn`` and so on).
+        batch_norm: normalize after every convolution (torchvision's ``vgg11_bn`` and so on).
         bias: whether the last layer has a bias, which leaks; True for torchvision's weights.
-        dropout: ordinary dropout behind the hidden layers; turn-over dropout is in its place.
+        dropout: ordinary dropout after the hidden layers, which turn-over dropout replaces.
 
     Shapes: input float (rows, 3, size, size), output (rows, classes).
 
     Raises:
-        InputError: another depth, or a size or width that cannot be.
+        InputError: another depth, or an impossible size or width.
     """
 
     def __init__(
@@ -115,58 +111,3 @@ class VGG(nn.Module):
         pooled = self.avgpool(self.features(images))
         logits: Tensor = self.classifier(torch.flatten(pooled, 1))
         return logits
-
-
-class ImageClassifier(nn.Module):
-    """Frozen convolutions of a VGG -> mean over the image -> :class:`~turnover.WideHead`.
-
-    ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
-    """
-
-    def __init__(self, whole: VGG, head_units: int, classes: int) -> None:
-        super().__init__()
-        self.encoder = whole.features.requires_grad_(False)
-        channels = [m.out_channels for m in whole.features if isinstance(m, nn.Conv2d)][-1]
-        self.head = WideHead(channels, head_units, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (rows, classes)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-    def features(self, images: Tensor) -> Tensor:
-        """Means of the last channels, float (rows, channels)."""
-        means: Tensor = self.encoder(images).mean(dim=(2, 3))
-        return means
-
-    def load_convolutions(self, path: str) -> None:
-        """Take the convolutions of a VGG's weights under torchvision's names.
-
-        Raises:
-            InputError: no such file, not safetensors, or weights of another shape.
-        """
-        given, prefix = Path(path), "features."
-        of_layers = {
-            name.removeprefix(prefix): shape
-            for name, shape in shapes(given).items()
-            if name.startswith(prefix)
-        }
-        own = self.encoder.state_dict()
-        for name, value in own.items():
-            found = of_layers.get(name)
-            if found != tuple(value.shape):
-                has = "is missing" if found is None else f"is {found}"
-                raise InputError(
-                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
-                    f"--model and --width that the weights are of"
-                )
-        if len(of_layers) > len(own):
-            raise InputError(
-                f"{path}: holds more layers than this VGG has ({next(iter(set(of_layers) - set(own)))}): "
-                f"give the --model that the weights are of, without batch normalisation"
-            )
-        with opened(given) as tensors:
-            taken = {name: tensors.get_tensor(prefix + name) for name in own}
-        for name, value in taken.items():
-            check_finite(given, prefix + name, value)
-        self.encoder.load_state_dict(taken)

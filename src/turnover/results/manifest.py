@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.io.parsing import parse_json
+from turnover.io.parsing import checksum, parse_json
 from turnover.results.arrays import Variable
 from turnover.results.location import PROGRESS, Location
 
@@ -72,7 +72,7 @@ def seal(document: dict[str, Any], manifest: Mapping[str, Any]) -> bytes:
     mark = {"format": _FORMAT, "manifest": dict(manifest)}
     attributes = {**document.get("attributes", {}), ATTRIBUTE: mark}
     sealed = {**document, "attributes": attributes}
-    mark["checksum"] = _checksum(sealed)
+    mark["checksum"] = checksum(sealed)
     return json.dumps(sealed, indent=1).encode()
 
 
@@ -97,18 +97,13 @@ def read_sealed(location: Location, key: str) -> dict[str, Any] | None:
         )
     unsigned = {name: value for name, value in mark.items() if name != "checksum"}
     attributes = {**document["attributes"], ATTRIBUTE: unsigned}
-    if mark.get("checksum") != _checksum({**document, "attributes": attributes}):
+    if mark.get("checksum") != checksum({**document, "attributes": attributes}):
         raise InputError(
             f"{location.url}: {key} is damaged, or was changed after it was written; {_START_OVER}"
         )
     if not isinstance(mark.get("manifest"), dict):
         raise InputError(f"{location.url}: {key} is damaged: no manifest; {_START_OVER}")
     return dict(document)
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest(values: NDArray[Any]) -> str:

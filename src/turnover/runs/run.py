@@ -1,9 +1,9 @@
-"""A run: one folder with everything a trained classifier and its influence results are made of.
+"""A run: one folder with a trained classifier, its data and its influence results. Data, never code.
 
-``config.json``, ``fit.toml`` (of the command line: the options that make the run again), ``masks.json``,
-``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer, of text models),
-``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: the pixels of images), ``metrics.json``,
-``digests.json`` (of the files above that a model is loaded from), ``results/``. Data, never code.
+``config.json``, ``fit.toml`` (command-line options that make the run again), ``masks.json``,
+``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer of text models),
+``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: pixels of images), ``metrics.json``,
+``digests.json`` (of the files that a run is loaded from), ``results/``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,7 @@ from turnover.data.encoded import Encoded
 from turnover.dropout.network import Network
 from turnover.errors import InputError, WriteError
 from turnover.io.files import alone, check_links, replace_folder, writing_to
-from turnover.io.parsing import (
-    check_file,
-    damage,
-    field,
-    read_json,
-    read_object,
-    strings,
-    write_json,
-)
+from turnover.io.parsing import check_file, convert, damage, read_json, read_object, write_json
 from turnover.models.base import Pipeline
 from turnover.models.pipeline import load
 from turnover.results.reader import StoredResult, open_result
@@ -44,10 +36,22 @@ from turnover.results.store import save
 
 DIGESTS = "digests.json"
 CHECKPOINT = ".checkpoint"
-"""Ending of what a fit goes on from, and removes when all else is written."""
+"""Ending of files that a fit resumes from, and deletes when the run is complete."""
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
-"""What changes after the fit, and what no command loads a run from."""
+"""Files that change after the fit, or that no command loads a run from."""
 _SHOWN = 20
+
+
+@dataclass(frozen=True)
+class _Influence:
+    scored_sites: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """Part of ``metrics.json``."""
+
+    influence: _Influence = field(default_factory=_Influence)
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """Open a run. Its files are read once more than they need be, for their digests.
+        """Open a run; its files are read once more to compare their digests.
 
         Warns:
-            UserWarning: a run without digests: a flipped bit would not be noticed.
+            UserWarning: a run without digests, where a flipped bit would not be noticed.
 
         Raises:
-            InputError: not a run, a missing or damaged file, one that is not as it was fitted, or masks
-                that are not those it was trained with.
+            InputError: not a run, a missing or damaged file, one that changed after the fit, or masks other
+                than those of the training.
         """
         if not _is_run(folder):
             raise InputError(
@@ -87,44 +91,37 @@ class Run:
                 f"{folder} has no {DIGESTS}, which a fit writes now: damage to its files may go unnoticed",
                 stacklevel=2,
             )
-        config = read_json(folder / "config.json")
+        where = folder / "config.json"
+        config = read_json(where)
         pipeline, model = load(folder)
         network = _masked(model, folder / "masks.json")
-        classes = strings(config, "classes", folder / "config.json")
+        classes = convert(config.get("classes"), list[str], f"{where}: classes")
         known = read_object(folder / "classifier.json").get("classes")
         if len(classes) != known or len(set(classes)) < len(classes):
             raise InputError(
-                f"{folder / 'config.json'}: damaged, the model is of {known} classes, and not of these: "
+                f"{where}: damaged, the model has {known} classes, and not these: "
                 f"{', '.join(classes[:_SHOWN])}"
             )
-        return cls(
-            folder,
-            config,
-            model,
-            network,
-            pipeline,
-            pipeline.read(folder, "train", classes),
-            pipeline.read(folder, "test", classes),
-            fitted,
-        )
+        train, test = (pipeline.read(folder, name, classes) for name in ("train", "test"))
+        return cls(folder, config, model, network, pipeline, train, test, fitted)
 
     def encode(self, data: Data) -> Encoded:
-        """Data as this run's model takes them."""
+        """Encode data for this run's model."""
         return self.pipeline.encode(data)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """The only process that scores this run.
+        """Lock the run for scoring by this process alone.
 
         Raises:
-            InputError: another one does, or the run was replaced since it was loaded.
+            InputError: another process scores it, or the run was replaced after it was loaded.
         """
         try:
-            # Not its parents: a fit that replaces the run finds no folder in its place.
+            # Without its parents: a fit that replaces the run must find no folder in its place.
             with writing_to(self.folder):
                 _lock(self.folder).parent.mkdir(exist_ok=True)
         except FileNotFoundError as error:
-            raise InputError(f"{self.folder} is gone since it was loaded; run again") from error
+            raise InputError(f"{self.folder} was deleted since it was loaded; run again") from error
         with alone(_lock(self.folder), str(self.folder)):
             try:
                 if _fitted(self.folder) != self._fitted:
@@ -136,28 +133,28 @@ class Run:
                 _lock(self.folder).unlink(missing_ok=True)
 
     def scored_sites(self) -> tuple[str, ...]:
-        """Where `turnover influence` flipped masks; all sites where it has not run.
+        """Sites that `turnover influence` scored; all sites before it ran.
 
         Raises:
             InputError: damaged ``metrics.json``.
         """
         path = self.folder / "metrics.json"
-        metrics = read_json(path)
-        found = field({"influence": {}, **metrics}, "influence", dict, path)
-        sites = strings({"scored_sites": list(self.network.sites), **found}, "scored_sites", path)
+        sites = convert(read_json(path), _Metrics, path).influence.scored_sites
+        if sites is None:
+            return tuple(self.network.sites)
         if not sites or not set(sites) <= set(self.network.sites):
             raise InputError(f"{path}: damaged, the run has other sites than {sites}; restore it")
         return tuple(sites)
 
     def write_result(self, name: str, result: Result) -> None:
-        """Store a result, in place of an earlier one, with the digest of its network."""
+        """Store a result with the digest of its network; an earlier one is replaced."""
         save(self._result(name), result)
 
     @contextmanager
     def draft(self, name: str, settings: str) -> Iterator[Path]:
-        """Where a result is written that becomes ``name`` when the body ends.
+        """Yield a draft that becomes the result ``name`` when the body ends.
 
-        Where the body is cut off it is kept, and found again under the same settings.
+        If the body is interrupted, the same settings find the draft again.
         """
         folder = self.folder / "results"
         with writing_to(folder):
@@ -171,23 +168,23 @@ class Run:
         replace_folder(draft, self._result(name))
 
     def has_result(self, name: str) -> bool:
-        """Whether there is such a result."""
+        """Whether the run has a result."""
         return self._result(name).exists()
 
     def remove_result(self, name: str) -> None:
-        """Remove a stored result, where there is one."""
+        """Delete a result, if the run has it."""
         shutil.rmtree(self._result(name), ignore_errors=True)
 
     def read_result(self, name: str) -> Result:
-        """A stored result of this run's network, in memory.
+        """Read a result of this run's network into memory.
 
         Raises:
-            InputError: no such result, a damaged one, or one of another model or spec.
+            InputError: as :meth:`open_result`.
         """
         return self.open_result(name).load()
 
     def open_result(self, name: str) -> StoredResult:
-        """A stored result of this run's network, on disk.
+        """Open a result of this run's network on disk.
 
         Raises:
             InputError: no such result, a damaged one, or one of another model or spec.
@@ -218,7 +215,7 @@ def _masked(model: nn.Module, path: Path) -> Network:
 
 
 def write_digests(folder: Path) -> None:
-    """Note the digest of every file that a run is loaded from, after all of them were written."""
+    """Write the digest of every file that a run is loaded from, once all of them are written."""
     files = sorted(
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -233,15 +230,9 @@ def write_digests(folder: Path) -> None:
 
 
 def _check_digests(folder: Path) -> None:
-    """Compare a run's files with what was noted when it was fitted.
-
-    Raises:
-        InputError: a file is missing or another one; it is named.
-    """
+    """Refuse a run if a file is missing, or changed after the fit."""
     noted = read_json(folder / DIGESTS).get("blake2b")
-    if not isinstance(noted, dict):
-        raise InputError(f"{folder / DIGESTS}: damaged, it lists no digests")
-    for name, digest in noted.items():
+    for name, digest in convert(noted, dict[str, str], folder / DIGESTS).items():
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise InputError(f"{folder / DIGESTS}: {name!r} leads out of the run; restore it")
         path = folder / name
@@ -263,7 +254,7 @@ def _digest(path: Path) -> str:
 
 
 def _fitted(folder: Path) -> str:
-    """What another fit in the same folder changes."""
+    """Digest that changes with every fit in the same folder."""
     path = folder / DIGESTS
     return _digest(path) if path.is_file() else ""
 
@@ -273,17 +264,12 @@ def _lock(folder: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    # The one file that no other tool's model folder has.
+    # No other tool's model folder has this file.
     return (folder / "masks.json").is_file()
 
 
 def check_new_run(folder: Path, *, overwrite: bool) -> None:
-    """Whether a run may be written there.
-
-    Raises:
-        InputError: the run exists and ``overwrite`` is not given, or its place is taken by something
-            that is not a run.
-    """
+    """Refuse a folder that is not a run, and one that is unless it may be overwritten."""
     if not folder.exists():
         return
     if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -294,21 +280,23 @@ def check_new_run(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def writing_run(folder: Path, *, overwrite: bool, kept: Collection[str] = ()) -> Iterator[Path]:
-    """A working folder that becomes the run when the body ends, and is kept for resuming if it is cut off.
+    """Yield a draft that becomes the run when the body ends, and is kept for resuming if it is interrupted.
 
-    One fit at a time has it, until the run is in its place. What an earlier fit left there is removed,
-    but for checkpoints, which say what they are of.
+    One fit at a time has the draft, until it replaces the run. Files that an earlier fit left in it are
+    deleted, except checkpoints, which know their training.
 
     Args:
-        kept: other files that the body goes on from.
+        folder: of the run.
+        overwrite: replace an existing run.
+        kept: other files that the body resumes from.
 
     Raises:
-        InputError: as :func:`check_new_run`, nothing can be written there, or another process does.
-        WriteError: the disk is full; what was begun is kept.
+        InputError: a folder that may not be written, or that another process is writing.
+        WriteError: the disk is full; the draft is kept.
     """
     check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")
-    # Beside the draft: one within it would move with it, and a second fit would find no lock.
+    # Beside the draft: a lock inside would move with it, and a second fit would not find it.
     lock = folder.with_name(f".{folder.name}.lock")
     with _making(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +306,7 @@ def writing_run(folder: Path, *, overwrite: bool, kept: Collection[str] = ()) ->
             with _making(folder):
                 _clear(draft, kept)
             yield from _written(draft, folder)
-            # What scores the run that is there now writes into it to its end.
+            # A process that scores the existing run writes into it until it ends.
             with alone(_lock(folder), str(folder), wait=True) if _is_run(folder) else nullcontext():
                 check_new_run(folder, overwrite=overwrite)
                 replace_folder(draft, folder)
@@ -350,32 +338,28 @@ def _written(draft: Path, folder: Path) -> Iterator[Path]:
             yield draft
     except WriteError:
         raise
-    except InputError:  # cannot be mended by going on; an interrupted run can, and a full disk
+    except InputError:  # resuming cannot fix it, unlike an interruption or a full disk
         shutil.rmtree(draft)
         raise
-    for left in draft.glob(".*"):  # what was being written when it was cut off
+    for left in draft.glob(".*"):  # incomplete files of an interruption
         left.unlink()
 
 
 def versions() -> dict[str, str]:
-    """Versions of turnover, torch, transformers (where it is installed) and Python."""
+    """Versions of turnover, torch, transformers (if installed) and Python."""
     from turnover import __version__
 
     found = {"turnover": __version__}
     for name in ("torch", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # images do without transformers
+        except importlib.metadata.PackageNotFoundError:  # images do not need transformers
             continue
     return {**found, "python": platform.python_version()}
 
 
 def data_digest(*parts: Data) -> str:
-    """Digest of all that training takes from data: contents, labels and ids, in their order.
-
-    Returns:
-        32 hexadecimal digits.
-    """
+    """Digest of contents, labels and ids in their order: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for data in parts:
         digest.update(json.dumps([len(data), data.classes]).encode())

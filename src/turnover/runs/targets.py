@@ -1,24 +1,32 @@
-"""Which test rows of a scored run are its targets: the errors, in ``results/targets.json``."""
+"""Targets of a scored run: its misclassified test rows, in ``results/targets.json``."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.io.parsing import read_json
+from turnover.io.parsing import convert, damage, read_json
 from turnover.results.manifest import digest
 from turnover.runs.run import Run, data_digest
 
 FILE = "targets.json"
 EXPLANATIONS = "explanations.json"
-"""What `turnover explain` writes beside it."""
+"""Written beside it by `turnover explain`."""
+
+
+@dataclass(frozen=True)
+class _Targets:
+    rows: list[int]
+    predicted: list[int]
+    confidence: list[float]
+    data: str | None = None
 
 
 def rows_digest(run: Run) -> str:
-    """What results are of: the test rows, and the ids and labels of the training rows in their order."""
+    """Digest of the rows that results belong to: test rows, and ids and labels of training rows."""
     train = np.stack([run.train.ids.numpy(), np.asarray(run.train.labels, dtype=np.int64)])
     return data_digest(run.test) + digest(train)
 
@@ -29,43 +37,29 @@ def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     Raises:
         InputError: the run has not been scored, or the file is damaged, or of another run or other data.
     """
-    path, targets = run.folder / "results" / FILE, _of_rows(run)
-    try:
-        rows, predicted = (
-            np.array(targets[name], dtype=np.int64) for name in ("rows", "predicted")
-        )
-        confidence = np.array(targets["confidence"], dtype=np.float64)
-        whole = rows.shape == predicted.shape == confidence.shape and rows.ndim == 1
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: damaged ({error!r})") from error
-    if whole and not len(rows):
-        return rows, predicted, confidence
-    within = whole and 0 <= rows.min() <= rows.max() < len(run.test)
-    if not within or not 0 <= predicted.min() <= predicted.max() < len(run.test.classes):
+    path = run.folder / "results" / FILE
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
+    targets = convert(read_json(path), _Targets, path)
+    again = f"run `turnover influence {run.folder}` again"
+    if targets.data is not None and targets.data != rows_digest(run):
         raise InputError(
-            f"{path}: does not fit the run: run `turnover influence {run.folder}` again"
+            f"{path}: belongs to other training or test rows than the run has now: {again}"
         )
+    with damage(path, again):
+        rows, predicted = (
+            np.array(values, dtype=np.int64) for values in (targets.rows, targets.predicted)
+        )
+    confidence = np.array(targets.confidence, dtype=np.float64)
+    fits = len(rows) == len(predicted) == len(confidence)
+    if fits and len(rows):
+        fits = 0 <= rows.min() <= rows.max() < len(run.test)
+        fits = fits and 0 <= predicted.min() <= predicted.max() < len(run.test.classes)
+    if not fits:
+        raise InputError(f"{path}: does not fit the run: {again}")
     return rows, predicted, confidence
 
 
 def check_scored(run: Run) -> None:
-    """Refuse results of rows that the run no longer has.
-
-    Raises:
-        InputError: the run has not been scored, or not with these rows.
-    """
-    _of_rows(run)
-
-
-def _of_rows(run: Run) -> dict[str, Any]:
-    path = run.folder / "results" / FILE
-    if not path.exists():
-        raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")
-    targets = read_json(path)
-    # Older ones do not have it.
-    if targets.get("data", known := rows_digest(run)) != known:
-        raise InputError(
-            f"{path}: is of other training or test rows than the run has now: run `turnover influence "
-            f"{run.folder}` again"
-        )
-    return targets
+    """Refuse a run that has not been scored, or whose results belong to other rows."""
+    read_targets(run)

@@ -1,4 +1,4 @@
-"""How linear scores of a run's errors rank beside exact ones."""
+"""Rank correlation of linear with exact scores, on a sample of a run's errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def agreement(
     ids: torch.Tensor,
     errors: Result,
 ) -> dict[str, Any]:
-    """Exact scores of a sample of pairs, and how the linear ones rank beside them."""
+    """Spearman correlation of linear with exact scores of a sample of pairs; empty for other methods."""
     if influence.method != "linear":
         return {}
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the classes weigh in the training loss, where some are rare or count for more."""
+"""Weights of classes in the training loss, for classes that are rare or count for more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,21 +14,29 @@ from torch import Tensor
 
 from turnover.data.base import Data
 from turnover.errors import InputError
-from turnover.io.parsing import damage
+from turnover.io.parsing import convert, damage
 from turnover.runs.run import Run
 
 BALANCED = "balanced"
 
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
-"""``"balanced"``; weights by the names of classes, 1 for those left out; or ``None``: all weigh the same."""
+"""``"balanced"``, weights by class name (default 1), or ``None`` for equal weights."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    class_weights: ClassWeights = None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Part of ``config.json``."""
+
+    training: _Training = field(default_factory=_Training)
 
 
 def check_class_weights(asked: ClassWeights) -> None:
-    """Whether these are weights.
-
-    Raises:
-        InputError: another word, or a weight that is not a finite number above 0 in float32.
-    """
+    """Refuse other words, and weights that are not finite and above 0 in float32."""
     if asked is None or asked == BALANCED:
         return
     if isinstance(asked, str):
@@ -41,11 +50,7 @@ def check_class_weights(asked: ClassWeights) -> None:
 
 
 def parse_class_weights(given: Sequence[str] | None) -> ClassWeights:
-    """What the command line is given: ``balanced`` alone, or ``NAME=WEIGHT`` for each class.
-
-    Raises:
-        InputError: something else, or a class twice.
-    """
+    """Parse command-line values: ``balanced`` alone, or ``NAME=WEIGHT`` for each class once."""
     if not given:
         return None
     if list(given) == [BALANCED]:
@@ -68,25 +73,22 @@ def parse_class_weights(given: Sequence[str] | None) -> ClassWeights:
 
 
 def weights_of_run(run: Run) -> Tensor | None:
-    """The weights of classes that a run was trained with.
-
-    Raises:
-        InputError: a damaged ``config.json``.
-    """
+    """Class weights that a run was trained with."""
     where = run.folder / "config.json"
+    asked = convert(run.config, _Config, where).training.class_weights
     with damage(where):
-        asked = run.config.get("training", {}).get("class_weights")
         check_class_weights(asked)
         return class_weights(asked, run.train)
 
 
 def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
-    """The weight of every class, float32 (classes,); ``None``: all weigh the same.
+    """Weight of every class, float32 (classes,); ``None`` for equal weights.
 
-    Balanced weights are rows over (classes with rows x rows of the class), so that every class weighs as
-    much as any other in all, and a row 1 in the mean.
+    Balanced weights are rows over (classes with rows x rows of the class), so that all classes have the same
+    total weight, and rows have the mean weight 1.
 
     Args:
+        asked: as given to the training.
         data: the training data.
 
     Raises:
@@ -105,7 +107,7 @@ def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
         if name not in data.classes:
             close = difflib.get_close_matches(name, data.classes, n=3, cutoff=0.4)
             raise InputError(
-                f"--class-weights: there is no class {name!r}; "
-                f"{'closest' if close else 'there are'}: {', '.join(close or data.classes[:10])}"
+                f"--class-weights: no class {name!r}; "
+                f"{'closest' if close else 'classes'}: {', '.join(close or data.classes[:10])}"
             )
     return torch.tensor([float(asked.get(name, 1.0)) for name in data.classes])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
@@ -38,18 +38,18 @@ from turnover.tasks.training import (
 )
 
 _TEST_GHOSTS = 2**32
-"""Test rows run under ghosts from here on, away from those of noise floors."""
+"""First ghost of the test rows, beyond those of noise floors."""
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Everything that decides a run beside its data.
+    """Options of a fit: with the data they determine the run.
 
     Attributes:
         classifier: shape of the model.
         training: how it is trained.
         masks: the mask spec.
-        sites: what is masked, as :func:`turnover.attach` takes it; empty: all that is trained.
+        sites: masked sites, as for :func:`turnover.attach`; empty: everything that is trained.
         compare: also train the same model with ordinary dropout.
         curve_rows: fixed rows of the training and of the test data on which losses are followed.
         memorization: record both losses of every training row after each epoch (turnover memorize).
@@ -64,7 +64,7 @@ class FitConfig:
     memorization: bool = False
 
     def __post_init__(self) -> None:
-        # A frozen dataclass sets its own fields in this way alone.
+        # The only way to set a field of a frozen dataclass.
         object.__setattr__(self, "sites", self.sites or self.classifier.sites)
 
 
@@ -77,12 +77,15 @@ def fit(
     overwrite: bool = False,
     recipe: str | None = None,
 ) -> dict[str, Any]:
-    """Train, evaluate and write a run folder; resumes by epochs where an earlier try was cut off.
+    """Train, evaluate and write a run folder; an interrupted fit resumes after its last epoch.
 
     Args:
+        config: options.
+        train_data: training data.
+        test_data: test data.
         out: folder of the run; it appears when everything is done.
         overwrite: replace an existing run.
-        recipe: kept in the run as ``fit.toml``: options with which the command line makes it again.
+        recipe: command-line options that make the run again, stored as ``fit.toml``.
 
     Returns:
         the metrics, as in the run's ``metrics.json``.
@@ -92,7 +95,7 @@ def fit(
     """
     kept = (FILE,) if config.memorization else ()
     with writing_run(out, overwrite=overwrite, kept=kept) as draft:
-        # The weights' and the dropout's randomness, without moving the caller's generator.
+        # Draws for weights and dropout leave the caller's generator alone.
         with torch.random.fork_rng():
             torch.manual_seed(config.training.seed)
             pipeline, model = build(config.classifier, train_data)
@@ -103,12 +106,12 @@ def fit(
             folder.mkdir(exist_ok=True)
             pipeline.save(folder, plain, len(train_data.classes))
         write_json(draft / "masks.json", network.to_dict())
-        pipeline.write(draft, "train", train_data)
-        pipeline.write(draft, "test", test_data)
+        train_data.save(draft, "train")
+        test_data.save(draft, "test")
         write_json(draft / "metrics.json", metrics, sealed=True)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
-        origin = {"data": data_digest(train_data, test_data), "made_with": versions()}
-        write_json(draft / "config.json", {"classes": train_data.classes, **settings, **origin})
+        provenance = {"data": data_digest(train_data, test_data), "made_with": versions()}
+        write_json(draft / "config.json", {"classes": train_data.classes, **settings, **provenance})
         if recipe is not None:
             (draft / "fit.toml").write_text(recipe, encoding="utf-8")
         write_digests(draft)
@@ -183,8 +186,7 @@ def _fit(
         "evaluation": "float32",
     }
     if weights is not None:
-        named = zip(train_data.classes, weights.tolist(), strict=True)
-        metrics["class_weights"] = dict(named)
+        metrics["class_weights"] = dict(zip(train_data.classes, weights.tolist(), strict=True))
     metrics["seconds"] = seconds
     return metrics, network, plain
 
@@ -194,7 +196,7 @@ def _no_masks(_: Any) -> AbstractContextManager[None]:
 
 
 def fixed_rows(count: int, wanted: int) -> list[int]:
-    """Rows drawn from so many, always the same ones."""
+    """Draw some of ``count`` rows, always the same ones."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
 
@@ -206,22 +208,17 @@ def _sides(
     train_rows: Sequence[int],
     test_rows: Sequence[int],
 ) -> dict[str, Evaluation]:
-    """Train rows under their own masks and test rows under ghosts' masks, exposed and hidden."""
+    """Evaluate train rows under their own masks and test rows under ghosts' masks, exposed and hidden."""
+    sides = {}
     ghosts = ghost_ids(len(test), start=_TEST_GHOSTS)
-    plans: list[tuple[str, Encoded, Sequence[int], Tensor | None]] = [
+    for name, data, rows, ids in (
         ("train", training, train_rows, None),
         ("test", test, test_rows, ghosts),
-    ]
-    return {
-        f"{name}_{'hidden' if hidden else 'exposed'}": evaluate(
-            network.model,
-            data,
-            rows,
-            under_masks(network, data, ids, hidden=hidden),
-        )
-        for name, data, rows, ids in plans
-        for hidden in (False, True)
-    }
+    ):
+        for side in ("exposed", "hidden"):
+            masked = under_masks(network, data, ids, hidden=side == "hidden")
+            sides[f"{name}_{side}"] = evaluate(network.model, data, rows, masked)
+    return sides
 
 
 def _metrics(
@@ -243,10 +240,10 @@ def _metrics(
     if without is not None:
         accuracy["without_turnover"], *intervals["without_turnover"] = without.accuracy()
         difference = with_mean.correct.double() - without.correct.double()
-        centre = difference.mean().item()
+        mean = difference.mean().item()
         half = 1.96 * difference.std().item() / len(difference) ** 0.5
-        accuracy["difference"] = centre
-        intervals["difference"] = [centre - half, centre + half]
+        accuracy["difference"] = mean
+        intervals["difference"] = [mean - half, mean + half]
         loss["test_without_turnover"] = without.mean()
     hidden_mean, _ = loss["train_hidden"]
     test_mean, test_half = loss["test_hidden"]

@@ -1,4 +1,4 @@
-"""Groups of training instances that share a mask: what each source, annotator or time block did."""
+"""Influence of groups of training instances that share a mask: sources, annotators or time blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from turnover import objectives
-from turnover.data.encoded import Encoded, batches
+from turnover.data.encoded import batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.estimator import Influence
@@ -26,22 +26,21 @@ _BATCH = 32
 _GHOSTS = 1000
 _SPREAD_GHOSTS = 20
 _SPREAD_START = 2**34
-"""Ghosts whose networks say how far accuracies differ by chance, away from those of noise floors."""
+"""Ghosts whose networks show how far accuracies differ by chance, apart from those of noise floors."""
 
 
 @dataclass(frozen=True)
 class GroupInfluence:
-    """One group, and what it did to the test rows.
+    """A group and its influence on the test rows.
 
     Attributes:
-        key: the group.
-        rows: training rows in it.
+        key: name of the group.
+        rows: number of its training rows.
         score: influence on the mean objective of the test rows, in nats; positive = helpful.
         z: the score in units of the noise floor.
         q: adjusted p-value over the groups.
-        accuracy_with: of the group's exposed network on the test rows; ``None`` where it was not asked
-            for.
-        accuracy_without: of its hidden network, which never learned the group; as wide as the other.
+        accuracy_with: of the group's exposed network on the test rows; ``None``: not measured.
+        accuracy_without: of its hidden network, which never learned the group and is as wide.
     """
 
     key: str
@@ -63,9 +62,9 @@ class Groups:
     """The groups of a run, the most harmful first.
 
     Attributes:
-        groups: all of them.
+        groups: all groups.
         accuracy: of the whole network on the test rows.
-        accuracy_spread: standard deviation of (without - with) over ghosts: what is chance.
+        accuracy_spread: standard deviation of (without - with) over ghosts, that is, by chance.
     """
 
     groups: tuple[GroupInfluence, ...]
@@ -80,13 +79,14 @@ class Groups:
 def groups(
     run: Run, objective: Objective = objectives.margin, *, method: str = "linear", predict: int = 10
 ) -> Groups:
-    """Influence of the groups of a run on its test rows, and predictions without some of them.
+    """Estimate the influence of a run's groups on its test rows, and predict without some of them.
 
     Args:
-        objective: what a prediction costs.
+        run: a run with groups.
+        objective: cost of a prediction.
         method: ``"linear"`` or ``"exact"``.
-        predict: test rows are also predicted with and without the so many most harmful and most helpful
-            groups: two passes over the test rows for each.
+        predict: number of most harmful and of most helpful groups with and without which the test rows are
+            also predicted, in two passes over them for each.
 
     Raises:
         InputError: the run's training rows have ids of their own.
@@ -105,39 +105,29 @@ def groups(
     )
     order = np.argsort(result.scores, kind="stable")
     chosen = set(order[:predict].tolist()) | set(order[len(order) - predict :].tolist())
-    accuracies = _Accuracies(run, test)
-    spread = [
-        accuracies.of(int(ghost))
-        for ghost in ghost_ids(_SPREAD_GHOSTS if predict else 0, start=_SPREAD_START)
-    ]
+    network = run.network
+
+    def accuracy(bind: Callable[[Sequence[int]], AbstractContextManager[Any]]) -> float:
+        found = evaluate(run.model, test, range(len(test)), bind)
+        return float(found.correct.float().mean())
+
+    def with_and_without(train_id: int) -> tuple[float, float]:
+        return (
+            accuracy(lambda rows: network.exposed([train_id] * len(rows))),
+            accuracy(lambda _: network.without(train_id)),
+        )
+
+    ghosts = ghost_ids(_SPREAD_GHOSTS if predict else 0, start=_SPREAD_START)
+    spread = [with_and_without(ghost) for ghost in ghosts.tolist()]
     found = []
     for column in tqdm(order.tolist(), desc="with and without groups", unit="group"):
         group = int(result.train_ids[column])
-        both = accuracies.of(group) if column in chosen else (None, None)
+        both = with_and_without(group) if column in chosen else (None, None)
         numbers = (float(values[column]) for values in (result.scores, result.z, result.q))
         found.append(GroupInfluence(keys[group], sizes[group], *numbers, *both))
     differences = [without - exposed for exposed, without in spread]
     return Groups(
         tuple(found),
-        accuracies.under(lambda _: run.network.mean()),
+        accuracy(lambda _: network.mean()),
         float(np.std(differences, ddof=1)) if differences else 0.0,
     )
-
-
-class _Accuracies:
-    """Accuracy on the test rows under masks."""
-
-    def __init__(self, run: Run, test: Encoded) -> None:
-        self._run, self._test = run, test
-
-    def under(self, bind: Callable[[Sequence[int]], AbstractContextManager[Any]]) -> float:
-        found = evaluate(self._run.model, self._test, range(len(self._test)), bind)
-        return float(found.correct.float().mean())
-
-    def of(self, train_id: int) -> tuple[float, float]:
-        """Of the exposed and of the hidden network of an id."""
-        network = self._run.network
-        return (
-            self.under(lambda rows: network.exposed([train_id] * len(rows))),
-            self.under(lambda _: network.without(train_id)),
-        )

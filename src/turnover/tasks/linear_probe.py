@@ -117,7 +117,7 @@ def train_head(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = WideHead(data.features.shape[1], _UNITS, data.classes, gain=1.0)
-    head.standardise(data.features)
+    head.standardize(data.features)
     optimizer = torch.optim.SGD(
         head.parameters(), _RATE, momentum=0.9, weight_decay=weight_decay, fused=True
     )
@@ -142,7 +142,7 @@ def train_masked_head(data: Frozen, seed: int) -> Network:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = WideHead(data.features.shape[1], MASKED_UNITS, data.classes)
-    head.standardise(data.features)
+    head.standardize(data.features)
     network = attach(head, ["activation"], MaskSpec(seed=seed))
     optimizer = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
     epochs = max(_MASKED_EPOCHS, -(-_MASKED_STEPS * _BATCH // len(data)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
-from turnover.tasks.explain import rows_by_id
+from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.predict import predict_training
 
 KEEP, REMOVE = "keep", "remove"
@@ -31,30 +31,31 @@ _COLUMNS = (
 )
 _BEGINNING = r"[=+\-@\t\r\n]"
 _FORMULA = re.compile(rf"'*{_BEGINNING}(?![0-9.]+$)")
-_CHANGED = re.compile(r"'*(?!(?:0|-?[1-9]\d{0,14})\Z)[=+\-]?\.?\d[\d.,:/+\- eE%]*", re.ASCII)
-"""Codes that a spreadsheet takes for a number or a date, and writes in another way: 0007, 1e5, 1-2, +7."""
-_TEXT = re.compile(rf"'+(?:{_BEGINNING}|\.?\d)")
-_AS_NUMBER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
-"""An integer as a spreadsheet may write it; three zeros would be of a separator of thousands."""
+_CODE = re.compile(r"'*(?!(?:0|-?[1-9]\d{0,14})\Z)[=+\-]?\.?\d[\d.,:/+\- eE%]*", re.ASCII)
+"""Codes that a spreadsheet reads as a number or a date, and writes differently: 0007, 1e5, 1-2, +7."""
+_ESCAPED = re.compile(rf"'+(?:{_BEGINNING}|\.?\d)")
+_INTEGER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
+"""An integer as a spreadsheet may write it; three zeros would follow a thousands separator."""
+_UNKNOWN = (None, None)
 _NAMES = {"key", "label", "suggested", "decision"}
 
 
 @dataclass(frozen=True)
 class Flagged:
-    """A training row whose label the network that never learned it does not share.
+    """A training row whose label differs from the prediction of the network that never learned it.
 
     Attributes:
         key: of the row.
         text: of the row.
-        label: as it is.
-        suggested: what the hidden network predicts.
+        label: of the row.
+        suggested: class predicted by the hidden network.
         probability_of_label: by the hidden network, calibrated.
         probability_of_suggested: likewise.
-        self_influence_z: how much of the row was learned by heart, in units of the noise floor;
-            ``None`` where the run has no self-influence.
+        self_influence_z: memorization of the row, in units of the noise floor; ``None`` where the run has
+            no self-influence.
         self_influence_q: adjusted p-value of that, over all training rows.
-        influencers: labels of the ten other training rows with the strongest influence on this one,
-            in either direction, and how many have them.
+        influencers: labels of the ten other training rows with the strongest influence on this one, in
+            either direction, with their counts.
     """
 
     key: str
@@ -69,10 +70,11 @@ class Flagged:
 
 
 def review(run: Run, *, budget: int = 100) -> list[Flagged]:
-    """The training rows whose labels are worth a look, the most doubtful first.
+    """List the training rows whose labels are doubtful, the most doubtful first.
 
     Args:
-        budget: at most so many.
+        run: a run without groups.
+        budget: most rows to list.
 
     Raises:
         InputError: rows share ids (groups), or a budget below 1.
@@ -80,46 +82,49 @@ def review(run: Run, *, budget: int = 100) -> list[Flagged]:
     if budget < 1:
         raise InputError(f"the budget must be at least 1 row, got {budget}")
     check_rows(run)
-    predictions = predict_training(run)
-    probabilities, labels = predictions.probabilities, np.array(run.train.labels)
-    rows = np.arange(len(labels))
-    of_label, predicted = probabilities[rows, labels], probabilities.argmax(axis=1)
+    train, probabilities = run.train, predict_training(run).probabilities
+    labels, predicted = np.array(train.labels), probabilities.argmax(axis=1)
+    of_label = probabilities[np.arange(len(labels)), labels]
     doubtful = np.flatnonzero(predicted != labels)
     chosen = doubtful[np.argsort(of_label[doubtful], kind="stable")][:budget].tolist()
     if not chosen:
         return []
     own = _self_influence(run)
-    votes = _influencers(run, chosen)
-    classes = run.train.classes
-    flagged = []
-    for index, row in enumerate(chosen):
-        z, q = own.get(int(run.train.ids[row]), (None, None))
-        flagged.append(
-            Flagged(
-                run.train.keys[row],
-                run.train.shown(row),
-                classes[labels[row]],
-                classes[predicted[row]],
-                float(of_label[row]),
-                float(probabilities[row, predicted[row]]),
-                z,
-                q,
-                votes[index],
-            )
+    numbers = [own.get(int(train.ids[row]), _UNKNOWN) for row in chosen]
+    return [
+        Flagged(
+            train.keys[row],
+            train.shown(row),
+            train.classes[labels[row]],
+            train.classes[predicted[row]],
+            float(of_label[row]),
+            float(probabilities[row, predicted[row]]),
+            z,
+            q,
+            influencers,
         )
-    return flagged
+        for row, (z, q), influencers in zip(chosen, numbers, _influencers(run, chosen), strict=True)
+    ]
 
 
 def write_review(flagged: list[Flagged], out: Path) -> None:
     """Write the list as CSV, atomically, with an empty column ``decision``."""
-    lines = []
-    for one in flagged:
-        said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
-        z, q = one.self_influence_z, one.self_influence_q
-        numbers = [f"{one.probability_of_label:.4f}", f"{one.probability_of_suggested:.4f}"]
-        numbers += ["" if z is None else f"{z:.2f}", "" if q is None else f"{q:.3g}"]
-        lines.append([one.key, one.label, one.suggested, *numbers, said, "", one.text])
-    _write_list(out, lines)
+    _write_list(
+        out,
+        (
+            {
+                "key": one.key,
+                "label": one.label,
+                "suggested": one.suggested,
+                "probability_of_label": f"{one.probability_of_label:.4f}",
+                "probability_of_suggested": f"{one.probability_of_suggested:.4f}",
+                **_own_numbers(one.self_influence_z, one.self_influence_q),
+                "influencers": ", ".join(f"{n} {label}" for label, n in one.influencers.items()),
+                "text": one.text,
+            }
+            for one in flagged
+        ),
+    )
 
 
 def write_decisions(
@@ -133,43 +138,46 @@ def write_decisions(
     Args:
         train: the training data.
         decisions: by row; see :func:`read_decisions`.
-        self_influence: z and q by instance id, of those that have them. What else the list holds of a
-            row takes another pass over the data, and is left empty.
+        out: CSV file.
+        self_influence: z and q by instance id, where known. The other numbers of the list would take
+            another pass over the data; their columns are empty.
     """
-    lines = []
+    rows = []
     for row, decision in sorted(decisions.items()):
-        own = self_influence.get(int(train.ids[row]))
-        numbers = ["", ""] if own is None else [f"{own[0]:.2f}", f"{own[1]:.3g}"]
-        label = train.classes[train.labels[row]]
-        lines.append([train.keys[row], label, "", "", "", *numbers, "", decision, train.shown(row)])
-    _write_list(out, lines)
+        key, label, text = described(train, row)
+        own = _own_numbers(*self_influence.get(int(train.ids[row]), _UNKNOWN))
+        rows.append({"key": key, "label": label, "decision": decision, "text": text, **own})
+    _write_list(out, rows)
 
 
-def _write_list(out: Path, lines: list[list[str]]) -> None:
-    """Write a list that is filled in by people, in a spreadsheet that would run a text for a formula."""
-    write_csv(out, _COLUMNS, (list(map(_as_text, _COLUMNS, line)) for line in lines))
+def _own_numbers(z: float | None, q: float | None) -> dict[str, str]:
+    known = z is not None and q is not None
+    return {"self_influence_z": f"{z:.2f}", "self_influence_q": f"{q:.3g}"} if known else {}
+
+
+def _write_list(out: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write a list that people fill in, in a spreadsheet that would run a text as a formula."""
+    write_csv(
+        out, _COLUMNS, ([_as_text(one, row.get(one, "")) for one in _COLUMNS] for row in rows)
+    )
 
 
 def _as_text(column: str, cell: str) -> str:
-    """A cell that a spreadsheet leaves as it is: before a formula or a code an apostrophe."""
-    changed = _FORMULA.match(cell) or (column in _NAMES and _CHANGED.fullmatch(cell))
+    """Put an apostrophe before a formula or a code, so that a spreadsheet does not change it."""
+    changed = _FORMULA.match(cell) or (column in _NAMES and _CODE.fullmatch(cell))
     return f"'{cell}" if changed else cell
 
 
 def _meant(cell: str, known: Container[str]) -> str:
-    """What was written as a cell, or stands in one that was written by hand or by a spreadsheet."""
-    bare = cell[1:] if _TEXT.match(cell) else cell
-    number = _AS_NUMBER.fullmatch(cell.strip())
+    """Undo :func:`_as_text`, or the changes of a spreadsheet or of writing by hand."""
+    bare = cell[1:] if _ESCAPED.match(cell) else cell
+    number = _INTEGER.fullmatch(cell.strip())
     written = (bare, cell, bare.strip(), cell.strip(), number[1] if number else bare)
     return next((one for one in written if one in known), cell)
 
 
 def check_decision(written: str, classes: Sequence[str]) -> str:
-    """The decision meant by a text: ``keep``, ``remove``, or a class, in upper or lower case.
-
-    Raises:
-        InputError: another one, or one that several have the name of.
-    """
+    """Find the decision that a text means: ``keep``, ``remove``, or a class, in upper or lower case."""
     known = (KEEP, REMOVE, *classes)
     found = _meant(written, known)
     exact = [one for one in known if one == found]
@@ -178,7 +186,7 @@ def check_decision(written: str, classes: Sequence[str]) -> str:
         return meant[0]
     if meant:
         raise InputError(
-            f"decision {written!r} is the name of several: {KEEP}, {REMOVE} and the classes "
+            f"decision {written!r} is ambiguous among {KEEP}, {REMOVE} and the classes "
             f"{', '.join(classes)}; rename the class in the data, or change its rows there"
         )
     raise InputError(
@@ -187,9 +195,9 @@ def check_decision(written: str, classes: Sequence[str]) -> str:
 
 
 def read_decisions(run: Run, path: Path) -> dict[int, str]:
-    """Decisions by training row: ``keep``, ``remove``, or the name of the right class.
+    """Read decisions by training row: ``keep``, ``remove``, or the name of the right class.
 
-    Rows without a decision are not in it.
+    Rows without a decision are left out.
 
     Raises:
         InputError: no such file, a missing column, an unknown or repeated key, or another decision.
@@ -206,7 +214,7 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
 
 
 def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    """Line number, training row and value, of a CSV file with the columns key and this one.
+    """Read line numbers, training rows and values from a CSV file with the columns key and this one.
 
     Raises:
         InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
@@ -221,7 +229,7 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         row = row_of.get(_meant(key, row_of))
         if row is None:
             close = next((one for one in row_of if one.lstrip("0") == key.strip()), None)
-            hint = "" if close is None else f"; {close!r} is one: import the column as text"
+            hint = "" if close is None else f"; did you mean {close!r}? Import the column as text"
             raise InputError(f"{path}: line {number}: no training row has the key {key!r}{hint}")
         if row in seen:
             raise InputError(f"{path}: line {number}: a second {column} of {run.train.keys[row]!r}")
@@ -230,48 +238,42 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
 
 
 def decided(train: Data, decisions: dict[int, str]) -> Data:
-    """The training data after decisions by row."""
+    """Apply decisions by row to the training data."""
     kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
-    labels = []
-    for row in kept:
-        decision = decisions.get(row, KEEP)
-        labels.append(train.labels[row] if decision == KEEP else train.classes.index(decision))
-    return train.take(kept).relabelled(labels)
+    made = ((row, decisions.get(row, KEEP)) for row in kept)
+    labels = [train.labels[row] if one == KEEP else train.classes.index(one) for row, one in made]
+    return train.take(kept).relabeled(labels)
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
-    """Write the training data after the decisions of a file; the ending tells the format.
+    """Write the training data after the decisions of a file; the ending sets the format.
+
+    Args:
+        run: a run without groups.
+        decisions: CSV file with the columns key and decision.
+        out: file to write.
 
     Returns:
-        How many rows were kept, removed and relabelled.
+        Numbers of rows kept, removed and relabelled.
 
     Raises:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
-    made = read_decisions(run, decisions)
-    run.pipeline.export(decided(run.train, made), out)
-    own = [run.train.classes[label] for label in run.train.labels]
-    counts = Counter({"kept": len(run.train) - len(made), "removed": 0, "relabelled": 0})
+    train, made = run.train, read_decisions(run, decisions)
+    decided(train, made).export(out)
+    counts = Counter({"kept": len(train) - len(made), "removed": 0, "relabelled": 0})
     for row, decision in made.items():
-        if decision == REMOVE:
-            counts["removed"] += 1
-        else:
-            counts["kept" if decision in (KEEP, own[row]) else "relabelled"] += 1
+        same = decision in (KEEP, train.classes[train.labels[row]])
+        counts["removed" if decision == REMOVE else "kept" if same else "relabelled"] += 1
     return counts
 
 
 def check_rows(run: Run) -> None:
-    """Whether training rows have ids and keys of their own.
-
-    Raises:
-        InputError: they share them (groups).
-    """
-    if len(torch.unique(run.train.ids)) < len(run.train) or len(set(run.train.keys)) < len(
-        run.train
-    ):
+    """Refuse training rows that share ids or keys (groups)."""
+    if min(len(torch.unique(run.train.ids)), len(set(run.train.keys))) < len(run.train):
         raise InputError(
-            f"{run.folder} has groups, and rows are judged one by one: train with an id column in "
-            f"place of the group column"
+            f"{run.folder} has groups, and rows are judged one by one: train with an id column "
+            f"instead of the group column"
         )
 
 
@@ -280,14 +282,12 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
         return {}
     check_scored(run)
     result = run.read_result("self")
-    return {
-        int(one): (float(z), float(q))
-        for one, z, q in zip(result.train_ids, result.z, result.q, strict=True)
-    }
+    numbers = zip(result.z.tolist(), result.q.tolist(), strict=True)
+    return dict(zip(result.train_ids.tolist(), numbers, strict=True))
 
 
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
-    """Labels of the strongest influencers of each row, the row itself left out."""
+    """Count the labels of the strongest influencers of each row, without the row itself."""
     encoded = run.encode(run.train)
     sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)

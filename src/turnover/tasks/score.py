@@ -18,10 +18,13 @@ from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.estimator import METHODS, Influence
-from turnover.influence.linear import LinearScorer, mask_gradients
+from turnover.influence.auto import Auto
+from turnover.influence.estimator import Influence
+from turnover.influence.gradients import mask_gradients
+from turnover.influence.linear import LinearScorer
 from turnover.influence.plan import Plan
-from turnover.io.parsing import field, read_json, write_json
+from turnover.influence.protocol import METHODS
+from turnover.io.parsing import convert, read_json, write_json
 from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
 from turnover.results.location import ROOT
@@ -39,12 +42,12 @@ _P_CHECKED = 0.01
 _SITE_ROWS = 256
 _OWN_GHOSTS = 1000
 _GRAM_TOP, _GRAM_COMPARED = 50, 5
-PAIR_METHODS = tuple(method for method in METHODS if method != "gram")
+PAIR_METHODS = tuple(sorted(METHODS.keys() - {"gram"}))
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What is estimated.
+    """Options of scoring.
 
     Attributes:
         method: estimator of the pairs and the aggregate (self-influence is linear).
@@ -52,8 +55,8 @@ class ScoreConfig:
         objective: cost of a prediction in nats: ``margin`` (minus the log-odds of the true class) or
             ``cross_entropy`` (its loss).
         ghosts: ghosts that fit the noise floor; as many fresh ones check it.
-        sites: names or patterns of the sites that are scored, ``("*",)`` for all; ``None`` takes those
-            that carry more signal than noise, told from the training instances' self-influence.
+        sites: names or patterns of the sites to score, ``("*",)`` for all; ``None`` chooses those that
+            carry more signal than noise, by the training instances' self-influence.
         gram: also estimate the errors' extremes by gram, which takes a pass over the training data.
     """
 
@@ -67,23 +70,25 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise InputError(
-                f"unknown objective {self.objective!r}; there are {', '.join(OBJECTIVES)}"
+                f"unknown objective {self.objective!r}; known objectives: {', '.join(OBJECTIVES)}"
             )
 
 
 def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str, Any]:
-    """Estimate, store the results in the run, and add what was found to its metrics.
+    """Estimate influence on a run's test data, store the results in the run, and complete its metrics.
 
     Stores ``results/errors`` (misclassified test rows x training ids), ``results/gram`` (their extremes
     by gram, with row numbers of the training data as ids), ``results/aggregate`` (mean over all test
-    rows), ``results/self`` (training ids) and ``results/targets.json``. Where it is cut off, the same
-    call goes on with the errors.
+    rows), ``results/self`` (training ids) and ``results/targets.json``. If interrupted, the same call
+    resumes the errors.
 
     Args:
-        engine: what computes the influence on the errors (:meth:`turnover.Influence.estimate`).
+        run: the run.
+        config: options.
+        engine: engine that computes the influence on the errors (:meth:`turnover.Influence.estimate`).
 
     Returns:
-        the run's metrics, complete.
+        the run's metrics.
 
     Raises:
         InputError: unknown objective or method, an objective that is not finite, or a run that another
@@ -95,7 +100,7 @@ def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str
 
 def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     start = time.perf_counter()
-    _measured(run)  # refused now, and not when all is computed
+    _metrics(run)  # refuse damaged metrics before anything is computed
     network = run.network
     scoring = _Scoring(run, config)
     test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
@@ -104,7 +109,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     results: dict[str, Result] = {}
     before = _explained(run)
     targets = run.folder / "results" / TARGETS
-    # All is computed before any of it replaces a result of other settings.
+    # Everything is computed before it replaces results of other settings.
     with ExitStack() as stack:
         if wrong:
             influence = scoring.influence(config.method)
@@ -125,14 +130,14 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
         if wrong and config.gram:
             results["gram"], found["gram"] = _score_by_gram(run, scoring, errors)
         results |= _overall(scoring, config)
-        # Without it no command reads results: were this cut off, some would be of other settings.
+        # Without it no command reads results, which an interruption would leave in a mix of settings.
         targets.unlink(missing_ok=True)
     run.remove_result("gram")
     for name, result in results.items():
         run.write_result(name, result)
-    if _explained(run) != before:  # explanations are of the results that were there
+    if _explained(run) != before:  # explanations belong to the old results
         (run.folder / "results" / EXPLANATIONS).unlink(missing_ok=True)
-    metrics = _measured(run)
+    metrics = _metrics(run)
     metrics["seconds"]["influence"] = time.perf_counter() - start
     metrics["errors_explained"] = len(wrong)
     for key in ("ghost_false_positive_rate", "significant_pairs"):
@@ -144,17 +149,17 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
 
 
 def _explained(run: Run) -> list[bytes]:
-    """What changes with any setting of the results that explanations are made of."""
+    """Descriptions of the results behind explanations; they change with every setting."""
     roots = (run.folder / "results" / f"{name}.zarr" / ROOT for name in ("errors", "gram"))
     return [root.read_bytes() if root.is_file() else b"" for root in roots]
 
 
 def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:
-    """Influence on the mean of all test rows, and of every training row on itself."""
+    """Influence on the mean of all test rows, and self-influence of every training row."""
     test, training = scoring.test, scoring.training
     mean = scoring.influence(config.method if config.method in ("exact", "linear") else "linear")
     results = {"aggregate": mean.aggregate(batches(test, range(len(test)), _BATCH), scoring.ids)}
-    # Every row has ghosts of its own and the null is pooled over the rows, so fewer do.
+    # Fewer ghosts suffice: every row has its own, and the null is pooled over the rows.
     own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
     if len(scoring.ids) == len(training):
         rows = batches(training, range(len(training)), _BATCH)
@@ -162,20 +167,15 @@ def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:
     return results
 
 
-def _measured(run: Run) -> dict[str, Any]:
-    """What the fit measured, to which scoring adds.
-
-    Raises:
-        InputError: damaged.
-    """
+def _metrics(run: Run) -> dict[str, Any]:
     path = run.folder / "metrics.json"
     metrics = read_json(path)
-    field(metrics, "seconds", dict, path)
+    convert(metrics.get("seconds"), dict[str, float], f"{path}: seconds")
     return metrics
 
 
 def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
-    """What scoring the errors would cost by each method; ``None`` where there are no errors.
+    """Cost of scoring the errors by each method; ``None`` if there are no errors.
 
     Raises:
         InputError: unknown objective or method.
@@ -187,7 +187,7 @@ def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
 
 
 class _Scoring:
-    """What is scored in a run: its errors, and the sites."""
+    """Errors and sites of a run that are scored."""
 
     def __init__(self, run: Run, config: ScoreConfig) -> None:
         self._run, self._config = run, config
@@ -195,17 +195,17 @@ class _Scoring:
         network = run.network
         if config.method == "gram":
             raise InputError(
-                "gram's pairs stand beside those of turn-over dropout, and are estimated without being "
-                f"asked for: leave --method out, or choose one of {', '.join(PAIR_METHODS)}"
+                "gram's pairs are estimated beside those of every method: leave --method out, or choose "
+                f"one of {', '.join(PAIR_METHODS)}"
             )
         if config.method not in METHODS:
             raise InputError(
-                f"unknown method {config.method!r}; built are: {', '.join(PAIR_METHODS)}"
+                f"unknown method {config.method!r}; known methods: {', '.join(PAIR_METHODS)}"
             )
         self.test, self.training = run.encode(run.test), run.encode(run.train)
         everything = range(len(self.test))
         predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
-        # Results keep the order of their batches, so the errors are listed as they will be batched.
+        # Errors are listed in the order of their batches, which results keep.
         misclassified = [row for row in everything if not predictions.correct[row]]
         chunks = self.test.chunks(misclassified, _BATCH)
         self.wrong = [row for chunk in chunks for row in chunk]
@@ -225,22 +225,21 @@ class _Scoring:
         return Influence(
             self._run.network,
             self.objective,
-            method,
+            Auto(config.seconds) if method == "auto" else method,
             ghosts=ghosts or config.ghosts,
             sites=self.sites,
-            seconds=config.seconds,
             progress=True,
         )
 
 
 def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
-    """The sites that together have the highest signal over noise.
+    """Choose the sites that together have the highest signal over noise.
 
-    Signals add up and so do noise variances, so a site is worth taking while it raises the ratio.
-    Nothing of the targets is looked at: the p-values stay what they are.
+    Signals add up and so do noise variances, so a site is added while it raises the ratio. The targets are
+    not used, so p-values stay valid.
 
     Args:
-        by_site: for every site ``signal`` and ``noise``, in nats.
+        by_site: ``signal`` and ``noise`` of every site, in nats.
     """
     ranked = sorted(by_site, key=lambda s: -by_site[s]["signal"] / max(by_site[s]["noise"], 1e-12))
     best, chosen = -np.inf, ranked[:1]
@@ -266,17 +265,18 @@ def explain_input(
     """Explain the prediction for a new text or image, linearly and on the margin.
 
     Args:
-        given: a text, or the file of an image.
-        label: the class whose margin is explained; ``None`` takes the predicted one.
-        top: how many training instances on each side.
+        run: a run.
+        given: a text, or the path of an image.
+        label: class whose margin is explained; ``None``: the predicted class.
+        top: number of training instances on each side.
         among: as :func:`~turnover.tasks.explain.explain`.
-        gram: whether also by gram, which takes a pass over the training data.
+        gram: explain also by gram, which takes a pass over the training data.
 
     Returns:
-        The explanation, and what was explained as data of one row.
+        The explanation, and the text or image as data of one row.
 
     Raises:
-        InputError: an empty text, an image that cannot be read, what the run's model does not take, or
+        InputError: an empty text, an image that cannot be read, input that the run's model cannot take, or
             a label that is not a class of the run.
     """
     classes = run.train.classes
@@ -287,7 +287,7 @@ def explain_input(
     prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
     predicted = int(prediction.predicted[0])
     if label is None:
-        data = data.relabelled([predicted])
+        data = data.relabeled([predicted])
         encoded = run.encode(data)
     sites = run.scored_sites()
     influence = Influence(run.network, objectives.margin, "linear", sites=sites)
@@ -304,7 +304,7 @@ def explain_input(
 
 
 def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence:
-    """Gram of the run's network and training rows, each under its number: groups share ids."""
+    """Gram fitted on the training rows, with row numbers as ids, because rows of a group share ids."""
     numbered = [
         replace(training.batch(chunk), ids=torch.tensor(chunk))
         for chunk in training.chunks(range(len(training)), _BATCH)
@@ -313,7 +313,7 @@ def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence
 
 
 def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> tuple[Result, dict[str, Any]]:
-    """The errors' extremes by gram, and how far their signs agree with turn-over's."""
+    """Extremes of the errors by gram, and the agreement of their signs with turn-over's."""
     start = time.perf_counter()
     fitted = _fitted_gram(run, scoring.training, scoring.objective)
     result = fitted.estimate(batches(scoring.test, scoring.wrong, _BATCH), top=_GRAM_TOP)
@@ -356,13 +356,13 @@ def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
             "low": float(np.quantile(errors.noise_floor, 0.05)),
             "high": float(np.quantile(errors.noise_floor, 0.95)),
         },
-        # What is left of the variance of real z-scores above the ghosts' 1.
+        # The ghosts' z-scores have variance 1.
         "score_variance_over_noise": float((errors.z.astype(np.float64) ** 2).mean()),
     }
 
 
 def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict[str, float]]:
-    """How much of what instances leave in the network sits at each site.
+    """Signal and noise of each site.
 
     ``signal``: mean linear self-influence through the site alone, in nats. ``noise``: its ghosts'
     standard deviation (root mean square over instances). ``z``: the mean of signal over noise.

@@ -345,7 +345,7 @@ def _restore(
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     _restore_one(path, file, name, parameter, optimizer)
-            steps, losses = parse_json(metadata["curves"], path, finite=False)
+            steps, losses = parse_json(metadata["curves"], path, own=True)
             curves.steps = [int(step) for step in steps]
             curves.losses = {name: [(m + 0.0, h + 0.0) for m, h in v] for name, v in losses.items()}
             return int(metadata["epochs"])

@@ -4,7 +4,7 @@ Every training instance holds the network along one or a few directions in its c
 (:mod:`turnover.influence.gram.directions`). With ``K`` the inner products of the gradients along them by
 all trained parameters, scores are ``K(target, train) (K(train, train) + lambda I)^-1``, taken along the
 margin of each training instance and multiplied with a power of 1 minus the probability of its label
-(:class:`Options`). With another objective than the built-in ones, an instance has the gradient of the
+(:class:`turnover.Gram`). With another objective than the built-in ones, an instance has the gradient of the
 objective alone. What retraining without an instance changes by way of the other instances is in the
 inverse. Nothing is projected, and no gradient of a large layer is ever laid out: see
 :mod:`turnover.influence.gram.factors`.
@@ -31,8 +31,7 @@ show: to know how far, give several networks.
 
 from __future__ import annotations
 
-from turnover.influence.gram.estimator import Gram
-from turnover.influence.gram.options import Options
-from turnover.influence.gram.ridge import DEFAULT as DEFAULT_RIDGE
+from turnover.influence.gram.estimator import GramDriver
+from turnover.influence.gram.options import Gram
 
-__all__ = ["DEFAULT_RIDGE", "Gram", "Options"]
+__all__ = ["Gram", "GramDriver"]

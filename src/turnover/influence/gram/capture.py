@@ -25,6 +25,7 @@ from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.row_order import out_of_order, reversed_rows
 from turnover.dropout.torch_private import has_reentrant, may_rearrange
 from turnover.errors import InputError
+from turnover.influence.gradients import finite
 from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
@@ -39,7 +40,6 @@ from turnover.influence.gram.hooks import (
 )
 from turnover.influence.gram.parts import Part, check_model, parts_of
 from turnover.influence.gram.rules import Call
-from turnover.influence.linear import finite
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 
 GENERAL = "other parameters"

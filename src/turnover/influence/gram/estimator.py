@@ -17,14 +17,12 @@ from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
 from turnover.ids import check_ids
 from turnover.influence.engine import to_numpy
-from turnover.influence.given import Given
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fitted import Fitted
 from turnover.influence.gram.kernel import block_of, is_full
 from turnover.influence.gram.options import (
-    Model,
-    Options,
+    Gram,
     capture_of,
     digest,
     directions_of,
@@ -32,49 +30,41 @@ from turnover.influence.gram.options import (
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
+from turnover.influence.plan import Plan
 from turnover.influence.progress import Progress, counting
+from turnover.influence.protocol import Ids, Setup, Wanted, register
 from turnover.influence.topk import Extremes
-from turnover.objectives import Objective, cross_entropy
+from turnover.objectives import cross_entropy
 from turnover.results.calibration import NoiseFloor, StudentNull
 from turnover.results.result import Result
 
 _TINY = 1e-30
 
 
-class Gram:
+class GramDriver:
     """Influence by kernel ridge regression on the gradients of one or several networks.
 
     Args:
-        models: distinct.
-        objective: cost of a prediction.
-        options: how to score.
-        given: checks and adapts what a user gives.
-        progress: whether to show a progress bar.
+        method: how to score.
+        setup: networks and objective.
 
     Raises:
-        InputError: nothing is trained, or mask features of what has no masks.
+        InputError: nothing is trained, or mask features of a model without masks.
     """
 
-    def __init__(
-        self,
-        models: Sequence[Model],
-        objective: Objective,
-        options: Options,
-        *,
-        given: Given,
-        progress: bool,
-    ) -> None:
-        self._options = options
-        self._given = given
+    def __init__(self, method: Gram, setup: Setup) -> None:
+        models, objective = setup.models, setup.objective
+        self._options = method
+        self._setup = setup
+        self._batches = setup.batches
         self._models = models
-        self._objective = objective
-        self._shown = progress
+        self._shown = setup.progress
         self._limits = Limits()
-        self._residual = [residual_of(one, objective, options) for one in models]
+        self._residual = [residual_of(one, objective, method) for one in models]
         # Where an instance's gradient is not the loss's own, its part on itself is still to come.
-        self._own_residual = objective is cross_entropy and directions_of(objective, options) > 0
+        self._own_residual = objective is cross_entropy and directions_of(objective, method) > 0
         self._captures = [
-            capture_of(one, objective, options, residuals=residual > 0 or self._own_residual)
+            capture_of(one, objective, method, residuals=residual > 0 or self._own_residual)
             for one, residual in zip(models, self._residual, strict=True)
         ]
         self._fitted: list[Fitted] = []
@@ -107,7 +97,7 @@ class Gram:
         )
         with closing(progress):
             for batch in progress.follow(
-                train_batches, self._given.batches(train_batches, Numbers.DATA)
+                train_batches, self._batches.checked(train_batches, Numbers.DATA)
             ):
                 if not sizes:
                     measure(self._models, batch)
@@ -150,14 +140,18 @@ class Gram:
             ]
         self._pair_seconds = (time.perf_counter() - start) / entries
 
-    def estimate(
-        self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None, top: int | None
-    ) -> Result:
+    def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
         """Influence of the fitted instances, or of some of them, on every target.
 
         Raises:
-            InputError: not fitted, no targets, ids that were not fitted.
+            InputError: not fitted, no targets, ids that were not fitted, or a place to store scores.
         """
+        top = wanted.top
+        if wanted.out is not None or wanted.coordinates:
+            raise InputError(
+                "gram keeps its scores in memory: leave out= and coordinates= out, and give top= "
+                "where there are too many"
+            )
         columns, ids = self._columns(train_ids)
         target_ids: list[Tensor | None] = []
         scores, errors, floors, places, freedom = [], [], [], [], []
@@ -189,7 +183,7 @@ class Gram:
             **self._describe(len(ids)),
         )
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Tensor | Sequence[int] | None) -> Result:
+    def aggregate(self, targets: Iterable[Any], train_ids: Ids) -> Result:
         """Influence on the mean objective over all targets.
 
         Raises:
@@ -213,7 +207,7 @@ class Gram:
         """
         wanted = None
         if train_batches is not None:
-            given = [batch.ids for batch in self._given.adapted(train_batches)]
+            given = [batch.ids for batch in self._batches.adapted(train_batches)]
             if not given or any(one is None for one in given):
                 raise InputError(
                     "self-influence of gram is that of fitted instances: give batches with their ids, "
@@ -229,6 +223,19 @@ class Gram:
         squares, free = moderated(variance[None], freedom, self._scale())
         score, error = values[columns], squares[0, columns].sqrt()
         return self._vector(score, error, free, ids, each=True)
+
+    def plan(
+        self,
+        targets: Iterable[Any],  # noqa: ARG002
+        train_ids: Ids,  # noqa: ARG002
+        wanted: Wanted,  # noqa: ARG002
+    ) -> Plan:
+        """Refuse: there is no other method with the same needs to compare with.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError('plan compares the methods that need masks: leave method="gram" out')
 
     def _vector(
         self, score: Tensor, error: Tensor, freedom: float, ids: Tensor, *, each: bool
@@ -251,7 +258,6 @@ class Gram:
         self, targets: Iterable[Any], numbers: Numbers
     ) -> Iterator[tuple[list[Batch], list[Tensor]]]:
         """Blocks of targets, and their inner products with the training set by each network."""
-        self._check_fitted()
         networks = len(self._captures)
         progress = self._progress()
         with closing(progress):
@@ -268,7 +274,7 @@ class Gram:
                     progress.advance("halves", 1)
                 progress.advance("score", count)
 
-            for batch in progress.follow(targets, self._given.batches(targets, numbers)):
+            for batch in progress.follow(targets, self._batches.checked(targets, numbers)):
                 seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
@@ -324,17 +330,10 @@ class Gram:
         return torch.stack([one.to(device) for one in known]).mean(dim=0).clamp_min(_TINY)
 
     def _describe(self, considered: int) -> dict[str, Any]:
-        return {
-            "method": "gram",
-            "objective": getattr(self._objective, "__name__", type(self._objective).__name__),
-            "sites": (),
-            "network": "+".join(self._digests),
-            "considered": considered,
-        }
+        return self._setup.described(self._options.name, self._digests, considered)
 
-    def _columns(self, train_ids: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    def _columns(self, train_ids: Ids) -> tuple[Tensor, Tensor]:
         """Positions of training ids, and the ids."""
-        self._check_fitted()
         device = self._fitted[0].device
         if train_ids is None:
             return torch.arange(len(self._ids), device=device), self._ids
@@ -352,11 +351,8 @@ class Gram:
         order = self._ids.argsort()
         return order[torch.searchsorted(self._ids[order], ids)].to(device), ids
 
-    def _check_fitted(self) -> None:
-        if not self._fitted:
-            raise InputError(
-                "gram looks at the training data: call fit(train_batches) before it scores"
-            )
+
+register("gram", Gram, driver=GramDriver)
 
 
 def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:

@@ -1,7 +1,7 @@
-"""Solves with ``K + lambda I`` where ``K`` is on disk: conjugate gradients for many targets at once.
+"""Solves with ``K + lambda I`` for a ``K`` on disk: conjugate gradients for many targets at once.
 
-``K`` is read once for each step. Preconditioned by its Nystroem approximation from random landmarks
-(Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44, 2023), so that steps are few.
+Each step reads ``K`` once. The preconditioner is a Nystroem approximation from random landmarks
+(Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44, 2023), which keeps steps few.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 from turnover.errors import InputError
 
 _PANEL = 2**27
-"""Bytes of K that are read at once."""
+"""Bytes of K read at once."""
 _STEPS = 300
 _TOLERANCE = 3e-6
 _PROBES = 256
 
 
 class Iterative:
-    """``(K + lambda I)^-1`` of some rows, with the interface of ``Cholesky``.
+    """``(K + lambda I)^-1`` of some rows, with the interface of :class:`.solve.Cholesky`.
 
     Args:
         k: float32 (all rows, all rows), on disk.
         ridge: lambda.
-        landmarks: rows that the preconditioner is made of.
+        landmarks: number of rows in the preconditioner.
         device: where products are computed.
-        block: rows of an instance.
+        block: rows of each instance.
         rows: int64, sorted positions; ``None``: all of them.
     """
 
@@ -56,7 +56,7 @@ class Iterative:
         """``cross (K + lambda I)^-1``: float32, of the shape (targets, rows) of ``cross``.
 
         Raises:
-            InputError: no convergence, with a small lambda.
+            InputError: no convergence; lambda is too small.
         """
         return self._solved(cross.T.to(self._device)).T
 
@@ -64,23 +64,28 @@ class Iterative:
     def leverage(self) -> Tensor:
         """Blocks on the diagonal of ``K (K + lambda I)^-1``: float32 (instances, block, block), estimated.
 
-        That of the Nystroem approximation is exact, and what it lacks comes from random signs
-        (Hutchinson, Communications in Statistics 19, 1990).
+        The Nystroem approximation's are exact; the rest is estimated with random signs (Hutchinson,
+        Communications in Statistics 19, 1990).
         """
         generator = torch.Generator().manual_seed(0)
-        # A row has the same signs in every half, so that halves differ little by the estimate itself.
+        # A row has the same signs in every half, so that the estimate hardly differs between them.
         signs = torch.randint(2, (len(self._k), _PROBES), generator=generator)[self._rows]
         probes = (2.0 * signs - 1).to(self._device)
-        rest = self._solved(probes) - self._inverted(probes)
-        rest, probes, vectors = (self._by_instance(v) for v in (rest, probes, self._vectors))
-        whole = torch.eye(self._block, device=self._device)
-        blocks = whole / self._floor + (vectors * self._change) @ vectors.mT
+        rest = self._solved(probes) - self._preconditioned(probes)
+        rest, probes, vectors = (
+            values.view(-1, self._block, values.shape[1])
+            for values in (rest, probes, self._vectors)
+        )
+        identity = torch.eye(self._block, device=self._device)
+        blocks = identity / self._floor + (vectors * self._change) @ vectors.mT
         blocks = blocks + rest @ probes.mT / _PROBES
-        return self._within_bounds(whole - self._ridge * blocks)
+        return self._bounded(identity - self._ridge * blocks)
 
-    def _within_bounds(self, blocks: Tensor) -> Tensor:
-        """Estimates of blocks of ``K (K + lambda I)^-1`` drawn to where it can be: below I and K / lambda."""
-        sizes, turn = torch.linalg.eigh(self._diagonal() / self._ridge)
+    def _bounded(self, blocks: Tensor) -> Tensor:
+        """Estimates of blocks of ``K (K + lambda I)^-1`` moved into their bounds, below I and K / lambda."""
+        rows = self._rows.view(-1, self._block)
+        diagonal = [self._k[rows[:, i, None], rows] for i in range(self._block)]
+        sizes, turn = torch.linalg.eigh(torch.stack(diagonal, dim=1).to(self._device) / self._ridge)
         sizes = sizes.clamp_min(torch.finfo(sizes.dtype).tiny).sqrt()[:, None, :]
         into, back = turn / sizes, turn * sizes
         values, vectors = torch.linalg.eigh(into.mT @ ((blocks + blocks.mT) / 2) @ into)
@@ -89,20 +94,11 @@ class Iterative:
         clamped: Tensor = (vectors * values.clamp(0, 1)[:, None, :]) @ vectors.mT
         return clamped
 
-    def _diagonal(self) -> Tensor:
-        """Blocks on the diagonal of K: float32 (instances, block, block)."""
-        places = self._rows.view(-1, self._block)
-        found = [self._k[places[:, i, None], places] for i in range(self._block)]
-        return torch.stack(found, dim=1).to(self._device)
-
-    def _by_instance(self, values: Tensor) -> Tensor:
-        return values.view(-1, self._block, values.shape[1])
-
     def _approximate(self, landmarks: int) -> tuple[Tensor, Tensor, float]:
-        """Eigenvectors, what they change of the inverse, and lambda with the last eigenvalue."""
+        """Eigenvectors, their change of the inverse, and lambda plus the last eigenvalue."""
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self._rows), generator=generator)[:landmarks].sort().values
-        # Rows in place of columns: K is symmetric, and rows lie together on disk.
+        # Rows of the symmetric K, as they are contiguous on disk.
         columns = self._k[self._rows[chosen]][:, self._rows].T.to(self._device)
         core = columns[chosen.to(self._device)].double()
         values, vectors = torch.linalg.eigh(core)
@@ -116,7 +112,7 @@ class Iterative:
         change = 1 / (squares[kept] + self._ridge) - 1 / floor
         return basis, change.float(), floor
 
-    def _inverted(self, values: Tensor) -> Tensor:
+    def _preconditioned(self, values: Tensor) -> Tensor:
         projected = self._vectors.T @ values
         return values / self._floor + self._vectors @ (self._change[:, None] * projected)
 
@@ -126,30 +122,28 @@ class Iterative:
         step = max(1, _PANEL // (4 * len(self._k)))
         for start in range(0, len(self._rows), step):
             rows = self._rows[start : start + step]
-            panel = (
-                self._k[start : start + step]
-                if self._all
-                else self._k[rows].index_select(1, self._rows)
-            )
+            panel = self._k[start : start + step]
+            if not self._all:
+                panel = self._k[rows].index_select(1, self._rows)
             out[start : start + step] += panel.to(self._device) @ values
         return out
 
     def _solved(self, wanted: Tensor) -> Tensor:
-        solution = self._inverted(wanted)
+        solution = self._preconditioned(wanted)
         residual = wanted - self._product(solution)
         size = wanted.norm(dim=0).clamp_min(torch.finfo(wanted.dtype).tiny)
-        turned = self._inverted(residual)
+        turned = self._preconditioned(residual)
         direction = turned
         fall = (residual * turned).sum(dim=0)
         for _ in range(_STEPS):
             if bool((residual.norm(dim=0) <= _TOLERANCE * size).all()):
                 return solution
             product = self._product(direction)
-            # Columns that are done have directions of 0.
+            # Solved columns have directions of 0.
             step = fall / (direction * product).sum(dim=0).clamp_min(1e-38)
             solution = solution + step * direction
             residual = residual - step * product
-            turned = self._inverted(residual)
+            turned = self._preconditioned(residual)
             new = (residual * turned).sum(dim=0)
             direction = turned + new / fall.clamp_min(1e-38) * direction
             fall = new

@@ -12,14 +12,14 @@ from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.factors import Factors, join
 
 _ROWS = 1024
-"""Rows of a block: enough for matrix products to run at full speed."""
+"""Rows of a block: enough for matrix products at full speed."""
 _BYTES = 2**28
-"""Bytes of a block: several are in memory at once."""
+"""Bytes of a block; several are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Gradients of rows by part of the network, in pieces, since not all rows come by all parts.
+    """Gradients of rows by part of the network, in pieces: not every part runs for all rows.
 
     Attributes:
         parts: for each part, the first row of each piece and the piece.
@@ -31,7 +31,7 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        """Where the gradients are."""
+        """Device of the gradients."""
         found = (piece for pieces in self.parts.values() for _, piece in pieces)
         first = next(found, None)
         return torch.device("cpu") if first is None else next(iter(first.tensors().values())).device
@@ -41,6 +41,14 @@ class Block:
         """Bytes of all tensors."""
         return sum(piece.nbytes for pieces in self.parts.values() for _, piece in pieces)
 
+    def add_gram(self, other: Block, out: Tensor) -> None:
+        """Add the inner products with the gradients of another block to ``out`` (rows, other rows)."""
+        for name, pieces in self.parts.items():
+            for start, piece in pieces:
+                for other_start, other_piece in other.parts.get(name, ()):
+                    stop, other_stop = start + len(piece), other_start + len(other_piece)
+                    piece.add_gram(other_piece, out[start:stop, other_start:other_stop])
+
 
 def is_full(rows: Sequence[Rows]) -> bool:
     """Whether the rows of some batches are enough for a block."""
@@ -49,46 +57,30 @@ def is_full(rows: Sequence[Rows]) -> bool:
 
 
 def block_of(every: Sequence[Rows]) -> Block:
-    """One block of the rows of several batches."""
-    parts: dict[str, list[tuple[int, Factors]]] = {}
-    start = 0
+    """One block of the rows of several batches; neighboring pieces are joined."""
+    runs: dict[str, list[tuple[int, list[Factors]]]] = {}
+    row = 0
     for rows in every:
         for name, factors in rows.parts.items():
-            parts.setdefault(name, []).append((start, factors))
-        start += rows.gradients
-    joined = {name: _joined(pieces) for name, pieces in parts.items()}
-    return Block(joined, start)
-
-
-def _joined(pieces: list[tuple[int, Factors]]) -> list[tuple[int, Factors]]:
-    """Neighbouring pieces as one."""
-    runs: list[list[tuple[int, Factors]]] = []
-    for start, piece in pieces:
-        if runs and start == runs[-1][-1][0] + len(runs[-1][-1][1]):
-            runs[-1].append((start, piece))
-        else:
-            runs.append([(start, piece)])
-    return [(run[0][0], join([piece for _, piece in run])) for run in runs]
-
-
-def add_gram(one: Block, other: Block, out: Tensor) -> None:
-    """Add the inner products of the gradients of two blocks to ``out`` (rows, other rows)."""
-    for name, pieces in one.parts.items():
-        for start, piece in pieces:
-            for other_start, other_piece in other.parts.get(name, ()):
-                stop, other_stop = start + len(piece), other_start + len(other_piece)
-                piece.add_gram(other_piece, out[start:stop, other_start:other_stop])
+            found = runs.setdefault(name, [])
+            if found and row == found[-1][0] + sum(map(len, found[-1][1])):
+                found[-1][1].append(factors)
+            else:
+                found.append((row, [factors]))
+        row += rows.gradients
+    parts = {name: [(start, join(run)) for start, run in found] for name, found in runs.items()}
+    return Block(parts, row)
 
 
 def gram_of(
     blocks: Sequence[Block], out: Tensor, done: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Fill ``out`` (rows, rows) with the inner products of all rows; each pair is worked out once.
+    """Fill ``out`` (rows, rows) with the inner products of all rows; each pair is computed once.
 
     Args:
         blocks: of the rows.
-        out: what is filled.
-        done: told how many entries more are.
+        out: is filled.
+        done: called with the number of entries just filled.
     """
     row = 0
     for i in range(len(blocks)):
@@ -97,7 +89,7 @@ def gram_of(
         for j in range(i + 1):
             other = one if j == i else blocks[j]
             tile = torch.zeros((one.rows, other.rows), device=one.device)
-            add_gram(one, other, tile)
+            one.add_gram(other, tile)
             out[row : row + one.rows, column : column + other.rows] = tile
             out[column : column + other.rows, row : row + one.rows] = tile.T
             column += other.rows
@@ -109,8 +101,8 @@ def cross_of(block: Block, blocks: Sequence[Block], rows: int) -> Tensor:
     """Inner products of the rows of a block with all ``rows`` of some blocks: float32."""
     out = torch.zeros((block.rows, rows), device=block.device)
     start = 0
-    for i in range(len(blocks)):
+    for i in range(len(blocks)):  # one block from disk at a time
         other = blocks[i]
-        add_gram(block, other, out[:, start : start + other.rows])
+        block.add_gram(other, out[:, start : start + other.rows])
         start += other.rows
     return out

@@ -11,10 +11,10 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
+from turnover.influence.gradients import finite, mask_gradients
 from turnover.influence.gram.capture import Rows, label_residuals
 from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit
-from turnover.influence.linear import finite, mask_gradients
 from turnover.objectives import Objective, costs, logits_and_labels, logits_of
 
 

@@ -15,6 +15,7 @@ from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
+from turnover.influence.protocol import Method
 from turnover.objectives import Objective, cross_entropy, margin
 
 Model = Network | nn.Module
@@ -29,8 +30,12 @@ _DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
-class Options:
-    """How gram scores.
+class Gram(Method):
+    """Options of gram: influence by inner products of gradients, for any trained network.
+
+    Needs :meth:`turnover.Influence.fit`. Scores are those of kernel ridge regression on the gradients of the
+    training instances (:mod:`turnover.influence.gram`), and come with standard errors of their own in place
+    of a noise floor from ghosts.
 
     Attributes:
         ridge: lambda: a multiple of the mean diagonal, ``"gcv"`` or ``"evidence"``
@@ -53,7 +58,18 @@ class Options:
 
     Raises:
         InputError: a value that is none of these.
+
+    Source: this library; its relatives are Koh and Liang 2017, TRAK (Park et al. 2023), representer points
+    (Yeh et al. 2018) and ghost clipping (Li et al. 2022).
+
+    Example::
+
+        influence = turnover.Influence(model, method=turnover.Gram(ridge="gcv", directions=0))
+        result = influence.fit(train_batches).estimate(targets, top=20)
     """
+
+    needs_masks = False
+    needs_fit = True
 
     ridge: float | str = ridges.DEFAULT
     residual: bool | float | None = None
@@ -97,7 +113,7 @@ def measure(models: Sequence[Model], batch: Batch) -> None:
                 batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
-def directions_of(objective: Objective, options: Options) -> int:
+def directions_of(objective: Objective, options: Gram) -> int:
     """Directions of a training instance.
 
     Raises:
@@ -114,7 +130,7 @@ def directions_of(objective: Objective, options: Options) -> int:
     return _DIRECTIONS if known and not isinstance(options.ridge, str) else 0
 
 
-def residual_of(model: Model, objective: Objective, options: Options) -> float:
+def residual_of(model: Model, objective: Objective, options: Gram) -> float:
     """Exponent of 1 minus the probability of the label."""
     if options.residual is not None:
         return float(options.residual)
@@ -126,7 +142,7 @@ def residual_of(model: Model, objective: Objective, options: Options) -> float:
 
 
 def capture_of(
-    model: Model, objective: Objective, options: Options, *, residuals: bool
+    model: Model, objective: Objective, options: Gram, *, residuals: bool
 ) -> Capture | MaskCapture:
     """What gives the gradients of a model's rows.
 

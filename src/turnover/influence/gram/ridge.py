@@ -1,8 +1,7 @@
-"""How strongly to shrink: rules for lambda that need no retrained networks. Pure functions.
+"""How strongly to regularize: rules for lambda that need no retrained networks. Pure functions.
 
-``K`` is float (rows, rows), the Gram matrix of gradients; ``y`` float (rows,), the objective of the
-rows, which kernel ridge regression on ``K`` should predict. Every rule returns lambda, which is added
-to the diagonal of ``K``.
+``K`` is the Gram matrix of gradients, float (rows, rows); ``y`` the objective of the rows, float (rows,),
+which kernel ridge regression on ``K`` should predict. Lambda is added to the diagonal of ``K``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from turnover.errors import InputError
 
 DEFAULT: float | str = 1.0
-"""Multiple of the mean diagonal. Between 0.3 and 1 the scores agree best with retraining."""
+"""Multiple of the mean diagonal; scores agree best with retraining between 0.3 and 1."""
 
 RULES = ("gcv", "evidence")
 _GRID = 61
@@ -25,15 +24,15 @@ _SAMPLE = 2000
 
 
 def check(ridge: float | str) -> None:
-    """Refuse what is no rule.
+    """Check that a ridge is the name of a rule or a positive number.
 
     Raises:
-        InputError: neither a known name nor a positive number.
+        InputError: it is neither.
     """
     if isinstance(ridge, str):
         if ridge not in RULES:
             raise InputError(
-                f"unknown ridge {ridge!r}; it is {', '.join(map(repr, RULES))} or a positive multiple "
+                f"unknown ridge {ridge!r}: give {', '.join(map(repr, RULES))} or a positive multiple "
                 f"of the mean diagonal"
             )
     elif not 0 < ridge < float("inf"):
@@ -46,10 +45,7 @@ def scaled(k: Tensor, multiple: float) -> float:
 
 
 def gcv(k: Tensor, y: Tensor) -> float:
-    """The lambda of least generalised cross-validation error.
-
-    Source: Golub, Heath and Wahba, Technometrics 21 (1979).
-    """
+    """The lambda of least generalized cross-validation error (Golub et al., Technometrics 21, 1979)."""
     values, projected = _spectrum(k, y)
 
     def error(ridge: float) -> float:
@@ -60,9 +56,9 @@ def gcv(k: Tensor, y: Tensor) -> float:
 
 
 def evidence(k: Tensor, y: Tensor) -> float:
-    """The lambda of the highest marginal likelihood, the scale of ``y`` apart.
+    """The lambda of the highest marginal likelihood.
 
-    ``y`` is Gaussian with covariance ``s (K + lambda I)``, and s is set to its own best value.
+    ``y`` is Gaussian with covariance ``s (K + lambda I)``, at the best scale s for each lambda.
     """
     values, projected = _spectrum(k, y)
 
@@ -75,14 +71,13 @@ def evidence(k: Tensor, y: Tensor) -> float:
 
 
 def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
-    """Lambda by the rule that is asked for; a large ``K`` is judged by 2,000 random rows.
+    """Lambda by a rule, or a multiple of the mean over instances of the sum of their diagonal.
 
-    A multiple is one of an instance's mean diagonals, summed over its directions.
+    A rule judges a large ``K`` by 2,000 random rows.
 
     Raises:
-        InputError: see :func:`check`; all gradients are 0.
+        InputError: all gradients are 0.
     """
-    check(ridge)
     if not float(k.diagonal().max()) > 0:
         raise InputError(
             "the objective of no training instance depends on any trained parameter: all gradients "

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Cholesky:
-    """``(K + lambda I)^-1`` of some rows, through a factor of it.
+    """``(K + lambda I)^-1`` of some rows, by its Cholesky factor.
 
     Args:
         k: float32 (rows, rows).
         ridge: lambda.
         exact: factor in float64.
-        block: rows of an instance.
+        block: rows of each instance.
     """
 
     def __init__(self, k: Tensor, ridge: float, *, exact: bool, block: int = 1) -> None:
@@ -40,5 +40,5 @@ class Cholesky:
         inverse = torch.cholesky_inverse(self._factor)
         count = len(inverse) // self._block
         blocks = inverse.view(count, self._block, count, self._block).diagonal(dim1=0, dim2=2)
-        whole = torch.eye(self._block, dtype=inverse.dtype, device=inverse.device)
-        return (whole - self._ridge * blocks.permute(2, 0, 1)).float()
+        identity = torch.eye(self._block, dtype=inverse.dtype, device=inverse.device)
+        return (identity - self._ridge * blocks.permute(2, 0, 1)).float()

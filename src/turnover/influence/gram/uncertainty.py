@@ -9,11 +9,11 @@ are put on the scale of the whole by ``(b / 2) / (1 + a / 2) = s / (2 - h)``. Dr
 replacement leaves (n / (n / 2)) (1 - 1 / 2) = 1 times the variance of a mean of n: the variance over
 halves is that of the whole, without a further factor (the delete-d jackknife of Shao and Wu, Annals
 of Statistics 17, 1989, at d = n / 2). An instance is scored in the halves that it is in; halves come
-with their complements, so these are half of all.
+with their complements, so it is in half of them.
 
-**Moderation.** Few values make a poor variance. Each pair's variance is averaged with that of its
-target's pairs, weighted by degrees of freedom, of which the pooled one has as many as the spread of
-the variances says (Smyth, Statistical Applications in Genetics and Molecular Biology 3, 2004).
+**Moderation.** A variance of few values is poor. Each pair's variance is averaged with that of all pairs
+of its target, weighted by degrees of freedom; those of the pooled variance follow from the spread of the
+variances (Smyth, Statistical Applications in Genetics and Molecular Biology 3, 2004).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 _MOST = 60.0
-"""Degrees of freedom of a pooled variance at most: no two pairs have quite the same."""
+"""Most degrees of freedom of a pooled variance, as no two pairs are quite alike."""
 
 
 def halves(rows: int, count: int, *, seed: int = 0) -> list[Tensor]:
@@ -37,13 +37,13 @@ def halves(rows: int, count: int, *, seed: int = 0) -> list[Tensor]:
 
 
 def moderated(variance: Tensor, freedom: int, scale: Tensor) -> tuple[Tensor, float]:
-    """Variances drawn towards the pooled one of their target.
+    """Shrink variances toward the pooled one of their target.
 
     Args:
         variance: float32 (targets, train), of ``freedom`` degrees of freedom.
         freedom: of each variance.
-        scale: positive float32 (train,), constants that the values have been multiplied with; pairs
-            are alike without them.
+        scale: positive float32 (train,), constants that multiply the values; without them, pairs are
+            alike.
 
     Returns:
         The variances (targets, train), and their degrees of freedom.

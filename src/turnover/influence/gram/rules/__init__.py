@@ -1,10 +1,10 @@
 """Rules: how each kind of layer gives the gradients of single rows.
 
 To add a layer, write one module in this folder; nothing else changes. For a layer that multiplies
-(rows, tokens, features) by a weight (features,)::
+(rows, tokens, features) by its weight (features,)::
 
-    @register(Gain)
-    class GainRule(Rule):
+    @register(Scale)
+    class ScaleRule(Rule):
         def factors(self, module, trained, calls):
             return Explicit(sum((call.back * call.inputs).sum(dim=1) for call in calls))
 

@@ -1,4 +1,4 @@
-"""What a user gives as batches, made into batches that are cut into the right rows."""
+"""Adapt and check the batches that a user passes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from turnover.errors import InputError
 from turnover.objectives import Objective
 
 _ROWS = 1024
-"""Rows of a batch whose order is looked at."""
+"""Rows of a batch whose order is checked."""
 
 
-class Given:
-    """Adapts and checks what is given.
+class UserBatches:
+    """Adapts and checks the batches that a user passes.
 
     Args:
-        model: what the batches are for.
+        model: the batches' model.
         objective: callable (outputs, batch) -> (rows,).
         adapter: how a batch becomes :class:`turnover.Batch`; ``None``: as the network was attached.
 
     Attributes:
-        ordered: sites that have to see the rows in the order of the batch, since masks of all rows are
-            differentiated at once; none of them once that is known of every batch.
+        ordered: sites that must see the rows in the order of the batch, since masks of all rows are
+            differentiated at once; empty once every batch is known to keep it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Given:
             self._rows = RowCheck(model, objective)
 
     def check(self, batch: Batch) -> Batch:
-        """A batch, looked at with the model.
+        """Check a batch with the model.
 
         Raises:
             InputError: rows that cannot be told apart, or that a site sees in another order.
@@ -63,12 +63,12 @@ class Given:
                 self.ordered = ()
         return batch
 
-    def batches(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
-        """The batches, looked at with the model.
+    def checked(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
+        """Adapt batches and check them with the model.
 
         Args:
-            batches: what was given.
-            numbers: what the numbers of rows without ids are used for.
+            batches: from the user.
+            numbers: the use of row numbers, where rows have no ids.
 
         Raises:
             InputError: rows that cannot be told apart, or as in :meth:`adapted`.
@@ -76,13 +76,13 @@ class Given:
         return map(self.check, self.adapted(batches, numbers))
 
     def adapted(self, batches: Iterable[Any], numbers: Numbers = Numbers.UNUSED) -> Iterator[Batch]:
-        """The batches, of which nothing has run yet.
+        """Adapt batches, without running the model.
 
-        Arguments as in :meth:`batches`.
+        Arguments as in :meth:`checked`.
 
         Raises:
             InputError: a batch that is not understood or has no rows, not one id for each row, or rows
-                without ids whose order is not known.
+                without ids in an unknown order.
         """
         warn_left_out(batches)
         for raw in batches:

@@ -1,0 +1,94 @@
+"""The automatic choice of an estimator, by what each is estimated to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from turnover.batches import Batch
+from turnover.errors import InputError
+from turnover.influence.driver import BUDGET, PLANNED, BlockDriver
+from turnover.influence.protocol import Estimator, Method, Setup, Wanted, method_of, register
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """Options of the automatic choice: the most exact method that is estimated to fit a budget.
+
+    A pilot of a few seconds times every method on the first targets (:meth:`turnover.Influence.plan` shows
+    what it finds). Where none fits, the least exact method is taken. A stored result that was begun with one
+    method goes on with it. Self-influence is by the least exact method.
+
+    Attributes:
+        seconds: the budget.
+        methods: to choose among, from the least to the most exact: names, or options such as
+            :class:`turnover.Rerank`.
+
+    Raises:
+        InputError: a budget below 0, no methods, an unknown one, or one that does not estimate its cost.
+
+    Source: this library; the methods name theirs.
+
+    Example::
+
+        candidates = turnover.Rerank(candidates=100)
+        method = turnover.Auto(seconds=300, methods=("linear", candidates, "exact"))
+        print(turnover.Influence(network, method=method).plan(targets, train_ids))
+    """
+
+    seconds: float = BUDGET
+    methods: Sequence[str | Method] = PLANNED
+
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0:
+            raise InputError(f"seconds must be >= 0, got {self.seconds}")
+        if not self.methods:
+            raise InputError("Auto needs methods to choose among, and got none")
+        for one in self.methods:
+            if method_of(one).driver is not None:
+                raise InputError(
+                    f"Auto cannot choose {one!r}: it does not score blocks of targets by masks"
+                )
+
+
+class AutoDriver(BlockDriver):
+    """Runs the estimator that it chooses for each call."""
+
+    def __init__(self, method: Auto, setup: Setup) -> None:
+        self._budget = method.seconds
+        self._methods = [method_of(one) for one in method.methods]
+        super().__init__(self._methods[0], setup)
+        self.method = method
+        self._estimators = [one.estimator(setup.engines, setup.ghosts) for one in self._methods]
+        if any(one.differentiates for one in self._estimators):
+            setup.batches.ordered = setup.sites
+
+    def _planned(self) -> list[Estimator]:
+        return self._estimators
+
+    def _check_top(self, top: int | None) -> None:
+        for one in self._estimators:
+            one.check_top(top)
+
+    def _choose(
+        self, batches: Iterator[Batch], ids: Tensor, wanted: Wanted
+    ) -> tuple[Estimator, Iterable[Batch]]:
+        found = list(batches)
+        chosen = None if wanted.out is None else _stored_method(wanted.out)
+        by_name = {one.name: one for one in self._estimators}
+        if chosen not in by_name:
+            chosen = self._compared(found, ids, wanted).chosen
+        return by_name[chosen], found
+
+
+register("auto", Auto, driver=AutoDriver)
+
+
+def _stored_method(out: str | Path) -> str | None:
+    """The method that a stored result was begun with, to go on with whatever its cost is now."""
+    from turnover.results import store
+
+    return store.stored_method(out)
