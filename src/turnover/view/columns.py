@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from turnover.errors import InputError
+from turnover.results.arrays import Variable
 from turnover.results.reader import StoredResult, open_result
-from turnover.results.store import Variable, writing
+from turnover.results.store import writing
 from turnover.runs.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
 

@@ -178,7 +178,7 @@ class Contents:
         column = int(self._column[row])
         at = slice(column, column + 1)
         scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
-        z = self._floor.standardise(scores[:, None])[:, 0]
+        z = self._floor.standardize(scores[:, None])[:, 0]
         sides, more = ends_of(scores, np.arange(len(scores)), top)
         gram = self._gram_of_instance(row, [*sides["helpful"], *sides["harmful"]])
         listed = {
