@@ -33,7 +33,8 @@ from turnover.results.result import Result
 
 if TYPE_CHECKING:
     from turnover.influence.sinks import Region
-    from turnover.results.store import StoredResult, Variable
+    from turnover.results.arrays import Variable
+    from turnover.results.reader import StoredResult
 
 _GRADIENT_BYTES = 2**28
 _SCORE_BYTES = 2**25

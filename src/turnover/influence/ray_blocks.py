@@ -29,7 +29,8 @@ from turnover.influence.engine import Engine, TargetBlock
 from turnover.influence.sinks import Region, StoreSink
 from turnover.influence.topk import Found
 from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, tensor_of
-from turnover.results.store import Writer, joining
+from turnover.results.store import joining
+from turnover.results.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class _Task:
     part: slice
     columns: int
     url: str
-    begun_with: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     settings: Settings
 
 
@@ -69,7 +70,7 @@ def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Wr
         InputError: as :meth:`turnover.Influence.estimate`, from any task; a network that does not pickle.
         ray.exceptions.RayError: a block lost its worker again and again.
     """
-    url, columns = writer.place.address, traversal.grid(len(ids))[1]
+    url, columns = writer.location.address, traversal.grid(len(ids))[1]
     settings = Settings.here()
     broadcast = ray.put(_packed(traversal, ids))
     fill, settle = settings.task(_fill), settings.task(_settle)
@@ -144,7 +145,7 @@ def _region(
     traversal, ids = kept("traversal", broadcast[0], _unpacked)
     engines = traversal.estimator.engines
     block = kept("block", targets[0], lambda batches: TargetBlock(engines, batches))
-    sink = StoreSink(joining(task.url, task.begun_with, task.rows.stop))
+    sink = StoreSink(joining(task.url, task.manifest, task.rows.stop))
     with ExitStack() as stack:
         for engine in engines:
             stack.enter_context(engine.evaluating())

@@ -22,7 +22,7 @@ from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.results.store import Writer
+    from turnover.results.writer import Writer
 
 Array = NDArray[Any]
 
@@ -149,7 +149,7 @@ class StoreSink:
     def begin(self, start: int, batches: Sequence[Batch]) -> None:
         """See :class:`Sink`."""
         ids = [batch.ids for batch in batches if batch.ids is not None]
-        self._writer.targets(
+        self._writer.announce(
             start,
             np.concatenate([fingerprints(batch) for batch in batches]),
             torch.cat(ids).cpu().numpy() if len(ids) == len(batches) else None,
@@ -159,7 +159,7 @@ class StoreSink:
 
     def _signed(self, batches: Sequence[Batch]) -> Signed | None:
         estimator = self._estimator
-        if estimator is None or not self._writer.signed:
+        if estimator is None or not self._writer.has_signature:
             return None
         return Signed(signatures(estimator, batches), tolerance(estimator.engines))
 

@@ -322,12 +322,9 @@ class GramDriver:
         return values, squares.sqrt(), free
 
     def _scale(self) -> Tensor:
-        """What all scores of a training instance have been multiplied with."""
-        known = [one.factor for one in self._fitted if one.factor is not None]
-        device = self._fitted[0].device
-        if not known:
-            return torch.ones(len(self._ids), device=device)
-        return torch.stack([one.to(device) for one in known]).mean(dim=0).clamp_min(_TINY)
+        """The factor of all scores of a training instance."""
+        factors = [one.factor.to(self._fitted[0].device) for one in self._fitted]
+        return torch.stack(factors).mean(dim=0).clamp_min(_TINY)
 
     def _describe(self, considered: int) -> dict[str, Any]:
         return self._setup.described(self._options.name, self._digests, considered)
