@@ -199,7 +199,8 @@ class BlockDriver:
         shown = self._setup.progress
         guesses: dict[str, float] = {}
         if shown and len(work) + bool(once) > 1:  # some kind of work runs late
-            pilot = Pilot(self._engines, first, 1 if mean else len(first), len(ids))
+            rows = estimator.rows(1 if mean else len(first))
+            pilot = Pilot(self._engines, first, rows, len(ids))
             seconds = estimator.seconds(pilot)
             guesses = {kind: each / len(self._engines) for kind, each in seconds.items()}
         title = f"influence ({estimator.name})"
