@@ -181,10 +181,9 @@ class Capture:
             residuals = label_residuals(outputs, batch) if self._residuals else None
         weights, sums = None, [values.sum()]
         if count:
-            along = directions(*logits_and_labels(outputs, batch), count)
-            weights = along.weights
+            along, weights = directions(*logits_and_labels(outputs, batch), count)
             logits = logits_of(outputs).float()
-            sums = [(logits * direction).sum() for direction in along.values.unbind(dim=2)]
+            sums = [(logits * direction).sum() for direction in along.unbind(dim=2)]
         parts = self._gradients(batch, outputs, calls, sums)
         broadcasts = {name: tuple(c.broadcast for c in every) for name, every in calls.items()}
         layout = (len(batch) > 1, frozenset(broadcasts.items()))

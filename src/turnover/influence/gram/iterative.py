@@ -41,8 +41,8 @@ class Iterative:
         *,
         landmarks: int,
         device: torch.device,
-        block: int = 1,
-        rows: Tensor | None = None,
+        block: int,
+        rows: Tensor | None,
     ) -> None:
         self._k = k
         self._ridge = ridge

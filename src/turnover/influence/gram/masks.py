@@ -44,11 +44,11 @@ class MaskCapture:
                 outputs = batch.call(model)
                 values = costs(self._objective, outputs, batch)
                 residuals = label_residuals(outputs, batch) if self._residuals else None
-            objectives, weights = [self._objective], None
+            objectives: list[Objective] = [self._objective]
+            weights = None
             if training and self._directions:
-                along = directions(*logits_and_labels(outputs, batch), self._directions)
-                objectives = [partial(_along, one) for one in along.values.unbind(dim=2)]
-                weights = along.weights
+                along, weights = directions(*logits_and_labels(outputs, batch), self._directions)
+                objectives = [partial(_along, direction) for direction in along.unbind(dim=2)]
             found = [mask_gradients(self._network, one, batch).float() for one in objectives]
             gradients = finite(torch.stack(found, dim=1).flatten(0, 1), "mask derivative")
         return Rows({"masks": Explicit(gradients)}, finite(values, "objective"), residuals, weights)
