@@ -38,7 +38,7 @@ with atheris.instrument_imports(include=["turnover"]):
     from turnover.io.parsing import read_json
     from turnover.models.image import ImageClassifierConfig, ImagePipeline
     from turnover.models.pipeline import load
-    from turnover.results.manifest import manifest, seal
+    from turnover.results.manifest import manifest_of, seal
     from turnover.results.store import save
     from turnover.tasks.review import read_column
 
@@ -205,7 +205,7 @@ def description(folder: Path) -> Target:
     def run(raw: bytes) -> None:
         with suppress(KeyError, TypeError, ValueError, AttributeError, RecursionError):
             document = json.loads(raw)
-            raw = seal(document, manifest(document))  # a checksum that fits
+            raw = seal(document, manifest_of(document))  # a checksum that fits
         root.write_bytes(raw)
         turnover.open_result(path).load()
 

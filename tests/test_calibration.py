@@ -12,7 +12,7 @@ from turnover.results.calibration import (
     NullDistribution,
     noise_floor,
     q_values,
-    standardise_left_out,
+    standardize_left_out,
 )
 from turnover.results.result import Result
 
@@ -31,8 +31,8 @@ def false_positives(draw, targets, ghosts, fresh, level, repeats=1):
     for _ in range(repeats):
         scale = rng.uniform(0.1, 10, (targets, 1))  # targets differ in their noise
         noise, scores = draw(rng, (targets, ghosts)), draw(rng, (targets, fresh))
-        null = NullDistribution(standardise_left_out(noise * scale + scale))
-        z = noise_floor(noise * scale + scale).standardise(scores * scale + scale)
+        null = NullDistribution(standardize_left_out(noise * scale + scale))
+        z = noise_floor(noise * scale + scale).standardize(scores * scale + scale)
         rates.append((null.p_values(z) < level).mean())
     return float(np.mean(rates)), targets * fresh * repeats
 
@@ -52,8 +52,8 @@ def test_p_values_hold_their_level_on_fresh_ghosts(name, level):
 def test_p_values_are_uniform_in_the_bulk(name):
     rng = np.random.default_rng(3)
     ghosts = NULLS[name](rng, (100, 1000))
-    null = NullDistribution(standardise_left_out(ghosts))
-    p = null.p_values(noise_floor(ghosts).standardise(NULLS[name](rng, (100, 300))))
+    null = NullDistribution(standardize_left_out(ghosts))
+    p = null.p_values(noise_floor(ghosts).standardize(NULLS[name](rng, (100, 300))))
     assert stats.kstest(p.ravel(), "uniform").statistic < 0.012
 
 
@@ -77,14 +77,14 @@ def test_few_ghosts_do_not_inflate_false_positives_much(
         assert rate < bound
 
 
-def test_ghosts_are_standardised_by_the_others():
+def test_ghosts_are_standardized_by_the_others():
     ghosts = np.random.default_rng(0).standard_normal((3, 12)) * 5 + 2
     expected = np.empty_like(ghosts)
     for target in range(3):
         for ghost in range(12):
             others = np.delete(ghosts[target], ghost)
             expected[target, ghost] = (ghosts[target, ghost] - others.mean()) / others.std(ddof=1)
-    np.testing.assert_allclose(standardise_left_out(ghosts), expected, rtol=1e-10)
+    np.testing.assert_allclose(standardize_left_out(ghosts), expected, rtol=1e-10)
 
 
 def test_noise_floor_is_mean_and_deviation_of_the_ghosts():
@@ -92,7 +92,7 @@ def test_noise_floor_is_mean_and_deviation_of_the_ghosts():
     floor = noise_floor(ghosts)
     np.testing.assert_allclose(floor.mean, ghosts.astype(np.float64).mean(1))
     np.testing.assert_allclose(floor.sd, ghosts.astype(np.float64).std(1, ddof=1))
-    z = floor.standardise(ghosts)
+    z = floor.standardize(ghosts)
     np.testing.assert_allclose(z.mean(1), 0, atol=1e-12)
     np.testing.assert_allclose(z.std(1, ddof=1), 1)
 
@@ -144,9 +144,9 @@ def test_no_p_value_is_smaller_than_a_gaussians(z):
 def test_a_target_without_noise_gets_p_one():
     floor = noise_floor(np.full((1, 1000), 0.1, dtype=np.float32))
     assert floor.sd.tolist() == [0.0]
-    z = floor.standardise(np.array([[0.1, 5.0]]))
+    z = floor.standardize(np.array([[0.1, 5.0]]))
     assert z.tolist() == [[0.0, 0.0]]
-    pooled = standardise_left_out(np.full((1, 1000), 0.1))
+    pooled = standardize_left_out(np.full((1, 1000), 0.1))
     assert pooled.tolist() == [[0.0] * 1000]
     assert NullDistribution(pooled).p_values(z).tolist() == [[1.0, 1.0]]
 
@@ -154,7 +154,7 @@ def test_a_target_without_noise_gets_p_one():
 def test_one_odd_ghost_among_equal_ones_is_far_but_finite():
     ghosts = np.zeros((1, 100))
     ghosts[0, 3] = 1.0
-    pooled = standardise_left_out(ghosts)
+    pooled = standardize_left_out(ghosts)
     assert np.isfinite(pooled).all()
     assert pooled[0, 3] > 5
 

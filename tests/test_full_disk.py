@@ -90,7 +90,7 @@ def test_a_result_goes_on_once_there_is_room(disk: Disk, tmp_path: Path) -> None
             assert isinstance(error, WriteError) and FULL in str(error)  # noqa: PT017
         room = 4 * 4096  # a few files each time
         with pytest.raises(InputError, match=r"not finished: repeat|there is no result"):
-            test_store.read(folder)
+            test_store.open_result(folder)
         # What another thread was still writing is no chunk, and nobody reads it.
         kept = {k: v for k, v in contents(folder).items() if not k.endswith(".partial")}
         assert all(whole[name] == kept[name] for name in kept if name.startswith("score/c/"))
@@ -107,7 +107,7 @@ def test_a_result_that_does_not_fit_leaves_the_one_that_is_there(disk: Disk) -> 
     assert contents(folder) == before
     disk.free()
     test_store.save(folder, test_store.expected(test_store.TOP))
-    tiny.assert_same(test_store.read(folder).load(), test_store.expected(test_store.TOP))
+    tiny.assert_same(test_store.open_result(folder).load(), test_store.expected(test_store.TOP))
 
 
 def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
     assert {k: v for k, v in contents(tmp_path).items() if k not in draft} == before
     test_store.save(tmp_path / "result", test_store.expected(test_store.TOP))
     tiny.assert_same(
-        test_store.read(tmp_path / "result").load(), test_store.expected(test_store.TOP)
+        test_store.open_result(tmp_path / "result").load(), test_store.expected(test_store.TOP)
     )
 
 

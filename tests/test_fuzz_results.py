@@ -20,7 +20,7 @@ import fuzzing
 import tiny
 import turnover
 from turnover import Batch, open_result
-from turnover.results.manifest import MARK, manifest, seal
+from turnover.results.manifest import ATTRIBUTE, manifest_of, seal
 from turnover.results.store import save
 
 KINDS = ["dense", "top", "aggregate", "self"]
@@ -60,7 +60,7 @@ def described(path: Path) -> dict[str, Any]:
 def reseal(path: Path, document: Any) -> None:
     """As somebody would who knows the format: the checksum fits."""
     try:
-        raw = seal(document, manifest(document))
+        raw = seal(document, manifest_of(document))
     except (KeyError, TypeError, ValueError, AttributeError):
         raw = fuzzing.json_text(document)
     (path / "zarr.json").write_bytes(raw)
@@ -180,7 +180,7 @@ def test_a_mark_without_a_manifest_is_refused(copies: dict[str, Path]) -> None:
     path = copies["aggregate"]
     document = described(path)
     for begun_with in ([], None, 1, {}):
-        document["attributes"][MARK]["manifest"] = begun_with
+        document["attributes"][ATTRIBUTE]["manifest"] = begun_with
         raw = seal(document, {}) if begun_with == {} else json.dumps(document).encode()
         (path / "zarr.json").write_bytes(raw)
         assert fuzzing.refused(lambda: open_result(path), str(path))

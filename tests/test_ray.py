@@ -16,7 +16,7 @@ import turnover
 from test_stored_objective import older
 from turnover import Batch, Influence, InputError, objectives
 from turnover.influence import blockwise, protocol
-from turnover.results import store
+from turnover.results.reader import open_result
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 
@@ -124,7 +124,7 @@ def test_a_block_whose_worker_is_killed_is_computed_again(cluster, tmp_path):
     deadly = influence("exact", Deadly(tmp_path / "deaths", times=2))
     deadly.estimate(batches(), IDS, out=tmp_path / "many", engine="ray")
     assert len(list((tmp_path / "deaths").iterdir())) == 2
-    one, many = (store.read(tmp_path / name).load() for name in ("one", "many"))
+    one, many = (open_result(tmp_path / name).load() for name in ("one", "many"))
     tiny.assert_same(many, one)
 
 

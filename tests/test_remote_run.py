@@ -274,8 +274,8 @@ def test_killed_while_copying_back_the_same_command_ends_it(
     assert any(b"now" in line for line in process.stdout)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    monkeypatch.setattr(test_store.place, "_LEASE_SECONDS", 0)
-    monkeypatch.setattr(test_store.place, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(test_store.location, "_LEASE_SECONDS", 0)
+    monkeypatch.setattr(test_store.location, "_SETTLE_SECONDS", 0)
     with monkeypatch.context() as another:
         another.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
         assert "errors.zarr" in turnover("explain", stored, expect=2).stderr

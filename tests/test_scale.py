@@ -22,8 +22,8 @@ import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
 from turnover.influence import protocol
 from turnover.influence.linear import LinearScorer
-from turnover.results import store
 from turnover.results.calibration import GhostPool
+from turnover.results.store import save
 
 IDS = torch.arange(40) * 7919
 TARGETS = 5
@@ -310,8 +310,8 @@ def test_a_reranked_aggregate_is_stored_and_labelled(tmp_path):
     dataset = result.to_xarray()
     np.testing.assert_array_equal(dataset.score.values, result.scores)
     assert dataset.recall.shape == ()
-    store.save(tmp_path / "r", result)
-    again = store.read(tmp_path / "r").load()
+    save(tmp_path / "r", result)
+    again = turnover.open_result(tmp_path / "r").load()
     np.testing.assert_array_equal(again.recall, result.recall)
     np.testing.assert_array_equal(again.exact, result.exact)
 
@@ -541,7 +541,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(method, top,
             break
         assert process.returncode == -signal.SIGKILL, process.stdout.read()
     assert kills >= 2
-    one, other = (store.read(tmp_path / name) for name in ("whole", "cut"))
+    one, other = (turnover.open_result(tmp_path / name) for name in ("whole", "cut"))
     tiny.assert_same(one.load(), other.load())
     files = [
         {

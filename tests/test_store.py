@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-import turnover
 from turnover import InputError
 from turnover.results import location
-from turnover.results.arrays import Blocks
+from turnover.results.arrays import Arrays, Variable
 from turnover.results.calibration import GhostPool, NoiseFloor
+from turnover.results.reader import open_result
 from turnover.results.result import Result
-from turnover.results.store import Variable, read, save, writing
+from turnover.results.store import save, writing
 
 TARGETS, TRAIN, GHOSTS, RANKS, ROWS = 22, 50, 12, 6, 4
 STEP = 2 * ROWS
@@ -134,7 +134,7 @@ def write(
         for start in range(0, targets, STEP)[:blocks]:
             stop = min(start + STEP, targets)
             known = np.arange(start, stop)
-            writer.targets(
+            writer.announce(
                 start,
                 digests(start, stop, salt),
                 known if ids else None,
@@ -227,7 +227,7 @@ def finished(tmp_path_factory):
 def test_a_saved_result_comes_back_bit_for_bit(name, url):
     result = results()[name]
     save(url, result)
-    stored = turnover.open_result(url)
+    stored = open_result(url)
     tiny.assert_same(stored.load(), result)
     assert stored.kind == ("dense" if name == "nothing selected" else name.split()[0])
     assert len(stored) == len(result.scores)
@@ -236,14 +236,14 @@ def test_a_saved_result_comes_back_bit_for_bit(name, url):
 def test_saving_again_replaces_the_result_and_leaves_nothing_else(tmp_path):
     save(tmp_path / "one.zarr", results()["dense"])
     save(tmp_path / "one.zarr", results()["top"])
-    tiny.assert_same(read(tmp_path / "one.zarr").load(), results()["top"])
+    tiny.assert_same(open_result(tmp_path / "one.zarr").load(), results()["top"])
     assert [path.name for path in tmp_path.iterdir()] == ["one.zarr"]
 
 
 @pytest.mark.parametrize("variables", [DENSE, TOP], ids=["dense", "top"])
 def test_a_result_written_in_blocks_is_the_result_in_memory(variables, url):
     write(url, variables)
-    stored = read(url)
+    stored = open_result(url)
     tiny.assert_same(stored.load(), expected(variables))
     assert len(stored) == TARGETS
     np.testing.assert_array_equal(stored.target_ids, np.arange(TARGETS))
@@ -254,7 +254,7 @@ def test_a_result_written_in_blocks_is_the_result_in_memory(variables, url):
 @pytest.mark.parametrize("variables", [DENSE, TOP], ids=["dense", "top"])
 def test_rows_are_those_of_the_whole_result(chosen, variables, url):
     write(url, variables)
-    whole, some = expected(variables), read(url).load(chosen)
+    whole, some = expected(variables), open_result(url).load(chosen)
     np.testing.assert_array_equal(some.scores, whole.scores[chosen])
     np.testing.assert_array_equal(some.target_ids, whole.target_ids[chosen])
     np.testing.assert_array_equal(some.q, whole.q[chosen])
@@ -263,11 +263,11 @@ def test_rows_are_those_of_the_whole_result(chosen, variables, url):
 @pytest.mark.parametrize("chosen", [[TARGETS], [-TARGETS - 1], [0.5], [[1]]])
 def test_rows_that_do_not_exist_are_refused(chosen, finished):
     with pytest.raises(InputError, match="targets"):
-        read(finished).load(chosen)
+        open_result(finished).load(chosen)
 
 
 def test_a_part_of_a_variable_is_that_of_the_whole(finished):
-    stored = read(finished)
+    stored = open_result(finished)
     part = stored.part("score", slice(3, 19), slice(1, 3))
     np.testing.assert_array_equal(part, expected().scores[3:19, 1:3])
     np.testing.assert_array_equal(stored.part("train"), expected().train_ids)
@@ -278,12 +278,12 @@ def test_a_part_of_a_variable_is_that_of_the_whole(finished):
 def test_a_result_without_targets_has_none_to_choose(tmp_path):
     save(tmp_path / "self.zarr", results()["self"])
     with pytest.raises(InputError, match="no targets to choose from"):
-        read(tmp_path / "self.zarr").load([0])
+        open_result(tmp_path / "self.zarr").load([0])
 
 
 def test_xarray_opens_it_with_labels(finished):
     plain = xarray.open_zarr(finished)
-    for data in (plain, read(finished).dataset):
+    for data in (plain, open_result(finished).dataset):
         assert set(data.coords) == {"target", "target_label", "train", "train_label"}
         assert data.score.dims == ("target", "train") and data.score.dtype == np.float32
         assert data.train_label.values.tolist() == LABELS.tolist()
@@ -296,7 +296,7 @@ def test_xarray_opens_it_with_labels(finished):
 
 def test_targets_without_ids_have_none(tmp_path):
     write(tmp_path / "r.zarr", ids=False)
-    stored = read(tmp_path / "r.zarr")
+    stored = open_result(tmp_path / "r.zarr")
     assert stored.target_ids is None and stored.load().target_ids is None
     assert set(stored.dataset.coords) == {"train", "train_label"}
     tiny.assert_same(stored.load(), expected(target_ids=None))
@@ -319,7 +319,7 @@ def test_aggregates_and_rows_of_training_instances_can_be_written_in_blocks(tmp_
         writer.write("score", (), values["score"][0])
         writer.write("ghost", (), values["ghost"][0])
         writer.finish()
-    loaded = read(tmp_path / "aggregate.zarr").load()
+    loaded = open_result(tmp_path / "aggregate.zarr").load()
     np.testing.assert_array_equal(loaded.scores, values["score"][0])
     assert loaded.floor.mean == floor.mean[0] and loaded.floor.sd == floor.sd[0]
     np.testing.assert_array_equal(loaded.null.values, pool.null().values)
@@ -332,11 +332,11 @@ def test_aggregates_and_rows_of_training_instances_can_be_written_in_blocks(tmp_
     with writing(tmp_path / "self.zarr", IDENTITY, own, sizes, {}, "self") as writer:
         for start in range(0, TARGETS, ROWS):
             rows = slice(start, min(start + ROWS, TARGETS))
-            writer.targets(start, digests(start, rows.stop), TRAIN_IDS[rows])
+            writer.announce(start, digests(start, rows.stop), TRAIN_IDS[rows])
             writer.write("score", (rows,), values["score"][rows, 0])
             writer.write("ghost", (rows,), values["ghost"][rows])
         writer.finish(TARGETS)
-    loaded = read(tmp_path / "self.zarr").load()
+    loaded = open_result(tmp_path / "self.zarr").load()
     np.testing.assert_array_equal(loaded.train_ids, TRAIN_IDS[:TARGETS])
     np.testing.assert_array_equal(loaded.floor.sd, expected().floor.sd)
     np.testing.assert_array_equal(loaded.null.values, expected().null.values)
@@ -346,9 +346,9 @@ def test_a_store_that_was_cut_off_keeps_what_it_has(url):
     whole = write(f"memory://{uuid.uuid4().hex}/whole")
     first = write(url, blocks=2)
     with pytest.raises(InputError, match="not finished: repeat the call"):
-        read(url)
+        open_result(url)
     assert write(url) == whole - first
-    tiny.assert_same(read(url).load(), expected())
+    tiny.assert_same(open_result(url).load(), expected())
 
 
 def child(url, pause):
@@ -399,7 +399,7 @@ def test_two_processes_do_not_write_one_result(remote, tmp_path, monkeypatch):
             write(url)
         monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
     write(url)
-    tiny.assert_same(read(url).load(), expected())
+    tiny.assert_same(open_result(url).load(), expected())
 
 
 def test_without_times_a_lease_that_was_left_has_to_be_deleted(tmp_path, monkeypatch):
@@ -414,7 +414,7 @@ def test_without_times_a_lease_that_was_left_has_to_be_deleted(tmp_path, monkeyp
         write(url)
     (folder / location.LEASE).unlink()
     write(url)
-    tiny.assert_same(read(url).load(), expected())
+    tiny.assert_same(open_result(url).load(), expected())
 
 
 def test_a_writer_that_was_silent_finds_itself_replaced(monkeypatch):
@@ -424,7 +424,7 @@ def test_a_writer_that_was_silent_finds_itself_replaced(monkeypatch):
         monkeypatch.setattr(location, "_LEASE_SECONDS", 0)
         taken_over = pytest.raises(InputError, match="was taken over by process")
         with writing(url, **arguments()), taken_over:
-            silent.targets(0, digests(0, STEP))
+            silent.announce(0, digests(0, STEP))
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_nothing_is_touched_once_complete(finished):
 
 def test_a_block_that_was_forgotten_is_noticed(tmp_path):
     with writing(tmp_path / "r.zarr", **arguments()) as writer:
-        writer.targets(0, digests(0, ROWS))
+        writer.announce(0, digests(0, ROWS))
         with pytest.raises(InputError, match="score/c/0/0 is missing"):
             writer.finish(ROWS)
     none = pytest.raises(InputError, match="no targets")
@@ -497,14 +497,14 @@ def test_a_block_that_was_forgotten_is_noticed(tmp_path):
 
 def test_regions_that_cut_chunks_and_other_types_are_refused(tmp_path):
     with writing(tmp_path / "r.zarr", **arguments()) as writer:
-        writer.targets(0, digests(0, STEP))
+        writer.announce(0, digests(0, STEP))
         block = np.zeros((STEP, 8), dtype=np.float32)
         with pytest.raises(ValueError, match="cuts a chunk of 16"):
             writer.write("score", (slice(0, STEP), slice(0, 8)), block)
         with pytest.raises(ValueError, match="float64"):
             writer.write("ghost", (slice(0, STEP),), np.zeros((STEP, GHOSTS)))
         with pytest.raises(ValueError, match="after 8"):
-            writer.targets(16, digests(16, 20))
+            writer.announce(16, digests(16, 20))
 
 
 @pytest.mark.parametrize(
@@ -541,10 +541,10 @@ def test_damage_is_named_or_does_no_harm(finished, tmp_path, rng, how):
     # What load() does not read: coordinates, and what only zarr without consolidated metadata reads.
     unread = name.parts[0] in {"train_label", "target_label", "ghost", "progress"}
     if unread or (path.name == "zarr.json" and len(name.parts) == 2):
-        tiny.assert_same(read(folder).load(), expected())
+        tiny.assert_same(open_result(folder).load(), expected())
     else:
         with pytest.raises(InputError, match=re.escape(str(folder))) as caught:
-            read(folder).load()
+            open_result(folder).load()
         if path.name != "zarr.json":
             assert f"{name} is " in str(caught.value)
             assert "delete the store and estimate again" in str(caught.value)
@@ -561,7 +561,7 @@ def test_a_damaged_block_is_named_when_going_on(damage, tmp_path):
         write(folder)
     chunk.unlink()
     write(folder)
-    tiny.assert_same(read(folder).load(), expected())
+    tiny.assert_same(open_result(folder).load(), expected())
 
 
 REPLACING = """
@@ -586,7 +586,7 @@ def test_a_reader_gets_one_result_or_is_told_that_it_was_replaced(tmp_path):
         while refused < 3 or len(found) < 2:
             assert time.monotonic() < limit and process.poll() is None
             try:
-                stored = read(folder)
+                stored = open_result(folder)
                 tiny.assert_same(stored.load(), whole[stored.kind])
                 found.add(stored.kind)
             except InputError as error:
@@ -601,24 +601,24 @@ def test_a_reader_gets_one_result_or_is_told_that_it_was_replaced(tmp_path):
 def test_a_result_of_other_values_is_another_one_wherever_it_is(url):
     other = expected(scores=expected().scores + 1)
     save(url, expected())
-    stored = read(url)
+    stored = open_result(url)
     save(url, other)
     for again in (stored.load, lambda: stored.part("score"), lambda: stored.train_ids):
         with pytest.raises(InputError, match="was replaced or removed after it was opened; open"):
             again()
-    tiny.assert_same(read(url).load(), other)
+    tiny.assert_same(open_result(url).load(), other)
 
 
 def test_a_chunk_that_goes_after_the_listing_is_not_read_as_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "result.zarr"
     write(folder)
-    stored, fetch = read(folder), Blocks.fetch
+    stored, fetch = open_result(folder), Arrays.fetch
 
-    def late(blocks, name, bounds):
+    def late(arrays, name, bounds):
         (folder / "score" / "c" / "1" / "2").unlink(missing_ok=True)
-        return fetch(blocks, name, bounds)
+        return fetch(arrays, name, bounds)
 
-    monkeypatch.setattr(Blocks, "fetch", late)
+    monkeypatch.setattr(Arrays, "fetch", late)
     with pytest.raises(InputError, match="score/c/1/2 is missing"):
         stored.load()
 
@@ -633,13 +633,13 @@ def test_what_is_not_a_result_is_refused_and_left_alone(tmp_path):
     (tmp_path / "file.zarr").write_text("text")
     before = tree(tmp_path)
     for name in ("foreign.zarr", "old.zarr", "thesis", "file.zarr"):
-        for act in (read, write, lambda folder: save(folder, expected())):
+        for act in (open_result, write, lambda folder: save(folder, expected())):
             with pytest.raises(InputError, match=r"not a (turnover )?result"):
                 act(tmp_path / name)
     with pytest.raises(InputError, match="there is no result"):
-        read(tmp_path / "missing.zarr")
+        open_result(tmp_path / "missing.zarr")
     with pytest.raises(InputError, match="cannot be opened"):
-        read("nosuchprotocol://x/y")
+        open_result("nosuchprotocol://x/y")
     locks = {f".{name}.lock" for name in ("foreign.zarr", "old.zarr", "thesis", "file.zarr")}
     assert {k: v for k, v in tree(tmp_path).items() if k not in locks} == before
 
@@ -651,7 +651,7 @@ def test_a_later_format_says_so(finished, tmp_path):
     document["attributes"]["turnover"]["format"] = 2
     root.write_text(json.dumps(document))
     with pytest.raises(InputError, match="has format 2, this version reads 1; upgrade"):
-        read(tmp_path / "later.zarr")
+        open_result(tmp_path / "later.zarr")
 
 
 def test_importing_turnover_imports_no_store_library():

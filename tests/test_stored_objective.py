@@ -12,7 +12,8 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Batch, Influence, InputError, MaskSpec, objectives
-from turnover.results.manifest import BEGUN, ROOT, manifest, seal
+from turnover.results.location import ROOT
+from turnover.results.manifest import STARTED, manifest_of, seal
 
 IDS = torch.arange(40) * 7919
 METHODS = ("linear", "exact", "rerank")
@@ -129,7 +130,7 @@ PAIRS = {
 def test_another_objective_of_one_name_does_not_get_the_first_ones_scores(pair, method, tmp_path):
     one, other = PAIRS[pair]
     stored = score(one, tmp_path / "r", method)
-    with pytest.raises(InputError, match=r"another objective, .* give another place, or delete it"):
+    with pytest.raises(InputError, match=r"another objective, .* give another path, or delete it"):
         score(other, tmp_path / "r", method)
     np.testing.assert_array_equal(score(one, tmp_path / "r", method).scores, stored.scores)
 
@@ -270,10 +271,10 @@ def test_an_objective_that_takes_no_batch_of_one_row_is_still_stored(tmp_path):
 
 def older(folder):
     """Make a result what versions before wrote, which noted the objective's name alone."""
-    for key in (BEGUN, ROOT):
+    for key in (STARTED, ROOT):
         if (folder / key).exists():
             document = json.loads((folder / key).read_text())
-            begun_with = manifest(document)
+            begun_with = manifest_of(document)
             del begun_with["sizes"]["signature"], begun_with["identity"]["precision"]
             (folder / key).write_bytes(seal(document, begun_with))
     shutil.rmtree(folder / "progress" / "signature")

@@ -77,7 +77,7 @@ class AutoDriver(BlockDriver):
         self, batches: Iterator[Batch], ids: Tensor, wanted: Wanted
     ) -> tuple[Estimator, Iterable[Batch]]:
         found = list(batches)
-        chosen = None if wanted.out is None else _begun_method(wanted.out)
+        chosen = None if wanted.out is None else _stored_method(wanted.out)
         by_name = {one.name: one for one in self._estimators}
         if chosen not in by_name:
             chosen = self._compared(found, ids, wanted).chosen
@@ -87,8 +87,8 @@ class AutoDriver(BlockDriver):
 register("auto", Auto, driver=AutoDriver)
 
 
-def _begun_method(out: str | Path) -> str | None:
+def _stored_method(out: str | Path) -> str | None:
     """The method that a stored result was begun with, to go on with whatever its cost is now."""
     from turnover.results import store
 
-    return store.begun_method(out)
+    return store.stored_method(out)

@@ -27,7 +27,7 @@ from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.results.store import StoredResult
+    from turnover.results.reader import StoredResult
 
 PLANNED = ("linear", "rerank", "exact")
 """Methods that a plan compares, from the least to the most exact."""

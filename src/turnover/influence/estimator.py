@@ -23,7 +23,7 @@ from turnover.results.calibration import MIN_GHOSTS
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.results.store import StoredResult
+    from turnover.results.reader import StoredResult
 
 
 class Influence:

@@ -32,8 +32,9 @@ from turnover.results.calibration import noise_floor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.influence.sinks import Sink
-    from turnover.results.store import StoredResult, Variable
+    from turnover.influence.sinks import Region
+    from turnover.results.arrays import Variable
+    from turnover.results.reader import StoredResult
 
 _GRADIENT_BYTES = 2**28
 _SCORE_BYTES = 2**25
@@ -275,16 +276,8 @@ class Estimator(ABC):
             errors[index] = to_numpy(found.standard_error)[0]
         return errors
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        top: int | None,
-    ) -> None:
-        """Score a block of targets on all ids, and put what was found into a sink."""
+    def fill(self, region: Region, top: int | None) -> None:
+        """Score a block of targets on all ids, and put all arrays of the region."""
         raise NotImplementedError
 
     def forget(self) -> None:  # noqa: B027

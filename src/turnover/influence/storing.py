@@ -18,7 +18,9 @@ from turnover.influence.sinks import StoreSink, check_columns
 from turnover.parallel.engines import check_engine
 
 if TYPE_CHECKING:
-    from turnover.results.store import StoredResult, Variable, Writer
+    from turnover.results.arrays import Variable
+    from turnover.results.reader import StoredResult
+    from turnover.results.writer import Writer
 
     Over = Callable[[Traversal, Iterable[Batch], Tensor, Writer], int]
 
@@ -37,9 +39,9 @@ def check_place(engine: str, out: str | Path | None) -> None:
         return
     if out is None:
         raise InputError(f"engine={engine!r} writes blocks from many processes: give out= as well")
-    from turnover.results.location import Place
+    from turnover.results.location import Location
 
-    _ = Place(out).address
+    _ = Location(out).address
 
 
 @contextmanager
@@ -72,7 +74,8 @@ def store(
         wanted: where and by which engine.
         described: what the result says of itself.
     """
-    from turnover.results import store as results
+    from turnover.results.reader import open_result
+    from turnover.results.store import writing
 
     estimator, top = traversal.estimator, traversal.top
     assert wanted.out is not None
@@ -95,7 +98,7 @@ def store(
     labelled = {"train": ("train", ids.numpy())} | check_columns(wanted.coordinates, len(ids))
     with (
         scoring(wanted.engine, traversal) as over,
-        results.writing(
+        writing(
             wanted.out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer,
     ):
@@ -104,7 +107,7 @@ def store(
         else:
             count = over(traversal, targets, ids, writer)
         writer.finish(count)
-    return results.read(wanted.out)
+    return open_result(wanted.out)
 
 
 def _in_this_process(
@@ -116,7 +119,7 @@ def _in_this_process(
 def _variables(
     traversal: Traversal, dims: tuple[str, str], block: tuple[int, int], sizes: Mapping[str, int]
 ) -> dict[str, Variable]:
-    from turnover.results.store import Variable
+    from turnover.results.arrays import Variable
 
     chunks = (min(block[0], _FILE_TARGETS), block[1])
     variables = {

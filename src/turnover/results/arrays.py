@@ -1,39 +1,38 @@
-"""Arrays of a result as zarr keeps them: in chunks that are whole or absent, with a checksum each."""
+"""Arrays of a result as zarr stores them: in chunks that are whole or absent, each with a checksum."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.io.files import writing_to
 from turnover.io.parsing import damage
-from turnover.results.location import Place
+from turnover.results.location import Location
 
 Region = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 MISSING = int(np.iinfo(np.int64).min)
-"""Stands for an id or label that a target does not have."""
+"""In place of an id or label that a target does not have."""
 DTYPES = frozenset({"bool", "float16", "float32", "float64", "string"}) | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
 CODECS = frozenset({"bytes", "vlen-utf8", "zstd", "crc32c"})
 _LEVEL = 3
-_NAMED = {"ghost": "ghost_id"}
-"""Dimensions on disk: xarray would take a variable named as its dimension for a coordinate."""
+_DIMENSION_NAMES = {"ghost": "ghost_id"}
+"""Dimensions renamed on disk: xarray takes a variable with the name of its dimension for a coordinate."""
+_READ_ERRORS = (ValueError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Variable:
-    """Shape of an array in a store.
+    """Layout of an array.
 
     Attributes:
         dims: names of its dimensions.
@@ -51,21 +50,11 @@ class Variable:
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.dtype} cannot be stored")
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
-
-def documents(
+def metadata_files(
     variables: Mapping[str, Variable], sizes: Mapping[str, int], attributes: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The zarr.json files of a group with consolidated metadata: key to contents.
-
-    Args:
-        variables: arrays of the group.
-        sizes: length of each of their dimensions.
-        attributes: of the group, JSON values.
-    """
+    """The zarr.json files of a group of arrays, with consolidated metadata: key to contents."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -78,9 +67,9 @@ def documents(
             shape=tuple(sizes[dim] for dim in variable.dims),
             chunks=variable.chunks,
             dtype=variable.dtype,
-            fill_value=_fill(variable.dtype),
+            fill_value=_fill_value(variable.dtype),
             compressors=[zarr.codecs.ZstdCodec(level=_LEVEL), zarr.codecs.Crc32cCodec()],
-            dimension_names=tuple(_NAMED.get(dim, dim) for dim in variable.dims),
+            dimension_names=tuple(_DIMENSION_NAMES.get(dim, dim) for dim in variable.dims),
         )
     with warnings.catch_warnings():
         # Readers that do not know consolidated metadata find the same in every array's own file.
@@ -89,73 +78,52 @@ def documents(
     return {key: value.to_bytes() for key, value in held.items()}
 
 
-def _fill(dtype: str) -> Any:
-    if dtype == "string":
-        return ""
-    if dtype.startswith("float"):
-        return float("nan")
-    return {"int64": MISSING, "bool": False}.get(dtype, 0)
+def _fill_value(dtype: str) -> Any:
+    number = float("nan") if dtype.startswith("float") else 0
+    return {"string": "", "int64": MISSING, "bool": False}.get(dtype, number)
 
 
-class Blocks:
-    """Reads and writes regions of the arrays of a store.
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Reads and writes regions of the arrays of a result.
 
-    Args:
-        place: where.
-        variables: the arrays, by path.
-        sizes: length of each dimension; one that grows may be changed.
-        finished: the store is complete: read only, and through its consolidated metadata.
+    Attributes:
+        location: of the result.
+        variables: layouts, by path; may be added to.
+        sizes: length of each dimension; that of a growing one may be changed.
+        finished: read only, and through consolidated metadata.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        variables: Mapping[str, Variable],
-        sizes: dict[str, int],
-        *,
-        finished: bool,
-    ) -> None:
-        self.place = place
-        self.variables = variables
-        self.sizes = sizes
-        self._finished = finished
-        self._store = place.zarr(writable=not finished)
-        self._arrays: dict[str, Any] = {}
+    location: Location
+    variables: dict[str, Variable]
+    sizes: dict[str, int]
+    finished: bool
+    _opened: dict[str, Any] = field(default_factory=dict)
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any]:
-        """A region of an array.
-
-        Raises:
-            InputError: a chunk is missing or damaged.
-        """
+        """A region of an array, all of whose chunks must be present."""
         bounds = self.bounds(name, region)
-        self._all_there(name, bounds)
+        self.check_present(name, bounds)
         values = self.fetch(name, bounds)
-        self._all_there(name, bounds)  # one that went in the meantime was read as fill values
+        self.check_present(name, bounds)  # a chunk removed meanwhile was read as fill values
         return values
 
-    def _all_there(self, name: str, bounds: Bounds) -> None:
+    def check_present(self, name: str, bounds: Bounds | None = None) -> None:
+        """Fail if a chunk of a region, or of all, was not written."""
         absent = next(self.absent(name, bounds), None)
         if absent is not None:
-            raise InputError(f"{self.place.url}: {absent} is missing; {self._mend()}")
+            fix = self._fix if self.finished else "run again"
+            raise InputError(f"{self.location.url}: {absent} is missing; {fix}")
 
     def fetch(self, name: str, bounds: Bounds) -> NDArray[Any]:
-        """A region of an array, with fill values where a chunk was not written.
-
-        Raises:
-            InputError: a chunk is damaged.
-        """
+        """A region of an array, with fill values for chunks that were not written."""
         try:
-            return self._read(name, bounds)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise self._broken(name, bounds, error) from error
+            return np.asarray(self._array(name)[tuple(slice(*bound) for bound in bounds)])
+        except _READ_ERRORS as error:
+            raise self._damaged(name, bounds, error) from error
 
     def write(self, name: str, region: Region, values: NDArray[Any]) -> None:
-        """Write a region of whole chunks (ragged at the end of a dimension).
-
-        Raises:
-            ValueError: the region cuts a chunk, or values of another shape or type.
-        """
+        """Write a region of whole chunks (ragged at the end of a dimension)."""
         variable, bounds = self.variables[name], self.bounds(name, region)
         array = np.asarray(values)
         shape = tuple(stop - start for start, stop in bounds)
@@ -170,94 +138,79 @@ class Blocks:
         self.patch(name, bounds, array)
 
     def patch(self, name: str, bounds: Bounds, values: NDArray[Any]) -> None:
-        """Write a region that may cut chunks, each of which is replaced as a whole.
-
-        Raises:
-            InputError: a chunk that is cut is damaged.
-            WriteError: a local disk is full, or nothing can be written there.
-        """
+        """Write a region that may cut chunks, each of which is replaced as a whole."""
         if 0 in values.shape:
             return
-        # A remote store says itself what is wrong with it.
-        with nullcontext() if self.place.local is None else writing_to(self.place.url):
+        with self.location.writing():
             try:
                 self._array(name)[tuple(slice(*bound) for bound in bounds)] = values
             except (ValueError, RuntimeError) as error:
-                raise self._broken(name, bounds, error) from error
+                raise self._damaged(name, bounds, error) from error
 
     def absent(self, name: str, bounds: Bounds | None = None) -> Iterator[str]:
         """Keys of the chunks of a region, or of all, that were not written."""
-        bounds = self.bounds(name, ()) if bounds is None else bounds
-        grid = self._grid(name, bounds)
+        grid = self._grid(name, self.bounds(name, ()) if bounds is None else bounds)
         if not grid:
-            if not self.place.exists(f"{name}/c"):
-                yield f"{name}/c"
+            if not self.location.exists(_chunk_key(name)):
+                yield _chunk_key(name)
             return
-        # One listing of each folder of chunks, not a question for each chunk.
-        last = grid[-1]
-        for outer in product(*grid[:-1]):
-            folder = "/".join((name, "c", *map(str, outer)))
-            if len(last) == 1:
-                if not self.place.exists(f"{folder}/{last[0]}"):
-                    yield f"{folder}/{last[0]}"
-                continue
-            found = self.place.names(folder) if last else set()
-            yield from (f"{folder}/{index}" for index in last if str(index) not in found)
+        *outer, last = grid
+        for index in product(*outer):
+            folder = _chunk_key(name, *index)
+            if len(last) > 1:  # list the folder once instead of asking for each chunk
+                present = self.location.names(folder)
+            else:
+                present = {str(i) for i in last if self.location.exists(f"{folder}/{i}")}
+            yield from (f"{folder}/{i}" for i in last if str(i) not in present)
 
     def bounds(self, name: str, region: Region) -> Bounds:
-        """Start and stop along every dimension; those that the region leaves out are whole."""
+        """Start and stop along every dimension; dimensions that the region leaves out are whole."""
         dims = self.variables[name].dims
         if len(region) > len(dims):
             raise ValueError(f"{name} has dimensions {dims}, got a region of {len(region)}")
-        whole = (*region, *[slice(None)] * (len(dims) - len(region)))
         bounds = []
-        for dim, part in zip(dims, whole, strict=True):
-            start = 0 if part.start is None else part.start
-            stop = self.sizes[dim] if part.stop is None else part.stop
-            if not 0 <= start <= stop <= self.sizes[dim]:
-                raise ValueError(f"{name}: {dim} {start}:{stop} is not within {self.sizes[dim]}")
+        for dim, part in zip_longest(dims, region, fillvalue=slice(None)):
+            size = self.sizes[dim]
+            start, stop = part.start or 0, size if part.stop is None else part.stop
+            if not 0 <= start <= stop <= size:
+                raise ValueError(f"{name}: {dim} {start}:{stop} is not within {size}")
             bounds.append((start, stop))
         return tuple(bounds)
 
     def _grid(self, name: str, bounds: Bounds) -> list[range]:
-        chunks = self.variables[name].chunks
-        pairs = zip(bounds, chunks, strict=True)
+        pairs = zip(bounds, self.variables[name].chunks, strict=True)
         return [range(start // size, -(-stop // size)) for (start, stop), size in pairs]
 
-    def _broken(self, name: str, bounds: Bounds, error: Exception) -> InputError:
-        key = self._damaged(name, bounds)
-        return InputError(f"{self.place.url}: {key} is damaged ({error}); {self._mend()}")
-
-    def _damaged(self, name: str, bounds: Bounds) -> str:
-        """Key of the first chunk of a region that cannot be read."""
-        chunks = self.variables[name].chunks
+    def _damaged(self, name: str, bounds: Bounds, error: Exception) -> InputError:
+        """An error that names the first chunk of a region that cannot be read."""
+        key = name
         for index in product(*self._grid(name, bounds)):
-            pairs = zip(index, bounds, chunks, strict=True)
-            part = tuple((max(i * n, lo), min((i + 1) * n, hi)) for i, (lo, hi), n in pairs)
             try:
-                self._read(name, part)
-            except (ValueError, RuntimeError, MemoryError):
-                return "/".join((name, "c", *map(str, index)))
-        return name
-
-    def _read(self, name: str, bounds: Bounds) -> NDArray[Any]:
-        return np.asarray(self._array(name)[tuple(slice(*bound) for bound in bounds)])
+                self._array(name).blocks[index]
+            except _READ_ERRORS:
+                key = _chunk_key(name, *index)
+                break
+        return InputError(f"{self.location.url}: {key} is damaged ({error}); {self._fix}")
 
     def _array(self, name: str) -> Any:
-        if name not in self._arrays:
-            with damage(f"{self.place.url}: the description of {name}", self._mend()):
-                self._arrays[name] = self._open(name)
-        return self._arrays[name]
+        if name not in self._opened:
+            with damage(f"{self.location.url}: the metadata of {name}", self._fix):
+                self._opened[name] = self._open(name)
+        return self._opened[name]
 
     def _open(self, name: str) -> Any:
         import zarr
 
-        if self._finished and name in self._group:
+        if self.finished and name in self._group:
             return self._group[name]
-        mode = "r" if self._finished else "r+"
+        mode = "r" if self.finished else "r+"
         # A chunk's existence says that it was written, whatever it holds.
         with zarr.config.set({"array.write_empty_chunks": True}):
             return zarr.open_array(self._store, path=name, mode=mode, zarr_format=3)
+
+    @cached_property
+    def _store(self) -> Any:
+        return self.location.zarr_store(writable=not self.finished)
 
     @cached_property
     def _group(self) -> Any:
@@ -265,7 +218,12 @@ class Blocks:
 
         return zarr.open_group(self._store, mode="r", zarr_format=3, use_consolidated=True)
 
-    def _mend(self) -> str:
-        if not self._finished:
+    @property
+    def _fix(self) -> str:
+        if not self.finished:
             return "delete that file and run again to compute it anew"
         return "delete the store and estimate again"
+
+
+def _chunk_key(name: str, *index: int) -> str:
+    return "/".join((name, "c", *map(str, index)))

@@ -1,8 +1,8 @@
-"""From ghost scores to z, p and q: how likely is a score under no influence at all?
+"""From scores to z, p and q: how likely is a score if there is no influence at all?
 
 Ghosts are ids that were never trained on, so their scores are pure noise. Their mean and standard
-deviation per target standardise the scores; their pooled standardised values give the null
-distribution, with a fitted tail where they run out.
+deviation per target standardize the scores; their pooled standardized values give the null
+distribution, with a fitted tail beyond the last of them.
 """
 
 from __future__ import annotations
@@ -21,41 +21,37 @@ _TAIL = 0.05
 _PRIOR_SHAPE = 0.15
 _PRIOR_WEIGHT = 30
 _POOLED = 2**20
-"""Standardised ghosts that are kept for a null distribution: 8 MB, and a tail of 50,000."""
+"""Standardized ghosts kept for a null distribution: 8 MB, and a tail of 50,000."""
 MIN_GHOSTS = 10
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Ghost mean and standard deviation of every target: float64 (targets,).
+    """Mean and standard deviation of the ghosts of every target, exactly 0 if all ghosts score the same.
 
-    Of an aggregate: (); of self-influence: (train,). The deviation is exactly 0 where all ghosts score
-    the same.
+    float64 (targets,); () of an aggregate, (train,) of self-influence; or one for each score.
     """
 
-    mean: Floats
-    sd: Floats
+    mean: NDArray[np.floating]
+    sd: NDArray[np.floating]
 
-    def standardise(self, scores: NDArray[np.floating]) -> Floats:
-        """z-scores of scores (targets, ids), or of scores (ids,) where there is one row of targets.
-
-        0 where the ghosts do not differ.
-        """
+    def standardize(self, scores: NDArray[np.floating]) -> Floats:
+        """z-scores of scores (targets, ids) or (ids,); 0 where the ghosts do not differ."""
         mean, sd = self.of(scores)
         return np.asarray((scores - mean) / np.where(sd > 0, sd, np.inf), dtype=np.float64)
 
-    def of(self, scores: NDArray[np.floating]) -> tuple[Floats, Floats]:
+    def of(self, scores: NDArray[np.floating]) -> tuple[NDArray[np.floating], ...]:
         """Mean and deviation in a shape that broadcasts with the scores."""
-        if scores.ndim == 1:
-            return self.mean, self.sd
-        return self.mean[:, None], self.sd[:, None]
+        if self.sd.ndim == 1 < scores.ndim:
+            return self.mean[:, None], self.sd[:, None]
+        return self.mean, self.sd
 
 
 def noise_floor(ghosts: NDArray[np.floating]) -> NoiseFloor:
     """Noise floor of ghost scores (targets, ghosts).
 
     Raises:
-        InputError: fewer than 10 ghosts, from which no deviation can be told.
+        InputError: fewer than 10 ghosts.
     """
     if ghosts.shape[1] < MIN_GHOSTS:
         raise InputError(f"at least {MIN_GHOSTS} ghosts are needed, got {ghosts.shape[1]}")
@@ -65,11 +61,11 @@ def noise_floor(ghosts: NDArray[np.floating]) -> NoiseFloor:
     return NoiseFloor(values.mean(axis=1), np.where(differ, values.std(axis=1, ddof=1), 0.0))
 
 
-def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
-    """Each ghost standardised by the *other* ghosts of its target: (targets, ghosts).
+def standardize_left_out(ghosts: NDArray[np.floating]) -> Floats:
+    """Standardize each ghost by the *other* ghosts of its target: (targets, ghosts).
 
-    A ghost that helped to set its own scale would look smaller than a fresh one, and few ghosts would
-    make every far score look significant.
+    A ghost that helps to set its own scale looks smaller than a fresh one; with few ghosts, every far
+    score would look significant.
     """
     values = ghosts.astype(np.float64)
     count = values.shape[1]
@@ -79,14 +75,14 @@ def standardise_left_out(ghosts: NDArray[np.floating]) -> Floats:
     other_mean = mean - deviation / (count - 1)
     other_squares = np.maximum(squares - deviation**2 * count / (count - 1), 0)
     other_sd = np.sqrt(other_squares / (count - 2))
-    # Where the others are all equal there is no scale without this ghost.
+    # Where the others are all equal, only this ghost gives a scale.
     sd = noise_floor(ghosts).sd[:, None]
     safe = np.where(sd > 0, np.where(other_sd > 1e-6 * sd, other_sd, sd), np.inf)
     return np.asarray((values - other_mean) / safe)
 
 
 class GhostPool:
-    """Standardised ghosts of many targets, thinned evenly where they would fill the memory."""
+    """Standardized ghosts of many targets, thinned evenly if they would fill the memory."""
 
     def __init__(self) -> None:
         self._rows: list[Floats] = []
@@ -95,17 +91,13 @@ class GhostPool:
         self._kept = 0
 
     def add(self, ghosts: NDArray[np.floating]) -> NoiseFloor:
-        """Take in ghost scores (targets, ghosts), and return their noise floor.
-
-        Raises:
-            InputError: fewer than 10 ghosts.
-        """
+        """Add ghost scores (targets, ghosts), at least 10 ghosts; returns their noise floor."""
         floor = noise_floor(ghosts)
         rows = np.flatnonzero(floor.sd > 0)
         # Every stride-th target that has noise at all, counted over all calls.
         chosen = rows[(self._seen + np.arange(len(rows))) % self._stride == 0]
         self._seen += len(rows)
-        self._rows += [row.copy() for row in standardise_left_out(ghosts[chosen])]
+        self._rows += [row.copy() for row in standardize_left_out(ghosts[chosen])]
         self._kept += len(chosen) * ghosts.shape[1]
         while self._kept > _POOLED and len(self._rows) > 1:
             self._rows = self._rows[::2]
@@ -114,25 +106,25 @@ class GhostPool:
         return floor
 
     def null(self) -> NullDistribution:
-        """The null distribution of what was taken in."""
+        """The null distribution of the ghosts."""
         return NullDistribution(np.concatenate(self._rows) if self._rows else np.zeros(MIN_GHOSTS))
 
 
 class NullDistribution:
     """Two-sided p-values of z-scores under the pooled ghosts.
 
-    Each side is the empirical tail of the pooled ghosts up to its last 5%, and a generalised Pareto
+    Each side is the empirical tail of the pooled ghosts up to its last 5%, and a generalized Pareto
     tail beyond, fitted by probability-weighted moments (Hosking and Wallis, Technometrics 1987). Few
-    ghosts cannot tell the tail's shape, which is then drawn towards a heavy one. No p-value is
+    ghosts do not determine the tail's shape, which is then drawn towards a heavy one. No p-value is
     smaller than a Gaussian's: a bounded fit may not claim certainty.
 
     Args:
-        pooled: standardised ghost scores of all targets, any shape.
+        pooled: standardized ghost scores of all targets, any shape.
     """
 
     def __init__(self, pooled: NDArray[np.floating]) -> None:
         self.values: Floats = np.sort(pooled.astype(np.float64), axis=None)
-        """The pooled values, sorted upwards: all that the distribution is made of."""
+        """The pooled values in ascending order, which determine the distribution."""
         self._upper = _Tail(self.values)
         self._lower = _Tail(-self.values[::-1])
 
@@ -144,48 +136,28 @@ class NullDistribution:
 
 
 @dataclass(frozen=True)
-class PairNoise:
-    """A standard deviation of its own for every score, of mean 0; of the shape of the scores."""
-
-    sd: NDArray[np.floating]
-
-    def standardise(self, scores: NDArray[np.floating]) -> Floats:
-        """z-scores, as in :class:`NoiseFloor`."""
-        return np.asarray(scores / np.where(self.sd > 0, self.sd, np.inf), dtype=np.float64)
-
-    def of(self, scores: NDArray[np.floating]) -> tuple[Floats, Floats]:
-        """As in :class:`NoiseFloor`."""
-        sd = np.asarray(self.sd, dtype=np.float64)
-        return np.zeros_like(scores, dtype=np.float64), sd
-
-
 class StudentNull:
     """Two-sided p-values of scores over their own standard errors: Student's t.
 
-    Args:
+    Attributes:
         freedom: degrees of freedom of the standard errors.
     """
 
-    def __init__(self, freedom: float) -> None:
-        self.freedom = freedom
+    freedom: float
 
     def p_values(self, z: NDArray[np.floating]) -> Floats:
         """Two-sided p-values in (0, 1], of the shape of ``z``."""
         squares = np.square(np.asarray(z, dtype=np.float64))
-        share = squares / (self.freedom + squares)
-        inside = share < 1.5 / (
-            self.freedom / 2 + 2.5
-        )  # where the fraction of that side converges fast
-        half = self.freedom / 2
+        total, half = self.freedom + squares, self.freedom / 2
+        share = squares / total
+        inside = share < 1.5 / (half + 2.5)  # where the continued fraction converges fast
         near = 1 - _incomplete_beta(0.5, half, np.where(inside, share, 0.0))
-        far = _incomplete_beta(
-            half, 0.5, np.where(inside, 0.0, self.freedom / (self.freedom + squares))
-        )
+        far = _incomplete_beta(half, 0.5, np.where(inside, 0.0, self.freedom / total))
         return np.asarray(np.clip(np.where(inside, near, far), np.finfo(np.float64).tiny, 1.0))
 
 
 def _incomplete_beta(a: float, b: float, x: Floats) -> Floats:
-    """Regularised incomplete beta function for x below (a + 1) / (a + b + 2), by continued fraction.
+    """Regularized incomplete beta function for x below (a + 1) / (a + b + 2), by continued fraction.
 
     Source: NIST Digital Library of Mathematical Functions, 8.17.22, evaluated from the far end.
     """
@@ -204,7 +176,7 @@ def _incomplete_beta(a: float, b: float, x: Floats) -> Floats:
 
 
 class _Tail:
-    """P(Z >= z) for values sorted upwards."""
+    """P(Z >= z) for values in ascending order."""
 
     def __init__(self, values: Floats) -> None:
         self._values = values
@@ -247,8 +219,8 @@ def q_values(p: NDArray[np.floating], considered: int | None = None) -> Floats:
 
     Args:
         p: p-values.
-        considered: hypotheses of each row, where ``p`` holds only some of them. What is left out can
-            only lower a rank, so the q-values are then upper bounds.
+        considered: hypotheses of each row, if ``p`` holds only some of them. The others can only lower
+            a rank, so the q-values are then upper bounds.
 
     Source: Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995).
     """

@@ -1,7 +1,7 @@
-"""Results on disk: written block by block, on any file system, and gone on with after a cut.
+"""Opens results on disk for writing: block by block, by several processes, or as a whole.
 
-A result is a zarr group that xarray opens. Its ``zarr.json`` is written last: a store that has none is
-not finished, and ``progress/`` says what it was begun with and for which targets.
+A result is a zarr group that xarray opens. Its ``zarr.json`` is written last: a result without it is not
+finished, and ``progress/`` says what it was begun with and for which targets.
 """
 
 from __future__ import annotations
@@ -13,42 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from turnover.errors import InputError
 from turnover.results.arrays import Variable
-from turnover.results.calibration import NullDistribution, StudentNull
-from turnover.results.location import Place
+from turnover.results.calibration import StudentNull
+from turnover.results.location import ROOT, Location
 from turnover.results.manifest import (
-    BEGUN,
-    ROOT,
+    STARTED,
     Coordinates,
-    describe,
+    check_same,
     digest,
-    finished,
-    manifest,
-    marked,
+    make_manifest,
+    manifest_of,
+    read_sealed,
 )
-from turnover.results.reader import StoredResult
-from turnover.results.reader import open_result as read
-from turnover.results.result import Result
+from turnover.results.result import Result, arrays_of, coordinates_of, dims_of
 from turnover.results.schema import DESCRIBED
-from turnover.results.writer import Writer
-
-__all__ = [
-    "StoredResult",
-    "Variable",
-    "Writer",
-    "begun_method",
-    "joining",
-    "read",
-    "save",
-    "writing",
-]
-
-_CELLS = 2**20
-"""Values in a chunk of a saved result."""
-_COLUMNS = 2**16
+from turnover.results.writer import CELLS, COLUMNS, Writer
 
 
 @contextmanager
@@ -60,78 +41,85 @@ def writing(
     coordinates: Coordinates,
     kind: str,
 ) -> Iterator[Writer]:
-    """Begin a result, or go on with one that was cut off.
+    """Begin a result, or continue one that was cut off.
 
     Args:
         url: path or fsspec URL; missing folders are made.
         identity: JSON values that say what the numbers are of.
-        variables: what will be written. With ``ghost`` among them, noise floor and null distribution
-            are made of it at the end; without, ``ghost_mean``, ``noise_floor`` and ``null`` must be.
-        sizes: length of each dimension. At most one that the variables have may be left out: it grows
-            as rows come (:meth:`Writer.targets`), and must be the first of its variables. A dimension
-            that only coordinates have need not be given. ``signature``: numbers that say what the
-            objective computes on a target (:mod:`turnover.influence.signature`), where they are kept.
+        variables: what will be written: ``ghost``, from which noise floor and null distribution are computed
+            at the end, or ``ghost_mean``, ``noise_floor`` and ``null``.
+        sizes: length of each dimension of the variables, except one that grows as rows are announced: the
+            first of its variables. ``signature``: how many numbers identify what the objective computes on a
+            target (:mod:`turnover.influence.signature`), if they are recorded.
         coordinates: name to (dimension, values): numbers or strings.
         kind: see :class:`turnover.results.reader.StoredResult`.
 
     Raises:
-        InputError: the place holds something else, or the result of other values; another process
-            writes there; a damaged store; zarr is not installed (``pip install turnover[results]``).
+        InputError: the location holds something else, or the result of other values; another process
+            writes there; the store is damaged; or zarr is not installed.
     """
-    place = Place(url)
-    held = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
-    begun_with = describe(identity, variables, sizes, held, kind)
-    stored = finished(place, begun_with)
-    if stored is not None:
-        yield Writer(place, stored, held, complete=True)
+    location = Location(url)
+    arrays = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
+    manifest = make_manifest(identity, variables, sizes, arrays, kind)
+    if stored := _finished(location, manifest):
+        yield Writer(location, stored, arrays, complete=True)
         return
-    with place.locked() as renew:
-        # Another process may have finished it since.
-        stored = finished(place, begun_with)
+    with location.locked() as renew:
+        stored = _finished(location, manifest)  # another process may have finished it since
         complete = stored is not None
-        writer = Writer(place, stored or begun_with, held, complete=complete, renew=renew)
+        writer = Writer(location, stored or manifest, arrays, complete=complete, renew=renew)
         if not complete:
             writer.begin()
         yield writer
 
 
-def joining(url: str | Path, begun_with: Mapping[str, Any], announced: int) -> Writer:
-    """A writer of regions of a result that another process has begun, will finish, and is the one for.
+def _finished(location: Location, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished result, after it was compared; ``None`` if there is no such result."""
+    root = read_sealed(location, ROOT)
+    if root is None:
+        return None
+    stored = manifest_of(root)
+    check_same(location, stored, manifest)
+    return stored
+
+
+def joining(url: str | Path, manifest: Mapping[str, Any], announced: int) -> Writer:
+    """A writer of regions of a result that another process has begun, holds locked, and will finish.
 
     Args:
         url: path or fsspec URL.
-        begun_with: the other :attr:`Writer.manifest`.
+        manifest: :attr:`Writer.manifest` of the other process.
         announced: length of the growing dimension up to the end of the regions.
 
     Raises:
-        InputError: zarr is not installed; on writing, that the result is not there or no longer that one.
+        InputError: zarr is not installed; on writing: the result is missing or another one.
     """
-    place = Place(url)
+    location = Location(url)
 
     def check() -> None:
-        found = marked(place, BEGUN)
-        if found is None or manifest(found) != begun_with:
+        found = read_sealed(location, STARTED)
+        if found is None or manifest_of(found) != manifest:
             raise InputError(
-                f"{url} is not, seen from here ({socket.gethostname()}), the result that was begun: give a "
-                f"place that all processes share, and leave it alone until they have ended"
+                f"{url} is not, seen from {socket.gethostname()}, the result that was begun: give a path "
+                f"that all processes share, and leave it alone until they have ended"
             )
 
-    return Writer(place, begun_with, {}, complete=False, renew=check, announced=announced)
+    return Writer(location, manifest, {}, complete=False, renew=check, announced=announced)
 
 
-def begun_method(url: str | Path) -> str | None:
-    """The estimator of a result that was begun or finished there; ``None`` where there is none.
+def stored_method(url: str | Path) -> str | None:
+    """The estimator of a result that was begun or finished; ``None`` if there is none.
 
     Raises:
-        InputError: the place holds something else, or a damaged store.
+        InputError: the location holds something else, or a damaged store.
     """
-    place = Place(url)
-    document = marked(place, ROOT) or marked(place, BEGUN)
-    return None if document is None else str(manifest(document)["identity"]["method"])
+    location = Location(url)
+    document = read_sealed(location, ROOT) or read_sealed(location, STARTED)
+    return None if document is None else str(manifest_of(document)["identity"]["method"])
 
 
 def save(url: str | Path, result: Result) -> None:
-    """Store a result that is in memory, in place of one that is there.
+    """Store a result that is in memory, in place of the one that is there.
 
     Locally the new one is written beside the old one, which stays until the new one is whole; elsewhere
     the old one is removed first.
@@ -141,73 +129,44 @@ def save(url: str | Path, result: Result) -> None:
         result: of any shape.
 
     Raises:
-        InputError: the place holds something else, another process writes there, or
-            zarr is not installed (``pip install turnover[results]``).
+        InputError: the location holds something else, another process writes there, or zarr is not
+            installed.
     """
-    place = Place(url)
-    kind, values, coordinates = _laid_out(result)
-    # Two results of one shape must not have one root: a reader tells by it that one was replaced.
-    of = {name: digest(array) for name, (_, array) in values.items()}
-    identity = {name: getattr(result, name) for name in DESCRIBED} | {"values": of}
-    sizes = {
-        dim: length
-        for dims, array in values.values()
-        for dim, length in zip(dims, array.shape, strict=True)
-    }
-    variables = {
-        name: Variable(dims, array.dtype.name, _chunks(array.shape))
-        for name, (dims, array) in values.items()
-    }
-    begun_with = describe(identity, variables, sizes, coordinates, kind)
-    with place.locked() as renew:
-        if marked(place, ROOT) is None and marked(place, BEGUN) is None and not place.vacant():
-            raise InputError(f"{url} is not a turnover result; give another place")
-        draft = place.neighbour("draft") if place.local else place
-        draft.clear()
-        writer = Writer(draft, begun_with, coordinates, complete=False, renew=renew)
-        writer.begin()
-        for name, (_, array) in values.items():
-            writer.write(name, (), array)
-        null = result.null
-        if isinstance(null, StudentNull):
-            writer.finish(freedom=null.freedom)
-        else:
-            writer.finish()
-        draft.become(place)
-
-
-def _laid_out(
-    result: Result,
-) -> tuple[str, dict[str, tuple[tuple[str, ...], NDArray[Any]]], dict[str, Any]]:
-    """Kind, variables and coordinates of a result in memory."""
-    top = result.train_ids.ndim > 1
-    dims = ("target", "rank" if top else "train")[-result.scores.ndim :]
+    location = Location(url)
+    dims, values = dims_of(result), arrays_of(result)
     floor = dims[: result.floor.sd.ndim]
-    kind = "top" if top else "dense"
-    if result.scores.ndim == 1:
-        kind = "self" if floor else "aggregate"
-    values = {
-        "score": (dims, result.scores),
-        "train_id": (dims, result.train_ids if top else None),
-        "standard_error": (dims, result.standard_error),
-        "exact": (dims, result.exact),
-        "recall": (floor, result.recall),
-        "ghost_mean": (floor, np.asarray(result.floor.mean)),
-        "noise_floor": (floor, np.asarray(result.floor.sd)),
-        "null": (
-            ("pool",),
-            result.null.values if isinstance(result.null, NullDistribution) else None,
-        ),
-    }
-    coordinates: dict[str, Any] = {} if top else {"train": ("train", result.train_ids)}
-    if result.target_ids is not None:
-        coordinates["target"] = ("target", result.target_ids)
-    held = {name: (of, array) for name, (of, array) in values.items() if array is not None}
-    return kind, held, coordinates
+    values["ghost_mean"] = floor, np.asarray(result.floor.mean)
+    values["noise_floor"] = floor, np.asarray(result.floor.sd)
+    attributes: dict[str, Any] = {}
+    if isinstance(result.null, StudentNull):
+        attributes["freedom"] = result.null.freedom
+    else:
+        values["null"] = ("pool",), result.null.values
+    kinds = {("train",): "self" if floor else "aggregate", ("target", "rank"): "top"}
+    # Two results of one shape must differ in their root, by which a reader notices a replacement.
+    identity = {name: getattr(result, name) for name in DESCRIBED}
+    identity["values"] = {name: digest(array) for name, (_, array) in values.items()}
+    sizes: dict[str, int] = {}
+    variables = {}
+    for name, (of, array) in values.items():
+        sizes |= zip(of, array.shape, strict=True)
+        variables[name] = Variable(of, array.dtype.name, _chunks(array.shape))
+    coordinates = coordinates_of(result)
+    manifest = make_manifest(identity, variables, sizes, coordinates, kinds.get(dims, "dense"))
+    with location.locked() as renew:
+        begun = read_sealed(location, ROOT) or read_sealed(location, STARTED)
+        if begun is None and not location.is_vacant():
+            raise InputError(f"{url} is not a turnover result; give another path")
+        with location.replaced() as draft:
+            writer = Writer(draft, manifest, coordinates, complete=False, renew=renew)
+            writer.begin()
+            for name, (_, array) in values.items():
+                writer.write(name, (), array)
+            writer.finish(**attributes)
 
 
 def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) < 2:
-        return tuple(_COLUMNS for _ in shape)
-    columns = max(1, min(shape[1], _COLUMNS))
-    return max(1, min(shape[0], _CELLS // columns)), columns
+        return tuple(COLUMNS for _ in shape)
+    columns = max(1, min(shape[1], COLUMNS))
+    return max(1, min(shape[0], CELLS // columns)), columns

@@ -1,29 +1,27 @@
-"""The writer of a result on disk, block by block."""
+"""Writes a result to disk, block by block."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.results.arrays import MISSING, Blocks, Region, Variable, documents
+from turnover.results.arrays import MISSING, Arrays, Region, Variable, metadata_files
 from turnover.results.calibration import GhostPool
-from turnover.results.location import Place
+from turnover.results.location import PROGRESS, ROOT, Location
 from turnover.results.manifest import (
-    BEGUN,
-    ROOT,
     SIGNATURE,
+    STARTED,
     Coordinates,
-    compare,
+    check_same,
     dtype_of,
-    growing,
-    manifest,
-    marked,
+    manifest_of,
     plain,
+    read_sealed,
     seal,
 )
 from turnover.results.schema import DESCRIBED
@@ -31,32 +29,33 @@ from turnover.results.schema import DESCRIBED
 if TYPE_CHECKING:
     from turnover.influence.signature import Signed
 
-_DIGEST = "progress/digest"
-_SIGNATURE = "progress/signature"
+_DIGEST = f"{PROGRESS}/digest"
+_SIGNATURE = f"{PROGRESS}/signature"
 _ROWS = 2**14
 """Targets in a chunk of what holds one value for each, which is rewritten as targets come."""
-_CELLS = 2**20
+CELLS = 2**20
 """Values in a chunk of a saved result, and ghost scores in memory at once."""
-_COLUMNS = 2**16
+COLUMNS = 2**16
+"""Longest chunk along the second dimension of a saved result, and of coordinates."""
 _CAPACITY = 2**40
 """Length of the growing dimension until it is known."""
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Writer:
-    """Writes one result, from :func:`writing`.
+    """Writes one result.
 
     Attributes:
         complete: the result is finished: there is nothing to write. Targets are still compared.
-        place: where it is.
-        manifest: what it was begun with.
-        renew: keeps the right to write; must be called now and then where others do the writing.
+        location: of the result.
+        manifest: that it was begun with.
+        renew: keeps the right to write; call it now and then while other processes write.
     """
 
     def __init__(
         self,
-        place: Place,
-        begun_with: Mapping[str, Any],
+        location: Location,
+        manifest: Mapping[str, Any],
         coordinates: Coordinates,
         *,
         complete: bool,
@@ -64,15 +63,18 @@ class Writer:
         announced: int = 0,
     ) -> None:
         self.complete = complete
-        self.place, self.renew = place, renew
-        self.manifest: Mapping[str, Any] = begun_with
+        self.location, self.renew = location, renew
+        self.manifest = manifest
         self._coordinates = coordinates
         self._variables = {
             name: Variable(tuple(v["dims"]), v["dtype"], tuple(v["chunks"]))
-            for name, v in begun_with["variables"].items()
+            for name, v in manifest["variables"].items()
         }
-        self._sizes: dict[str, int] = dict(begun_with["sizes"])
-        self._grows = growing(self._variables, self._sizes)
+        self._sizes: dict[str, int] = dict(manifest["sizes"])
+        unknown = {dim for v in self._variables.values() for dim in v.dims} - self._sizes.keys()
+        if len(unknown) > 1:
+            raise ValueError(f"sizes of {sorted(unknown)} are missing")
+        self._grows = next(iter(unknown), None)
         self._journal: dict[str, Variable] = {}
         if self._grows:
             rows = {v.chunks[0] for v in self._variables.values() if v.dims[:1] == (self._grows,)}
@@ -81,47 +83,40 @@ class Writer:
             self._step = rows.pop()
             self._journal = _journal(self._grows, self._sizes.get(SIGNATURE))
             self._sizes[self._grows] = announced
-        known = {
-            name: Variable((dim,), dtype_of(values), (_COLUMNS,))
+        self._written = self._variables | {
+            name: Variable((dim,), dtype_of(values), (COLUMNS,))
             for name, (dim, values) in coordinates.items()
         }
-        self._written = {**self._variables, **known}
         everything = self._written | self._journal
-        self._blocks = Blocks(place, everything, self._sizes, finished=complete)
+        self._arrays = Arrays(location, everything, self._sizes, finished=complete)
 
     def begin(self) -> None:
-        """Take the place: what it was begun with is noted first.
-
-        Raises:
-            InputError: it was begun with something else, or holds something else.
-        """
-        found = marked(self.place, BEGUN)
+        """Begin the result, or continue one of the same manifest, which is written first."""
+        found = read_sealed(self.location, STARTED)
         if found is None:
-            if not self.place.vacant():
-                raise InputError(f"{self.place.url} is not a turnover result; give another place")
+            if not self.location.is_vacant():
+                raise InputError(f"{self.location.url} is not a turnover result; give another path")
             group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-            self.place.put(BEGUN, seal(group, self.manifest))
+            self.location.put(STARTED, seal(group, self.manifest))
         else:
-            compare(self.place, manifest(found), self.manifest)
-            self._go_on(manifest(found))
-        self.place.sweep()
-        self._describe(self._written | self._journal, _CAPACITY)
+            stored = manifest_of(found)
+            check_same(self.location, stored, self.manifest)
+            self.manifest = stored
+            if SIGNATURE not in stored["sizes"]:  # an older version began it: it stays without
+                self._sizes.pop(SIGNATURE, None)
+                self._journal.pop(_SIGNATURE, None)
+        self.location.remove_partial()
+        sizes = self._sizes | ({self._grows: _CAPACITY} if self._grows else {})
+        self._put_metadata(self._written | self._journal, sizes)
         for name, (_, values) in self._coordinates.items():
-            self._blocks.write(name, (), values)
+            self._arrays.write(name, (), values)
 
     @property
-    def signed(self) -> bool:
-        """Whether the store keeps what the objective computes on its targets."""
+    def has_signature(self) -> bool:
+        """Whether the result records what the objective computes on its targets."""
         return SIGNATURE in self._sizes
 
-    def _go_on(self, begun_with: Mapping[str, Any]) -> None:
-        """Keep what an older version began as that: what it did not note stays unknown."""
-        self.manifest = begun_with
-        if SIGNATURE not in begun_with["sizes"]:
-            self._sizes.pop(SIGNATURE, None)
-            self._journal.pop(_SIGNATURE, None)
-
-    def targets(
+    def announce(
         self,
         start: int,
         digests: NDArray[np.uint64],
@@ -129,23 +124,23 @@ class Writer:
         labels: NDArray[np.int64] | None = None,
         signed: Signed | None = None,
     ) -> None:
-        """Announce rows ``start`` to ``start + len(digests)`` of the growing dimension, before they come.
+        """Record targets before their rows are written, or compare them with those recorded earlier.
 
         Args:
-            start: a whole number of chunks, and not beyond the rows that were announced.
+            start: first row: a multiple of the chunk length, and at most the number of rows announced.
             digests: uint64 (rows,): hashes of the targets' contents.
-            ids: int64 (rows,), or ``None`` where they have none; they are kept if all have some.
+            ids: int64 (rows,), ``None`` if they have none; kept if all targets have ids.
             labels: int64 (rows,), likewise.
-            signed: what the objective computes on them, of a store that is :attr:`signed`.
+            signed: what the objective computes on them, if :attr:`has_signature`.
 
         Raises:
-            InputError: the store was begun with other targets, or another objective.
+            InputError: the result was begun with other targets, or another objective.
         """
         assert self._grows is not None
-        count, announced = len(digests), self._sizes[self._grows]
+        announced = self._sizes[self._grows]
         if start % self._step or start > announced:
             raise ValueError(f"rows from {start}, in chunks of {self._step}, after {announced}")
-        stop = start + count
+        stop = start + len(digests)
         self._sizes[self._grows] = max(announced, stop)
         given = np.asarray(digests, dtype=np.uint64)
         if ids is not None:
@@ -153,82 +148,63 @@ class Writer:
         given = np.where(given == 0, np.uint64(1), given)  # 0: not announced yet
         # The rest of the last chunk, too: it may have been written with more rows than now.
         whole = -(-stop // self._step) * self._step
-        stored = self._noted(start, whole)
+        stored = self._arrays.fetch(_DIGEST, ((start, whole),))
         if not stored.any() and not self.complete:
-            self._note(start, stop, given, ids, labels, signed)
+            self._record((start, stop), (ids, labels, given), signed)
             return
         differ = np.flatnonzero(stored != np.pad(given, (0, whole - stop)))
         if len(differ):
             raise InputError(
-                f"{self.place.url} was begun with other targets: {self._grows} {start + differ[0]} differs; "
-                f"give the same ones in the same order, or another place"
+                f"{self.location.url} was begun with other targets: {self._grows} {start + differ[0]} "
+                f"differs; give the same targets in the same order, or another path"
             )
         if signed is not None:
             self._check_signature(start, stop, signed)
 
     def _check_signature(self, start: int, stop: int, signed: Signed) -> None:
         columns = self._sizes[SIGNATURE]
-        stored = self._blocks.fetch(_SIGNATURE, ((start, stop), (0, columns)))
+        stored = self._arrays.fetch(_SIGNATURE, ((start, stop), (0, columns)))
         if np.isnan(stored[~np.isnan(signed.values)]).any():
             raise InputError(
-                f"{self.place.url}: {_SIGNATURE} is missing or damaged, by which another objective would be "
-                f"noticed; give another place, or delete it"
+                f"{self.location.url}: {_SIGNATURE} is missing or damaged, so another objective would go "
+                f"unnoticed; give another path, or delete it"
             )
-        found = signed.difference(stored)
-        if found is None:
+        if (found := signed.difference(stored)) is None:
             return
         then, now = stored[found], signed.values[found]
         raise InputError(
-            f"{self.place.url} holds scores by another objective, which has the name "
+            f"{self.location.url} holds scores by another objective, which has the name "
             f"{self.manifest['identity']['objective']!r} as well, or by another network of the same "
             f"weights: for {self._grows} {start + found[0]} it computed {then:.6g}, now it computes "
-            f"{now:.6g}; give another place, or delete it"
+            f"{now:.6g}; give another path, or delete it"
         )
 
     def read(self, name: str, region: Region = ()) -> NDArray[Any] | None:
-        """A region that was written before, ``None`` where any chunk of it was not.
-
-        Raises:
-            InputError: a chunk is damaged.
-        """
-        if next(self._blocks.absent(name, self._blocks.bounds(name, region)), None) is not None:
+        """A region that was written before, ``None`` if any of its chunks was not."""
+        if next(self._arrays.absent(name, self._arrays.bounds(name, region)), None) is not None:
             return None
-        return self._blocks.read(name, region)
+        return self._arrays.read(name, region)
 
     def write(self, name: str, region: Region, values: NDArray[Any]) -> None:
-        """Write a region of whole chunks, the ragged last ones included.
-
-        Raises:
-            InputError: another process has taken over a remote store.
-        """
+        """Write a region of whole chunks (ragged at the end of a dimension)."""
         if self.complete:
-            raise ValueError(f"{self.place.url} is complete")
+            raise ValueError(f"{self.location.url} is complete")
         self.renew()
-        self._blocks.write(name, region, values)
+        self._arrays.write(name, region, values)
 
     def finish(self, targets: int | None = None, **attributes: Any) -> None:
-        """Check that all is there, add the noise floor, and mark the store complete.
+        """Check that everything was written, add the noise floor, and mark the result complete.
 
         Args:
-            targets: how many there are, where that was not known before.
+            targets: their number, if it was not known before.
             attributes: JSON values to store beside the identity. Together they must hold method,
                 objective, sites, network and considered.
 
         Raises:
-            InputError: the store was begun with more targets, a block was not written, or is damaged.
+            InputError: the result was begun with more targets, or a block is missing or damaged.
         """
         if self._grows:
-            announced = self._sizes[self._grows]
-            count = announced if targets is None else targets
-            if count != announced and (announced or not self.complete):
-                raise ValueError(f"{count} targets, {announced} were announced")
-            if not count and not self.complete:
-                raise InputError("no targets given")
-            if count and self._noted(count, count + 1).any():
-                raise InputError(
-                    f"{self.place.url} was begun with more than {count} targets; give the same ones, or "
-                    f"another place"
-                )
+            self._check_count(self._grows, targets)
         if self.complete:
             return
         described = {**self.manifest["identity"], **plain(attributes)}
@@ -236,109 +212,96 @@ class Writer:
         if missing:
             raise ValueError(f"no {', '.join(missing)} given")
         for name in self._written:
-            absent = next(self._blocks.absent(name), None)
-            if absent is not None:
-                raise InputError(f"{self.place.url}: {absent} is missing; run again")
-        variables = self._written | self._kept() | self._summarise()
-        names = [name for name in (*self._coordinates, *self._journal) if name in variables]
+            self._arrays.check_present(name)
+        variables = self._written | self._kept() | self._calibrate()
         known = {key: described[key] for key in (*DESCRIBED, *attributes)}
-        # How xarray tells coordinates that are not dimensions.
+        names = (name for name in (*self._coordinates, *self._journal) if name in variables)
+        # How xarray recognizes coordinates that are not dimensions.
         if labels := " ".join(name for name in names if name not in self._sizes):
             known["coordinates"] = labels
         self.renew()
-        root = self._describe(variables, None, known)
-        self.place.put(ROOT, seal(json.loads(root), self.manifest))
+        root = self._put_metadata(variables, self._sizes, known)
+        self.location.put(ROOT, seal(json.loads(root), self.manifest))
         self.complete = True
 
-    def _describe(
-        self, variables: Mapping[str, Variable], grown: int | None, attributes: Any = None
+    def _check_count(self, grows: str, targets: int | None) -> None:
+        announced = self._sizes[grows]
+        count = announced if targets is None else targets
+        if count != announced and (announced or not self.complete):
+            raise ValueError(f"{count} targets, {announced} were announced")
+        if not count and not self.complete:
+            raise InputError("no targets given")
+        if count and self._arrays.fetch(_DIGEST, ((count, count + 1),)).any():
+            raise InputError(
+                f"{self.location.url} was begun with more than {count} targets; give the same targets, or "
+                f"another path"
+            )
+
+    def _put_metadata(
+        self, variables: Mapping[str, Variable], sizes: Mapping[str, int], attributes: Any = None
     ) -> bytes:
         """Write every array's metadata; returns the group's."""
-        sizes = {**self._sizes}
-        if self._grows and grown is not None:
-            sizes[self._grows] = grown
-        written = documents(variables, sizes, attributes or {})
+        files = metadata_files(variables, sizes, attributes or {})
         for name in variables:
-            self.place.put(f"{name}/zarr.json", written[f"{name}/zarr.json"])
-        return written[ROOT]
+            self.location.put(f"{name}/zarr.json", files[f"{name}/zarr.json"])
+        return files[ROOT]
 
-    def _noted(self, start: int, stop: int) -> NDArray[np.uint64]:
-        """Digests of rows that were announced in this run or one before, 0 where they were not."""
-        return self._blocks.fetch(_DIGEST, ((start, stop),))
-
-    def _note(
-        self,
-        start: int,
-        stop: int,
-        digests: NDArray[np.uint64],
-        ids: NDArray[np.int64] | None,
-        labels: NDArray[np.int64] | None,
-        signed: Signed | None,
+    def _record(
+        self, rows: tuple[int, int], known: Sequence[NDArray[Any] | None], signed: Signed | None
     ) -> None:
+        """Write ids, labels and digests of targets; the digests last, which say that all is there."""
         self.renew()
-        nothing = np.full(stop - start, MISSING, dtype=np.int64)
-        rows, columns = (start, stop), self._sizes.get(SIGNATURE)
-        if columns is not None:
-            unknown = np.full((stop - start, columns), np.nan)
-            values = unknown if signed is None else signed.values
-            self._blocks.patch(_SIGNATURE, (rows, (0, columns)), values)
-        names = (name for name in self._journal if name != _SIGNATURE)
-        noted = zip(names, (ids, labels, digests), strict=True)
-        for name, known in noted:  # the digests last: they say that the others are there
-            value = nothing if known is None else np.asarray(known)
-            self._blocks.patch(name, (rows,), value)
+        count = rows[1] - rows[0]
+        if self.has_signature:
+            columns = self._sizes[SIGNATURE]
+            values = np.full((count, columns), np.nan) if signed is None else signed.values
+            self._arrays.patch(_SIGNATURE, (rows, (0, columns)), values)
+        for name, given in zip(self._journal, known, strict=False):
+            values = np.full(count, MISSING) if given is None else np.asarray(given)
+            self._arrays.patch(name, (rows,), values)
 
     def _kept(self) -> dict[str, Variable]:
-        """Ids and labels of the rows, where all of them have some; the others are removed."""
-        kept = {}
-        for name, variable in self._journal.items():
-            if name in (_DIGEST, _SIGNATURE):
-                continue
-            if (self._blocks.read(name) != MISSING).all():
-                kept[name] = variable
-            else:
-                self.place.remove(name)
+        """Ids and labels of the targets, each if all targets have one; else they are removed."""
+        kept = {name: v for name, v in self._journal.items() if not name.startswith(PROGRESS)}
+        for name in [name for name in kept if (self._arrays.read(name) == MISSING).any()]:
+            self.location.remove(name)
+            del kept[name]
         return kept
 
-    def _summarise(self) -> dict[str, Variable]:
-        """Write noise floor and null distribution of the ghosts, a block of targets at a time."""
-        if "ghost" not in self._variables:
+    def _calibrate(self) -> dict[str, Variable]:
+        """Write noise floor and null distribution of the ghosts, read a block of targets at a time."""
+        ghost = self._variables.get("ghost")
+        if ghost is None:
             return {}
-        ghost = self._variables["ghost"]
-        dims = ghost.dims[:-1]
-        pool = GhostPool()
+        dims, pool = ghost.dims[:-1], GhostPool()
+        regions: list[Region] = [()]
         if dims:
-            rows, width = self._sizes[dims[0]], self._sizes[ghost.dims[1]]
-            step = max(1, _CELLS // (width * ghost.chunks[0])) * ghost.chunks[0]
-            floors = [
-                pool.add(self._blocks.read("ghost", (slice(i, min(i + step, rows)),)))
-                for i in range(0, rows, step)
-            ]
-            mean = np.concatenate([floor.mean for floor in floors])
-            sd = np.concatenate([floor.sd for floor in floors])
-        else:
-            floor = pool.add(self._blocks.read("ghost")[None])
-            mean, sd = floor.mean[0], floor.sd[0]
-        values = {"ghost_mean": mean, "noise_floor": sd, "null": pool.null().values}
-        self._sizes["pool"] = len(values["null"])
-        floor_of = Variable(dims, "float64", tuple(_ROWS for _ in dims))
-        made = {
-            "ghost_mean": floor_of,
-            "noise_floor": floor_of,
-            "null": Variable(("pool",), "float64", (_COLUMNS,)),
+            rows, width = (self._sizes[dim] for dim in ghost.dims)
+            step = max(1, CELLS // (width * ghost.chunks[0])) * ghost.chunks[0]
+            regions = [(slice(i, min(i + step, rows)),) for i in range(0, rows, step)]
+        floors = [pool.add(np.atleast_2d(self._arrays.read("ghost", one))) for one in regions]
+        shape = tuple(self._sizes[dim] for dim in dims)
+        values = {
+            "ghost_mean": np.concatenate([floor.mean for floor in floors]).reshape(shape),
+            "noise_floor": np.concatenate([floor.sd for floor in floors]).reshape(shape),
+            "null": pool.null().values,
         }
-        self._describe(made, None)
-        added = Blocks(self.place, made, self._sizes, finished=False)
+        self._sizes["pool"] = len(values["null"])
+        floor = Variable(dims, "float64", tuple(_ROWS for _ in dims))
+        null = Variable(("pool",), "float64", (COLUMNS,))
+        made = {"ghost_mean": floor, "noise_floor": floor, "null": null}
+        self._put_metadata(made, self._sizes)
+        self._arrays.variables.update(made)
         for name, value in values.items():
-            added.write(name, (), value)
+            self._arrays.write(name, (), value)
         return made
 
 
 def _journal(grows: str, columns: int | None) -> dict[str, Variable]:
-    """What is noted of the rows of a growing dimension."""
-    of_rows = Variable((grows,), "int64", (_ROWS,))
-    found = {grows: of_rows, f"{grows}_label": of_rows}
-    found[_DIGEST] = Variable((grows,), "uint64", (_ROWS,))
+    """What is recorded of the rows of a growing dimension."""
+    integers = Variable((grows,), "int64", (_ROWS,))
+    digests = Variable((grows,), "uint64", (_ROWS,))
+    found = {grows: integers, f"{grows}_label": integers, _DIGEST: digests}
     if columns is not None:
         found[_SIGNATURE] = Variable((grows, SIGNATURE), "float64", (_ROWS, columns))
     return found

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from turnover.errors import InputError, needing
 from turnover.io.files import alone, writing_to
 from turnover.io.parsing import convert, read_json, write_json
-from turnover.results.location import Place
+from turnover.results.location import Location
 from turnover.runs.run import DIGESTS
 
 _ATTEMPTS = 3
@@ -147,7 +147,7 @@ class _Mirror:
         changed = {n for n, state in here.items() if noted.get(n, _UNKNOWN)[1] != state}
         if not changed and not gone:
             return
-        with Place(f"{self._url}/results").locked() as renew:
+        with Location(f"{self._url}/results").locked() as renew:
             self._compare(noted, changed | gone)
             pending = dict.fromkeys(changed, ("", _PUSHING)) | dict.fromkeys(gone, ("", _REMOVING))
             self._write_note(noted | pending)

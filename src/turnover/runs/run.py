@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,6 @@ CHECKPOINT = ".checkpoint"
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
 """Files that change after the fit, or that no command loads a run from."""
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class _Influence:
-    scored_sites: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class _Metrics:
-    """Part of ``metrics.json``."""
-
-    influence: _Influence = field(default_factory=_Influence)
 
 
 @dataclass(frozen=True)
@@ -102,16 +90,8 @@ class Run:
                 f"{where}: damaged, the model has {known} classes, and not these: "
                 f"{', '.join(classes[:_SHOWN])}"
             )
-        return cls(
-            folder,
-            config,
-            model,
-            network,
-            pipeline,
-            pipeline.read(folder, "train", classes),
-            pipeline.read(folder, "test", classes),
-            fitted,
-        )
+        train, test = (pipeline.read(folder, name, classes) for name in ("train", "test"))
+        return cls(folder, config, model, network, pipeline, train, test, fitted)
 
     def encode(self, data: Data) -> Encoded:
         """Encode data for this run's model."""
@@ -147,9 +127,8 @@ class Run:
             InputError: damaged ``metrics.json``.
         """
         path = self.folder / "metrics.json"
-        sites = convert(read_json(path), _Metrics, path).influence.scored_sites
-        if sites is None:
-            return tuple(self.network.sites)
+        influence = convert(read_json(path).get("influence", {}), dict[str, Any], path)
+        sites = convert(influence.get("scored_sites", [*self.network.sites]), list[str], path)
         if not sites or not set(sites) <= set(self.network.sites):
             raise InputError(f"{path}: damaged, the run has other sites than {sites}; restore it")
         return tuple(sites)
@@ -277,7 +256,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def check_new_run(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that is not a run, and one that is unless it may be overwritten."""
+    """Refuse a folder with other content, and a run unless it may be overwritten."""
     if not folder.exists():
         return
     if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):

@@ -106,8 +106,8 @@ def fit(
             folder.mkdir(exist_ok=True)
             pipeline.save(folder, plain, len(train_data.classes))
         write_json(draft / "masks.json", network.to_dict())
-        pipeline.write(draft, "train", train_data)
-        pipeline.write(draft, "test", test_data)
+        train_data.save(draft, "train")
+        test_data.save(draft, "test")
         write_json(draft / "metrics.json", metrics, sealed=True)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         provenance = {"data": data_digest(train_data, test_data), "made_with": versions()}
@@ -143,17 +143,16 @@ def _fit(
         return {name: evaluation.mean() for name, evaluation in sides.items()}
 
     seconds = {}
+    same: dict[str, Any] = {"identity": repr(config), "bfloat16": bfloat16, "weights": weights}
     start = time.perf_counter()
     curves = train(
         model,
         training,
         config.training,
         network.exposed,
+        **same,
         name="with turn-over dropout",
         checkpoint=draft / f"turnover{CHECKPOINT}",
-        identity=repr(config),
-        bfloat16=bfloat16,
-        weights=weights,
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
@@ -171,11 +170,9 @@ def _fit(
                 training,
                 config.training,
                 _no_masks,
+                **same,
                 name="with ordinary dropout",
                 checkpoint=draft / f"ordinary{CHECKPOINT}",
-                identity=repr(config),
-                bfloat16=bfloat16,
-                weights=weights,
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from turnover.data.text import TextData
+from turnover.data.base import Data
 from turnover.tasks.fit import FitConfig
 from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, run_pilot, z_asked
 
@@ -76,8 +76,8 @@ class Plan:
 
 def plan(
     config: FitConfig,
-    train_data: TextData,
-    test_data: TextData,
+    train_data: Data,
+    test_data: Data,
     *,
     seeds: int = 1,
     top: int = 10,

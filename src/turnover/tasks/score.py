@@ -27,7 +27,7 @@ from turnover.influence.protocol import METHODS
 from turnover.io.parsing import convert, read_json, write_json
 from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
-from turnover.results.manifest import ROOT
+from turnover.results.location import ROOT
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import EXPLANATIONS, rows_digest
@@ -385,7 +385,7 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
             noise = scorer.scores(ghost_ids(200)).cpu().numpy()
             signal[site] += own.tolist()
             floor = noise_floor(noise)
-            ratio[site] += floor.standardise(own[:, None])[:, 0].tolist()
+            ratio[site] += floor.standardize(own[:, None])[:, 0].tolist()
             variance[site] += (floor.sd**2).tolist()
     return {
         site: {

@@ -90,25 +90,13 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
         state = {"path": str(decisions.path), "refusal": decisions.refusal}
         return contents.about() | state | {"decisions": _named(decisions.all())}
 
-    def errors(request: Request) -> Any:
-        return contents.errors(_query(request, ErrorFilter))
-
     def error(request: Request) -> Any:
         number, asked = request.path_params["number"], request.query_params
         by, label = asked.get("by", "turnover"), asked.get("label", "")
         return contents.error(number, by=by, label=label, top=_top(request))
 
-    def instances(request: Request) -> Any:
-        return contents.instances(_query(request, InstanceFilter), decisions.all())
-
-    def instance(request: Request) -> Any:
-        return contents.instance(request.path_params["row"], top=_top(request))
-
     def image(request: Request) -> Response:
-        side, row = request.path_params["side"], request.path_params["row"]
-        if side not in ("train", "test"):
-            raise InputError(f"there are images of train and test, not of {side!r}")
-        return Response(contents.image(side, row), media_type="image/png")
+        return Response(contents.image(**request.path_params), media_type="image/png")
 
     async def decide(request: Request) -> Response:
         decision = await _decision(request)
@@ -122,10 +110,14 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
 
     answers: dict[str, Callable[[Request], Any]] = {
         "/about": about,
-        "/errors": errors,
+        "/errors": lambda request: contents.errors(_query(request, ErrorFilter)),
         "/errors/{number:int}": error,
-        "/train": instances,
-        "/train/{row:int}": instance,
+        "/train": lambda request: contents.instances(
+            _query(request, InstanceFilter), decisions.all()
+        ),
+        "/train/{row:int}": lambda request: contents.instance(
+            request.path_params["row"], top=_top(request)
+        ),
     }
     return [
         *(Route(f"/{name}", partial(_asset, name=name)) for name in _ASSETS),
@@ -166,11 +158,7 @@ class _Guard:
 
 
 async def _decision(request: Request) -> str | None:
-    """Read the decision in a request's body; ``None`` takes one back.
-
-    Raises:
-        InputError: another body.
-    """
+    """Read the decision in a request's body; ``None`` takes one back."""
     wrong = 'the body must be JSON: {"decision": a word or null}'
     if request.headers.get("content-type") != "application/json":  # no form can send that
         raise InputError(wrong)
@@ -189,11 +177,7 @@ async def _decision(request: Request) -> str | None:
 
 
 def _query(request: Request, kind: type[Any]) -> Any:
-    """Read the fields of a filter.
-
-    Raises:
-        InputError: an unknown field, or a value that is not the number it must be.
-    """
+    """Read a filter; refuse unknown fields and values that are not numbers."""
     types: dict[str, Callable[[str], Any]] = {one.name: type(one.default) for one in fields(kind)}
     given = {}
     for name, value in request.query_params.items():

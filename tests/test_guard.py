@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import test_store
 from turnover import InputError, open_result
-from turnover.results.guard import unpacked_bytes
+from turnover.results.guard import decompressed_bytes
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def test_a_frame_says_how_large_it_is_unpacked(piece: bytes, times: int) -> None
     from numcodecs import Zstd
 
     raw = piece * times
-    assert unpacked_bytes(Zstd().encode(raw)) == len(raw)
+    assert decompressed_bytes(Zstd().encode(raw)) == len(raw)
 
 
 @given(st.binary(max_size=20))
 def test_what_is_no_frame_says_nothing(raw: bytes) -> None:
-    with pytest.raises(ValueError, match=r"Zstandard|does not say"):
-        unpacked_bytes(raw)
+    with pytest.raises(ValueError, match=r"Zstandard|does not declare"):
+        decompressed_bytes(raw)
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "score/c/0/0"])
