@@ -138,7 +138,7 @@ class _Training:
                 if _column_names(dataset) is not None:
                     dataset = trainer._remove_unused_columns(dataset, description="training")
                 trainer.train_dataset = _Identified(dataset, self._source)
-            trainer.data_collator = _WithIds(collator, key)
+            trainer.data_collator = _IdCollator(collator, key)
             # remove_unused_columns would take the ids away before they reach the collator.
             trainer._signature_columns = [*columns, key]
             return self._get_train_dataloader()
@@ -207,7 +207,7 @@ class _Identified(Dataset[Any]):
         return {**item, IDS: int(self._ids[row])}
 
 
-class _WithIds:
+class _IdCollator:
     """A collator that hands the ids on beside the batch."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], key: str) -> None:

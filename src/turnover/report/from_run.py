@@ -14,7 +14,7 @@ from turnover.report.content import (
     Curve,
     Fact,
     HarmfulOverall,
-    NoiseFloor,
+    NoiseSummary,
     ReportContent,
 )
 from turnover.report.pictures import thumbnails
@@ -134,9 +134,9 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     )
 
 
-def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseFloor:
+def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:
     floor = found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0})
-    return NoiseFloor(
+    return NoiseSummary(
         median=floor["median"],
         low=floor["low"],
         high=floor["high"],

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.io.parsing import parse_json
+from turnover.io.parsing import checksum, parse_json
 from turnover.results.arrays import Variable
 from turnover.results.location import Place
 
@@ -83,8 +83,7 @@ def digest(values: NDArray[Any]) -> str:
 def _checksum(document: Mapping[str, Any]) -> str:
     attributes = dict(document["attributes"])
     attributes[MARK] = {k: v for k, v in attributes[MARK].items() if k != "checksum"}
-    text = json.dumps({**document, "attributes": attributes}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return checksum({**document, "attributes": attributes})
 
 
 def describe(
