@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import turnover
 from turnover import InputError
 from turnover.data.base import Columns
-from turnover.data.images import ImageData, Pixels, read_images, write_images
+from turnover.data.images import ImageData, Pixels, read_images
 from turnover.models.vgg import VGG
 from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run
@@ -120,7 +120,7 @@ def test_arrays_with_ids_and_grey_images(tmp_path: Path) -> None:
 
 def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
     data = read_images(str(arrays(tmp_path / "a.npz")), 32).take([4, 1])
-    write_images(data, tmp_path / "out.npz")
+    data.export(tmp_path / "out.npz")
     again = read_images(str(tmp_path / "out.npz"), 32, Columns("image", "label", "key"))
     assert again.keys == data.keys and again.classes[again.labels[0]] == "red"
     np.testing.assert_array_equal(again.image(1), data.image(1))
@@ -133,7 +133,7 @@ def test_what_is_written_does_not_depend_on_the_clock(
     for name, now in (("today", None), ("lost", 0.0)):  # before 1980 a zip file has no dates
         if now is not None:
             monkeypatch.setattr("time.time", lambda now=now: now)
-        write_images(data, tmp_path / f"{name}.npz")
+        data.export(tmp_path / f"{name}.npz")
     assert (tmp_path / "today.npz").read_bytes() == (tmp_path / "lost.npz").read_bytes()
 
 

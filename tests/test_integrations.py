@@ -1,4 +1,4 @@
-"""Adaptors into other tools, where the tool is absent."""
+"""Adapters to other tools, where the tool is absent."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from turnover import InputError
 
 
 @pytest.mark.parametrize("package", ["dattri", "opendataval", "quanda"])
-def test_an_adaptor_without_its_package_says_what_to_install(package, monkeypatch):
+def test_an_adapter_without_its_package_says_what_to_install(package, monkeypatch):
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"turnover.integrations.{package}", raising=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from turnover import InputError, content_ids, string_ids
-from turnover.data.base import Columns, hold_out, write
+from turnover.data.base import Columns, hold_out
 from turnover.data.text import TextData, read
 
 IDS, GROUPS = Columns(id="id"), Columns(group="group")
@@ -250,7 +250,7 @@ def test_what_is_written_is_read_again(ending: str, tmp_path: Path) -> None:
     keys = [f"0{i}" for i in range(count - 3)] + ['k"1', "k,2", "12345678901234567890"]
     data = TextData(NASTY, [i % 2 for i in range(count)], string_ids(keys), keys, ["01", "po,s"])
     path = tmp_path / f"a.{ending}"
-    write(data, path)
+    data.export(path)
     again = read(str(path), Columns(id="key"))
     assert again.texts == NASTY
     assert again.keys == keys

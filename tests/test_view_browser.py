@@ -317,8 +317,8 @@ def large_run(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return TextData(rows, labels, torch.arange(count), keys, small.train.classes)
 
     train, test = texts(LARGE), texts(2 * ERRORS)
-    small.pipeline.write(folder, "train", train)
-    small.pipeline.write(folder, "test", test)
+    train.save(folder, "train")
+    test.save(folder, "test")
     write_digests(folder)
     run = Run.load(folder)
     null = NullDistribution(generator.standard_normal(100_000))

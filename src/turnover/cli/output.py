@@ -63,14 +63,7 @@ class Output:
         title: str | None = None,
         bold: Container[int] = (),
     ) -> None:
-        """Print a table.
-
-        Args:
-            columns: headings.
-            rows: cells of each row.
-            title: printed above.
-            bold: numbers of the rows in bold.
-        """
+        """Print a table with the rows of some numbers in bold."""
         table = Table(*columns, title=title, title_justify="left")
         for number, cells in enumerate(rows):
             table.add_row(*cells, style="bold" if number in bold else None)
@@ -91,11 +84,7 @@ def in_results(run: Path, name: str) -> Path:
 
 
 def check_folder(out: Path | None) -> None:
-    """Check that a file can be written there.
-
-    Raises:
-        InputError: its folder is missing or read-only, or the file is itself a folder.
-    """
+    """Refuse a file in a folder that is missing or read-only, and one that is itself a folder."""
     if out is None:
         return
     if not out.parent.is_dir():

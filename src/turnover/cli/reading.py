@@ -43,11 +43,7 @@ class Source:
         return Columns(given, self.label_column, self.id_column, self.group_column)
 
     def read(self, data: str, shape: Config, output: Output) -> tuple[Any, Any]:
-        """Training and test data for a model.
-
-        Raises:
-            InputError: as :func:`turnover.data.base.read_both`.
-        """
+        """Read training and test data for a model."""
         columns = self.columns(shape.kind)
         both = read_both(shape.reader(), data, self.test, columns, self.split, self.test_split)
         say_rows(output, training=both[0], test=both[1])

@@ -1,4 +1,4 @@
-"""Commands that make pages: ``report``, ``view``, and ``demo``, the whole way on real sentences."""
+"""Commands that make pages: ``report``, ``view``, and ``demo``, all steps on real sentences."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ def demo(
         TrainingConfig(head_learning_rate=5e-5, seed=seed),
         MaskSpec(seed=seed),
     )
-    files = demo_data.write_sentences(out.parent / f"{out.name}-data")
-    train, test = map(str, files)
+    train, test = map(str, demo_data.write_sentences(out.parent / f"{out.name}-data"))
     both = read_both(task.classifier.reader(), train, test, Columns(id="id"), "train", "test")
     settings = {
         "data": train,
@@ -105,17 +104,13 @@ def demo(
     shown = explain_errors(output, run, show=3, top=5, among=None)
     page = out / "report.html"
     _write_report(output, run, page, texts=True)
-    explanations = [one.to_dict() for one in shown]
-    output.document(
-        {"run": str(out), "metrics": metrics, "explanations": explanations, "file": str(page)}
-    )
+    document = {"run": str(out), "metrics": metrics, "file": str(page)}
+    output.document(document | {"explanations": [one.to_dict() for one in shown]})
 
 
 def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
-    commands = tuple(
-        f"turnover {command} {shlex.quote(str(run.folder))}"
-        for command in ("influence", "explain", "report")
-    )
+    named, made = shlex.quote(str(run.folder)), ("influence", "explain", "report")
+    commands = tuple(f"turnover {command} {named}" for command in made)
     title = f"{run.folder.resolve().name}: which training instances are behind its errors"
     with damage(run.folder / "metrics.json"):
         write(content(run, title=title, commands=commands), out, texts=texts)

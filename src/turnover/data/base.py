@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
 from turnover.ids import string_ids
 from turnover.io.files import replacing
+from turnover.io.parsing import convert, read_objects
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 _LARGEST_ID = 2**63 - 1
@@ -60,7 +62,7 @@ class Data:
         return relabeled
 
     def shown(self, row: int) -> str:
-        """Text that stands for a row in lists."""
+        """Text that represents a row in lists."""
         raise NotImplementedError
 
     def image(self, row: int) -> NDArray[np.uint8] | None:  # noqa: ARG002
@@ -77,8 +79,42 @@ class Data:
         labels = [self.classes[label] for label in self.labels]
         return {"key": self.keys, self.kind: shown, "label": labels}
 
+    def export(self, out: Path) -> None:
+        """Write the table for the user as CSV, TSV, JSON lines or Parquet, atomically."""
+        check_writable(out)
+        columns = self.table()
+        with replacing(out) as draft:
+            if out.suffix == ".jsonl":
+                table_of(columns).to_json(str(draft), force_ascii=False)
+            elif out.suffix == ".parquet":
+                table_of(columns).to_parquet(str(draft))
+            else:
+                write_texts(draft, columns, tabs=out.suffix == ".tsv")
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the rows into a run's folder as JSON lines with key, id, label and content."""
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for row, key in enumerate(self.keys):
+                label = self.classes[self.labels[row]]
+                line = {"key": key, "id": int(self.ids[row]), "label": label}
+                file.write(json.dumps(line | {self.kind: self.shown(row)}) + "\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a run's data as JSON; each kind adds a field for its content."""
+
+    key: str
+    id: int
+    label: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.id <= _LARGEST_ID:
+            raise InputError(f"id {self.id} does not fit 63 bits")
+
 
 _Data = TypeVar("_Data", bound=Data)
+_Row = TypeVar("_Row", bound=Row)
 Reader = Callable[..., Data]
 """Reads labeled data: ``reader(source, columns, *, classes=None, split="train", ids_needed=True)``."""
 
@@ -109,21 +145,8 @@ def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: 
     return columns
 
 
-def write(data: Data, out: Path) -> None:
-    """Write key, content and label of every row as CSV, TSV, JSON lines or Parquet, atomically."""
-    check_writable(out)
-    columns = data.table()
-    with replacing(out) as draft:
-        if out.suffix == ".jsonl":
-            table_of(columns).to_json(str(draft), force_ascii=False)
-        elif out.suffix == ".parquet":
-            table_of(columns).to_parquet(str(draft))
-        else:
-            write_texts(draft, columns, tabs=out.suffix == ".tsv")
-
-
 def check_writable(out: Path, *others: str) -> None:
-    """Refuse a path without a folder, or with an ending that is neither of :func:`write` nor ``others``."""
+    """Refuse a path without a folder, or with an ending other than those of tables and ``others``."""
     endings = (*_ENDINGS, *others)
     if out.suffix not in endings:
         raise InputError(f"{out}: cannot write that format; use {', '.join(endings)}")
@@ -132,11 +155,7 @@ def check_writable(out: Path, *others: str) -> None:
 
 
 def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
-    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one.
-
-    Raises:
-        InputError: missing, repeated, negative or mixed ids, or two that differ only in blanks.
-    """
+    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one."""
     column = columns.id or columns.group
     if column is None:
         return None
@@ -215,12 +234,9 @@ def read_both(
 
 
 def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
-    """Split data into a training and a test part by hashes of the ids.
+    """Split data into a training and a test part by hashes of the ids; refuse too few rows.
 
     Rows of one group stay together, and re-sorting the data changes nothing.
-
-    Raises:
-        InputError: too few rows for both parts to hold every class.
     """
     bits = MaskSpec(balanced=False).exposed(data.ids, "hold-out", 64)  # independent of its masks
     weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)
@@ -237,3 +253,19 @@ def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
             f"data (--test)"
         )
     return train_data, test_data
+
+
+def read_rows(
+    path: Path, classes: Sequence[str], kind: type[_Row]
+) -> tuple[list[_Row], list[int], torch.Tensor, list[str]]:
+    """Read rows, their labels (indices into the run's classes), ids and keys."""
+    index = {name: position for position, name in enumerate(classes)}
+    rows = []
+    for number, values in enumerate(read_objects(path, own=True), start=1):
+        rows.append(convert(values, kind, where := f"{path}: line {number}"))
+        if rows[-1].label not in index:
+            raise InputError(f"{where}: damaged, {rows[-1].label!r} is not a class of the run")
+    if not rows:
+        raise InputError(f"{path}: missing or damaged (no rows)")
+    ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
+    return rows, [index[row.label] for row in rows], ids, [row.key for row in rows]

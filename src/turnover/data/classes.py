@@ -29,16 +29,9 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 def label_names(
     table: Any, column: str, source: str, classes: Sequence[str] | None = None
 ) -> list[str]:
-    """Read a label column as class names.
+    """Read a label column as class names; refuse missing labels, regression and multi-label targets.
 
-    Args:
-        table: from :func:`turnover.data.tables.load_table`.
-        column: of the labels.
-        source: of the table, for messages.
-        classes: those of the training data, which a CSV file may write in another way (1.0, TRUE).
-
-    Raises:
-        InputError: a missing label, or a regression or multi-label target.
+    A CSV file may write the ``classes`` of the training data in another way (1.0, TRUE).
     """
     feature = table.features[column]
     values = column_of(table, column, source)
@@ -83,16 +76,9 @@ def is_missing(value: Any) -> bool:
 def indexed(
     names: Sequence[str], classes: Sequence[str] | None, source: str, where: str
 ) -> tuple[list[int], list[str]]:
-    """Class index of each label, and the classes.
+    """Class index of each label, and the classes; refuse labels other than ``classes`` if they are given.
 
-    Args:
-        names: the labels.
-        classes: the classes that are allowed; ``None`` takes them from the labels.
-        source: of the labels, for messages.
-        where: the column or folder they are in, for messages.
-
-    Raises:
-        InputError: an unknown label, fewer than two classes, or two that look alike.
+    Messages name the ``source``, and ``where`` in it the labels are.
     """
     if classes is None:
         check_alike(set(names), source, f"classes of {where}")
@@ -114,16 +100,7 @@ def indexed(
 
 
 def check_alike(names: Iterable[str], source: str, what: str) -> None:
-    """Refuse names that look alike, and warn of names that differ in case or are one number.
-
-    Args:
-        names: distinct names.
-        source: the file they are in, for messages.
-        what: the things they name, for messages.
-
-    Raises:
-        InputError: two names differ in blanks alone, or in characters that look the same.
-    """
+    """Refuse names that look alike, and warn of names that differ in case or are one number."""
     names = sorted(names)
     for one, other in _pairs(names, _seen)[:1]:
         if _without_blanks(one) == _without_blanks(other):

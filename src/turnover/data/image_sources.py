@@ -1,4 +1,7 @@
-"""Sources of labeled images: folders of classes, ``.npz`` arrays, and tables; files left out are reported."""
+"""Sources of labeled images: folders of classes, ``.npz`` arrays, and tables.
+
+Files that are left out are reported; a source that cannot be read raises an InputError that names it.
+"""
 
 from __future__ import annotations
 
@@ -50,21 +53,7 @@ class Source:
 def find_images(
     source: str, columns: Columns, classes: Sequence[str] | None, split: str, *, ids_needed: bool
 ) -> Source:
-    """Find the images of a folder, an ``.npz`` file or a table.
-
-    Args:
-        source: as :func:`turnover.data.images.read_images`.
-        columns: likewise.
-        classes: likewise.
-        split: likewise.
-        ids_needed: likewise.
-
-    Warns:
-        UserWarning: files that are left out.
-
-    Raises:
-        InputError: no images, or a source that cannot be read.
-    """
+    """Find the images of a folder, an ``.npz`` file or a table (:func:`turnover.data.images.read_images`)."""
     path = Path(source)
     if path.is_dir() and not is_saved(path):
         return _in_folder(path, columns, ids_needed, classes)
@@ -80,11 +69,7 @@ def holds_images(source: str) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read an image file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Read an image file."""
     check_file(path)
     try:
         return path.read_bytes()

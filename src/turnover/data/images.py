@@ -22,16 +22,14 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from turnover.batches import Batch
-from turnover.data.base import Columns, Data, check_writable, write
+from turnover.data.base import Columns, Data, Row, check_writable
 from turnover.data.classes import indexed
-from turnover.data.decoding import LARGEST, decode, load_pillow
+from turnover.data.decoding import LARGEST, Ranges, Scaling, decode, load_pillow
 from turnover.data.encoded import Encoded
 from turnover.data.image_sources import find_images, read_bytes
-from turnover.data.jsonl import Row
-from turnover.data.scaling import Ranges, Scaling
 from turnover.errors import InputError
 from turnover.ids import content_ids
-from turnover.io.files import mapped, replacing, writing_temporary
+from turnover.io.files import mapped, replacing, write_array, writing_temporary
 
 COLUMNS = Columns("image", "label")
 _MANY = 1000
@@ -78,6 +76,29 @@ class ImageData(Data):
     def contents(self) -> list[str]:
         """Digests of the pixels."""
         return [hashlib.sha256(self.pixels[row]).hexdigest() for row in self.rows]
+
+    def export(self, out: Path) -> None:
+        """Write images, keys and labels as ``.npz``, or keys, names and labels as a table, atomically."""
+        if out.suffix != ".npz":
+            super().export(out)
+            return
+        check_writable(out, ".npz")
+        columns = {name: np.array(values) for name, values in self.table().items()}
+        with replacing(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, values in (columns | {"image": self.pixels[self.rows]}).items():
+                # Without the time, so that files are reproducible; zip files refuse times before 1980.
+                entry = zipfile.ZipInfo(f"{name}.npy")
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                with file.open(entry, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, values, allow_pickle=False)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the rows as JSON lines, and the pixels beside them."""
+        super().save(folder, name)
+        shape = (len(self), *self.pixels.shape[1:])
+        starts = range(0, len(self), _MANY)
+        parts = (self.pixels[self.rows[start : start + _MANY]] for start in starts)
+        write_array(folder / f"{name}.npy", shape, np.uint8, parts)
 
 
 @dataclass(frozen=True)
@@ -221,44 +242,12 @@ def read_images(
 
 
 def read_image(path: Path, size: int, ranges: Ranges | None = None) -> NDArray[np.uint8]:
-    """Read one image file as uint8 (size, size, 3).
-
-    Args:
-        path: the file.
-        size: height and width.
-        ranges: those of the images it is compared with.
-
-    Warns:
-        UserWarning: as :func:`read_images`.
-
-    Raises:
-        InputError: no such file, or not an image.
-    """
+    """Read one image file as uint8 (size, size, 3), as :func:`read_images` reads and refuses it."""
     picture, scaling = decode(read_bytes(path), str(path)), Scaling(ranges or {})
     is_scaled = scaling.add(picture)
     scaling.choose()
     _report(str(path), scaling)
     return _square(picture.image if is_scaled else scaling.apply(picture), size, str(path))
-
-
-def write_images(data: ImageData, out: Path) -> None:
-    """Write images and labels as ``.npz``, or their names and labels as a table, atomically.
-
-    Raises:
-        InputError: another ending, or a folder that does not exist.
-    """
-    if out.suffix != ".npz":
-        write(data, out)
-        return
-    check_writable(out, ".npz")
-    columns = {name: np.array(values) for name, values in data.table().items()}
-    with replacing(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, values in (columns | {"image": data.pixels[data.rows]}).items():
-            # Without the time, so that files are reproducible; zip files refuse times before 1980.
-            entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 def _report(source: str, scaling: Scaling) -> None:

@@ -1,7 +1,7 @@
 """Tables from files and Hugging Face data sets: columns by name, of plain values.
 
 Parquet is read by ``datasets``, JSON and CSV here: the readers of Arrow and pandas convert texts that look
-like dates or numbers, and fail on some of what files hold.
+like dates or numbers, and fail on some files. What cannot be read raises an InputError that names it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,8 @@ def load_table(
     Args:
         source: path or name.
         split: split of a data set, or beginning of a file's name in a folder.
-        needed: columns it must have; they show which character separates the cells of a CSV file.
+        needed: columns it must have, as in :func:`turnover.data.delimited.read_texts`.
         wanted: other columns to read if they exist; with neither all are read.
-
-    Raises:
-        InputError: it does not exist, or cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -65,11 +62,7 @@ def load_table(
 
 
 def column_of(table: Any, name: str, source: str) -> list[Any]:
-    """Read a column.
-
-    Raises:
-        InputError: it cannot be read, or holds images or sound.
-    """
+    """Read a column."""
     if hasattr(table.features[name], "decode_example"):
         raise InputError(
             f"{source}: column {name!r} holds {table.features[name]}, not plain values"
@@ -81,11 +74,7 @@ def column_of(table: Any, name: str, source: str) -> list[Any]:
 
 
 def undecoded(table: Any, name: str, source: str) -> Callable[[int], Any]:
-    """Function that reads a row of a column of images as bytes; no other column is decoded.
-
-    Raises:
-        InputError: it cannot be read, now or by the function.
-    """
+    """Function that reads a row of a column of images as bytes; no other column is decoded."""
     refused = f"{source}: column {name!r} cannot be read"
     column = table
     try:

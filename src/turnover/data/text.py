@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.data.base import Columns, Data, keys_and_ids, present
+from turnover.data.base import Columns, Data, Row, keys_and_ids, present
 from turnover.data.classes import indexed, label_names
 from turnover.data.encoded import EVALUATION_ROWS, Encoded
-from turnover.data.jsonl import Row
 from turnover.data.tables import column_of, load_table
 from turnover.errors import InputError
 from turnover.ids import content_ids

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from turnover.errors import InputError
 from turnover.io.files import replacing
-from turnover.io.parsing import damage, field, read_object
+from turnover.io.parsing import convert, damage, read_object
 
 _FORMAT = "turnover subsets, version 1"
 _MOST = 2**33
@@ -81,7 +81,8 @@ class Subsets:
         values = read_object(Path(path))
         if values.get("format") != _FORMAT:
             raise InputError(f"{path}: format {values.get('format')!r} is not {_FORMAT!r}")
-        train, indices = field(values, "train", int, path), field(values, "indices", list, path)
+        train = convert(values.get("train"), int, f"{path}: train")
+        indices = convert(values.get("indices"), list[list[int]], f"{path}: indices")
         # Bounds the memory that a corrupt number of instances would take.
         if not 0 < train <= _MOST or len(indices) * train > _MOST:
             raise InputError(f"{path}: damaged, {len(indices)} subsets of {train} instances")

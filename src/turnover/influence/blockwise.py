@@ -12,7 +12,7 @@ from turnover.batches import Batch
 from turnover.ids import ghost_ids
 from turnover.influence.engine import MeanTarget, TargetBlock, to_numpy
 from turnover.influence.protocol import Estimator
-from turnover.influence.sinks import Sink
+from turnover.influence.sinks import Region, Sink
 from turnover.influence.topk import Extremes, Found, merged
 
 _SCANNED, _MOST_PARTS = 16, 32
@@ -36,8 +36,9 @@ class Traversal:
         columns = self.grid(len(ids))[1]
         count = 0
         for rows, batches in self.announced(targets, ids, sink):
-            self.fill(TargetBlock(self.estimator.engines, batches), rows, ids, sink, columns)
-            count += sum(map(len, batches))
+            block = TargetBlock(self.estimator.engines, batches)
+            self.fill(Region(block, rows, ids, columns, sink))
+            count = rows.stop
         return count
 
     def announce(self, targets: Iterable[Batch], ids: Tensor, sink: Sink) -> int:
@@ -58,7 +59,8 @@ class Traversal:
     def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
         """Score the mean objective of all targets."""
         block = MeanTarget(self.estimator.engines, targets)
-        self.fill(block, slice(0, 1), ids, sink, self.estimator.columns(1, len(ids)))
+        columns = self.estimator.columns(1, len(ids))
+        self.fill(Region(block, slice(0, 1), ids, columns, sink))
 
     @property
     def scans(self) -> bool:
@@ -88,68 +90,43 @@ class Traversal:
         work = self.estimator.work(part.stop - part.start, first=not part.start, top=self.top)
         self.estimator.advance(work, targets)
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        part: slice | None = None,
-    ) -> None:
-        """Score one block of targets on all ids, or on one of :meth:`parts`."""
-        part = part or slice(0, len(ids))
+    def fill(self, region: Region, part: slice | None = None) -> None:
+        """Score a block of targets on all ids, or on one of :meth:`parts`."""
+        part = part or slice(0, len(region.ids))
         if self.scans:
-            found = self.scan(block, rows, ids, sink, columns, part)
-            self.settle(block, rows, ids, sink, columns, [found])
+            self.settle(region, [self.scan(region, part)])
             return
         self.estimator.forget()
         if self.estimator.ranks_first:
-            self.estimator.fill(block, rows, ids, sink, columns, self.top)
+            self.estimator.fill(region, self.top)
             return
-        self._fill_ghosts(block, rows, sink, part)
-        last = "standard_error" if len(block.engines) > 1 else "score"
-        for start in range(part.start, part.stop, columns):
-            some = slice(start, min(start + columns, part.stop))
-            if sink.has(last, rows, some):
-                self._skip(rows, some.stop - some.start)
+        self._fill_ghosts(region, part)
+        last = "standard_error" if len(self.estimator.engines) > 1 else "score"
+        for start in range(part.start, part.stop, region.columns):
+            some = slice(start, min(start + region.columns, part.stop))
+            if region.has(last, some):
+                self._skip(region, some)
                 continue
-            scores = self.estimator.counted_scores(block, ids[some])
-            sink.put("score", rows, to_numpy(scores.mean), some)
+            scores = self.estimator.counted_scores(region.block, region.ids[some])
+            region.put("score", to_numpy(scores.mean), some)
             if scores.standard_error is not None:
-                sink.put("standard_error", rows, to_numpy(scores.standard_error), some)
+                region.put("standard_error", to_numpy(scores.standard_error), some)
 
-    def scan(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        part: slice,
-    ) -> Found | None:
+    def scan(self, region: Region, part: slice) -> Found | None:
         """Find the extremes of one of :meth:`parts`; ``None`` where the sink has those of all."""
         self.estimator.forget()
-        self._fill_ghosts(block, rows, sink, part)
-        if sink.has("train_id", rows):
-            self._skip(rows, part.stop - part.start)
+        self._fill_ghosts(region, part)
+        if region.has("train_id"):
+            self._skip(region, part)
             return None
         assert self.top is not None
-        extremes = Extremes(rows.stop - rows.start, self.top)
-        for some in torch.split(ids[part], columns):
-            extremes.add(self.estimator.counted_scores(block, some).mean)
+        extremes = Extremes(region.targets, self.top)
+        for some in torch.split(region.ids[part], region.columns):
+            extremes.add(self.estimator.counted_scores(region.block, some).mean)
         positions, scores = extremes.result()
         return positions + part.start, scores
 
-    def settle(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        parts: Sequence[Found | None],
-    ) -> None:
+    def settle(self, region: Region, parts: Sequence[Found | None]) -> None:
         """Put the extremes of all parts into the sink, unless it has them."""
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
@@ -157,26 +134,26 @@ class Traversal:
         assert self.top is not None
         self.estimator.forget()
         positions, scores = merged(found, self.top)
-        if len(block.engines) > 1:
-            errors = self.estimator.errors(block, ids, positions, columns)
-            sink.put("standard_error", rows, errors)
-        sink.put("score", rows, scores)
-        sink.put("train_id", rows, ids.numpy()[positions])
+        if len(self.estimator.engines) > 1:
+            errors = self.estimator.errors(region.block, region.ids, positions, region.columns)
+            region.put("standard_error", errors)
+        region.put("score", scores)
+        region.put("train_id", region.ids.numpy()[positions])
 
-    def _fill_ghosts(self, block: TargetBlock, rows: slice, sink: Sink, part: slice) -> None:
+    def _fill_ghosts(self, region: Region, part: slice) -> None:
         if part.start:
             return
-        estimator = self.estimator
-        if sink.has("ghost", rows):
-            done = estimator.work(0, first=True, top=None)
-            estimator.skip(done, rows.stop - rows.start)
+        if region.has("ghost"):
+            done = self.estimator.work(0, first=True, top=None)
+            self.estimator.skip(done, region.targets)
         else:
-            ghosts = estimator.counted_scores(block, ghost_ids(estimator.ghosts))
-            sink.put("ghost", rows, to_numpy(ghosts.mean))
+            ghosts = ghost_ids(self.estimator.ghosts)
+            found = self.estimator.counted_scores(region.block, ghosts)
+            region.put("ghost", to_numpy(found.mean))
 
-    def _skip(self, rows: slice, ids: int) -> None:
-        done = self.estimator.work(ids, first=False, top=None)
-        self.estimator.skip(done, rows.stop - rows.start)
+    def _skip(self, region: Region, part: slice) -> None:
+        done = self.estimator.work(part.stop - part.start, first=False, top=None)
+        self.estimator.skip(done, region.targets)
 
 
 def _regrouped(batches: Iterable[Batch], rows: int) -> Iterator[list[Batch]]:

@@ -84,7 +84,7 @@ class Engine(Once):
         return batch.to(device_of(self.network.model))
 
     def measure(self, batch: Batch) -> None:
-        """Learn the widths of the sites from a forward, where they are not known yet."""
+        """Learn unknown widths of sites from a forward."""
         network = self.network
         # All of them: the digest of the network covers the masks of sites that are not scored, too.
         if all(units is not None for units in network.units.values()):
@@ -163,7 +163,7 @@ class MeanTarget(TargetBlock):
 
 
 def measure(engines: Sequence[Engine], batch: Batch) -> None:
-    """Learn the widths of all sites, by which one network can be told from another.
+    """Learn the widths of all sites, and check that no two networks are the same.
 
     Raises:
         InputError: two networks have the same masks and weights.

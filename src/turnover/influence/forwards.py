@@ -1,21 +1,20 @@
-"""The exact estimator: the objective in the hidden minus in the exposed sub-network of every id.
+"""Forwards of one network under both masks of many ids, which share what the ids have in common.
 
-Kobayashi et al. 2020, equation 6. What all ids share is computed once for a target. The strategies to do
-that are tried from the one that shares most, and each is compared with the plain strategy, the target
-repeated at the model's inputs, before it is trusted. What that cannot show, since models may branch on
-data, is looked at for every target: the first two strategies prove that the model computes what they take it
-to compute, and where they cannot, or anything fails, the target is run in the plain strategy.
+Strategies are tried from the one that shares most. Each is compared with the definition, the target
+repeated at the model's inputs, before it is trusted. Models may branch on data, so the first two also prove
+for every target that the model computes what they assume; where they cannot, or anything fails, the
+definition runs.
 
 1. The one masked layer feeds the linear layer that makes the logits: all ids are one matrix product.
-2. The first masked layer feeds a linear or convolution layer: that layer runs for the exposed rows,
-   and what the hidden rows give is what is left of the whole.
+2. The first masked layer feeds a linear or convolution layer: that layer runs for the exposed rows, and
+   the hidden rows are the rest of the whole.
 3. One row becomes many at the first masked layer, or where an enclosing module begins.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -39,38 +38,34 @@ from turnover.influence.sharing import (
     holds_nothing_else,
     logits_in,
     recording,
-    rows_of,
     with_logits,
 )
 from turnover.objectives import Objective, costs, cross_entropy, logits_of, margin
 
-_PROBE_START = 2**40
-"""Ghosts used for comparing strategies; far from the noise floor's."""
-_PROBES = 3
+_log = logging.getLogger(__name__)
 
+_PROBES = ghost_ids(3, start=2**40)
+"""Ghosts that strategies are compared on; far from the noise floor's."""
 _CACHED = {"cpu": 2**23}
 """Bytes of the largest output of a module in one forward that the caches hold."""
 _LARGEST = {"cpu": 2**26}
-"""Bytes of it that are worth while for the sake of a forward of some rows."""
+"""Bytes of it that a forward of 64 ids may take."""
 _ELSEWHERE = 2**28
 """Both, on a GPU: what keeps it busy."""
 _SOME_IDS = 64
-_COEFFICIENTS = 2**28
-"""Bytes of coefficients that one product takes at a time."""
-_LOGITS = 2**25
-"""Bytes of logits that the objective takes at a time."""
+_COEFFICIENTS, _LOGITS = 2**28, 2**25
+"""Bytes of coefficients in one product, and of logits that the objective takes at a time."""
 _PRODUCT_IDS = 256
 _OF_LABELS = (cross_entropy, margin)
-"""Objectives that look at logits and labels alone: they take all targets at once."""
+"""Objectives of logits and labels alone: they take all targets at once."""
 
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have the C library keep what a forward frees for the next one.
+    """Let the C library keep memory that a forward frees for the next one.
 
-    glibc hands large freed blocks back to the system, and every output of the next forward then pays
-    for fresh pages, which takes longer than computing it. From the size of a freed block it learns to
-    keep up to twice as much; this one is never touched.
+    glibc returns large freed blocks to the system, and fresh pages take longer than the outputs that they
+    hold. The size of a freed block teaches it to keep up to twice as much; this one is never touched.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
@@ -101,7 +96,7 @@ class Forwards:
         self._advance: Callable[[int], None] = lambda _: None
 
     def forget(self) -> None:
-        """Choose anew how targets are run: what was seen before must not change the bits of what comes."""
+        """Drop the strategies: earlier targets must not change the bits of later ones."""
         self._strategies.clear()
         self._last = None
 
@@ -113,16 +108,16 @@ class Forwards:
 
     @property
     def strategy(self) -> str | None:
-        """How the last targets were run, in words; ``None`` before the first."""
+        """Strategy of the last targets, in words; ``None`` before the first."""
         return None if self._last is None else str(self._last)
 
     def scores(
         self, batches: Sequence[Batch], ids: Tensor, advance: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Influence of ids on the targets of some batches: float32 (targets, ids).
+        """Score ids on the targets of some batches: float32 (targets, ids).
 
         Args:
-            advance: told how many pairs more are scored; 0: what was done until now was made ready.
+            advance: takes the number of further pairs scored; 0 after preparations.
         """
         self._advance = advance or (lambda _: None)
         _keep_freed_memory()
@@ -134,9 +129,10 @@ class Forwards:
             blocks = torch.split(scores, counts)
             forwards = []
             for index, strategy in enumerate(strategies):
-                made = False
-                with suppress(Exception):  # if it is not the product's fault, it will come again
+                try:
                     made = self._product(batches[index], strategy, ids, blocks[index])
+                except Exception:  # noqa: BLE001 - an error of the user's comes again below
+                    made = _fell_back(strategy)
                 if made:
                     self._advance(blocks[index].numel())
                 else:
@@ -146,33 +142,33 @@ class Forwards:
         return scores
 
     def _product(self, batch: Batch, strategy: Strategy, ids: Tensor, scores: Tensor) -> bool:
-        """Fill in scores (rows, ids) by one product; False if that is not the model's strategy."""
-        seen = self._seen(batch, strategy) if strategy.logits else None
-        if seen is None:
+        """Fill in scores (rows, ids) by one product; False where the model does not allow it."""
+        found = self._coefficients(batch, strategy) if strategy.logits else None
+        if found is None:
             return False
-        whole, coefficients = seen
+        whole, coefficients = found
+        spec, units_by_site = self._network.spec, self._network.known_units(self._sites)
         rows, classes, units = coefficients.shape
         group = max(1, _COEFFICIENTS // (4 * classes * units))
         for first in range(0, rows, group):
             some = slice(first, min(first + group, rows))
-            scorer = self._scorer(coefficients[some].flatten(0, 1))
+            scorer = LinearScorer(coefficients[some].flatten(0, 1), spec, units_by_site)
             part = batch.rows(some.start, some.stop)
+            logits_part = with_logits(whole, logits_of(whole)[some])
             count = some.stop - some.start
             size = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes * count))
             start = 0
             for block in torch.split(ids, size):
                 change = scorer.by_id(block).view(len(block), count, classes)
-                values = self._of_logits(part, rows_of(whole, some), change)
+                values = self._of_logits(part, logits_part, change)
                 scores[some, start : start + len(block)] = values
                 start += len(block)
         return True
 
-    def _seen(self, batch: Batch, strategy: Strategy) -> tuple[Any, Tensor] | None:
-        """Outputs of the whole network, and what each unit adds to each logit.
+    def _coefficients(self, batch: Batch, strategy: Strategy) -> tuple[Any, Tensor] | None:
+        """Outputs of the whole network, and what each unit adds to each logit: (rows, classes, units).
 
-        Returns:
-            the outputs, and float32 (rows, classes, units); ``None`` if the logits are not what the
-            layer made of the site's one output.
+        ``None`` if the layer did not make the logits of the site's one output.
         """
         assert strategy.affine is not None and strategy.split is not None
         layer = self._network.model.get_submodule(strategy.affine)
@@ -194,11 +190,6 @@ class Forwards:
             and "forward" not in vars(layer)
             and any(made is logits and of is layer for of, made in trace.unchanged())
             and (self._objective in _OF_LABELS or holds_nothing_else(outputs))
-        )
-
-    def _scorer(self, coefficients: Tensor) -> LinearScorer:
-        return LinearScorer(
-            coefficients, self._network.spec, self._network.known_units(self._sites)
         )
 
     def _of_logits(self, batch: Batch, outputs: Any, change: Tensor) -> Tensor:
@@ -235,7 +226,7 @@ class Forwards:
         splits = {strategies[index].split for index in chosen}
         start = 0
         for part in torch.split(ids, block):
-            # Alone, an exposed row would pass for one that serves all.
+            # A single exposed row would be taken for one that all ids share.
             bound = part if len(part) > 1 else part.expand(2)
             # The masks of a block serve all targets.
             bindings = {
@@ -246,7 +237,7 @@ class Forwards:
                 strategy, batch = strategies[index], batches[index]
                 for row in range(len(batch)):
                     target = batch.rows(row, row + 1)
-                    values = self._surely(target, strategy, bindings[strategy.split], bound)
+                    values = self._scored(target, strategy, bindings[strategy.split], bound)
                     scores[index][row, start : start + len(part)] = values[: len(part)]
                     self._advance(len(part))
             start += len(part)
@@ -259,18 +250,18 @@ class Forwards:
         ids = max(1, cached, some)
         return int(min(2 ** (ids.bit_length() - 1), 4096))
 
-    def _surely(self, target: Batch, strategy: Strategy, binding: Any, ids: Tensor) -> Tensor:
-        # The model may treat this target otherwise than the one the strategy was compared for.
-        with suppress(Exception):
+    def _scored(self, target: Batch, strategy: Strategy, binding: Any, ids: Tensor) -> Tensor:
+        try:
             values = self._shared(target, strategy, binding, len(ids))[0]
-            return values[1] - values[0]
-        values = self._plain(target, ids)[0]
+        except Exception:  # noqa: BLE001 - the model may treat this target in another way
+            _fell_back(strategy)
+            values = self._plain(target, ids)[0]
         return values[1] - values[0]
 
     def _shared(
         self, target: Batch, strategy: Strategy, binding: Any, ids: int
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`_plain`, in a strategy that shares work."""
+        """As :meth:`_plain`, by a strategy that shares work."""
         network = self._network
         repeated = target.expanded(2 * ids)
         with (
@@ -286,17 +277,14 @@ class Forwards:
         )
 
     def _plain(self, target: Batch, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The definition: the target repeated at the model's inputs, once for each side.
+        """By definition, the objective (2, ids) of the exposed and the hidden side, and the logits.
 
-        Returns:
-            the objective (2, ids) of the exposed and the hidden side, and their logits (2, ids, ...).
+        The target is repeated at the model's inputs, once for each side.
         """
         repeated = target.expanded(len(ids))
-        sides, logits = [], []
+        sides, logits, masking = [], [], self._network.masking
         for hidden in (False, True):
-            with self._network.masking.open(
-                self._network.masking.bind(ids, hidden, sites=self._sites)
-            ):
+            with masking.open(masking.bind(ids, hidden, sites=self._sites)):
                 outputs = repeated.call(self._network.model)
             sides.append(costs(self._objective, outputs, repeated))
             logits.append(logits_in(outputs))
@@ -306,41 +294,38 @@ class Forwards:
     def _strategy(self, batch: Batch) -> Strategy:
         target = batch.rows(0, 1)
         # A strategy that serves inputs of one shape may not serve those of another.
-        seen = shapes(target.inputs)
-        if seen not in self._strategies:
-            self._strategies[seen] = self._choose(target)
-        self._last = self._strategies[seen]
+        shape = shapes(target.inputs)
+        if shape not in self._strategies:
+            self._strategies[shape] = self._choose(target)
+        self._last = self._strategies[shape]
         return self._last
 
     def _choose(self, target: Batch) -> Strategy:
-        ids = ghost_ids(_PROBES, start=_PROBE_START)
-        plain = self._plain(target, ids)
+        plain = self._plain(target, _PROBES)
         found = list(self._candidates(target))
         for strategy in found:
-            # Whatever fails inside a foreign model rules the strategy out, and nothing else.
-            with suppress(Exception):
-                if self._agrees(target, strategy, ids, *plain):
+            try:
+                if self._agrees(target, strategy, *plain):
                     return strategy
+            except Exception:  # noqa: BLE001 - whatever fails in a user's model rules the strategy out
+                _fell_back(strategy)
         return Strategy(AT_INPUTS, elements=found[-1].elements)
 
     def _agrees(
-        self,
-        target: Batch,
-        strategy: Strategy,
-        ids: Tensor,
-        plain: Tensor,
-        plain_logits: Tensor | None,
+        self, target: Batch, strategy: Strategy, plain: Tensor, plain_logits: Tensor | None
     ) -> bool:
-        coarse = self._is_coarse(plain.device.type)
+        kinds = {parameter.dtype for parameter in self._network.model.parameters()}
+        half = not kinds.isdisjoint((torch.float16, torch.bfloat16))
+        coarse = half or torch.is_autocast_enabled(plain.device.type)
         # Errors of the two sides, not of their difference, which may be small.
         allowed = (1e-2 if coarse else 1e-5) * (1 + plain.abs().amax(dim=0))
         difference = plain[1] - plain[0]
         if strategy.logits:
-            scores = torch.empty((1, len(ids)), device=plain.device)
-            made = self._product(target, strategy, ids, scores)
+            scores = torch.empty((1, len(_PROBES)), device=plain.device)
+            made = self._product(target, strategy, _PROBES, scores)
             return made and bool(((scores[0] - difference).abs() <= allowed).all())
-        binding = self._network.masking.bind_both(ids, self._sites, split=strategy.split)
-        values, logits = self._shared(target, strategy, binding, len(ids))
+        binding = self._network.masking.bind_both(_PROBES, self._sites, split=strategy.split)
+        values, logits = self._shared(target, strategy, binding, len(_PROBES))
         if not bool(((values[1] - values[0] - difference).abs() <= allowed).all()):
             return False
         if logits is None or plain_logits is None:
@@ -348,11 +333,6 @@ class Forwards:
         # An objective that is saturated on this target would let anything pass.
         most = (3e-2 if coarse else 1e-5) * (1 + plain_logits.abs().max())
         return bool(((logits - plain_logits).abs() <= most).all())
-
-    def _is_coarse(self, device_type: str) -> bool:
-        kinds = {parameter.dtype for parameter in self._network.model.parameters()}
-        half = not kinds.isdisjoint((torch.float16, torch.bfloat16))
-        return half or torch.is_autocast_enabled(device_type)
 
     def _candidates(self, target: Batch) -> Iterator[Strategy]:
         network = self._network
@@ -383,3 +363,9 @@ class Forwards:
         path = names[id(site)].split(".")
         for length in range(len(path), 0, -1):
             yield strategy(".".join(path[:length]))
+
+
+def _fell_back(strategy: Strategy) -> bool:
+    """Log the exception that made a strategy give way to the next; always False."""
+    _log.debug("strategy %r failed, running without it", str(strategy), exc_info=True)
+    return False

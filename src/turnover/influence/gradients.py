@@ -17,7 +17,7 @@ Run = tuple[str, int]
 """A site, and which of the runs of its module in a forward."""
 
 _GHOST = -(2**41)
-"""Whose masks show what depends on a site; far from the ghosts of noise floors."""
+"""Its masks show what depends on a site; far from the ghosts of noise floors."""
 _NOISE = 1e-6
 """Share of a value that is no dependence."""
 _FIXES = (
@@ -33,23 +33,24 @@ def mask_gradients(
     sites: Sequence[str] | None = None,
     independent: set[Run] | None = None,
 ) -> Tensor:
-    """Derivative of each target's objective by the mask entries of the mean network.
+    """Differentiate each target's objective by the mask entries of the mean network.
 
     Args:
         sites: by the masks of these sites alone; ``None``: all of them.
         independent: runs of sites that this objective is known not to depend on; more are added.
-            ``None``: those without a gradient are looked at anew.
+            ``None``: those without a gradient are checked anew.
 
     Returns:
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
 
     Raises:
-        BindingError: no site was reached by the forward, or the objective depends on a site in a way that
+        BindingError: the forward reached no site, or the objective depends on a site in a way that
             autograd does not see.
         InputError: the objective does not give one number for each row, is not finite, or has no
             derivative; a site that does not see the rows of the batch.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
+    independent = set() if independent is None else independent
 
     def run() -> Tensor:
         return costs(objective, batch.call(network.model), batch)
@@ -68,24 +69,19 @@ def mask_gradients(
         runs = [(site, number) for site in probes for number in range(len(probes[site]))]
         found = differentiate(values, [probes[site][number] for site, number in runs])
     gradients = dict(zip(runs, found, strict=True))
-    known = set() if independent is None else independent
-    cut = [one for one in runs if gradients[one] is None and one not in known]
+    cut = [one for one in runs if gradients[one] is None and one not in independent]
     if cut:
-        check_independent(network, cut, values, run)
-        known.update(cut)
-    units = network.known_units(wanted)
-    columns = []
-    for site in wanted:
-        column = None
-        for one in runs:
-            gradient = gradients[one]
-            if one[0] == site and gradient is not None:
-                _check_rows(gradient, site, len(values))
-                column = gradient if column is None else column + gradient
-        # By a site that the objective does not depend on the derivative is 0.
-        nothing = values.new_zeros((len(values), units[site]), dtype=torch.float32)
-        columns.append(nothing if column is None else column)
-    return torch.cat(columns, dim=1)
+        _check_independent(network, cut, values, run)
+        independent.update(cut)
+    columns: dict[str, Tensor] = {}
+    for (site, _), gradient in gradients.items():
+        if gradient is not None:
+            _check_rows(gradient, site, len(values))
+            columns[site] = columns[site] + gradient if site in columns else gradient
+    for site, units in network.known_units(wanted).items():
+        if site not in columns:  # the objective does not depend on it
+            columns[site] = values.new_zeros((len(values), units), dtype=torch.float32)
+    return torch.cat([columns[site] for site in wanted], dim=1)
 
 
 def finite(values: Tensor, what: str) -> Tensor:
@@ -104,7 +100,7 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
-    """Refuse a forward that came by no site at all: every influence would be 0.
+    """Refuse a forward that reached no site: every influence would be 0.
 
     Raises:
         BindingError: ``reached`` is empty.
@@ -117,11 +113,6 @@ def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
 
 
 def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
-    """Refuse masks of something else than rows.
-
-    Raises:
-        InputError: a site that saw more or fewer rows than the batch has.
-    """
     if len(gradient) != rows:
         raise InputError(
             f"site {site!r} saw {len(gradient)} rows in a batch of {rows}, so its masks do not belong to "
@@ -132,10 +123,10 @@ def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
 
 
 def differentiate(values: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Derivatives of the sum of some values by the probes of sites.
+    """Differentiate the sum of some values by the probes of sites.
 
     Raises:
-        InputError: gradient checkpointing of the kind that gives no such derivatives.
+        InputError: reentrant gradient checkpointing, which gives no such derivatives.
     """
     try:
         return torch.autograd.grad(values.sum(), probes, allow_unused=True)
@@ -148,19 +139,10 @@ def differentiate(values: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor | No
         ) from error
 
 
-def check_independent(
+def _check_independent(
     network: Network, cut: Sequence[Run], values: Tensor, run: Callable[[], Tensor]
 ) -> None:
-    """Refuse sites that an objective depends on although it has no derivative by their masks.
-
-    Args:
-        cut: runs of sites that have no derivative.
-        values: the objective under the mean network (rows,).
-        run: computes it anew, in the context that is open.
-
-    Raises:
-        BindingError: a site that the objective depends on.
-    """
+    """Refuse sites without a derivative on which the values of a run depend."""
     with torch.no_grad():
         if not _depends(network, cut, values, run):
             return
@@ -183,7 +165,7 @@ def _depends(
         with network.masking.probing([site for site, _ in cut], moved):
             return (run() - values.detach()).abs()
 
-    # Of the two together each unit is dropped once.
+    # The two together drop each unit once.
     changes = [
         change({one: side(masks[one[0]]).float() * 2 for one in cut})
         for side in (torch.clone, torch.logical_not)

@@ -6,7 +6,7 @@ entry, times (hidden mask - exposed mask). Kobayashi et al. 2020, equation 6, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,8 +137,8 @@ def scorer_of(engine: Engine, coefficients: Tensor) -> LinearScorer:
 class LinearScorer:
     """Rows of coefficients, ready to be multiplied by (hidden mask - exposed mask) of any ids.
 
-    The masks are never expanded to numbers in memory, but for a block of ids that fits the cache. For
-    few rows even that is too much work: eight draws at a time are looked up in tables of their sums.
+    Masks are expanded to numbers for a block of ids that fits the cache. Few rows take even less: eight
+    draws at a time are looked up in tables of their sums.
 
     Args:
         coefficients: float32 (rows, mask units): derivatives by the mask entries.
@@ -154,7 +154,8 @@ class LinearScorer:
         # draws, plus or minus half their difference.
         self._base = coefficients.sum(dim=1) * (0.5 / (1 - keep) - 0.5 / keep)
         step = coefficients * (-0.5 / (keep * (1 - keep)))
-        self._steps = torch.cat([self._by_draw(part) for part in self._split(step)], dim=1)
+        sites = torch.split(step, list(self._units.values()), dim=1)
+        self._steps = torch.cat([self._by_draw(part) for part in sites], dim=1)
         self._tables: list[Tensor] = []
         if len(coefficients) <= _FEW_ROWS:
             self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
@@ -162,35 +163,28 @@ class LinearScorer:
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
         scores = self._steps.new_empty((len(self._steps), len(ids)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[:, start : start + len(packed)]
-            if self._tables:
-                block.copy_(self._looked_up(packed).T)
-            else:
-                torch.mm(self._steps, _signs(packed).T, out=block)
-            start += len(packed)
-        return scores.add_(self._base[:, None]) if self._spec.keep != 0.5 else scores
+        self._fill(scores.T, ids)
+        return scores
 
     def by_id(self, ids: Tensor) -> Tensor:
         """:meth:`scores` with the ids first: float32 (ids, rows)."""
         scores = self._steps.new_empty((len(ids), len(self._steps)))
-        start = 0
-        for packed in self._blocks(ids):
-            block = scores[start : start + len(packed)]
+        self._fill(scores, ids)
+        return scores
+
+    def _fill(self, scores: Tensor, ids: Tensor) -> None:
+        size = _PRODUCT_IDS
+        if self._tables:
+            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
+        parts = zip(torch.split(ids, size), torch.split(scores, size), strict=True)
+        for part, block in parts:
+            packed = self._packed(part.to(self._steps.device))
             if self._tables:
                 block.copy_(self._looked_up(packed))
             else:
                 torch.mm(_signs(packed), self._steps.T, out=block)
-            start += len(packed)
-        return scores.add_(self._base) if self._spec.keep != 0.5 else scores
-
-    def _blocks(self, ids: Tensor) -> Iterator[Tensor]:
-        size = _PRODUCT_IDS
-        if self._tables:
-            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
-        for part in torch.split(ids.to(self._steps.device), size):
-            yield self._packed(part)
+        if self._spec.keep != 0.5:
+            scores.add_(self._base)
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""
@@ -200,11 +194,8 @@ class LinearScorer:
     def _packed(self, ids: Tensor) -> Tensor:
         return torch.cat([self._spec.packed(ids, s, units) for s, units in self._units.items()], 1)
 
-    def _split(self, columns: Tensor) -> Sequence[Tensor]:
-        return torch.split(columns, list(self._units.values()), dim=1)
-
     def _by_draw(self, columns: Tensor) -> Tensor:
-        """What each draw of a site moves: columns of a pair cancel; whole bytes, filled up with 0."""
+        """Coefficients of a site's draws: columns of a pair cancel; whole bytes, padded with 0."""
         rows, units = columns.shape
         draws = self._spec.draws(units)
         padded = columns.new_zeros((rows, -(-draws // 8) * 8))

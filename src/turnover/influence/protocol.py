@@ -32,7 +32,7 @@ from turnover.results.calibration import noise_floor
 from turnover.results.result import Result
 
 if TYPE_CHECKING:
-    from turnover.influence.sinks import Sink
+    from turnover.influence.sinks import Region
     from turnover.results.store import StoredResult, Variable
 
 _GRADIENT_BYTES = 2**28
@@ -275,16 +275,8 @@ class Estimator(ABC):
             errors[index] = to_numpy(found.standard_error)[0]
         return errors
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        top: int | None,
-    ) -> None:
-        """Score a block of targets on all ids, and put what was found into a sink."""
+    def fill(self, region: Region, top: int | None) -> None:
+        """Score a block of targets on all ids, and put all arrays of the region."""
         raise NotImplementedError
 
     def forget(self) -> None:  # noqa: B027

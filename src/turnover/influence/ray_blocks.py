@@ -1,7 +1,7 @@
 """Blocks of a result as Ray tasks, on the cores of one machine or many. Needs ``turnover[ray]``.
 
-Each task writes regions of its own; this process alone announces targets, keeps the right to write and
-finishes the result. A task that is lost with its worker is run again by Ray, and makes the same bits.
+Each task writes regions of its own; this process alone announces targets, holds the lease and finishes the
+result. Ray runs a task again whose worker was lost, and gets the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from turnover.dropout.modules import device_of
 from turnover.errors import InputError
 from turnover.influence.blockwise import Traversal
 from turnover.influence.engine import Engine, TargetBlock
-from turnover.influence.sinks import StoreSink
+from turnover.influence.sinks import Region, StoreSink
 from turnover.influence.topk import Found
 from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, tensor_of
 from turnover.results.store import Writer, joining
@@ -34,7 +34,7 @@ from turnover.results.store import Writer, joining
 
 @dataclass(frozen=True)
 class _Task:
-    """Where one block belongs."""
+    """The place of one block in the result."""
 
     rows: slice
     part: slice
@@ -45,7 +45,7 @@ class _Task:
 
 
 def check(engines: Sequence[Engine]) -> None:
-    """Whether tasks would compute what this process would.
+    """Check that tasks compute the same bits as this process.
 
     Raises:
         InputError: a network that is not on the CPU, autocast, or threads that no node has.
@@ -57,7 +57,7 @@ def check(engines: Sequence[Engine]) -> None:
 
 
 def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Writer) -> int:
-    """Score all targets, each block in a task, and write them; returns how many targets there were.
+    """Score all targets, each block in a task, and write the scores; returns the number of targets.
 
     Args:
         traversal: scores the blocks; its networks are broadcast once.
@@ -66,8 +66,7 @@ def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Wr
         writer: of the result, begun here.
 
     Raises:
-        InputError: as :meth:`turnover.Influence.estimate`, from whichever task; a network that does not
-            pickle.
+        InputError: as :meth:`turnover.Influence.estimate`, from any task; a network that does not pickle.
         ray.exceptions.RayError: a block lost its worker again and again.
     """
     url, columns = writer.place.address, traversal.grid(len(ids))[1]
@@ -95,7 +94,7 @@ def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Wr
             targets, ids, StoreSink(writer, traversal.estimator)
         ):
             count += (many := rows.stop - rows.start)
-            # References in a list are not fetched before the task asks for them.
+            # Ray leaves references in a list to the task to fetch.
             block = [broadcast], [ray.put(batches)]
             scanned = []
             for part in traversal.parts(len(ids), columns):
@@ -120,27 +119,27 @@ def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Wr
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _fill(task: _Task, broadcast: list[Any], targets: list[Any]) -> None:
-    with _begun(task, broadcast, targets) as (traversal, block, ids, sink):
-        traversal.fill(block, task.rows, ids, sink, task.columns, task.part)
+    with _region(task, broadcast, targets) as (traversal, region):
+        traversal.fill(region, task.part)
 
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _scan(task: _Task, broadcast: list[Any], targets: list[Any]) -> tuple[None, Found | None]:
-    """What the part has, apart from whether it has ended: that alone goes to the driver."""
-    with _begun(task, broadcast, targets) as (traversal, block, ids, sink):
-        return None, traversal.scan(block, task.rows, ids, sink, task.columns, task.part)
+    """``None`` when it has ended, which alone goes to the driver, and the extremes of the part."""
+    with _region(task, broadcast, targets) as (traversal, region):
+        return None, traversal.scan(region, task.part)
 
 
 @ray.remote  # type: ignore[untyped-decorator]
 def _settle(task: _Task, broadcast: list[Any], targets: list[Any], *parts: Found | None) -> None:
-    with _begun(task, broadcast, targets) as (traversal, block, ids, sink):
-        traversal.settle(block, task.rows, ids, sink, task.columns, parts)
+    with _region(task, broadcast, targets) as (traversal, region):
+        traversal.settle(region, parts)
 
 
 @contextmanager
-def _begun(
+def _region(
     task: _Task, broadcast: list[Any], targets: list[Any]
-) -> Iterator[tuple[Traversal, TargetBlock, Tensor, StoreSink]]:
+) -> Iterator[tuple[Traversal, Region]]:
     task.settings.take()
     traversal, ids = kept("traversal", broadcast[0], _unpacked)
     engines = traversal.estimator.engines
@@ -149,11 +148,11 @@ def _begun(
     with ExitStack() as stack:
         for engine in engines:
             stack.enter_context(engine.evaluating())
-        yield traversal, block, ids, sink
+        yield traversal, Region(block, task.rows, ids, task.columns, sink)
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-    """Leaves parameters out as arrays, which all workers of a node then read from one memory.
+    """Replaces parameters by arrays, which all workers of a node read from one memory.
 
     Buffers are copied: a forward may write into them.
     """
@@ -164,7 +163,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         self._seen: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
-        """Number of the array that a parameter is left out as."""
+        """Number of the array that replaces a parameter."""
         if type(value) is not nn.Parameter or value.layout != torch.strided:
             return None
         if id(value) not in self._seen:
@@ -206,7 +205,7 @@ def _unpacked(packed: tuple[bytes, list[Any], Any]) -> tuple[Traversal, Tensor]:
         traversal: Traversal = _Unpickler(io.BytesIO(pickled), parameters).load()
     except ImportError as error:
         raise InputError(
-            f"a Ray worker on {socket.gethostname()} cannot import {error.name}, which the network or the "
-            f"objective is of: install it there, or name its folder in PYTHONPATH before Ray starts"
+            f"a Ray worker on {socket.gethostname()} cannot import {error.name}, required by the network or "
+            f"the objective: install it there, or name its folder in PYTHONPATH before Ray starts"
         ) from error
     return traversal, tensor_of(ids)

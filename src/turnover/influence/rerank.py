@@ -8,7 +8,7 @@ compared with the noise floor of exact scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from turnover.influence.exact import Exact, ExactEstimator, check_block
 from turnover.influence.linear import Linear, LinearEstimator
 from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
-from turnover.influence.sinks import Sink
+from turnover.influence.sinks import Region
 from turnover.influence.topk import Extremes
 from turnover.results.arrays import Variable
 
@@ -125,82 +125,60 @@ class RerankEstimator(Estimator):
         dense = 5 * self.rows() * pilot.ids if pilot.top is None else 0
         return super().memory(pilot) + dense
 
-    def fill(
-        self,
-        block: TargetBlock,
-        rows: slice,
-        ids: Tensor,
-        sink: Sink,
-        columns: int,
-        top: int | None,
-    ) -> None:
+    def fill(self, region: Region, top: int | None) -> None:
         """See :class:`Estimator`."""
-        count = rows.stop - rows.start
-        if sink.has("recall", rows):
-            self.skip(self.work(len(ids), first=True, top=top), count)
+        if region.has("recall"):
+            self.skip(self.work(len(region.ids), first=True, top=top), region.targets)
             return
-        parts = torch.split(ids, columns)
-        found = self._reranked(
-            block,
-            (self._linear.counted_scores(block, part).mean for part in parts),
-            ids,
-            targets=count,
-            wanted=top or _RECALLED,
-        )
-        sink.put("ghost", rows, found.ghosts)
+        found = self._reranked(region, top or _RECALLED)
+        region.put("ghost", found.ghosts)
         if top is None:
-            start = 0
-            for part in parts:
-                some = slice(start, start + len(part))
-                linear = self._linear.counted_scores(block, part)
-                scores = found.on_scale(linear)
-                inside = (found.positions >= some.start) & (found.positions < some.stop)
-                row, column = np.nonzero(inside)
-                at = found.positions[row, column] - some.start
-                scores[row, at] = found.scores[row, column]
-                exact = np.zeros(scores.shape, dtype=bool)
-                exact[row, at] = True
-                sink.put("score", rows, scores, some)
-                sink.put("exact", rows, exact, some)
-                if found.standard_error is not None and linear.standard_error is not None:
-                    errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
-                    errors[row, at] = found.standard_error[row, column]
-                    sink.put("standard_error", rows, errors.astype(np.float32), some)
-                start = some.stop
+            self._put_all(region, found)
         else:
             order = np.argsort(-found.scores, axis=1, kind="stable")
             if order.shape[1] > 2 * top:
                 order = np.concatenate([order[:, :top], order[:, -top:]], axis=1)
             positions = np.take_along_axis(found.positions, order, axis=1)
-            sink.put("score", rows, np.take_along_axis(found.scores, order, axis=1))
-            sink.put("train_id", rows, ids.numpy()[positions])
+            region.put("score", np.take_along_axis(found.scores, order, axis=1))
+            region.put("train_id", region.ids.numpy()[positions])
             if found.standard_error is not None:
                 errors = np.take_along_axis(found.standard_error, order, axis=1)
-                sink.put("standard_error", rows, errors)
-        sink.put("recall", rows, found.recall)
+                region.put("standard_error", errors)
+        region.put("recall", found.recall)
 
-    def _reranked(
-        self,
-        block: TargetBlock,
-        linear: Iterable[Tensor],
-        ids: Tensor,
-        *,
-        targets: int,
-        wanted: int,
-    ) -> _Reranked:
+    def _put_all(self, region: Region, found: _Reranked) -> None:
+        """Put the exact scores of candidates among linear ones on their scale."""
+        start = 0
+        for part in torch.split(region.ids, region.columns):
+            some = slice(start, start + len(part))
+            linear = self._linear.counted_scores(region.block, part)
+            scores = found.on_scale(linear)
+            inside = (found.positions >= some.start) & (found.positions < some.stop)
+            row, column = np.nonzero(inside)
+            at = found.positions[row, column] - some.start
+            scores[row, at] = found.scores[row, column]
+            exact = np.zeros(scores.shape, dtype=bool)
+            exact[row, at] = True
+            region.put("score", scores, some)
+            region.put("exact", exact, some)
+            if found.standard_error is not None and linear.standard_error is not None:
+                errors = to_numpy(linear.standard_error) * np.abs(found.slope[:, None])
+                errors[row, at] = found.standard_error[row, column]
+                region.put("standard_error", errors.astype(np.float32), some)
+            start = some.stop
+
+    def _reranked(self, region: Region, wanted: int) -> _Reranked:
         """Find the candidates of every target, and score them exactly.
 
         Args:
-            block: the targets.
-            linear: their linear scores (targets, ids), in blocks of ids and in order.
-            ids: int64 (ids,).
-            targets: number of targets.
+            region: targets and ids.
             wanted: ids on each side whose recall is estimated.
         """
         candidates, ghosts = self.options.candidates, ghost_ids(self.ghosts)
-        extremes = Extremes(targets, _DEPTH * candidates)
-        for part in linear:
-            extremes.add(part)
+        block, ids = region.block, region.ids
+        extremes = Extremes(region.targets, _DEPTH * candidates)
+        for part in torch.split(ids, region.columns):
+            extremes.add(self._linear.counted_scores(block, part).mean)
         positions, found = extremes.result()
         # With few ids all of them are candidates.
         ends = np.r_[

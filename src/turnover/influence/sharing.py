@@ -1,19 +1,23 @@
-"""How the ids of a target share work in one forward: what is followed, expanded and derived."""
+"""Hooks by which the ids of a target share work in one forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from turnover.dropout.modules import in_this_thread
 from turnover.dropout.network import Network
 from turnover.errors import BindingError
 from turnover.objectives import logits_of
+
+_log = logging.getLogger(__name__)
 
 AT_SITE = "at the site"
 AT_INPUTS = "at the inputs"
@@ -23,13 +27,13 @@ AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the ids of a target are run.
+    """How the ids of a target share work.
 
     Attributes:
-        place: the module at whose inputs one row becomes many, or at the site, or at the inputs.
-        split: site behind which the hidden rows are derived, if any.
-        affine: name of the module that does it.
-        logits: that module makes the logits, from the one masked site.
+        place: where one row becomes many: the inputs of a module, the site, or the model's inputs.
+        split: site behind which hidden rows are derived from exposed ones, if any.
+        affine: name of the module that derives them.
+        logits: that module makes the logits, of the one masked site.
         elements: elements of the largest output of a module, for one row.
     """
 
@@ -48,26 +52,23 @@ class Strategy:
 
 
 def logits_in(outputs: Any) -> Tensor | None:
-    """The logits in a model's outputs, where there are any."""
-    with suppress(Exception):
+    """The logits in a model's outputs, if it has any."""
+    try:
         return logits_of(outputs)
-    return None
+    except Exception:  # noqa: BLE001 - a user's outputs
+        _log.debug("outputs without logits", exc_info=True)
+        return None
 
 
 def holds_nothing_else(outputs: Any) -> bool:
-    """Whether outputs hold logits and nothing else that an objective could look at."""
+    """Whether outputs hold logits and nothing else for an objective to use."""
     if isinstance(outputs, Mapping):
         return set(outputs) == {"logits"}
     return isinstance(outputs, Tensor) or (isinstance(outputs, tuple | list) and len(outputs) == 1)
 
 
-def rows_of(outputs: Any, rows: slice) -> Any:
-    """Outputs that hold the logits of some rows alone."""
-    return with_logits(outputs, logits_of(outputs)[rows])
-
-
 def with_logits(outputs: Any, logits: Tensor) -> Any:
-    """Other logits, in the kind of outputs that the objective knows."""
+    """Other logits, in outputs of the same kind."""
     if isinstance(outputs, Tensor):
         return logits
     if isinstance(outputs, Mapping):
@@ -81,16 +82,25 @@ def recording(modules: Any) -> Iterator[dict[int, Tensor]]:
     outputs: dict[int, Tensor] = {}
 
     def leave(module: nn.Module, _args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
+        first = _first(output)
         if isinstance(first, Tensor):
             outputs[id(module)] = first
 
-    handles = [module.register_forward_hook(in_this_thread(leave)) for module in modules]
-    try:
+    with _hooked([module.register_forward_hook(in_this_thread(leave)) for module in modules]):
         yield outputs
+
+
+@contextmanager
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 @dataclass
@@ -100,7 +110,7 @@ class Trace:
     Attributes:
         uses: how often the site ran.
         output: its last output.
-        fed: linear and convolution layers that were given that very tensor, and what they made of it.
+        fed: linear and convolution layers that took that very tensor, and their outputs.
     """
 
     uses: int = 0
@@ -111,54 +121,49 @@ class Trace:
 
     def leave_site(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook of the site."""
-        first = output[0] if isinstance(output, tuple | list) and output else output
+        first = _first(output)
         if isinstance(first, Tensor):
             self.uses += 1
             self.output, self._version = first, _version(first)
 
     def leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the layers that may be fed."""
+        """Forward hook of the layers behind it."""
         given = args[0] if args else None
-        if (
-            not isinstance(given, Tensor)
-            or given is not self.output
-            or not isinstance(output, Tensor)
-        ):
+        if not isinstance(given, Tensor) or given is not self.output:
             return
-        if _version(given) == self._version:  # nothing was written into it on the way
+        if (
+            isinstance(output, Tensor) and _version(given) == self._version
+        ):  # not written into since
             self.fed.append((module, output))
             self._versions.append(_version(output))
 
     def unchanged(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """The layers whose outputs nothing was written into since."""
+        """Layers whose outputs are as the layers returned them."""
         for (module, output), version in zip(self.fed, self._versions, strict=True):
             if _version(output) == version:
                 yield module, output
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts what was written into a tensor."""
+    """Number of writes into a tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def following(model: nn.Module, site: nn.Module) -> Iterator[Trace]:
-    """Where the output of a site goes."""
+    """Trace the output of a site."""
     trace = Trace()
     layers = [module for module in model.modules() if type(module) in AFFINE]
     handles = [site.register_forward_hook(in_this_thread(trace.leave_site))]
     leave_layer = in_this_thread(trace.leave_layer)
     handles += [layer.register_forward_hook(leave_layer) for layer in layers]
-    try:
+    with _hooked(handles):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def deriving(network: Network, strategy: Strategy) -> Iterator[None]:
-    """Behind the split, put the hidden rows under the exposed ones.
+    """Behind the split, append the hidden rows to the exposed ones.
 
     For an affine layer f: ``f(whole) = keep * f(exposed) + (1 - keep) * f(hidden)``.
     """
@@ -187,19 +192,19 @@ def deriving(network: Network, strategy: Strategy) -> Iterator[None]:
         torch.add(whole / (1 - keep), output[:rows], alpha=-keep / (1 - keep), out=output[rows:])
         return output
 
-    # A hook sees what the layer returned; writing to its place saves a copy of all rows.
+    # A hook would have to copy all rows of the layer's output.
     layer.forward = both
     try:
         yield
     finally:
         del layer.forward
-        if own is not None:  # another library had put its own there
+        if own is not None:  # of another library
             layer.forward = own
 
 
 @contextmanager
 def expanding(model: nn.Module, place: str, rows: int) -> Iterator[None]:
-    """Repeat the first tensor that enters a module, where it has one row."""
+    """Repeat the first tensor that enters a module, if it has one row."""
     if place in (AT_SITE, AT_INPUTS):
         yield
         return
@@ -214,11 +219,8 @@ def expanding(model: nn.Module, place: str, rows: int) -> Iterator[None]:
         return args, {key: repeat(v) if key == first else v for key, v in kwargs.items()}
 
     register: Callable[..., Any] = model.get_submodule(place).register_forward_pre_hook
-    handle = register(in_this_thread(enter), with_kwargs=True)
-    try:
+    with _hooked([register(in_this_thread(enter), with_kwargs=True)]):
         yield
-    finally:
-        handle.remove()
 
 
 def _is_one_row(value: Any) -> bool:

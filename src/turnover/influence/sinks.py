@@ -1,18 +1,21 @@
-"""Where scores go: into memory, or block by block onto disk."""
+"""Sinks of scores: in memory, or block by block on disk."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from turnover.batches import Batch, named
 from turnover.errors import InputError
+from turnover.influence.engine import TargetBlock
 from turnover.influence.protocol import Estimator
 from turnover.influence.signature import Signed, signatures, tolerance
 from turnover.results.calibration import GhostPool, NoiseFloor
@@ -25,36 +28,68 @@ Array = NDArray[Any]
 
 
 class Sink(Protocol):
-    """Takes the variables of a result, in regions of (targets, second dimension)."""
+    """Takes the arrays of a result, in parts of (targets, second dimension)."""
 
     def begin(self, start: int, batches: Sequence[Batch]) -> None:
-        """Announce the targets of a block, the first of which is number ``start``."""
+        """Announce the targets of a block, from number ``start`` on."""
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
-        """Whether a region was taken already."""
+        """Whether a part was put before."""
 
     def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
-        """Take a region of a variable: all its columns, or some."""
+        """Take a part of an array: all its columns, or some."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a result that holds the scores of a block of targets.
+
+    Attributes:
+        block: the targets.
+        rows: their numbers.
+        ids: int64 (train,), to be scored.
+        columns: ids to score at a time.
+        sink: takes the scores.
+    """
+
+    block: TargetBlock
+    rows: slice
+    ids: Tensor
+    columns: int
+    sink: Sink
+
+    @property
+    def targets(self) -> int:
+        """Number of the targets."""
+        return int(self.rows.stop - self.rows.start)
+
+    def has(self, name: str, columns: slice | None = None) -> bool:
+        """See :class:`Sink`."""
+        return self.sink.has(name, self.rows, columns)
+
+    def put(self, name: str, values: Array, columns: slice | None = None) -> None:
+        """See :class:`Sink`."""
+        self.sink.put(name, self.rows, values, columns)
 
 
 class MemorySink:
-    """Keeps everything.
+    """Keeps everything in memory.
 
     Args:
-        train: length of the second dimension of what comes in parts.
+        train: length of the second dimension of arrays that come in parts.
     """
 
     def __init__(self, train: int) -> None:
         self._train = train
         self._blocks: dict[str, list[Array]] = {}
-        self._ids: list[torch.Tensor | None] = []
+        self._ids: list[Tensor | None] = []
 
     def begin(self, start: int, batches: Sequence[Batch]) -> None:  # noqa: ARG002
         """See :class:`Sink`."""
         self._ids += [batch.ids for batch in batches]
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:  # noqa: ARG002
-        """Never: nothing is there before it is put."""
+        """See :class:`Sink`: never."""
         return False
 
     def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
@@ -72,7 +107,7 @@ class MemorySink:
         """Everything as a result.
 
         Args:
-            train_ids: int64 (train,); not used where the extremes came with theirs.
+            train_ids: int64 (train,), unless the extremes came with theirs.
             described: method, objective, sites, network and considered of :class:`Result`.
         """
         pool = GhostPool()
@@ -100,10 +135,10 @@ class MemorySink:
 
 
 class StoreSink:
-    """Hands regions to a store on disk.
+    """Writes to a stored result.
 
     Args:
-        writer: of the store.
+        writer: of the result.
         estimator: of the scores, for a sink that announces targets.
     """
 
@@ -130,14 +165,14 @@ class StoreSink:
 
     def has(self, name: str, rows: slice, columns: slice | None = None) -> bool:
         """See :class:`Sink`."""
-        return self._writer.read(name, _region(name, rows, columns)) is not None
+        return self._writer.read(name, _place(name, rows, columns)) is not None
 
     def put(self, name: str, rows: slice, values: Array, columns: slice | None = None) -> None:
         """See :class:`Sink`."""
-        self._writer.write(name, _region(name, rows, columns), values)
+        self._writer.write(name, _place(name, rows, columns), values)
 
 
-def _region(name: str, rows: slice, columns: slice | None) -> tuple[slice, ...]:
+def _place(name: str, rows: slice, columns: slice | None) -> tuple[slice, ...]:
     if name == "recall":
         return (rows,)
     return (rows, slice(None)) if columns is None else (rows, columns)
@@ -154,14 +189,11 @@ def _labels(batches: Sequence[Batch]) -> NDArray[np.int64] | None:
 
 
 def fingerprints(batch: Batch) -> NDArray[np.uint64]:
-    """A hash of the inputs and labels of every row of a batch: uint64 (rows,).
-
-    What is no tensor counts, and so do tensors that all rows share.
-    """
+    """Hash the inputs and labels of every row of a batch, with what all rows share: uint64 (rows,)."""
     rows = len(batch)
     shared = hashlib.blake2b(_layout([batch.inputs, batch.labels]).encode(), digest_size=8)
     digests = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
-    # What is shared may be as long as this batch, and not as the one it was before.
+    # A shared tensor may happen to be as long as the batch.
     values = [(batch.shares(name), value) for name, value in named(batch.inputs)]
     values += [] if batch.labels is None else [(False, batch.labels)]
     for common_to_all, given in values:
@@ -181,18 +213,18 @@ def fingerprints(batch: Batch) -> NDArray[np.uint64]:
 
 
 def _layout(value: Any) -> str:
-    """A nest of inputs in words, tensors left out."""
+    """Nested inputs in words, without the tensors."""
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key!r}:{_layout(item)}' for key, item in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"[{','.join(map(_layout, value))}]"
     if value is None or isinstance(value, str | bytes | int | float | complex):
         return repr(value)
-    return type(value).__name__  # another object's words may hold where it lies in memory
+    return type(value).__name__  # the repr of another object may hold its address
 
 
 def check_columns(coordinates: Mapping[str, Any], train: int) -> dict[str, tuple[str, Array]]:
-    """Coordinates of the training ids, one value for each.
+    """Check that coordinates have one value for each training id.
 
     Raises:
         InputError: another number of values, or values that make no plain array.

@@ -1,1 +1,1 @@
-"""Other libraries' models and trainers; each module imports its library only when used."""
+"""Adapters to other libraries; each module imports its library only when it is imported itself."""

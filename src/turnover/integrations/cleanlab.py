@@ -1,4 +1,4 @@
-"""Label issues by cleanlab, from the hidden networks' predictions in place of k trainings.
+"""Label issues by cleanlab, from hidden predictions instead of k trainings.
 
 :func:`label_issues` needs ``pip install cleanlab``.
 """
@@ -29,20 +29,20 @@ def labels_and_pred_probs(
     *,
     adapter: Adapter = as_batch,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What ``find_label_issues``, ``get_label_quality_scores``, ``Datalab`` and the rest of cleanlab take.
+    """The labels and ``pred_probs`` that cleanlab's functions and ``Datalab`` take.
 
     Args:
         network: a classifier trained under masks.
-        train_batches: batches with labels and the ids they were trained under.
-        held_out: batches that calibrate (:func:`turnover.hidden_predictions`).
-        adapter: how a batch becomes model inputs, labels and ids.
+        train_batches: batches with labels and the ids that they were trained under.
+        held_out: batches to calibrate with (:func:`turnover.hidden_predictions`).
+        adapter: turns a batch into model inputs, labels and ids.
 
     Returns:
         Labels int64 (train,) and out-of-sample probabilities float32 (train, classes), rows in the order
         of the batches.
 
     Raises:
-        InputError: batches without labels, or whatever :func:`turnover.hidden_predictions` refuses.
+        InputError: batches without labels, or as in :func:`turnover.hidden_predictions`.
     """
     labels, found = _predicted(network, train_batches, held_out, adapter)
     return labels, found.probabilities
@@ -55,15 +55,15 @@ def label_issues(
     *,
     adapter: Adapter = as_batch,
 ) -> DataFrame:
-    """Which labels cleanlab doubts, by confident learning (Northcutt et al. 2021).
+    """Labels that cleanlab doubts, by confident learning (Northcutt et al. 2021).
 
-    Arguments as in :func:`labels_and_pred_probs`. ``held_out`` is needed: confident learning decides by
-    how sure the predictions are, and hidden networks as they are it takes for a reason to doubt far too
-    much (docs/integrations.md has how much); the order of ``label_quality`` hardly changes.
+    Arguments as in :func:`labels_and_pred_probs`. ``held_out`` is required: confident learning relies on
+    the confidence of the predictions, and flags far too many labels if hidden networks are not calibrated
+    (docs/integrations.md has numbers); the order of ``label_quality`` hardly changes.
 
     Returns:
-        What ``CleanLearning.find_label_issues`` gives, indexed by training id in the order of the batches:
-        ``is_label_issue``, ``label_quality`` (0 to 1, low = doubtful), ``given_label`` and
+        The data frame of ``CleanLearning.find_label_issues``, indexed by training id in the order of the
+        batches: ``is_label_issue``, ``label_quality`` (0 to 1, low = doubtful), ``given_label`` and
         ``predicted_label``.
 
     Raises:

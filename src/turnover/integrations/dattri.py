@@ -18,13 +18,13 @@ with needing("the attributor", "dattri"):
 class TurnoverAttributor(BaseAttributor):  # type: ignore[misc]
     """Turn-over dropout or gram behind dattri's ``cache`` and ``attribute``.
 
-    Scores have the sign of dattri's own attributors with a loss as target: positive = helpful, which is
-    what ``dattri.metric.lds`` and ``loo_corr`` expect.
+    Scores have the sign of dattri's own attributors with a loss as target: positive = helpful, as
+    ``dattri.metric.lds`` and ``loo_corr`` expect.
 
     Args:
         influence: the estimator, by any method.
         train_ids: int64 (rows of the training data set,): ids that the network was trained under, in the
-            data set's order. Not needed where batches are ``(inputs, labels, ids)``, or by gram.
+            data set's order. Not needed if batches are ``(inputs, labels, ids)``, or by gram.
 
     Raises:
         InputError: ids that are not those of training instances.
@@ -34,7 +34,7 @@ class TurnoverAttributor(BaseAttributor):  # type: ignore[misc]
         self._scores = LoaderInfluence(influence, train_ids)
 
     def cache(self, full_train_dataloader: Iterable[Any]) -> None:
-        """Take in the training set: gram's pass over it; turn-over has none.
+        """Take in the training set; gram computes its gradients.
 
         Raises:
             InputError: as in :meth:`attribute`.
@@ -45,7 +45,7 @@ class TurnoverAttributor(BaseAttributor):  # type: ignore[misc]
         """Influence of training instances on test instances: float32 (train, test), on the CPU.
 
         Args:
-            train_dataloader: the training set, or by a sampler a part of it; not shuffled.
+            train_dataloader: the training set, or a part of it by a sampler; not shuffled.
             test_dataloader: not shuffled.
 
         Raises:
@@ -56,7 +56,7 @@ class TurnoverAttributor(BaseAttributor):  # type: ignore[misc]
     def self_attribute(self, train_dataloader: Iterable[Any]) -> Tensor:
         """Influence of training instances on themselves: float32 (train,), on the CPU.
 
-        High where an instance was learned by heart, as ``dattri.metric.mislabel_detection_auc`` takes it.
+        High for memorized instances, as ``dattri.metric.mislabel_detection_auc`` expects.
 
         Raises:
             InputError: as in :meth:`attribute`.

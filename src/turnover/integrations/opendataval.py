@@ -23,7 +23,7 @@ _VALUES = ("validation", "self")
 
 
 class _LogProbabilities(nn.Module):
-    """OpenDataVal's classifiers end in a softmax; log-probabilities are logits of the same."""
+    """Log-probabilities, as logits, of OpenDataVal's classifiers, which end in a softmax."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class _LogProbabilities(nn.Module):
 
 
 def gram(pred_model: Any, x: Any, y: Tensor, *args: Any, **kwargs: Any) -> Influence:
-    """Trains OpenDataVal's own network by its own ``fit``, and looks at it by gram.
+    """Train OpenDataVal's own network by its own ``fit``, and explain it by gram.
 
     Raises:
         InputError: a model that is not a torch module.
     """
     if not isinstance(pred_model, nn.Module):
         raise InputError(
-            f"gram needs a torch model with gradients, and pred_model is a {type(pred_model).__name__}: "
-            f"take one of opendataval's torch models, or give train="
+            f"gram needs a torch model, and pred_model is a {type(pred_model).__name__}: use one of "
+            f"opendataval's torch models, or pass train="
         )
     pred_model.fit(x, y, *args, **kwargs)  # type: ignore[operator]
     return Influence(_LogProbabilities(pred_model), method="gram")
@@ -53,12 +53,12 @@ class TurnoverEvaluator(DataEvaluator, ModelMixin):  # type: ignore[misc]
     """Data values by influence: high = valuable.
 
     Args:
-        train: trains a network on ``(pred_model, x_train, y_train, *args, **kwargs)``, labels as
-            OpenDataVal has them, and returns its estimator; under masks the id of a row is its place in
-            the training data. Default: ``pred_model.fit`` and gram.
+        train: trains a network on ``(pred_model, x_train, y_train, *args, **kwargs)``, with OpenDataVal's
+            labels, and returns its estimator; under masks the id of a row is its position in the training
+            data. Default: ``pred_model.fit`` and gram.
         values: ``"validation"``, influence on the mean objective of the validation data; or ``"self"``,
-            minus the influence of an instance on itself, low where it was learned by heart.
-        random_state: OpenDataVal's; nothing here draws from it.
+            minus the influence of an instance on itself, low for memorized instances.
+        random_state: OpenDataVal's; not used.
 
     Raises:
         InputError: other values.
@@ -77,14 +77,14 @@ class TurnoverEvaluator(DataEvaluator, ModelMixin):  # type: ignore[misc]
         self._of = values
 
     def train_data_values(self, *args: Any, **kwargs: Any) -> TurnoverEvaluator:
-        """Train, and find the values.
+        """Train, and compute the values.
 
         Args:
-            *args: what ``train`` takes behind the data.
+            *args: passed on to ``train`` after the data.
             **kwargs: likewise, for instance ``epochs`` and ``batch_size`` of ``pred_model.fit``.
 
         Raises:
-            InputError: labels that are not classes, or whatever the estimator refuses.
+            InputError: labels that are not classes, or as in :class:`turnover.Influence`.
         """
         train, valid = _loader(self.x_train, self.y_train), _loader(self.x_valid, self.y_valid)
         influence = self._train(self.pred_model, self.x_train, self.y_train, *args, **kwargs)
@@ -105,8 +105,8 @@ def _loader(x: Any, y: Tensor) -> DataLoader[Any]:
     """Inputs and class numbers of one-hot labels."""
     if y.dim() != 2 or y.shape[1] < 2:
         raise InputError(
-            f"labels must be one-hot (rows, classes >= 2), as OpenDataVal has those of classification, "
-            f"got {tuple(y.shape)}"
+            f"labels must be one-hot (rows, classes >= 2), as OpenDataVal's of classification, got "
+            f"{tuple(y.shape)}"
         )
     labels: Any = y.argmax(dim=1)  # a tensor is a data set of its rows
     return DataLoader(StackDataset(x, labels), batch_size=_ROWS)

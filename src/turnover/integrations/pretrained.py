@@ -1,6 +1,7 @@
-"""The masks beside the weights: a model that is saved for others keeps its turn-over dropout.
+"""Masks beside saved weights, so that a shared model keeps its turn-over dropout.
 
-``masks.json`` in the folder holds :meth:`turnover.Network.to_dict`: the spec, the sites and a fingerprint.
+``masks.json`` in the model's folder holds :meth:`turnover.Network.to_dict`: the spec, the sites and a
+fingerprint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FILE = "masks.json"
 
 
 def save_masks(network: Network, folder: str | Path) -> None:
-    """Write ``masks.json`` into a folder that ``save_pretrained`` wrote, atomically.
+    """Write ``masks.json``, atomically, into a folder that ``save_pretrained`` wrote.
 
     Raises:
         InputError: no such folder.
@@ -30,40 +31,32 @@ def save_masks(network: Network, folder: str | Path) -> None:
 
 
 def load_masks(model: nn.Module, folder: str | Path) -> Network:
-    """Attach turn-over dropout to a model as ``masks.json`` in its folder says.
+    """Attach turn-over dropout to a model as the ``masks.json`` in its folder describes it.
 
     Args:
-        model: the model as it was saved, with its weights: of ``from_pretrained(folder)``, a
-            ``PeftModel``, or any module.
+        model: the saved model with its weights: of ``from_pretrained(folder)``, a ``PeftModel``, or any
+            module.
         folder: where it was saved.
 
     Raises:
-        InputError: no ``masks.json``, a damaged one, a site that the model does not have, or masks
-            whose fingerprint is not the stored one.
+        InputError: ``masks.json`` is missing or damaged, a site is not in the model, or the masks'
+            fingerprint is not the stored one.
     """
     return Network.from_dict(model, read_json(Path(folder) / FILE))
 
 
 def check_masks(network: Network, folder: str | Path) -> None:
-    """Check that the weights in a folder were trained under a network's masks, to be trained on.
+    """Check, before training resumes, that the weights in a folder were trained under the same masks.
 
     Raises:
-        InputError: no ``masks.json``, a damaged one, another spec or other sites.
+        InputError: ``masks.json`` is missing, damaged, or describes another spec or other sites.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(f"{folder} has no {FILE}: it was trained without turn-over dropout")
-    stored, mend = read_json(path), "go on with the spec and the sites that it was begun with"
     try:
-        there = {s["name"]: (s["axis"], s["unit_size"]) for s in stored["sites"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error!r})") from error
-    if stored.get("spec") != network.spec.to_dict():
+        network.check(read_json(path))
+    except InputError as error:
         raise InputError(
-            f"{folder} was trained under other masks, of {stored.get('spec')} and not "
-            f"{network.spec}: {mend}"
-        )
-    here = {site.name: (site.axis, site.unit_size) for site in network.masking.sites.values()}
-    if there != here:
-        differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-        raise InputError(f"{folder} was trained with other sites (see {differing[:5]}): {mend}")
+            f"{path}: {error}; resume with the spec and the sites of the first training"
+        ) from error

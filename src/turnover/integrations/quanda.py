@@ -19,30 +19,30 @@ with needing("the explainer", "quanda"):
 
 
 def gram(model: nn.Module) -> Influence:
-    """Gram with its defaults, on a network as it is."""
+    """Gram with its defaults."""
     return Influence(model, method="gram")
 
 
 class TurnoverExplainer(Explainer):  # type: ignore[misc]
     """Turn-over dropout or gram behind quanda's ``explain`` and ``self_influence``.
 
-    quanda makes explainers itself, of models of its own, so this one is told how an
-    :class:`~turnover.Influence` is made of a model, and not given one.
+    quanda creates explainers itself, for models of its own, so this one takes a function that makes an
+    :class:`~turnover.Influence` of a model.
 
     Args:
         model: a trained classifier of tensors.
         train_dataset: map-style, of ``(inputs, label)``.
         task: ``"image_classification"``, which in quanda is any classification of tensors.
         checkpoints: paths; the last one is loaded into the model.
-        checkpoints_load_func: how, ``(model, path)``.
-        influence: makes the estimator of the model. For turn-over dropout, one that attaches the masks
-            that the model was trained under; the default needs none.
-        train_ids: int64 (training instances,): ids that it was trained under, in the data set's order. Not
-            needed by gram.
+        checkpoints_load_func: loads one, ``(model, path)``.
+        influence: makes the estimator of the model. For turn-over dropout it attaches the masks that the
+            model was trained under; the default, gram, needs none.
+        train_ids: int64 (training instances,): ids that the model was trained under, in the data set's
+            order. Not needed by gram.
         batch_size: training instances in one forward of gram.
 
     Raises:
-        InputError: turn-over without ids, or whatever :meth:`turnover.Influence.fit` refuses.
+        InputError: turn-over without ids, or as in :meth:`turnover.Influence.fit`.
         ValueError: another task (quanda's own).
     """
 
@@ -72,10 +72,10 @@ class TurnoverExplainer(Explainer):  # type: ignore[misc]
 
         Args:
             test_data: model inputs (test, ...).
-            targets: int64 (test,), the classes whose prediction is explained.
+            targets: int64 (test,), the predicted classes to explain.
 
         Raises:
-            InputError: whatever :meth:`turnover.Influence.estimate` refuses.
+            InputError: as in :meth:`turnover.Influence.estimate`.
         """
         labels = torch.as_tensor(targets)
         return self._scores.scores(self._train, [Batch(test_data, labels)]).T.to(self.device)
@@ -84,6 +84,6 @@ class TurnoverExplainer(Explainer):  # type: ignore[misc]
         """Influence of every training instance on itself: float32 (train,).
 
         Args:
-            batch_size: quanda's; batches are those of the constructor.
+            batch_size: ignored; the constructor has one.
         """
         return self._scores.self_scores(self._train).to(self.device)

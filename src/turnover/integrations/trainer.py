@@ -2,7 +2,7 @@
 
 The trainer's own loop, collator and evaluation stay. Training batches carry the ids of their rows
 beside the model's inputs; the loss is computed under ``exposed(ids)``, and evaluation runs the mean
-network. Whatever is saved gets the masks beside it (:mod:`turnover.integrations.pretrained`).
+network. Saved models get the masks beside them (:mod:`turnover.integrations.pretrained`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from turnover.batches import as_batch, fetched
+from turnover.batches import WithIds, as_batch
 from turnover.dropout.audit import clips
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
@@ -29,8 +28,7 @@ from turnover.ids import check_training_ids, string_ids
 from turnover.integrations.pretrained import check_masks, save_masks
 
 IDS = "ids"
-"""Key of the ids in a training batch, where :func:`turnover.batches.as_batch` finds them."""
-
+"""Key of the ids in a training batch, as :func:`turnover.batches.as_batch` reads it."""
 _COLUMNS = ("id", "ids")
 _logger = logging.getLogger(__name__)
 
@@ -44,19 +42,19 @@ def attach_trainer(
 ) -> Network:
     """Attach turn-over dropout to the model of a ``transformers.Trainer``, before ``train()``.
 
-    The audit of the first training batch is logged: as a warning where something leaks. The batches
-    of ``trainer.get_train_dataloader()`` hold the ids, as :class:`turnover.Influence` takes them. If
-    ``label_names`` of its arguments names one column, labels are taken from it; of several, each stays
-    among the model's inputs, for an objective of your own.
+    Logs the audit of the first training batch, as a warning if something leaks. The batches of
+    ``trainer.get_train_dataloader()`` hold the ids, as :class:`turnover.Influence` takes them. If
+    ``label_names`` of the trainer's arguments is one column, it holds the labels; several stay among the
+    model's inputs, for an objective of your own.
 
     Args:
-        trainer: a ``transformers.Trainer``, or of a class that inherits from it.
+        trainer: a ``transformers.Trainer``, or a subclass.
         sites: as in :func:`turnover.attach`.
         spec: the masks; default ``MaskSpec()``.
-        ids: which instance each row of ``train_dataset`` is. A column's name (int64 or strings; rows
+        ids: which instance each row of ``train_dataset`` is: a column's name (int64 or strings; rows
             with equal values form a group and share a mask), or one id for each row. ``None``: the
-            column ``"id"`` or ``"ids"``, which must then be distinct, and where there is none, row
-            numbers from 0. A data set that can only be iterated needs the column's name.
+            column ``"id"`` or ``"ids"``, whose values must be distinct, or else row numbers from 0. An
+            iterable data set needs the column's name.
 
     Returns:
         :class:`~turnover.Network` on ``trainer.model``.
@@ -64,16 +62,15 @@ def attach_trainer(
     Raises:
         InputError: a trainer without training data, or with ``model_init``; a model that cannot run
             without labels; ids that are missing, ambiguous, negative or not one for each row; an
-            unknown site. At ``train()``:
-            gradient clipping by global norm (``max_grad_norm``), several GPUs in one process, another
-            model than was attached to, a checkpoint that was trained under other masks.
+            unknown site. At ``train()``: gradient clipping by global norm (``max_grad_norm``), several
+            GPUs in one process, another model, a checkpoint trained under other masks.
         TypeError: ids that are neither integers nor strings.
     """
     if isinstance(getattr(trainer.train, "__self__", None), _Training):
-        raise InputError("this trainer has turn-over dropout attached already: make a new trainer")
+        raise InputError("this trainer already has turn-over dropout attached: make a new trainer")
     if trainer.model_init is not None:
         raise InputError(
-            "the trainer makes its model anew by model_init, which would lose the masks: pass model="
+            "the trainer re-creates its model by model_init, which would lose the masks: pass model="
         )
     _check_forward(trainer)
     source = _source(trainer.train_dataset, ids)
@@ -82,12 +79,11 @@ def attach_trainer(
     if len(label_names) == 1:
         network.adapter = partial(as_batch, label_names=tuple(label_names))
     _Training(trainer, network, source)
-    _save_with_masks(trainer, network)
     return network
 
 
 class _Training:
-    """What takes the place of a trainer's ``train``, ``get_train_dataloader`` and ``compute_loss``."""
+    """Replaces methods of a trainer, and of a model that can save itself."""
 
     def __init__(self, trainer: Any, network: Network, source: Tensor | str) -> None:
         self._trainer = trainer
@@ -97,13 +93,20 @@ class _Training:
         self._train = trainer.train
         self._get_train_dataloader = trainer.get_train_dataloader
         self._compute_loss = trainer.compute_loss
-        for method in (self.train, self.get_train_dataloader, self.compute_loss):
+        self._save_model = trainer.save_model
+        replaced = [self.train, self.get_train_dataloader, self.compute_loss]
+        model: Any = network.model
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = partial(_save_pretrained, network, model.save_pretrained)
+        else:
+            replaced.append(self.save_model)
+        for method in replaced:
             setattr(trainer, method.__name__, method)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Refuse what would leak, then train."""
+        """Check the settings for leaks, then train."""
         trainer = self._trainer
         if clips(trainer.args.max_grad_norm):
             raise InputError(
@@ -113,13 +116,13 @@ class _Training:
             )
         if trainer.args.n_gpu > 1:
             raise InputError(
-                f"{trainer.args.n_gpu} GPUs in one process split batches behind the ids' back: start "
-                f"the script with torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES)"
+                f"{trainer.args.n_gpu} GPUs in one process split batches without their ids: start the "
+                f"script with torchrun, or let it see one GPU (CUDA_VISIBLE_DEVICES)"
             )
         if trainer.accelerator.unwrap_model(trainer.model) is not self._network.model:
             raise InputError(
-                "the trainer's model is not the one that was attached to: call attach_trainer after "
-                "trainer.model is set"
+                "the trainer's model is not the one that the masks are attached to: call attach_trainer "
+                "after trainer.model is set"
             )
         if resume_from_checkpoint:
             self._check_masks_of(resume_from_checkpoint)
@@ -127,7 +130,7 @@ class _Training:
         return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """The trainer's own, of rows and a collator that carry ids."""
+        """The trainer's own loader, of rows with ids."""
         trainer = self._trainer
         trainer._set_signature_columns_if_needed()
         kept = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
@@ -137,16 +140,16 @@ class _Training:
             if isinstance(self._source, Tensor):
                 if _column_names(dataset) is not None:
                     dataset = trainer._remove_unused_columns(dataset, description="training")
-                trainer.train_dataset = _Identified(dataset, self._source)
-            trainer.data_collator = _IdCollator(collator, key)
-            # remove_unused_columns would take the ids away before they reach the collator.
+                trainer.train_dataset = _IdColumn(dataset, self._source)
+            trainer.data_collator = _Collator(collator, key)
+            # Or remove_unused_columns would remove the ids before they reach the collator.
             trainer._signature_columns = [*columns, key]
             return self._get_train_dataloader()
         finally:
             trainer.train_dataset, trainer.data_collator, trainer._signature_columns = kept
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, of a training batch in the exposed sub-networks of its rows."""
+        """The trainer's own loss; that of a training batch under the masks of its rows."""
         ids = inputs.pop(IDS, None)
         if ids is None:
             return self._compute_loss(model, inputs, *args, **kwargs)
@@ -156,12 +159,19 @@ class _Training:
         with self._network.exposed(ids):
             return self._compute_loss(model, inputs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the model, and the masks beside it."""
+        trainer = self._trainer
+        self._save_model(output_dir, *args, **kwargs)
+        if trainer.args.should_save:
+            _save_known_masks(self._network, output_dir or trainer.args.output_dir)
+
     def _check_masks_of(self, checkpoint: str | bool) -> None:
         from transformers.trainer_utils import get_last_checkpoint
 
         output = self._trainer.args.output_dir
         folder = get_last_checkpoint(output) if checkpoint is True else str(checkpoint)
-        if folder is not None:  # if there is none, the trainer has an error of its own
+        if folder is not None:  # the trainer's own error names a missing checkpoint
             check_masks(self._network, folder)
 
     def _audit(self, inputs: Any) -> None:
@@ -169,9 +179,9 @@ class _Training:
         if not trainer.is_world_process_zero():
             return
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            _logger.warning("not audited for leaks: parameters are sharded over processes")
+            _logger.warning("not audited for leaks, as parameters are sharded over processes")
             return
-        # A model that is given labels may give its loss before its logits.
+        # With labels a model may return its loss before its logits.
         inputs = {key: value for key, value in inputs.items() if key not in trainer.label_names}
         with _without_checkpointing(network.model):
             report = network.audit(inputs, optimizer=trainer.optimizer, adapter=network.adapter)
@@ -179,36 +189,30 @@ class _Training:
         _logger.log(level, "turn-over dropout, audit of the first batch: %s", report)
 
 
-class _Identified(Dataset[Any]):
-    """A data set whose rows carry their ids."""
+class _IdColumn(WithIds):
+    """A data set of mappings, with the ids as one more column."""
 
-    def __init__(self, dataset: Any, ids: Tensor) -> None:
-        self._dataset = dataset
-        self._ids = ids
+    def __getitem__(self, row: int) -> Any:
+        return _with_id(row, *super().__getitem__(row))
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self._identified(row, self._dataset[row])
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        items = fetched(self._dataset, rows)
-        return [self._identified(row, item) for row, item in zip(rows, items, strict=True)]
-
-    def _identified(self, row: int, item: Any) -> dict[str, Any]:
-        if not isinstance(item, Mapping):
-            raise InputError(
-                f"row {row} of train_dataset is a {type(item).__name__}: rows must be mappings of the "
-                f"model's inputs"
-            )
-        if IDS in item:
-            raise InputError(f"row {row} of train_dataset has {IDS!r} already: pass ids={IDS!r}")
-        return {**item, IDS: int(self._ids[row])}
+    def __getitems__(self, rows: Sequence[int]) -> list[Any]:
+        items = super().__getitems__(rows)
+        return [_with_id(row, *item) for row, item in zip(rows, items, strict=True)]
 
 
-class _IdCollator:
-    """A collator that hands the ids on beside the batch."""
+def _with_id(row: int, item: Any, instance: int) -> dict[str, Any]:
+    if not isinstance(item, Mapping):
+        raise InputError(
+            f"row {row} of train_dataset is a {type(item).__name__}: rows must be mappings of the "
+            f"model's inputs"
+        )
+    if IDS in item:
+        raise InputError(f"row {row} of train_dataset has {IDS!r} already: pass ids={IDS!r}")
+    return {**item, IDS: instance}
+
+
+class _Collator:
+    """A collator that passes on the ids beside the batch."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], key: str) -> None:
         self._collator = collator
@@ -218,7 +222,7 @@ class _IdCollator:
         missing = [feature for feature in features if self._key not in feature]
         if missing:
             raise InputError(
-                f"a training row has no {self._key!r}, which was named as ids; it has "
+                f"a training row has no {self._key!r}, the column of ids; it has "
                 f"{', '.join(map(repr, missing[0]))}"
             )
         ids = [feature[self._key] for feature in features]
@@ -229,26 +233,28 @@ class _IdCollator:
 
 
 def _check_forward(trainer: Any) -> None:
-    """Refuse a model that cannot give its logits without labels, as the audit and the estimators ask."""
+    """Check that the model runs without labels, as the audit and the estimators need."""
     parameters = inspect.signature(trainer.model.forward).parameters
     for name in trainer.label_names or ["labels"]:
         if name in parameters and parameters[name].default is inspect.Parameter.empty:
             raise InputError(
-                f"{type(trainer.model).__name__}.forward cannot run without {name!r}, as the audit and "
-                f"the estimators run it: give it a default ({name}=None), and leave the loss out then"
+                f"{type(trainer.model).__name__}.forward cannot run without {name!r}, but the audit and "
+                f"the estimators do: give it a default ({name}=None), and return no loss then"
             )
 
 
 def _source(dataset: Any, ids: str | Tensor | Sequence[int] | Sequence[str] | None) -> Tensor | str:
-    """Ids of the rows, int64 (rows,); or, of rows that come one after another, the column's name."""
+    """Ids of the rows, int64 (rows,); of an iterable data set, the name of their column."""
     if dataset is None:
-        raise InputError("the trainer has no train_dataset, so there are no instances to mask")
+        raise InputError(
+            "the trainer has no train_dataset, so no instances to mask: pass train_dataset="
+        )
     names = _column_names(dataset)
     if not hasattr(dataset, "__len__"):
         if not isinstance(ids, str):
             raise InputError(
-                "train_dataset can only be iterated, so its rows have no numbers: name the column of "
-                "their ids (ids=)"
+                "train_dataset is iterable only, so its rows have no numbers: name the column of their "
+                "ids (ids=)"
             )
         return ids
     if ids is None:
@@ -261,15 +267,15 @@ def _source(dataset: Any, ids: str | Tensor | Sequence[int] | Sequence[str] | No
         column = _column(dataset, found[0])
         if len(set(column.tolist())) < len(column):
             raise InputError(
-                f"column {found[0]!r} of train_dataset has equal ids: pass ids={found[0]!r} if rows of "
-                f"one id are one group, or name another column"
+                f"column {found[0]!r} of train_dataset has equal ids: pass ids={found[0]!r} if these rows "
+                f"are a group, or name another column"
             )
         return column
     if isinstance(ids, str):
         if names is None:
             raise InputError(
                 f"train_dataset is a {type(dataset).__name__} without columns: pass the ids themselves, "
-                f"one for each row, in place of {ids!r}"
+                f"one for each row, instead of {ids!r}"
             )
         if ids not in names:
             raise InputError(
@@ -277,12 +283,14 @@ def _source(dataset: Any, ids: str | Tensor | Sequence[int] | Sequence[str] | No
             )
         return _column(dataset, ids)
     if len(ids) != len(dataset):
-        raise InputError(f"train_dataset has {len(dataset)} rows, and ids= has {len(ids)}")
+        raise InputError(
+            f"train_dataset has {len(dataset)} rows, and ids= has {len(ids)}: give one for each row"
+        )
     return _as_ids(ids, "ids=")
 
 
 def _column_names(dataset: Any) -> list[str] | None:
-    """Names of the columns of a ``datasets.Dataset``; ``None`` for another kind of data set."""
+    """Column names of a ``datasets.Dataset``; ``None`` for other data sets."""
     names = getattr(dataset, "column_names", None)
     return names if isinstance(names, list) and hasattr(dataset, "remove_columns") else None
 
@@ -304,7 +312,7 @@ def _as_ids(values: Tensor | Sequence[Any], where: str) -> Tensor:
 
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Activations are kept while the body runs: a reentrant checkpoint cannot be asked for gradients."""
+    """Switch gradient checkpointing off: gradients do not pass through a reentrant checkpoint."""
     modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     for module in modules:
         module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -313,15 +321,6 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-def _save_with_masks(trainer: Any, network: Network) -> None:
-    """Have whatever saves the model write the masks beside it."""
-    model: Any = network.model
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = partial(_save_pretrained, network, model.save_pretrained)
-    else:
-        trainer.save_model = partial(_save_model, network, trainer, trainer.save_model)
 
 
 def _save_pretrained(
@@ -333,24 +332,11 @@ def _save_pretrained(
 ) -> Any:
     saved = save(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
-        _save_if_run(network, save_directory)
+        _save_known_masks(network, save_directory)
     return saved
 
 
-def _save_model(
-    network: Network,
-    trainer: Any,
-    save: Callable[..., None],
-    output_dir: str | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    save(output_dir, *args, **kwargs)
-    if trainer.args.should_save:
-        _save_if_run(network, output_dir or trainer.args.output_dir)
-
-
-def _save_if_run(network: Network, folder: str | Path) -> None:
-    # A network that never ran does not know the widths of its sites, and has learned nothing under masks.
+def _save_known_masks(network: Network, folder: str | Path) -> None:
+    # A network that never ran does not know the widths of its sites, and has learned nothing.
     if None not in network.units.values():
         save_masks(network, folder)

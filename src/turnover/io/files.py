@@ -58,10 +58,7 @@ def writing_temporary(folder: Path | None = None) -> Iterator[str]:
 def mapped(file: IO[bytes], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Map an array of zeros at the end of a file; the array holds the file open.
 
-    Its disk space is allocated now: writing to a mapped page without space kills the process.
-
-    Raises:
-        OSError: the disk is full.
+    Its disk space is allocated now (OSError if full): writing to a page without space kills the process.
     """
     start = file.tell()
     _allocate(file, start, int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)))
@@ -96,9 +93,7 @@ def _code(error: Exception) -> int:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a draft that replaces ``path`` when the body ends; it is deleted if the body fails.
 
-    Raises:
-        InputError: the path is a device or a pipe.
-        WriteError: the disk is full, or the path cannot be written.
+    A device or a pipe is refused, and a full disk raises a WriteError.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a device or a pipe; give the path of a file")
@@ -128,11 +123,8 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
     Args:
         lock: file for the lock alone, created if missing.
-        what: the thing that other processes may not write, for the message.
-        wait: wait for the other process to end.
-
-    Raises:
-        InputError: another process holds the lock, or the lock cannot be written.
+        what: the thing that is written, for the message to other processes.
+        wait: wait for the other process to end, instead of raising an InputError.
     """
     from filelock import FileLock, Timeout
 

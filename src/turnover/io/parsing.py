@@ -31,30 +31,18 @@ _DAMAGE = (
 
 
 def check_file(path: Path) -> None:
-    """Refuse a pipe or a device, which never ends, or a folder.
-
-    Raises:
-        InputError: the path exists and is not a file.
-    """
+    """Refuse a pipe or a device, which never ends, or a folder; a missing file passes."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: missing or damaged (not a file)")
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without its byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or a line (it is named) is not UTF-8.
-    """
+    """Read a UTF-8 file, without its byte order mark."""
     return "".join(_lines(path))
 
 
 def decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    """Decode the lines of a UTF-8 file, without its byte order mark.
-
-    Raises:
-        InputError: a line is not UTF-8; it is named.
-    """
+    """Decode the lines of a UTF-8 file, without its byte order mark."""
     for number, line in enumerate(lines, start=1):
         try:
             yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
@@ -65,16 +53,12 @@ def decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def parse_json(raw: str | bytes, where: object, *, own: bool = False) -> Any:
-    """Parse a JSON value.
+    """Parse a JSON value; refuse deep nesting, NaN, infinities and lone surrogates.
 
     Args:
         raw: the text.
         where: the file, for messages.
-        own: turnover wrote it: NaN and infinities, which are not JSON, and lone surrogates, as file names
-            may hold, are accepted.
-
-    Raises:
-        InputError: not JSON, nested too deep, or NaN, infinities or lone surrogates.
+        own: turnover wrote it, so NaN, infinities and lone surrogates (of file names) are accepted.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode()
@@ -93,28 +77,12 @@ def parse_json(raw: str | bytes, where: object, *, own: bool = False) -> Any:
 
 
 def read_object(path: Path, *, own: bool = False) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        own: as in :func:`parse_json`.
-
-    Raises:
-        InputError: the file is missing, not a JSON object, or refused by :func:`parse_json`.
-    """
+    """Read a JSON object (``own`` as in :func:`parse_json`)."""
     return _object(parse_json(read_text(path), path, own=own), path)
 
 
 def read_objects(path: Path, *, own: bool = False) -> list[dict[str, Any]]:
-    """Read JSON objects, one per line or in one JSON list.
-
-    Args:
-        path: the file.
-        own: as in :func:`parse_json`.
-
-    Raises:
-        InputError: the file is missing or holds something else; the line or row is named.
-    """
+    """Read JSON objects, one per line or in one JSON list (``own`` as in :func:`parse_json`)."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(path), start=1):
         if not rows and line.lstrip().startswith("["):
@@ -127,11 +95,7 @@ def read_objects(path: Path, *, own: bool = False) -> list[dict[str, Any]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        InputError: the file is missing, larger than 1 MiB, or not TOML.
-    """
+    """Read a TOML file of at most 1 MiB."""
     if path.is_file() and path.stat().st_size > _LARGEST_TOML:
         raise InputError(f"{path}: cannot be read as TOML: larger than 1 MiB, too much for options")
     text = read_text(path)
@@ -144,11 +108,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that :func:`write_json` wrote, without its checksum if it has one.
-
-    Raises:
-        InputError: the file is missing, not a JSON object, or does not match its checksum.
-    """
+    """Read a JSON object that :func:`write_json` wrote, and compare its checksum if it has one."""
     values = read_object(path, own=True)
     stored = values.pop(_CHECKSUM, None)
     if stored is not None and stored != checksum(values):
@@ -160,13 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: dict[str, Any], *, sealed: bool = False) -> None:
-    """Write a JSON object, atomically.
-
-    Args:
-        path: the file.
-        values: the object.
-        sealed: add a checksum, which :func:`read_json` compares.
-    """
+    """Write a JSON object, atomically; if ``sealed``, with a checksum that :func:`read_json` compares."""
     if sealed:
         values = {**values, _CHECKSUM: checksum(json.loads(json.dumps(values)))}
     with replacing(path) as draft:
@@ -199,9 +153,6 @@ def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> A
         kind: a dataclass, or any type that msgspec knows: ``list[str]``, ``int | None``, ``Literal[...]``.
         where: the file, for messages.
         closed: refuse fields that the dataclass does not have.
-
-    Raises:
-        InputError: a missing field, one of another type (it is named), or one that the dataclass refuses.
     """
     with needing("reading files", "turnover[results]", "turnover[evaluation]"):
         import msgspec
@@ -218,22 +169,14 @@ def convert(values: Any, kind: Any, where: object, *, closed: bool = False) -> A
 
 
 @contextmanager
-def damage(path: Path | str, mend: str = "restore it") -> Iterator[None]:
-    """Report errors of the body, which uses a file that turnover wrote, as damage to the file.
-
-    Args:
-        path: the file.
-        mend: what the message tells the user to do.
-
-    Raises:
-        InputError: the body failed.
-    """
+def damage(path: Path | str, fix: str = "restore it") -> Iterator[None]:
+    """Report errors of the body, which uses values of a file, as damage to it, with the ``fix`` for it."""
     try:
         yield
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!r}); {mend}") from error
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); {fix}") from error
 
 
 def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
@@ -292,13 +235,8 @@ def _deep(where: object) -> str:
     return f"{where}: damaged, lists and objects are nested more than {DEPTH} deep"
 
 
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-    return any(isinstance(one, dict | list) for one in level)
+def _too_deep(value: Any, left: int = DEPTH) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_too_deep(one, left - 1) for one in inner)

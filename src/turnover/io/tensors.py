@@ -24,11 +24,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a file of tensors with safetensors.
-
-    Raises:
-        InputError: no such file, not safetensors, or a tensor that the body reads is missing.
-    """
+    """Open a file of tensors with safetensors."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path)
@@ -55,8 +51,8 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
-def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Refuse a file that does not hold exactly a model's tensors, by its header alone."""
+def check_shapes(path: Path, wanted: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse a file that does not hold exactly a model's tensors, among names that begin with ``prefix``."""
     found = shapes(path)
     for name, value in wanted.items():
         if found.get(name) != tuple(value.shape):
@@ -64,21 +60,16 @@ def check_shapes(path: Path, wanted: Mapping[str, Tensor]) -> None:
             raise InputError(
                 f"{path}: {name} {has} where {tuple(value.shape)} is needed: damaged, or of another model"
             )
-    others = [name for name in found if name not in wanted]
+    others = [name for name in found if name not in wanted and name.startswith(prefix)]
     if others:
         raise InputError(
             f"{path}: holds {', '.join(others[:_SHOWN])}, which the model does not have"
         )
 
 
-def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a model's tensors, to replace those given.
-
-    Raises:
-        InputError: other names or shapes, integers instead of real numbers or the reverse, or NaN or
-            infinities where the model had none.
-    """
-    check_shapes(path, wanted)
+def read_weights(path: Path, wanted: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors that replace a model's: same shapes and kinds of numbers, and no new NaN."""
+    check_shapes(path, wanted, prefix)
     with opened(path) as tensors:
         found = {name: tensors.get_tensor(name) for name in wanted}
     for name, value in found.items():

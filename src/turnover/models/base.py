@@ -78,14 +78,8 @@ class Pipeline(Protocol):
             InputError: an empty text, an unreadable image, or another kind of data than the model's.
         """
 
-    def export(self, data: Any, out: Path) -> None:
-        """Write data for the user, atomically, in a format that can be read again."""
-
-    def write(self, folder: Path, name: str, data: Any) -> None:
-        """Write data into a run's folder."""
-
     def read(self, folder: Path, name: str, classes: list[str]) -> Data:
-        """Read data that :meth:`write` wrote."""
+        """Read data that ``data.save`` wrote."""
 
 
 def standardize(

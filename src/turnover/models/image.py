@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, Reader
+from turnover.data.base import Data, Reader, read_rows
+from turnover.data.decoding import Ranges, check_ranges
 from turnover.data.encoded import Encoded
 from turnover.data.images import (
     ImageData,
@@ -21,20 +22,15 @@ from turnover.data.images import (
     ImageRow,
     Pixels,
     read_image,
-    write_images,
 )
-from turnover.data.jsonl import read_rows, write_rows
-from turnover.data.scaling import Ranges, check_ranges
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
-from turnover.io.files import write_array
 from turnover.io.parsing import check_file, convert, damage, read_object
-from turnover.io.tensors import check_finite, opened, read_model, shapes, write_model
+from turnover.io.tensors import opened, read_model, read_weights, write_model
 from turnover.models.base import STANDARDIZED_ROWS, standardize
 from turnover.models.vgg import SITES, VGG
 
 IMAGE_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19")
-_WRITTEN_ROWS = 1000
 _FEATURES = "features."
 
 
@@ -125,29 +121,16 @@ class ImageClassifier(nn.Module):
         Raises:
             InputError: no such file, not safetensors, or weights of another shape.
         """
-        given, own = Path(path), self.encoder.state_dict()
-        found = {
-            name.removeprefix(_FEATURES): shape
-            for name, shape in shapes(given).items()
-            if name.startswith(_FEATURES)
-        }
-        for name, value in own.items():
-            if found.get(name) != tuple(value.shape):
-                has = f"is {found[name]}" if name in found else "is missing"
-                raise InputError(
-                    f"{path}: features.{name} {has} where {tuple(value.shape)} is needed: give the "
-                    f"--model and --width of these weights"
-                )
-        if len(found) > len(own):
+        wanted = {_FEATURES + name: value for name, value in self.encoder.state_dict().items()}
+        with opened(Path(path)):
+            pass  # it is a file of tensors, so what is refused next are their shapes
+        try:
+            taken = read_weights(Path(path), wanted, _FEATURES)
+        except InputError as error:
             raise InputError(
-                f"{path}: holds more layers than this VGG has ({next(iter(set(found) - set(own)))}): "
-                f"give the --model of these weights, without batch normalization"
-            )
-        with opened(given) as tensors:
-            taken = {name: tensors.get_tensor(_FEATURES + name) for name in own}
-        for name, value in taken.items():
-            check_finite(given, _FEATURES + name, value)
-        self.encoder.load_state_dict(taken)
+                f"{error}; give the --model and --width of these weights, without batch normalization"
+            ) from error
+        self.encoder.load_state_dict({k.removeprefix(_FEATURES): v for k, v in taken.items()})
 
 
 @dataclass(frozen=True)
@@ -226,18 +209,6 @@ class ImagePipeline:
         pixels = read_image(given, self.config.size, self.ranges)[None]
         ids, name = torch.zeros(1, dtype=torch.int64), given.name
         return ImageData(pixels, [0], [name], [label], ids, [name], classes, self.ranges)
-
-    def export(self, data: ImageData, out: Path) -> None:
-        """Write images with keys and labels as ``.npz``, or keys, names and labels as a table."""
-        write_images(data, out)
-
-    def write(self, folder: Path, name: str, data: ImageData) -> None:
-        """Write JSON lines with key, id, label and name, and the pixels beside them."""
-        write_rows(folder / f"{name}.jsonl", data)
-        shape = (len(data), *data.pixels.shape[1:])
-        starts = range(0, len(data), _WRITTEN_ROWS)
-        parts = (data.pixels[data.rows[start : start + _WRITTEN_ROWS]] for start in starts)
-        write_array(folder / f"{name}.npy", shape, np.uint8, parts)
 
     def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
         """Read images of a run; their pixels stay on disk."""

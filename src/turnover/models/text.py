@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, Reader, write
+from turnover.data.base import Data, Reader, read_rows
 from turnover.data.encoded import Encoded
-from turnover.data.jsonl import read_rows, write_rows
 from turnover.data.text import TextData, TextRow, Tokens, read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
@@ -182,14 +181,6 @@ class TextPipeline:
         if not given.strip():
             raise InputError("the text to explain is empty")
         return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
-
-    def export(self, data: TextData, out: Path) -> None:
-        """Write key, text and label as a table."""
-        write(data, out)
-
-    def write(self, folder: Path, name: str, data: TextData) -> None:
-        """Write JSON lines with key, id, label and text."""
-        write_rows(folder / f"{name}.jsonl", data)
 
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
         """Read texts of a run."""

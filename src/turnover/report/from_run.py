@@ -35,7 +35,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         InputError: the run has not been scored, or its results belong to another model.
     """
     metrics = read_json(run.folder / "metrics.json")
-    errors = tuple(explain_errors(run))  # before what follows: it names a run that was not scored
+    errors = tuple(explain_errors(run))  # first: it names a run that was not scored
     found = metrics["influence"]
     overall = _harmful_overall(run)
     listed = [*overall, *(one for error in errors for one in error.instances)]
@@ -68,15 +68,17 @@ def _curves(path: Path, curves: dict[str, Any]) -> tuple[Curve, ...]:
 
 def _accuracy(metrics: dict[str, Any]) -> tuple[AccuracyRow, ...]:
     accuracy, interval = metrics["accuracy"], metrics["accuracy_interval"]
-    low, high = interval["turnover"]
-    name = "turn-over dropout (mean network)"
-    note = "the network explained here"
-    rows = [AccuracyRow(name, accuracy["turnover"], low, high, note)]
-    if "without_turnover" in accuracy:
-        low, high = interval["without_turnover"]
-        name = "same model, ordinary dropout"
-        note = "trained with the same settings; cannot be explained this way"
-        rows.append(AccuracyRow(name, accuracy["without_turnover"], low, high, note))
+    named = {
+        "turnover": ("turn-over dropout (mean network)", "the network explained here"),
+        "without_turnover": (
+            "same model, ordinary dropout",
+            "trained with the same settings; cannot be explained this way",
+        ),
+    }
+    rows = []
+    for key in (one for one in named if one in accuracy):
+        (low, high), (name, note) = interval[key], named[key]
+        rows.append(AccuracyRow(name, accuracy[key], low, high, note))
     share = accuracy["majority"]
     half = 1.96 * (share * (1 - share) / metrics["n_test"]) ** 0.5
     note = "baseline: always the most frequent training class"
@@ -135,11 +137,8 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
 
 
 def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:
-    floor = found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0})
     return NoiseSummary(
-        median=floor["median"],
-        low=floor["low"],
-        high=floor["high"],
+        **found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0}),
         significant_pairs=metrics.get("significant_pairs") or 0,
         pairs=found.get("pairs", 0),
         ghost_false_positive_rate=metrics.get("ghost_false_positive_rate") or 0.0,
@@ -149,12 +148,13 @@ def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:
 
 
 def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
-    loss, half = metrics["loss"], metrics["loss_half_width"]
-    seconds = metrics["seconds"]
+    loss, half, seconds = metrics["loss"], metrics["loss_half_width"], metrics["seconds"]
 
     def nats(name: str) -> str:
         return f"{loss[name]:.3f} ± {half[name]:.3f}"
 
+    leaking = f"{metrics['audit']['leaking_share']:.2%}"
+    leak = "share of trainable scalars that one instance reaches both exposed and hidden"
     facts = [
         Fact("Training instances", f"{metrics['n_train']:,}", "each with its own mask"),
         Fact("Test instances", f"{metrics['n_test']:,}", "never trained on; run under ghost masks"),
@@ -164,51 +164,38 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
         Fact("Loss, test exposed", nats("test_exposed"), "all test rows, ghost masks"),
         Fact("Loss, test hidden", nats("test_hidden"), "all test rows, flipped ghost masks"),
         Fact("Loss, test mean network", nats("test_mean"), "all test rows, no mask"),
-        Fact(
-            "Leaking parameters",
-            f"{metrics['audit']['leaking_share']:.2%}",
-            "share of trainable scalars that one instance reaches both exposed and hidden",
-        ),
+        Fact("Leaking parameters", leaking, leak),
         Fact("Training", f"{seconds['train']:.0f} s", "with masks, loss curves included"),
         Fact("Influence", f"{seconds['influence']:.0f} s", "everything this page shows"),
         Fact("Estimator", found["method"], f"objective: {found['objective']}, in nats"),
     ]
-    if found.get("spearman_exact_linear") is not None:
-        facts.append(
-            Fact(
-                "Linear against exact",
-                f"Spearman {found['spearman_exact_linear']:.2f}",
-                f"mean over targets, {found['exact_pairs']:,} pairs estimated both ways",
-            )
-        )
+    if (rank := found.get("spearman_exact_linear")) is not None:
+        how = f"mean over targets, {found['exact_pairs']:,} pairs estimated both ways"
+        facts.append(Fact("Linear against exact", f"Spearman {rank:.2f}", how))
     if (gram := found.get("gram")) is not None:
-        facts.append(
-            Fact(
-                "Gram",
-                f"{gram['seconds']:.0f} s",
-                f"a pass over the training data and a solve; of its {gram['compared']} strongest "
-                f"instances of each error {gram['same_sign']:.0%} have the same sign by turn-over; median "
-                f"standard error {gram['median_standard_error']:.2g} nats",
-            )
+        how = (
+            f"a pass over the training data and a solve; {gram['same_sign']:.0%} of its "
+            f"{gram['compared']} strongest instances of each error have the same sign by turn-over; median "
+            f"standard error {gram['median_standard_error']:.2g} nats"
         )
+        facts.append(Fact("Gram", f"{gram['seconds']:.0f} s", how))
     scored = found["scored_sites"]
     names = ", ".join(scored) if len(scored) < 4 else f"{len(scored)} sites"
-    how = "their masks are flipped; elsewhere the network runs whole, so this is what they carry"
+    how = (
+        "their masks are flipped; other sites run without masks, so scores are of these sites only"
+    )
     facts.append(Fact("Scored sites", names, how))
     for site, values in _grouped(found["sites"]).items():
-        facts.append(
-            Fact(
-                f"Learning at {site}",
-                f"{values['signal']:+.3f} nats",
-                f"{values['units']:,.0f} mask units; mean self-influence through this site alone, "
-                f"against noise of {values['noise']:.3f} nats",
-            )
+        how = (
+            f"{values['units']:,.0f} mask units; mean self-influence through this site alone, against "
+            f"noise of {values['noise']:.3f} nats"
         )
+        facts.append(Fact(f"Learning at {site}", f"{values['signal']:+.3f} nats", how))
     return tuple(facts)
 
 
 def _grouped(sites: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """LoRA sites as one row: signals add up, and so do noise variances."""
+    """Combine the LoRA sites: signals add up, and so do noise variances."""
     lora = {name: v for name, v in sites.items() if ".lora_A." in name}
     grouped = {name: v for name, v in sites.items() if name not in lora}
     if lora:

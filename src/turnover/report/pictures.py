@@ -1,4 +1,4 @@
-"""Images of a run: small ones for the report, and contact sheets of errors."""
+"""Images of a run: thumbnails for the report, and contact sheets of errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.io.files import replacing
-from turnover.tasks.explain import Explanation, Influential
+from turnover.tasks.explain import Explanation
 
 _THUMBNAIL = 96
 _CELL, _GAP, _LINE, _FONT = 112, 12, 16, 12
@@ -44,8 +44,8 @@ def _images_by_key(data: Data) -> Callable[[str], Any]:
 def write_sheet(explanations: Sequence[Explanation], train: Data, targets: Data, out: Path) -> None:
     """Write a contact sheet (PNG), atomically: a line for each explanation, its target first.
 
-    Behind the target come the most helpful and the most harmful training images with their labels,
-    scores in nats, and z; scores that are not significant are grey.
+    Next to the target are the most helpful and the most harmful training images with their labels,
+    scores in nats, and z; scores that are not significant are gray.
 
     Raises:
         InputError: not a ``.png`` name, a folder that does not exist, or nothing to show.
@@ -65,7 +65,7 @@ def write_sheet(explanations: Sequence[Explanation], train: Data, targets: Data,
     train_image, target_image = _images_by_key(train), _images_by_key(targets)
 
     def left(column: int) -> int:
-        # A wider gap stands between target, helpful and harmful.
+        # Wider gaps separate target, helpful and harmful.
         return _GAP + column * (_CELL + _GAP) + _GAP * ((column > 0) + (column > each))
 
     def cell(column: int, top: int, image: NDArray[np.uint8], lines: list[tuple[str, str]]) -> None:
@@ -87,28 +87,20 @@ def write_sheet(explanations: Sequence[Explanation], train: Data, targets: Data,
         for first, side, colour in ((1, one.helpful, _HELPFUL), (1 + each, one.harmful, _HARMFUL)):
             for place, item in enumerate(side):
                 tint = colour if item.significant else _QUIET
-                lines = [(item.label, _INK), (_score(item), tint)]
+                lines = [(item.label, _INK), (f"{item.score:+.2f}  z {item.z:+.1f}", tint)]
                 cell(first + place, top, train_image(item.key), lines)
     with replacing(out) as draft:
         sheet.save(draft, "PNG")
 
 
 def check_sheet(out: Path, data: Data) -> None:
-    """Check that :func:`write_sheet` can write a sheet of these data there.
-
-    Raises:
-        InputError: data without images, not a ``.png`` name, or a folder that does not exist.
-    """
+    """Refuse data without images, another ending than ``.png``, and a folder that does not exist."""
     if data.image(0) is None:
         raise InputError("--sheet is for images; the report shows texts (turnover report)")
     if out.suffix != ".png":
         raise InputError(f"{out}: a contact sheet is a .png file")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist: make the folder first")
-
-
-def _score(item: Influential) -> str:
-    return f"{item.score:+.2f}  z {item.z:+.1f}"
 
 
 def _fitting(text: str, draw: Any, font: Any) -> str:

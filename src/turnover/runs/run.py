@@ -102,16 +102,8 @@ class Run:
                 f"{where}: damaged, the model has {known} classes, and not these: "
                 f"{', '.join(classes[:_SHOWN])}"
             )
-        return cls(
-            folder,
-            config,
-            model,
-            network,
-            pipeline,
-            pipeline.read(folder, "train", classes),
-            pipeline.read(folder, "test", classes),
-            fitted,
-        )
+        train, test = (pipeline.read(folder, name, classes) for name in ("train", "test"))
+        return cls(folder, config, model, network, pipeline, train, test, fitted)
 
     def encode(self, data: Data) -> Encoded:
         """Encode data for this run's model."""

@@ -225,7 +225,7 @@ def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None
     """
     gone, ranking = found.removed.tolist(), found.ranking
     kept = sorted(set(range(len(run.train))) - set(gone))
-    run.pipeline.export(run.train.take(kept), out)
+    run.train.take(kept).export(out)
     lines = [
         [
             run.train.keys[row],

@@ -117,11 +117,7 @@ class Explanation:
 
 
 def rows_by_id(train_ids: NDArray[np.int64], train: Data) -> list[int]:
-    """Find the first training row of every id of a result.
-
-    Raises:
-        InputError: the result has ids that are not in the training data.
-    """
+    """Find the first training row of every id of a result; refuse ids of other training data."""
     first = {value: row for row, value in reversed(list(enumerate(train.ids.tolist())))}
     missing = [one for one in train_ids.tolist() if one not in first]
     if missing:

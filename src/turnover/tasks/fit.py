@@ -106,8 +106,8 @@ def fit(
             folder.mkdir(exist_ok=True)
             pipeline.save(folder, plain, len(train_data.classes))
         write_json(draft / "masks.json", network.to_dict())
-        pipeline.write(draft, "train", train_data)
-        pipeline.write(draft, "test", test_data)
+        train_data.save(draft, "train")
+        test_data.save(draft, "test")
         write_json(draft / "metrics.json", metrics, sealed=True)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         provenance = {"data": data_digest(train_data, test_data), "made_with": versions()}

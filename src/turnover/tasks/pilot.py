@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
-from turnover.data.text import TextData
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import writing_temporary
 from turnover.models.pipeline import build
-from turnover.models.text import ClassifierConfig
 from turnover.objectives import margin
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
@@ -213,7 +212,7 @@ def _check_top(top: int, instances: int) -> None:
 
 
 def run_pilot(
-    config: FitConfig, train_data: TextData, test_data: TextData, rows: int = PILOT_ROWS
+    config: FitConfig, train_data: Data, test_data: Data, rows: int = PILOT_ROWS
 ) -> Pilot:
     """Train on part of the data as the whole would be trained, and measure the scores.
 
@@ -353,12 +352,12 @@ def mask_units(config: FitConfig) -> int:
     Raises:
         InputError: its network is not a text classifier.
     """
-    if not isinstance(config.classifier, ClassifierConfig):
+    if config.classifier.kind != "text":
         raise InputError("planning is for text classifiers, whose wide head was measured")
     return config.classifier.head_units
 
 
-def _part(data: TextData, wanted: int) -> TextData:
+def _part(data: Data, wanted: int) -> Data:
     """Take about so many rows, with all rows of an id together.
 
     A mask decides which ids are taken, so that the order of the data changes nothing.

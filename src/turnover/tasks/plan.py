@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from turnover.data.text import TextData
+from turnover.data.base import Data
 from turnover.tasks.fit import FitConfig
 from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, needed_z_of, run_pilot
 
@@ -75,8 +75,8 @@ class TrainingPlan:
 
 def plan(
     config: FitConfig,
-    train_data: TextData,
-    test_data: TextData,
+    train_data: Data,
+    test_data: Data,
     *,
     seeds: int = 1,
     top: int = 10,

@@ -177,11 +177,7 @@ def _meant(cell: str, known: Container[str]) -> str:
 
 
 def check_decision(written: str, classes: Sequence[str]) -> str:
-    """Find the decision that a text means: ``keep``, ``remove``, or a class, in upper or lower case.
-
-    Raises:
-        InputError: no such decision, or several with this name.
-    """
+    """Find the decision that a text means: ``keep``, ``remove``, or a class, in upper or lower case."""
     known = (KEEP, REMOVE, *classes)
     found = _meant(written, known)
     exact = [one for one in known if one == found]
@@ -264,7 +260,7 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
     train, made = run.train, read_decisions(run, decisions)
-    run.pipeline.export(decided(train, made), out)
+    decided(train, made).export(out)
     counts = Counter({"kept": len(train) - len(made), "removed": 0, "relabelled": 0})
     for row, decision in made.items():
         same = decision in (KEEP, train.classes[train.labels[row]])
@@ -273,11 +269,7 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
 
 
 def check_rows(run: Run) -> None:
-    """Check that training rows have ids and keys of their own.
-
-    Raises:
-        InputError: they share them (groups).
-    """
+    """Refuse training rows that share ids or keys (groups)."""
     if min(len(torch.unique(run.train.ids)), len(set(run.train.keys))) < len(run.train):
         raise InputError(
             f"{run.folder} has groups, and rows are judged one by one: train with an id column "

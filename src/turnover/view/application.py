@@ -166,11 +166,7 @@ class _Guard:
 
 
 async def _decision(request: Request) -> str | None:
-    """Read the decision in a request's body; ``None`` takes one back.
-
-    Raises:
-        InputError: another body.
-    """
+    """Read the decision in a request's body; ``None`` takes one back."""
     wrong = 'the body must be JSON: {"decision": a word or null}'
     if request.headers.get("content-type") != "application/json":  # no form can send that
         raise InputError(wrong)
@@ -189,11 +185,7 @@ async def _decision(request: Request) -> str | None:
 
 
 def _query(request: Request, kind: type[Any]) -> Any:
-    """Read the fields of a filter.
-
-    Raises:
-        InputError: an unknown field, or a value that is not the number it must be.
-    """
+    """Read a filter; refuse unknown fields and values that are not numbers."""
     types: dict[str, Callable[[str], Any]] = {one.name: type(one.default) for one in fields(kind)}
     given = {}
     for name, value in request.query_params.items():

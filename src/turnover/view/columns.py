@@ -1,9 +1,8 @@
-"""The pairs of a run by training instance: what one instance did to every error.
+"""The pairs of a run by training instance: the influence of one instance on every error.
 
-Scores are estimated and kept by target, a few targets to a chunk, so that one training instance's
-column lies in every chunk; and q is adjusted over the whole row of a target. Both are gone through
-once, and what comes out is kept beside the result, with few training instances and many targets to a
-chunk.
+Results are stored by target, a few targets per chunk, so one training instance's scores are in every
+chunk; and q is adjusted over all instances of a target. This reads all scores once and stores them
+beside the result, with few training instances and many targets per chunk.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from turnover.tasks.explain import SIGNIFICANT_Q
 _NAME = "columns"
 _VERSION = 1
 _PAIRS_HELD = 2**24
-"""Pairs of a block of targets: 8 bytes each, and what one of its steps takes to adjust them."""
+"""Pairs of a block of targets, 8 bytes each."""
 _PAIRS_AT_ONCE = 2**20
 _FEW = 8
-"""Targets read together at least: a chunk of scores holds several, and is read as a whole."""
+"""Fewest targets read together: a chunk of scores holds several, and is read as a whole."""
 _CHUNK = 2**18
 
 
 def open_columns(run: Run) -> StoredResult:
-    """The pairs of a run's errors by training instance, made first where they are not there.
+    """Open the pairs of a run's errors by training instance; write them first where they are missing.
 
     ``score`` and ``q``: float32 (train, target), in nats and from 0 to 1. For each target
     ``significant`` (int64: instances with q <= 0.05), ``smallest_q`` and ``largest_z`` (float32); for
     each training id ``helped`` and ``hurt`` (int64: targets on which it is significant).
 
     Raises:
-        InputError: the run was not scored, or its result is damaged, or another process makes them.
+        InputError: the run was not scored, its result is damaged, or another process writes the pairs.
     """
     errors = open_errors(run)
     key = _key(errors)
     path = run.folder / "results" / f"{_NAME}.zarr"
     if path.exists():
-        made = open_result(path)  # of whatever network: the key tells
+        made = open_result(path)  # of any network: the key differs
         if made.attributes.get("source") == key:
             return made
     with run.draft(_NAME, key) as draft:
@@ -53,22 +52,17 @@ def open_columns(run: Run) -> StoredResult:
 
 
 def open_errors(run: Run) -> StoredResult:
-    """The pairs of a run's errors, by target.
-
-    Raises:
-        InputError: no such result, a damaged one, or one of another model or spec.
-    """
+    """Open the pairs of a run's errors by target; refuse a result that holds only extremes."""
     found = run.open_result("errors")
     if found.kind != "dense":
         raise InputError(
-            f"{found.url} holds only the extremes of each error: run `turnover influence {run.folder}` "
-            f"again"
+            f"{found.url} holds only the extremes: run `turnover influence {run.folder}` again"
         )
     return found
 
 
 def _key(errors: StoredResult) -> str:
-    """What tells a result from one that was estimated later or with other settings."""
+    """Digest that differs for a result estimated later or with other settings."""
     hashed = hashlib.blake2b(f"{_VERSION} {sorted(errors.attributes.items())}".encode())
     for name in ("train", "ghost_mean", "noise_floor"):
         hashed.update(errors.part(name).tobytes())
@@ -80,27 +74,23 @@ def _write(errors: StoredResult, key: str, url: str) -> None:
     sizes = {"train": len(train_ids), "target": len(errors)}
     rows = max(1, min(len(errors), _PAIRS_HELD // len(train_ids)))
     chunk = (max(1, min(len(train_ids), _CHUNK // rows)), rows)
+    by_train = Variable(("train",), "int64", (min(len(train_ids), _CHUNK),))
     variables = {
         "score": Variable(("train", "target"), "float32", chunk),
         "q": Variable(("train", "target"), "float32", chunk),
         "significant": Variable(("target",), "int64", (rows,)),
         "smallest_q": Variable(("target",), "float32", (rows,)),
         "largest_z": Variable(("target",), "float32", (rows,)),
-        "helped": Variable(("train",), "int64", (min(len(train_ids), _CHUNK),)),
-        "hurt": Variable(("train",), "int64", (min(len(train_ids), _CHUNK),)),
+        "helped": by_train,
+        "hurt": by_train,
     }
-    identity = {"source": key}
-    described = {
-        name: errors.attributes[name]
-        for name in ("method", "objective", "sites", "network", "considered")
-    }
+    names = ("method", "objective", "sites", "network", "considered")
+    described = {name: errors.attributes[name] for name in names}
     ids = {"train": ("train", train_ids)}
     helped, hurt = np.zeros((2, len(train_ids)), dtype=np.int64)
-    with writing(url, identity, variables, sizes, ids, "columns") as writer:
-        steps = tqdm(
-            range(0, len(errors), rows), "pairs by training instance", unit="block", delay=1
-        )
-        for start in steps:
+    with writing(url, {"source": key}, variables, sizes, ids, "columns") as writer:
+        starts = range(0, len(errors), rows)
+        for start in tqdm(starts, "pairs by training instance", unit="block", delay=1):
             block = slice(start, min(start + rows, len(errors)))
             score, q, largest_z = _block(errors, block)
             writer.write("score", (slice(None), block), np.ascontiguousarray(score.T))

@@ -107,11 +107,7 @@ class Contents:
         }
 
     def errors(self, wanted: ErrorFilter) -> dict[str, Any]:
-        """Count the errors that pass a filter, and list a page of them.
-
-        Raises:
-            InputError: an unknown class or order.
-        """
+        """Count the errors that pass a filter, and list a page of them."""
         passes = (self._confidence >= wanted.low) & (self._confidence <= wanted.high)
         passes &= self._counts["smallest_q"] <= wanted.q
         true = np.array(self._run.test.labels)[self._rows]
@@ -124,7 +120,7 @@ class Contents:
             "confidence": -self._confidence,
             "row": self._rows,
         }
-        found = filters.containing(np.flatnonzero(passes), wanted.words, lambda: self._error_words)
+        found = filters.containing(passes, wanted.words, lambda: self._error_words)
         return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._error)
 
     def error(self, number: int, *, by: str, label: str, top: int) -> dict[str, Any]:
@@ -132,12 +128,9 @@ class Contents:
 
         Args:
             number: of the error.
-            by: ``turnover`` or ``gram``: what ranks them.
+            by: ranking, ``turnover`` or ``gram``.
             label: list training instances of this class only; empty: of all.
-            top: how many on each side.
-
-        Raises:
-            InputError: no such error, class or ranking, or a damaged chunk.
+            top: instances on each side.
         """
         if not 0 <= number < len(self._rows):
             raise InputError(f"there are {len(self._rows)} errors, none is number {number}")
@@ -162,11 +155,7 @@ class Contents:
         return {**self._error(number), **listed, "text": text, "more": more}
 
     def instances(self, wanted: InstanceFilter, decisions: Mapping[int, str]) -> dict[str, Any]:
-        """Count the training instances that pass a filter, and list a page of them.
-
-        Raises:
-            InputError: an unknown class, order or kind of decision.
-        """
+        """Count the training instances that pass a filter, and list a page of them."""
         passes = filters.decided(len(self._run.train), wanted.decision, decisions)
         if wanted.label:
             passes &= self._labels == self._class(wanted.label)
@@ -178,22 +167,14 @@ class Contents:
         }
         if self._own is not None:
             keys["self"] = -self._own.scores[column]
-        found = filters.containing(
-            np.flatnonzero(passes), wanted.words, lambda: self._instance_words
-        )
+        found = filters.containing(passes, wanted.words, lambda: self._instance_words)
         return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._instance)
 
     def instance(self, row: int, *, top: int) -> dict[str, Any]:
-        """Describe a training instance with the errors that it helps and hurts.
-
-        Args:
-            row: of the training data.
-            top: how many errors on each side.
-
-        Raises:
-            InputError: no such row, or a damaged chunk.
-        """
-        self.check_row(row)
+        """Describe a training instance with the ``top`` errors that it helps and hurts the most."""
+        rows = len(self._run.train)
+        if not 0 <= row < rows:
+            raise InputError(f"there are {rows} training rows, none is number {row}")
         column = int(self._column[row])
         at = slice(column, column + 1)
         scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
@@ -217,11 +198,7 @@ class Contents:
         }
 
     def image(self, side: str, row: int) -> bytes:
-        """Encode a training (``train``) or test (``test``) image as PNG, at its size.
-
-        Raises:
-            InputError: no such image.
-        """
+        """Encode a training (``train``) or test (``test``) image as PNG, at its size."""
         data: Data = self._run.train if side == "train" else self._run.test
         pixels = data.image(row) if 0 <= row < len(data) else None
         if pixels is None:
@@ -232,24 +209,11 @@ class Contents:
         Image.fromarray(pixels).save(written, "PNG")
         return written.getvalue()
 
-    def check_row(self, row: int) -> None:
-        """Check that a training row exists.
-
-        Raises:
-            InputError: it does not.
-        """
-        if not 0 <= row < len(self._run.train):
-            raise InputError(
-                f"there are {len(self._run.train)} training rows, none is number {row}"
-            )
-
     def _page(
         self, found: NDArray[np.int64], start: int, item: Callable[[int], dict[str, Any]]
     ) -> dict[str, Any]:
-        return {
-            "found": len(found),
-            "items": list(map(item, found[start : start + filters.PAGE].tolist())),
-        }
+        shown = found[start : start + filters.PAGE].tolist()
+        return {"found": len(found), "items": list(map(item, shown))}
 
     def _error(self, number: int) -> dict[str, Any]:
         row = int(self._rows[number])
@@ -296,7 +260,7 @@ class Contents:
         return {int(row): by_gram(result, 0, rank) for rank, row in enumerate(result.train_ids[0])}
 
     def _gram_of_instance(self, row: int, errors: list[int]) -> dict[int, dict[str, float]]:
-        """What gram says of a training row on those errors whose extremes it is among."""
+        """Score and standard error of a training row by gram, by those errors that list it."""
         if self._gram is None or not errors:
             return {}
         result = self._gram.load(errors)

@@ -1,4 +1,4 @@
-"""What was decided on training rows, kept in the run as the list that `turnover review` takes."""
+"""Decisions on training rows, stored in the run as the list that `turnover review` reads."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _WAIT_SECONDS = 10.0
 class Decisions:
     """Decisions by training row, in ``results/decisions.csv`` of a run.
 
-    The file is the only place they are in: what another process writes there is seen, and no
-    decision is lost when the process ends.
+    Decisions are stored in the file only, so those of another process are seen, and none is lost when
+    this process ends.
 
     Args:
-        run: whose training rows are decided on.
-        self_influence: z and q by instance id, which are written beside.
+        run: run with the training rows.
+        self_influence: z and q by instance id, written beside the decisions.
 
-    Raises:
-        InputError: a file that cannot be read as decisions.
+    Attributes:
+        path: the file.
+        refusal: why this run's rows cannot be decided on; ``None``: they can.
     """
 
     def __init__(self, run: Run, self_influence: Mapping[int, tuple[float, float]]) -> None:
@@ -32,7 +33,6 @@ class Decisions:
         self._known: dict[int, str] = {}
         self._stamp: tuple[int, int, int] | None = None
         self.refusal: str | None = None
-        """Why nothing can be decided in this run; ``None``: it can."""
         try:
             check_rows(run)
         except InputError as error:
@@ -41,11 +41,7 @@ class Decisions:
             self.all()
 
     def all(self) -> dict[int, str]:
-        """``keep``, ``remove`` or a class, by row.
-
-        Raises:
-            InputError: the file was changed, and cannot be read.
-        """
+        """Read ``keep``, ``remove`` or a class, by row."""
         stamp = self._stamp_of_file()
         if stamp != self._stamp:
             self._known = {} if stamp is None else read_decisions(self._run, self.path)
@@ -53,11 +49,11 @@ class Decisions:
         return dict(self._known)
 
     def set(self, row: int, decision: str | None) -> dict[int, str]:
-        """Decide on a row, or take a decision back (``None``); returns all decisions.
+        """Decide on a row, or take a decision back (``None``), and return all decisions.
 
         Raises:
-            InputError: no such row, another decision than ``keep``, ``remove`` or a class, a run whose
-                rows share ids, or a file that cannot be read or written.
+            InputError: no such row or decision, rows that share ids, or a file that cannot be read or
+                written.
         """
         from filelock import FileLock, Timeout
 

@@ -63,42 +63,28 @@ class InstanceFilter:
 
 
 def containing(
-    found: NDArray[np.int64], words: str, haystack: Callable[[], list[str]]
+    passes: NDArray[np.bool_], words: str, texts: Callable[[], list[str]]
 ) -> NDArray[np.int64]:
-    """Select the texts that contain every word.
-
-    Args:
-        found: positions in the texts, int64.
-        words: separated by blanks.
-        haystack: returns the texts, in lower case.
-    """
-    wanted = words.lower().split()
+    """Positions that pass and whose text contains every word; texts are in lower case, made if needed."""
+    found, wanted = np.flatnonzero(passes), words.lower().split()
     if not wanted:
         return found
-    texts = haystack()
-    kept = [one for one in found.tolist() if all(word in texts[one] for word in wanted)]
+    known = texts()
+    kept = [one for one in found.tolist() if all(word in known[one] for word in wanted)]
     return np.array(kept, dtype=np.int64)
 
 
 def ordered(
     found: NDArray[np.int64], sort: str, keys: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """Sort by a key, the lowest first and NaN last.
-
-    Raises:
-        InputError: an unknown order.
-    """
+    """Sort by a key, the lowest first and NaN last; refuse an unknown key."""
     if sort not in keys:
         raise InputError(f"unknown order {sort!r}; there are {', '.join(keys)}")
     return found[np.argsort(keys[sort][found], kind="stable")]
 
 
 def decided(rows: int, wanted: str, decisions: Mapping[int, str]) -> NDArray[np.bool_]:
-    """Rows whose decision is of a kind (see :class:`InstanceFilter`), bool (rows,).
-
-    Raises:
-        InputError: an unknown kind.
-    """
+    """Rows whose decision is of a kind (see :class:`InstanceFilter`), bool (rows,)."""
     if wanted not in _DECISIONS:
         raise InputError(f"unknown kind of decision {wanted!r}; there are {', '.join(_DECISIONS)}")
     passes = np.full(rows, wanted in ("any", "none"))
