@@ -236,7 +236,7 @@ def test_calibration_undoes_a_scale_and_a_shift_and_bears_perfect_logits() -> No
         (("--seeds", 0), "'--seeds'"),
         (("--ranking", "gram", "--scores", "scores.csv"), "give one of them"),
         (("--scores", "none.csv"), "none.csv: cannot be read"),
-        (("--fraction", 0.6, "--scores", "one_class.csv"), "nothing is left of the class 'pos'"),
+        (("--fraction", 0.6, "--scores", "one_class.csv"), "leaves no row of class 'pos'"),
         (("--scores", "scores.csv"), "line 3: no training row has the key 'none'"),
         (("--scores", "twice.csv"), "line 3: a second score of '1'"),
         (("--scores", "few.csv"), "158 training rows have no score, such as '0'"),

@@ -13,11 +13,10 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.calibrated import calibrated
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.forwards import Forwards
 from turnover.influence.gradients import finite
-from turnover.influence.linear import Linear, LinearEstimator
+from turnover.influence.linear import Linear, LinearEstimator, calibrated
 from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
 

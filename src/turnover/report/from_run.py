@@ -14,7 +14,7 @@ from turnover.report.content import (
     Curve,
     Fact,
     HarmfulOverall,
-    NoiseFloor,
+    NoiseSummary,
     ReportContent,
 )
 from turnover.report.pictures import thumbnails
@@ -136,8 +136,8 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     )
 
 
-def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseFloor:
-    return NoiseFloor(
+def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:
+    return NoiseSummary(
         **found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0}),
         significant_pairs=metrics.get("significant_pairs") or 0,
         pairs=found.get("pairs", 0),
