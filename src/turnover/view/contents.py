@@ -202,7 +202,9 @@ class Contents:
         data: Data | None = {"train": self._run.train, "test": self._run.test}.get(side)
         pixels = data.image(row) if data is not None and 0 <= row < len(data) else None
         if pixels is None:
-            raise InputError(f"there is no image {row} of {side}: there are images of train and test")
+            raise InputError(
+                f"there is no image {row} of {side}: there are images of train and test"
+            )
         from PIL import Image
 
         written = io.BytesIO()
