@@ -91,7 +91,7 @@ def test_harmful_rows_are_taken_out_and_the_test_rows_are_predicted_better(
     others = ("none", "random", "loss")
     assert loss[ranking] < 0.9 * min(loss[name] for name in others)
     assert accuracy[ranking] > max(accuracy[name] for name in others)
-    assert f"{accuracy[ranking]:.3f}" in shown and f"{HARMFUL} rows taken out" in shown
+    assert f"{accuracy[ranking]:.3f}" in shown and f"{HARMFUL} rows removed" in shown
     with (run / "results" / "removed.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             assert row["reason"] == f"harmful to the validation rows, by {ranking}"
