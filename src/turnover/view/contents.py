@@ -39,10 +39,6 @@ class Contents:
 
     Args:
         run: a scored run.
-
-    Raises:
-        InputError: the run was not scored, has no errors, or holds results that are damaged or of another
-            model.
     """
 
     def __init__(self, run: Run) -> None:
@@ -202,7 +198,9 @@ class Contents:
         data: Data | None = {"train": self._run.train, "test": self._run.test}.get(side)
         pixels = data.image(row) if data is not None and 0 <= row < len(data) else None
         if pixels is None:
-            raise InputError(f"there is no image {row} of {side}: there are images of train and test")
+            raise InputError(
+                f"there is no image {row} of {side}: there are images of train and test"
+            )
         from PIL import Image
 
         written = io.BytesIO()
