@@ -116,7 +116,7 @@ def test_an_error_leads_to_an_instance_and_that_to_a_decision(
     page.select_option("#errors-filter [name=true]", "")
     until(page, f"document.querySelector('#entries').children.length == {total}")
     page.fill("#errors-filter [type=search]", "no such words")
-    page.get_by_text("Nothing passes the filter.").wait_for()
+    page.get_by_text("No entry matches the filter.").wait_for()
     page.fill("#errors-filter [type=search]", "")
     entries.first.click()
     error = opened(page, "error-pane")

@@ -30,10 +30,7 @@ _OTHER_NAMES = {"size": "image_size", "sites": "site"}
 """Options that are not called like their field."""
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "head_units", "lora_rank", "max_tokens"), 1),
-    "size": 32,
-    "width": 1,
-    "hidden": 1,
-    "ghosts": 10,
+    **dict.fromkeys(("width", "hidden"), 1) | {"size": 32, "ghosts": 10},
     **dict.fromkeys(("learning_rate", "head_learning_rate", "seconds"), 0),
 }
 """Smallest values of fields that are numbers."""

@@ -204,7 +204,7 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         output.warn(audit["report"])
 
 
-def _print_plan(output: Output, plan: plan_task.Plan) -> None:
+def _print_plan(output: Output, plan: plan_task.TrainingPlan) -> None:
     columns = ["mask units", "networks", "relative signal to noise"]
     if plan.pilot:
         columns += ["signal to noise", "noise, nats", f"z of number {plan.top}"]

@@ -13,11 +13,10 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.calibrated import calibrated
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.forwards import Forwards
 from turnover.influence.gradients import finite
-from turnover.influence.linear import Linear, LinearEstimator
+from turnover.influence.linear import Linear, LinearEstimator, calibrated
 from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
 
@@ -55,11 +54,7 @@ class Exact(Method):
 
 
 def check_block(block: int | None) -> None:
-    """Refuse forwards of no ids.
-
-    Raises:
-        InputError: a block of less than 1.
-    """
+    """Refuse forwards of no ids."""
     if block is not None and block < 1:
         raise InputError(f"block must be >= 1, got {block}")
 

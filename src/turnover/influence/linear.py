@@ -24,6 +24,8 @@ from turnover.influence.gradients import Run, finite, mask_gradients
 from turnover.influence.plan import PILOT_IDS, Pilot
 from turnover.influence.protocol import Estimator, Method, register
 
+Floats = NDArray[np.float64]
+
 _TABLE_ROWS = 16
 """Rows in one look-up table: wider ones fall out of the cache."""
 _FEW_ROWS = 32
@@ -132,6 +134,39 @@ def scorer_of(engine: Engine, coefficients: Tensor) -> LinearScorer:
     """A scorer of rows of coefficients under a network's masks at the scored sites."""
     network = engine.network
     return LinearScorer(coefficients, network.spec, network.known_units(engine.sites))
+
+
+def calibrated(
+    linear: Floats, exact: NDArray[np.float32]
+) -> tuple[Floats, Floats, Floats, NDArray[np.float32]]:
+    """Regress exact ghosts on linear ones, and put exact ghosts on the noise floor of all.
+
+    The linear scores of all ghosts are control variates: with them a few exact ghosts give the mean and
+    deviation of all nearly as well as all would.
+
+    Args:
+        linear: float64 (targets, ghosts).
+        exact: float32 (targets, exact ghosts), of the first ghosts.
+
+    Returns:
+        offset, slope and residual deviation (targets,), and float32 (targets, exact ghosts) with that
+        mean and deviation.
+    """
+    some, values = linear[:, : exact.shape[1]], exact.astype(np.float64)
+    count = values.shape[1]
+    centered = some - some.mean(axis=1, keepdims=True)
+    variance = (centered**2).sum(axis=1)
+    covariance = (centered * values).sum(axis=1)
+    slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
+    offset = values.mean(axis=1) - slope * some.mean(axis=1)
+    residual = values - offset[:, None] - slope[:, None] * some
+    left = (residual**2).sum(axis=1) / max(count - 2, 1)
+    mean = offset + slope * linear.mean(axis=1)
+    sd = np.sqrt(slope**2 * linear.var(axis=1, ddof=1) + left)
+    own = values.std(axis=1, ddof=1)
+    scale = np.divide(sd, own, out=np.zeros_like(sd), where=own > 0)
+    floor = mean[:, None] + (values - values.mean(axis=1, keepdims=True)) * scale[:, None]
+    return offset, slope, np.sqrt(left), floor.astype(np.float32)
 
 
 class LinearScorer:

@@ -1,8 +1,7 @@
-"""The progress bar: how many targets are done, and how long the rest will take.
+"""Progress bars of work of several kinds, with the time left.
 
-A target takes work of several kinds, of which now one and now another takes the time: a backward pass,
-linear pairs with ids, exact ones. Each kind is counted and timed for itself, and the bar shows the share
-of the time.
+A target takes a backward pass, linear pairs with ids, exact ones. Each kind is counted and timed by itself,
+and the bar shows the share of the time.
 """
 
 from __future__ import annotations
@@ -17,37 +16,37 @@ from turnover.batches import Batch
 from turnover.batches.loaders import length_of
 
 _FIRST = 0.05
-"""Share of the work by which a guess counts: what runs first takes longer than what follows."""
+"""Share of the work that a guess weighs: the first pieces of a kind take longer than the rest."""
 
 
 def counting(title: str, total: int, unit: str, *, shown: bool) -> Any:
-    """A bar of one kind of work, of which the whole is known."""
+    """A bar of one kind of work, of a known total."""
     return tqdm(desc=title, total=total, unit=f" {unit}", unit_scale=True, disable=not shown)
 
 
 class Counts:
-    """What work is reported to: here nobody listens."""
+    """Takes reports of work done, and ignores them."""
 
     def advance(self, kind: str, count: int) -> None:
-        """So much more of a kind is done."""
+        """Count work of a kind that is done."""
 
     def skip(self, kind: str, count: int) -> None:
-        """So much less of a kind is to do: it was done before."""
+        """Count work of a kind that an earlier process did."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the reports."""
 
 
 class Progress(Counts):
-    """Counts work; how much there is follows from the batches seen so far.
+    """Counts work on a bar, whose total follows from the batches seen so far.
 
     Args:
-        title: shown before the bar.
+        title: before the bar.
         each: work of each target by kind.
         once: work that does not grow with the targets, likewise.
-        seconds: guesses of how long a piece of each kind takes, until some is done.
-        unit: what a target is called.
-        shown: whether anything is shown.
+        seconds: guesses of the seconds of a piece of each kind, until some is done.
+        unit: name of a target.
+        shown: whether to show the bar.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Progress(Counts):
         )
 
     def follow(self, targets: Iterable[Any], batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches made of targets; learns from their sizes how much there is to do."""
+        """Pass on the batches made of targets, and learn the total from their sizes."""
         expected = length_of(targets)
         rows = 0
         for seen, batch in enumerate(batches, start=1):
@@ -87,7 +86,7 @@ class Progress(Counts):
             if expected is not None:
                 self._targets = rows / seen * max(expected, seen)
                 self._bar.total = round(self._targets)
-            if seen == 1:  # what comes before has been made ready
+            if seen == 1:  # preparations are over
                 self._last = time.perf_counter()
             yield batch
         if rows:
@@ -95,7 +94,7 @@ class Progress(Counts):
             self._bar.total = rows
 
     def advance(self, kind: str, count: int) -> None:
-        """See :class:`Counts`; the time since the last report was spent on it, or on nothing that recurs."""
+        """See :class:`Counts`; work of no pieces took time once, and does not recur."""
         now = time.perf_counter()
         self._spent[kind] = self._spent.get(kind, 0.0) + (now - self._last if count else 0.0)
         self._done[kind] = self._done.get(kind, 0) + count
@@ -113,7 +112,7 @@ class Progress(Counts):
         self._bar.close()
 
     def _seconds(self, kind: str, total: float) -> float:
-        """Seconds of a piece of a kind: as measured, and at first as guessed."""
+        """Seconds of a piece of a kind, as measured, at first as guessed."""
         done, spent = self._done.get(kind, 0), self._spent.get(kind, 0.0)
         guess = self._guessed.get(kind)
         weight = 0.0 if guess is None else _FIRST * total
@@ -138,7 +137,7 @@ class Progress(Counts):
         if not done + left and not known:
             return
         share = done / (done + left) if done + left else 1.0
-        # Never back: a guess may have been wrong.
+        # Never back, though a guess was wrong.
         now = max(self._bar.n, share * self._targets)
         total = self._bar.total
         self._bar.postfix[0] = f"{now:,.0f}/{total:,}" if total else f"{now:,.0f}"

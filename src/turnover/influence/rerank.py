@@ -18,10 +18,9 @@ from torch import Tensor
 
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
-from turnover.influence.calibrated import Floats, calibrated
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.exact import Exact, ExactEstimator, check_block
-from turnover.influence.linear import Linear, LinearEstimator
+from turnover.influence.linear import Floats, Linear, LinearEstimator, calibrated
 from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
 from turnover.influence.sinks import Region
@@ -101,11 +100,7 @@ class RerankEstimator(Estimator):
         return recall | ({"exact": Variable(dims, "bool", chunks)} if dims[1] == "train" else {})
 
     def check_top(self, top: int | None) -> None:
-        """See :class:`Estimator`.
-
-        Raises:
-            InputError: more than are scored exactly.
-        """
+        """See :class:`Estimator`."""
         if top is not None and top > self.options.candidates:
             raise InputError(
                 f"top={top} asks for more than the {self.options.candidates} candidates that are scored "
@@ -234,11 +229,9 @@ class _Reranked:
         scores: float32 (targets, candidates), exact.
         standard_error: float32, likewise, over networks; ``None`` for one.
         ghosts: float32 (targets, exact ghosts), of the noise floor.
-        offset: float64 (targets,), and ``slope``: exact score expected of a linear one,
-            ``offset + slope * linear``.
+        offset: float64 (targets,); an exact score is expected at ``offset + slope * linear``.
         slope: float64 (targets,).
-        recall: float32 (targets,), estimated share of the ``wanted`` exactly most helpful and of the
-            most harmful ones that are among the candidates.
+        recall: float32 (targets,), estimated share of the exact extremes among the candidates.
     """
 
     positions: NDArray[np.int64]
@@ -258,17 +251,16 @@ class _Reranked:
 def _recall(
     exact: NDArray[np.float32], expected: Floats, weights: Floats, spread: Floats, wanted: int
 ) -> NDArray[np.float32]:
-    """Estimated share of the exact extremes that are among the candidates: (targets,).
+    """Estimate the share of the exact extremes that are among the candidates: (targets,).
 
-    An id that is no candidate has an exact score that is normal about what its linear score lets
-    expect. The share is that of the candidates in what lies beyond the score where both together are
-    as many as are wanted.
+    The exact score of any other id is normal about the score that its linear one predicts. The share is that
+    of the candidates among the ``wanted`` highest scores of both, and among the lowest.
 
     Args:
         exact: of the candidates (targets, candidates).
-        expected: of what is no candidate (targets, others), and ``weights``: how many ids each stands for.
-        weights: float64 (targets, others).
-        spread: float64 (targets,), of exact scores about the expected ones.
+        expected: of the others (targets, others).
+        weights: how many ids each of the others represents, likewise.
+        spread: deviation of exact scores from the expected ones (targets,).
         wanted: ids on each side.
     """
     wanted = min(wanted, exact.shape[1] // 2)

@@ -1,7 +1,7 @@
-"""What an objective computes on a few targets: two objectives of one name differ in this.
+"""Signatures of objectives: numbers that an objective computes on a few targets.
 
-A stored result keeps these numbers beside its targets. They also differ where a network of the same
-weights computes something else: another activation function, another adapter.
+A stored result keeps them beside its targets, to refuse another objective of the same name, or a network of
+the same weights with another activation function or adapter.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from turnover.objectives import costs
 
 _log = logging.getLogger(__name__)
 _ROWS, _SPREAD = 32, 8
-"""Targets of a block that are looked at, at most, and those of them that are taken whatever their labels."""
+"""Targets of a block that get a signature at most, and how many of them are spread evenly over the block."""
 _HALF = (torch.float16, torch.bfloat16)
 _COARSE, _FINE = 1e-2, 1e-4
-"""Relative differences that another machine may make, of 16 and of 32 bits."""
+"""Relative differences between machines, of 16 and of 32 bits."""
 _ABSOLUTE = 1e-6
 _ROUNDED = 2.0**-24
-"""What rounding makes of a loss of 0; an objective that is smaller everywhere is one of small numbers."""
+"""A loss of 0 after rounding; an objective that is smaller everywhere has small values."""
 _LARGEST, _NOT_A_NUMBER = 1e100, 1e300
 
 
 class Signed(NamedTuple):
-    """Signatures of the targets of a block, and how far two machines may be apart in them."""
+    """Signatures of the targets of a block, and their relative tolerance between machines."""
 
     values: NDArray[np.float64]
     tolerance: float
 
     def difference(self, stored: NDArray[np.float64]) -> tuple[int, int] | None:
-        """Row and column of the first number that differs from stored ones; ``None``: none does.
+        """Row and column of the first number that differs from stored ones; ``None``: all agree.
 
-        Targets that one of the two did not look at are not compared.
+        Targets that either left out are not compared.
         """
         scale = np.fmax(np.abs(stored), np.abs(self.values))
-        # Derivatives and differences of logits cancel, and then err like the larger ones beside them.
+        # Numbers that cancel to small ones have the errors of the larger ones beside them.
         beside = np.nan_to_num(scale).max(axis=0, initial=0.0, where=scale < _LARGEST)
         absolute = _ABSOLUTE if beside.max(initial=0.0) >= _ROUNDED else 0.0
         allowed = self.tolerance * (scale + 0.1 * beside) + absolute
@@ -88,7 +88,7 @@ def signatures(estimator: Estimator, batches: Sequence[Batch]) -> NDArray[np.flo
 
 
 def precision(engines: Sequence[Engine]) -> dict[str, str | None]:
-    """Settings of torch that change scores, as JSON values."""
+    """Describe the settings of torch that change scores, as JSON values."""
     devices = sorted({device_of(engine.network.model).type for engine in engines})
     autocast = [
         str(torch.get_autocast_dtype(device))
@@ -103,7 +103,7 @@ def precision(engines: Sequence[Engine]) -> dict[str, str | None]:
 
 
 def tolerance(engines: Sequence[Engine]) -> float:
-    """Relative difference that two machines may make between signatures of one objective."""
+    """Relative tolerance of signatures between machines."""
     models = [engine.network.model for engine in engines]
     half = any(parameter.dtype in _HALF for model in models for parameter in model.parameters())
     autocast = any(torch.is_autocast_enabled(device_of(model).type) for model in models)
@@ -111,7 +111,7 @@ def tolerance(engines: Sequence[Engine]) -> float:
 
 
 def _chosen(batches: Sequence[Batch], rows: int) -> NDArray[np.int64]:
-    """Targets to look at: all of few; else the first of every label, and some spread over the block."""
+    """Targets that get a signature: all of few; else the first of every label, and some spread evenly."""
     if rows <= _ROWS:
         return np.arange(rows)
     spread = np.linspace(0, rows - 1, _SPREAD).round().astype(np.int64)
@@ -163,14 +163,13 @@ def _columns(engine: Engine, batch: Batch, estimator: Estimator) -> Iterator[Ten
 
 
 def _derived(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The objective at the mean network, and the norm of its derivative by the masks: (rows,) each."""
+    """Costs by the mean network, and the norms of their derivatives by the masks: (rows,) each."""
     network = engine.network
     with torch.enable_grad(), network.masking.probing(engine.sites) as probes:
         values = costs(engine.objective, batch.call(network.model), batch)
-        if not probes or not values.requires_grad:  # it says what is wrong
-            return values, mask_gradients(network, engine.objective, batch, engine.sites).norm(
-                dim=1
-            )
+        if not probes or not values.requires_grad:  # whose error names the cause
+            gradients = mask_gradients(network, engine.objective, batch, engine.sites)
+            return values, gradients.norm(dim=1)
         found = differentiate(values, [one for runs in probes.values() for one in runs])
     squares = [one.double().square().sum(dim=1) for one in found if one is not None]
     return values, torch.stack(squares).sum(dim=0).sqrt() if squares else torch.zeros_like(values)

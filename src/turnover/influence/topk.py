@@ -1,4 +1,4 @@
-"""The highest and lowest scores of every target, over ids that come in blocks."""
+"""The highest and lowest scores of every target, over blocks of ids."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 class Extremes:
     """The ``count`` most helpful and ``count`` most harmful ids of every target.
 
-    Ids are ordered by score and, where scores are equal, by who came first: these are the two ends of
-    that order, whatever the blocks.
+    Ids are ordered by score, equal scores by position; the result is both ends of that order, whatever the
+    blocks.
 
     Args:
         targets: number of targets.
@@ -29,17 +29,14 @@ class Extremes:
         self._sides = (_Side(targets, count), _Side(targets, count, last_first=True))
 
     def add(self, scores: Tensor) -> None:
-        """Take in scores (targets, ids) of the next ids."""
+        """Add scores (targets, ids) of the next ids."""
         high, low = self._sides
         high.add(scores, self._seen)
         low.add(-scores, self._seen)
         self._seen += scores.shape[1]
 
-    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Positions of ids in the order they came, and scores, from high to low: (targets, ranks).
-
-        Where there are fewer than ``2 * count`` ids, each is there once.
-        """
+    def result(self) -> Found:
+        """Positions of ids and scores, from high to low: (targets, ranks). No id is there twice."""
         high, low = (side.sorted() for side in self._sides)
         most = min(self._count, self._seen)
         least = min(self._count, self._seen - most)
@@ -55,10 +52,10 @@ Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 def merged(parts: Iterable[Found], count: int) -> Found:
-    """The extremes of all ids, from those of parts of them; two parts at a time are in memory.
+    """Extremes of all ids, from those of at least one disjoint part; two parts at a time are in memory.
 
     Args:
-        parts: at least one, for the same targets, of disjoint ids, with positions among all.
+        parts: for the same targets, with positions among all ids.
         count: ids on each side, as in every part.
     """
     return reduce(partial(_of_two, count), parts)
@@ -79,8 +76,7 @@ class _Side:
     def __init__(self, targets: int, count: int, *, last_first: bool = False) -> None:
         self._targets, self._count, self._last_first = targets, count, last_first
         self._threshold: Tensor | None = None
-        # Written into, not collected: what is kept between two blocks of scores would lie in the memory
-        # that these leave, so that the next ones would not fit there.
+        # Allocated once: arrays kept between blocks of scores would fragment the memory that these free.
         size = 2 * targets * count
         self._kept = (
             np.empty(size, np.int64),

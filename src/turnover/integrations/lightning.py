@@ -1,7 +1,6 @@
 """Lightning: a callback that trains a module under the masks of its instances.
 
-Only ``training_step`` runs masked. Validation, testing and prediction are in eval mode, and so use the
-mean network, as without the callback.
+Only ``training_step`` runs masked. Validation, testing and prediction run the mean network, in eval mode.
 """
 
 from __future__ import annotations
@@ -29,18 +28,16 @@ except ImportError:
 class TurnoverCallback(Callback):
     """Trains a Lightning module with turn-over dropout; :class:`turnover.WithIds` gives ids to its data.
 
-    ``training_step`` gets the batches that it got before, and runs under the masks of their ids.
-    Checkpoints hold the description of the masks, as the state of this callback, and one of other masks
-    is not resumed.
-
-    ``LearningRateFinder``, ``BatchSizeFinder`` and ``Tuner`` train under the masks as well, and put the
-    weights back that they found.
+    ``training_step`` gets the same batches as without the callback, and runs under the masks of their
+    ids. Checkpoints describe the masks, as the state of this callback; other masks cannot resume them.
+    ``LearningRateFinder``, ``BatchSizeFinder`` and ``Tuner`` also train under the masks, and restore the
+    weights.
 
     Args:
-        sites: what to mask, as :func:`turnover.attach` takes it.
+        sites: layers to mask, as in :func:`turnover.attach`.
         spec: the masks; default ``MaskSpec()``.
-        adapter: how a batch that is not of a :class:`turnover.WithIds` has its ids; such a batch comes to
-            ``training_step`` as it is.
+        adapter: reads the ids of a batch that is not of a :class:`turnover.WithIds`; ``training_step``
+            gets such a batch unchanged.
 
     Raises (when training begins, before the first step):
         InputError: unknown sites, gradient clipping by norm, a checkpoint of other masks or of a training
@@ -63,19 +60,21 @@ class TurnoverCallback(Callback):
 
     @property
     def network(self) -> Network:
-        """The module with its masks, once training has begun, and after it.
+        """The module with its masks, from the start of training on.
 
         Raises:
-            InputError: it has not begun.
+            InputError: training has not started.
         """
         if self._network is None:
-            raise InputError("there is no network before trainer.fit: the callback attaches there")
+            raise InputError(
+                "no network before trainer.fit, which attaches the masks: call it first"
+            )
         return self._network
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse settings that carry instances across masks, and bind ids around ``training_step``.
+        """Reject settings that leak, and wrap ``training_step``.
 
-        Before any ``on_fit_start``: Lightning's finders of a learning rate and of a batch size train there.
+        Precedes every ``on_fit_start``, where Lightning's finders of a learning rate and batch size train.
         """
         if stage != "fit":
             return
@@ -85,36 +84,33 @@ class TurnoverCallback(Callback):
         self._replace(pl_module, "clip_gradients", _clipping_by_value(trainer, pl_module))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume a training under other masks, or under none."""
+        """Reject a checkpoint of other masks, or of none."""
         stored = checkpoint["callbacks"].get(self.state_key)
         if stored is None:
-            # Before the first step nothing has learned anything: a finder goes back to such a checkpoint.
+            # Finders go back to a checkpoint of step 0, which has learned nothing.
             if trainer.training and checkpoint.get("global_step"):
                 raise InputError(
-                    "the checkpoint is of a training without turn-over dropout, whose units have "
-                    "learned every instance: begin anew, or train new layers on its frozen ones"
+                    "the checkpoint was trained without turn-over dropout, so its units have learned every "
+                    "instance: start a new training, or train new layers on its frozen ones"
                 )
             return
         self._attach(pl_module).check(stored)
         self._stored = stored
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Attach."""
+        """Attach the masks."""
         self._attach(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
-        """Give the module its own methods back where training fails."""
+        """Restore the module's own methods."""
         self._restore(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
-        """Likewise where it ends, by a finder's early exit too."""
+        """Restore the module's own methods."""
         self._restore(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Description of the masks, as :meth:`turnover.Network.from_dict` takes it.
-
-        Empty before the first step, unless the training was resumed.
-        """
+        """Description of the masks for :meth:`turnover.Network.from_dict`; empty before the first step."""
         if self._network is None:
             return {}
         if any(units is None for units in self._network.units.values()):
@@ -127,15 +123,15 @@ class TurnoverCallback(Callback):
 
         @functools.wraps(step)
         def exposed_step(batch: Any, *rest: Any, **options: Any) -> Any:
-            apart = isinstance(batch, Identified)
-            ids = batch.ids if apart else self.adapter(batch).ids
+            identified = isinstance(batch, Identified)
+            ids = batch.ids if identified else self.adapter(batch).ids
             if ids is None:
                 raise InputError(
                     "the training batch has no ids: wrap the training data set, "
                     "DataLoader(turnover.WithIds(dataset), ...)"
                 )
             with self._attach(pl_module).exposed(ids):
-                return step(batch.rows if apart else batch, *rest, **options)
+                return step(batch.rows if identified else batch, *rest, **options)
 
         return exposed_step
 
@@ -158,7 +154,7 @@ class TurnoverCallback(Callback):
 
 
 def _clipping_by_value(trainer: Any, pl_module: Any) -> Any:
-    """The module's ``clip_gradients``, which a ``training_step`` or hook of its own may call."""
+    """The module's ``clip_gradients``, which its own hooks may call, with a check."""
     clip = pl_module.clip_gradients
 
     @functools.wraps(clip)
@@ -180,7 +176,7 @@ def _check_clipping(value: float | None, algorithm: str | None) -> None:
     by_norm = (algorithm or "norm").lower() == "norm"
     if value is not None and clips(value) and by_norm:
         raise InputError(
-            f"gradient_clip_val={value:g} clips by global norm, which scales "
-            f"every gradient by all instances of the batch, hidden units' too: use "
+            f"gradient_clip_val={value:g} clips by global norm, which scales every gradient by all "
+            f"instances of the batch, hidden ones too: use "
             f'gradient_clip_algorithm="value", or leave gradient_clip_val out'
         )

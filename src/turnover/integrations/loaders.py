@@ -30,9 +30,6 @@ class LoaderInfluence:
         influence: the estimator.
         train_ids: int64 (rows of the training data set,), ids that its rows were trained under, if the
             batches do not have them.
-
-    Raises:
-        InputError: ids that are not those of training instances.
     """
 
     def __init__(self, influence: Influence, train_ids: Tensor | None = None) -> None:
@@ -55,38 +52,20 @@ class LoaderInfluence:
             self._rows = _length(found)
 
     def scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on every row of another: float32 (train, targets).
-
-        Positive: helpful. On the CPU.
-
-        Args:
-            train: the training set or a part of it, always in the same order.
-            targets: rows to explain, likewise.
-
-        Raises:
-            InputError: a loader that shuffles, rows without ids or known positions, or as in
-                :meth:`turnover.Influence.estimate`.
-        """
+        """Influence of training rows on target rows: float32 (train, targets), positive = helpful."""
         _positions(targets)
         result = self._influence.estimate(targets, self._ids(train))
         return torch.from_numpy(result.scores).T.contiguous()
 
     def mean_scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on the mean objective: float32 (train,).
-
-        Arguments and errors as in :meth:`scores`. The matrix is never in memory.
-        """
+        """Influence of training rows on the mean objective of targets: float32 (train,)."""
         return torch.from_numpy(self._influence.aggregate(targets, self._ids(train)).scores)
 
     def self_scores(self, train: Iterable[Any]) -> Tensor:
-        """Influence of every row of a training loader on itself: float32 (train,).
-
-        Errors as in :meth:`scores`.
-        """
+        """Influence of training rows on themselves: float32 (train,)."""
         return torch.from_numpy(self._influence.self_influence(self._batches(train)).scores)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Batch]:
-        """The batches, with ids."""
         if self._has_ids(loader):
             yield from map(self._influence.adapter, loader)
             return
@@ -156,11 +135,7 @@ def _length(loader: DataLoader[Any]) -> int:
 
 
 def _positions(loader: Iterable[Any]) -> Tensor:
-    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known.
-
-    Raises:
-        InputError: the order changes from pass to pass.
-    """
+    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known."""
     found = _map_style(loader)
     positions = [] if found is None else places_of(found)
     if positions is None:

@@ -73,11 +73,7 @@ class Limits:
 
 
 def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
-    """Load an encoder in float32 and eval mode, its tokenizer, and the type of its stored numbers.
-
-    Raises:
-        InputError: it cannot be loaded, from safetensors alone and without running code, or lacks weights.
-    """
+    """Load an encoder in float32 and eval mode, its tokenizer, and the type of its stored numbers."""
     transformers = _transformers()
     _check_folder(source)
     try:
@@ -184,20 +180,26 @@ def _encoder_of(model: Any, kind: Any) -> Any:
 def _stored_dtype(source: str) -> str:
     """Type of real numbers in a checkpoint, ``"float32"`` by default."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    def found(name: str) -> Any:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-
-    listed, name = found(f"model{_INDEX}"), "model.safetensors"
-    if listed is not None:
-        name = next(iter(json.loads(Path(listed).read_text())["weight_map"].values()))
-    path = found(name)
+    path = _file(source, next(iter(_listed_weights(source)), "model.safetensors"))
     if path is None:
         return "float32"
     with safe_open(path, framework="pt") as tensors:
         kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     return next((_DTYPES[kind] for kind in sorted(kinds & set(_DTYPES))), "float32")
+
+
+def _listed_weights(source: str, index: str = f"model{_INDEX}") -> list[str]:
+    """Files of weights that a model's index lists, if it has one."""
+    path = _file(source, index)
+    return [] if path is None else list(json.loads(Path(path).read_text())["weight_map"].values())
+
+
+def _file(source: str, name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    path: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return path
 
 
 def _load_tokenizer(source: str) -> Any:
@@ -349,15 +351,9 @@ def _check_attention(config: Any, source: str | Path) -> None:
 
 def _check_weights(config: Any, source: str) -> None:
     """Refuse weights that are not safetensors: the model's files may name pickles."""
-    from transformers.utils import cached_file
-
     own = getattr(config, "transformers_weights", None)
-    index = own if str(own).endswith(_INDEX) else f"model{_INDEX}"
-    path = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
-    names = {own} - {None}
-    if path is not None:
-        names |= set(json.loads(Path(path).read_text())["weight_map"].values())
-    for name in names:
+    index = str(own) if str(own).endswith(_INDEX) else f"model{_INDEX}"
+    for name in {own, *_listed_weights(source, index)} - {None}:
         if not str(name).endswith((".safetensors", _INDEX)):
             raise InputError(
                 f"model {source!r} names {name!r} as its weights, which is not safetensors"

@@ -107,7 +107,7 @@
       hoverlabel: { bgcolor: token("--card"), bordercolor: token("--line") },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: token("--muted"), activecolor: token("--accent") },
       dragmode: narrow.matches ? false : "zoom",
-      xaxis: { ...axis, title: { text: "Optimiser steps", standoff: 10 }, range: xRange() },
+      xaxis: { ...axis, title: { text: "Optimizer steps", standoff: 10 }, range: xRange() },
       yaxis: { ...axis, title: { text: "Loss (nats)", standoff: 8 }, range: yRange },
       annotations: labels(yRange, HEIGHT - margin.t - margin.b, size),
     };

@@ -17,7 +17,7 @@
 
   const words = (text) => text.toLowerCase().match(/\p{L}[\p{L}\p{M}\p{N}'’-]*/gu) || [];
 
-  // What stands in nearly every text says nothing about why these two go together.
+  // Words in nearly every text do not explain why two texts go together.
   const frequent = new Set();
   const counts = new Map();
   for (const [, , text] of instances) {
@@ -232,7 +232,7 @@
 
     function order(header) {
       const key = header.dataset.key;
-      // The first choice of a column brings what matters to the top: harmful, sure, memorised.
+      // The first choice of a column brings what matters to the top: harmful, significant, memorized.
       const first = key === "self" ? "descending" : "ascending";
       const second = first === "ascending" ? "descending" : "ascending";
       const next = header.getAttribute("aria-sort") === first ? second : first;

@@ -168,9 +168,9 @@ class Arrays:
         dims = self.variables[name].dims
         if len(region) > len(dims):
             raise ValueError(f"{name} has dimensions {dims}, got a region of {len(region)}")
-        whole = (*region, *[slice(None)] * (len(dims) - len(region)))
         bounds = []
-        for dim, part in zip(dims, whole, strict=True):
+        every = (*region, *[slice(None)] * (len(dims) - len(region)))
+        for dim, part in zip(dims, every, strict=True):
             size = self.sizes[dim]
             start, stop = part.start or 0, size if part.stop is None else part.stop
             if not 0 <= start <= stop <= size:

@@ -162,9 +162,6 @@ class Location:
 
         Local: a lock file beside the folder, which the kernel releases however the process ends.
         Remote: a lease.
-
-        Raises:
-            InputError: another process writes here; from the function: another process has taken over.
         """
         if self.local is None:
             with _Lease(self, self._files, self._path(LEASE)).held() as renew:

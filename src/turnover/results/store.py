@@ -53,10 +53,6 @@ def writing(
             target (:mod:`turnover.influence.signature`), if they are recorded.
         coordinates: name to (dimension, values): numbers or strings.
         kind: see :class:`turnover.results.reader.StoredResult`.
-
-    Raises:
-        InputError: the location holds something else, or the result of other values; another process
-            writes there; the store is damaged; or zarr is not installed.
     """
     location = Location(url)
     arrays = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
@@ -116,10 +112,6 @@ def save(url: str | Path, result: Result) -> None:
 
     Locally the new one is written beside the old one, which stays until the new one is whole; elsewhere
     the old one is removed first.
-
-    Raises:
-        InputError: the location holds something else, another process writes there, or zarr is not
-            installed.
     """
     location = Location(url)
     dims, values = dims_of(result), arrays_of(result)

@@ -132,9 +132,6 @@ class Writer:
             ids: int64 (rows,), ``None`` if they have none; kept if all targets have ids.
             labels: int64 (rows,), likewise.
             signed: what the objective computes on them, if :attr:`has_signature`.
-
-        Raises:
-            InputError: the result was begun with other targets, or another objective.
         """
         assert self._grows is not None
         announced = self._sizes[self._grows]
@@ -199,9 +196,6 @@ class Writer:
             targets: their number, if it was not known before.
             attributes: JSON values to store beside the identity. Together they must hold method,
                 objective, sites, network and considered.
-
-        Raises:
-            InputError: the result was begun with more targets, or a block is missing or damaged.
         """
         if self._grows:
             self._check_count(self._grows, targets)

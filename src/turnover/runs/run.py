@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,6 @@ CHECKPOINT = ".checkpoint"
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
 """Files that change after the fit, or that no command loads a run from."""
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class _Influence:
-    scored_sites: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class _Metrics:
-    """Part of ``metrics.json``."""
-
-    influence: _Influence = field(default_factory=_Influence)
 
 
 @dataclass(frozen=True)
@@ -139,9 +127,8 @@ class Run:
             InputError: damaged ``metrics.json``.
         """
         path = self.folder / "metrics.json"
-        sites = convert(read_json(path), _Metrics, path).influence.scored_sites
-        if sites is None:
-            return tuple(self.network.sites)
+        influence = convert(read_json(path).get("influence", {}), dict[str, Any], path)
+        sites = convert(influence.get("scored_sites", [*self.network.sites]), list[str], path)
         if not sites or not set(sites) <= set(self.network.sites):
             raise InputError(f"{path}: damaged, the run has other sites than {sites}; restore it")
         return tuple(sites)
@@ -269,7 +256,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def check_new_run(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that is not a run, and one that is unless it may be overwritten."""
+    """Refuse a folder with other content, and a run unless it may be overwritten."""
     if not folder.exists():
         return
     if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -289,10 +276,6 @@ def writing_run(folder: Path, *, overwrite: bool, kept: Collection[str] = ()) ->
         folder: of the run.
         overwrite: replace an existing run.
         kept: other files that the body resumes from.
-
-    Raises:
-        InputError: a folder that may not be written, or that another process is writing.
-        WriteError: the disk is full; the draft is kept.
     """
     check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")

@@ -6,7 +6,6 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,18 +20,6 @@ BALANCED = "balanced"
 
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
 """``"balanced"``, weights by class name (default 1), or ``None`` for equal weights."""
-
-
-@dataclass(frozen=True)
-class _Training:
-    class_weights: ClassWeights = None
-
-
-@dataclass(frozen=True)
-class _Config:
-    """Part of ``config.json``."""
-
-    training: _Training = field(default_factory=_Training)
 
 
 def check_class_weights(asked: ClassWeights) -> None:
@@ -75,8 +62,9 @@ def parse_class_weights(given: Sequence[str] | None) -> ClassWeights:
 def weights_of_run(run: Run) -> Tensor | None:
     """Class weights that a run was trained with."""
     where = run.folder / "config.json"
-    asked = convert(run.config, _Config, where).training.class_weights
     with damage(where):
+        given = run.config.get("training", {}).get("class_weights")
+        asked = convert(given, ClassWeights, f"{where}: class_weights")
         check_class_weights(asked)
         return class_weights(asked, run.train)
 
@@ -90,9 +78,6 @@ def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
     Args:
         asked: as given to the training.
         data: the training data.
-
-    Raises:
-        InputError: a class that the data do not have.
     """
     if asked is None:
         return None

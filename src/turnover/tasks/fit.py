@@ -26,7 +26,7 @@ from turnover.models.pipeline import build
 from turnover.runs.run import CHECKPOINT, data_digest, versions, write_digests, writing_run
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
-from turnover.tasks.rehearsal import made_ready
+from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import (
     Curves,
     Evaluation,
@@ -129,9 +129,10 @@ def _fit(
     draft: Path,
 ) -> tuple[dict[str, Any], Network, nn.Module | None]:
     weights = class_weights(config.training.class_weights, train_data)
-    training, test, bfloat16 = made_ready(
+    training, test, bfloat16 = rehearse(
         pipeline, model, config.sites, config.masks, train_data, test_data, draft
     )
+    pipeline.prepare(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
     curve_train = fixed_rows(len(training), config.curve_rows)
@@ -143,17 +144,16 @@ def _fit(
         return {name: evaluation.mean() for name, evaluation in sides.items()}
 
     seconds = {}
+    same: dict[str, Any] = {"identity": repr(config), "bfloat16": bfloat16, "weights": weights}
     start = time.perf_counter()
     curves = train(
         model,
         training,
         config.training,
         network.exposed,
+        **same,
         name="with turn-over dropout",
         checkpoint=draft / f"turnover{CHECKPOINT}",
-        identity=repr(config),
-        bfloat16=bfloat16,
-        weights=weights,
         measure=measure,
         follow=Follower(network, training, draft / FILE) if config.memorization else None,
     )
@@ -171,11 +171,9 @@ def _fit(
                 training,
                 config.training,
                 _no_masks,
+                **same,
                 name="with ordinary dropout",
                 checkpoint=draft / f"ordinary{CHECKPOINT}",
-                identity=repr(config),
-                bfloat16=bfloat16,
-                weights=weights,
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)

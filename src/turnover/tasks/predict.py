@@ -1,6 +1,4 @@
-"""Predictions of a run: training rows by their hidden networks, test rows by the whole one or without a
-group, and their file.
-"""
+"""Predictions of a run: training rows by their hidden networks, test rows with or without a group."""
 
 from __future__ import annotations
 
@@ -24,7 +22,12 @@ from turnover.tasks.training import logits_of_rows
 
 
 def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
-    """The hidden predictions of a run's training rows, in their order, calibrated on its test rows."""
+    """Predict a run's training rows, in their order, by their hidden networks, calibrated on test rows.
+
+    Args:
+        run: the run.
+        calibrate: calibrate on the test rows and their labels.
+    """
     training, test = run.encode(run.train), run.encode(run.test)
     chunks = training.chunks(range(len(training)))
     held_out = batches(test, range(len(test)))
@@ -35,17 +38,17 @@ def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
         progress=True,
     )
     order = np.argsort(np.concatenate([np.array(chunk) for chunk in chunks]))
-    return replace(
-        found, probabilities=found.probabilities[order], train_ids=found.train_ids[order]
-    )
+    ids = found.train_ids[order]
+    return replace(found, probabilities=found.probabilities[order], train_ids=ids)
 
 
 def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]:
-    """Probabilities (rows, classes) of a run's test rows.
+    """Predict probabilities (rows, classes) of a run's test rows.
 
     Args:
-        without: key of a training instance or group, which the network that predicts never learned;
-            ``None``: the whole network.
+        run: the run.
+        without: key of a training instance or group: predict by the network that never learned it;
+            ``None``: by the whole network.
 
     Raises:
         InputError: no training row has that key.
@@ -61,11 +64,7 @@ def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]
 
 
 def id_of(train: Data, key: str) -> int:
-    """The id under which the rows with a key were trained.
-
-    Raises:
-        InputError: no training row has that key.
-    """
+    """Find the id under which the rows with a key were trained; refuse an unknown key."""
     if key not in train.keys:
         close = difflib.get_close_matches(key, dict.fromkeys(train.keys), n=3, cutoff=0.4)
         hint = f"; closest: {', '.join(close)}" if close else ""
@@ -74,11 +73,7 @@ def id_of(train: Data, key: str) -> int:
 
 
 def write_predictions(data: Data, probabilities: NDArray[np.float32], out: Path) -> None:
-    """Write a CSV, atomically: key, label, predicted, the label's probability, then every class's.
-
-    Args:
-        probabilities: (rows of ``data``, classes).
-    """
+    """Write probabilities (rows, classes) as CSV, atomically, beside keys, labels and predictions."""
     columns = [f"p({name})" for name in data.classes]
     lines = []
     for row, given in enumerate(probabilities):

@@ -90,25 +90,13 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
         state = {"path": str(decisions.path), "refusal": decisions.refusal}
         return contents.about() | state | {"decisions": _named(decisions.all())}
 
-    def errors(request: Request) -> Any:
-        return contents.errors(_query(request, ErrorFilter))
-
     def error(request: Request) -> Any:
         number, asked = request.path_params["number"], request.query_params
         by, label = asked.get("by", "turnover"), asked.get("label", "")
         return contents.error(number, by=by, label=label, top=_top(request))
 
-    def instances(request: Request) -> Any:
-        return contents.instances(_query(request, InstanceFilter), decisions.all())
-
-    def instance(request: Request) -> Any:
-        return contents.instance(request.path_params["row"], top=_top(request))
-
     def image(request: Request) -> Response:
-        side, row = request.path_params["side"], request.path_params["row"]
-        if side not in ("train", "test"):
-            raise InputError(f"there are images of train and test, not of {side!r}")
-        return Response(contents.image(side, row), media_type="image/png")
+        return Response(contents.image(**request.path_params), media_type="image/png")
 
     async def decide(request: Request) -> Response:
         decision = await _decision(request)
@@ -122,10 +110,14 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
 
     answers: dict[str, Callable[[Request], Any]] = {
         "/about": about,
-        "/errors": errors,
+        "/errors": lambda request: contents.errors(_query(request, ErrorFilter)),
         "/errors/{number:int}": error,
-        "/train": instances,
-        "/train/{row:int}": instance,
+        "/train": lambda request: contents.instances(
+            _query(request, InstanceFilter), decisions.all()
+        ),
+        "/train/{row:int}": lambda request: contents.instance(
+            request.path_params["row"], top=_top(request)
+        ),
     }
     return [
         *(Route(f"/{name}", partial(_asset, name=name)) for name in _ASSETS),

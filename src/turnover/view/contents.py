@@ -39,10 +39,6 @@ class Contents:
 
     Args:
         run: a scored run.
-
-    Raises:
-        InputError: the run was not scored, has no errors, or holds results that are damaged or of another
-            model.
     """
 
     def __init__(self, run: Run) -> None:
@@ -199,10 +195,12 @@ class Contents:
 
     def image(self, side: str, row: int) -> bytes:
         """Encode a training (``train``) or test (``test``) image as PNG, at its size."""
-        data: Data = self._run.train if side == "train" else self._run.test
-        pixels = data.image(row) if 0 <= row < len(data) else None
+        data: Data | None = {"train": self._run.train, "test": self._run.test}.get(side)
+        pixels = data.image(row) if data is not None and 0 <= row < len(data) else None
         if pixels is None:
-            raise InputError(f"there is no image of {side} row {row}")
+            raise InputError(
+                f"there is no image {row} of {side}: there are images of train and test"
+            )
         from PIL import Image
 
         written = io.BytesIO()

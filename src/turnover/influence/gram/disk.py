@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.influence.gram.factors import Factors
 from turnover.influence.gram.kernel import Block
 from turnover.io.files import mapped, write_array, write_header, writing_temporary
 
@@ -46,11 +45,7 @@ class Scratch:
         self._files = 0
 
     def matrix(self, rows: int) -> Tensor:
-        """A float32 matrix (rows, rows) on disk.
-
-        Raises:
-            WriteError: no space for it.
-        """
+        """A float32 matrix (rows, rows) on disk."""
         path, shape = self._path(), (rows, rows)
         with writing_temporary(self._folder), path.open("w+b") as file:
             write_header(file, shape, np.float32)
@@ -58,11 +53,7 @@ class Scratch:
         return torch.from_numpy(values)
 
     def save(self, values: Tensor) -> Path:
-        """Write a tensor.
-
-        Raises:
-            WriteError: no space for it.
-        """
+        """Write a tensor."""
         path, array = self._path(), values.cpu().numpy()
         with writing_temporary(self._folder):
             write_array(path, array.shape, array.dtype, [array])
@@ -84,22 +75,21 @@ class _Stored:
         self.rows = block.rows
         self._device = block.device
         self._pieces = []
-        for name, pieces in block.parts.items():
-            for start, piece in pieces:
-                tensors = piece.tensors()
-                paths = {field: scratch.save(values) for field, values in tensors.items()}
-                empty = {field: values.new_empty(0) for field, values in tensors.items()}
-                self._pieces.append((name, start, replace(piece, **empty), paths))
+        for piece in block.pieces:
+            tensors = piece.factors.tensors()
+            paths = {field: scratch.save(values) for field, values in tensors.items()}
+            empty = {field: values.new_empty(0) for field, values in tensors.items()}
+            self._pieces.append((replace(piece, factors=replace(piece.factors, **empty)), paths))
 
     def load(self) -> Block:
-        parts: dict[str, list[tuple[int, Factors]]] = {}
-        for name, start, piece, paths in self._pieces:
-            tensors = {field: self._read(path) for field, path in paths.items()}
-            parts.setdefault(name, []).append((start, replace(piece, **tensors)))
-        return Block(parts, self.rows)
-
-    def _read(self, path: Path) -> Tensor:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
+        pieces = []
+        for piece, paths in self._pieces:
+            tensors = {
+                field: torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
+                for field, path in paths.items()
+            }
+            pieces.append(replace(piece, factors=replace(piece.factors, **tensors)))
+        return Block(pieces, self.rows)
 
 
 class Blocks(Sequence[Block]):

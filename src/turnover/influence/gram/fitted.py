@@ -16,8 +16,6 @@ from turnover.influence.gram.kernel import Block, cross_of, gram_of
 from turnover.influence.gram.solve import Cholesky
 from turnover.influence.gram.uncertainty import halves
 
-_CONDITION = 1e5
-"""Condition number up to which float32 is accurate to some 1e-5 of the largest score."""
 _KEPT = 2**30
 """Bytes up to which the factors of all halves are kept between calls."""
 
@@ -28,27 +26,24 @@ class Fitted:
     """Gradients of the training set by one network, with their Gram matrix.
 
     Args:
-        blocks: of the rows' gradients.
+        blocks: gradients of the rows.
         every: costs of the rows, batch by batch.
         ridge: see :func:`turnover.influence.gram.ridge.choose`.
         residual: exponent of 1 minus the probability of the label, which multiplies the scores.
-        own_residual: whether that of an instance multiplies its score on itself, too, since its
+        own_residual: whether scores of instances on themselves are multiplied by it once more, as their
             objective is the loss.
         resamples: number of halves.
         limits: when the matrix goes to disk.
-        scratch: where it is then.
-        done: called with the number of further entries of the matrix that are computed.
+        scratch: holds it then.
+        done: called with the number of further entries computed.
 
     Attributes:
         k: the Gram matrix, float32 (train * directions, train * directions).
         ridge: lambda.
         weights: of the directions of every instance, float32 (train, directions).
-        factor: multiplies scores, float32 (train,); ``None``: nothing does.
+        factor: multiplies scores, float32 (train,).
         device: of all tensors but ``k``, which may be on disk.
         freedom: degrees of freedom of a variance over halves.
-
-    Raises:
-        InputError: inner products beyond float32, or gradients that are all 0.
     """
 
     def __init__(
@@ -76,8 +71,8 @@ class Fitted:
                 "objective down"
             )
         known = [rows.residuals for rows in every if rows.residuals is not None]
-        self.factor = torch.cat(known) ** residual if residual else None
-        self._own_factor = torch.cat(known) if own_residual else None
+        self.factor = torch.cat(known) ** residual if residual else torch.ones_like(costs)
+        self._own_factor = torch.cat(known) if own_residual else torch.ones_like(costs)
         self.ridge = ridges.choose(ridge, k, costs)
         self.k = k
         self.device = costs.device
@@ -99,11 +94,12 @@ class Fitted:
 
     def scores(self, cross: Tensor) -> Tensor:
         """Scores (targets, train) of inner products (targets, train * directions)."""
-        return self._scaled(_contracted(self._solver().rows(cross), self.weights))
+        return _contracted(self._solver().rows(cross), self.weights) * self.factor
 
     def own(self) -> Tensor:
         """Scores of every training instance on itself: float32 (train,)."""
-        return self._own_scaled(_form(self._solver().leverage, self.weights, self.weights))
+        leverage = _form(self._solver().leverage, self.weights, self.weights)
+        return leverage * self.factor * self._own_factor
 
     def variance(self, cross: Tensor) -> Tensor:
         """Variances of :meth:`scores` over halves of the training set."""
@@ -113,7 +109,7 @@ class Fitted:
             return _contracted(solved, self._weights_of_half(rows, solver))
 
         whole = _contracted(self._solver().rows(cross), self.weights)
-        return self._scaled(self._scaled(self._variance(whole, of_half)))
+        return self._variance(whole, of_half) * self.factor * self.factor
 
     def own_variance(self) -> Tensor:
         """Variances of :meth:`own` over halves of the training set."""
@@ -123,7 +119,10 @@ class Fitted:
             return _form(solver.leverage, self.weights[rows], weights)
 
         whole = _form(self._solver().leverage, self.weights, self.weights)
-        return self._own_scaled(self._own_scaled(self._variance(whole, of_half)))
+        variance = self._variance(whole, of_half)
+        for _ in range(2):
+            variance = variance * self.factor * self._own_factor
+        return variance
 
     def _variance(self, whole: Tensor, of_half: Callable[[Tensor, Solver], Tensor]) -> Tensor:
         """Variance over halves of values (..., train), each of which is in half of them."""
@@ -148,13 +147,6 @@ class Fitted:
         inside = torch.arange(self._directions, device=rows.device)
         return (rows[:, None] * self._directions + inside).flatten()
 
-    def _scaled(self, values: Tensor) -> Tensor:
-        return values if self.factor is None else values * self.factor
-
-    def _own_scaled(self, values: Tensor) -> Tensor:
-        values = self._scaled(values)
-        return values if self._own_factor is None else values * self._own_factor
-
     def _solver(self) -> Solver:
         if self._whole is None:
             self._whole = self._inverse(None, self.ridge)
@@ -168,10 +160,7 @@ class Fitted:
                 self.k, ridge, landmarks=landmarks, device=device, block=block, rows=rows
             )
         k = self.k if rows is None else self.k[rows][:, rows]
-        # No eigenvalue is above the trace.
-        condition = float(k.diagonal().sum()) / ridge
-        exact = condition > _CONDITION and k.device.type != "mps"
-        return Cholesky(k, ridge, exact=exact, block=block)
+        return Cholesky(k, ridge, block=block)
 
     def _resampled(self) -> Iterator[tuple[Tensor, Solver]]:
         if self._halves:

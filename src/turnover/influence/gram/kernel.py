@@ -18,36 +18,40 @@ _BYTES = 2**28
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Gradients of neighboring rows by one part of the network; ``start`` is the first row."""
+
+    part: str
+    start: int
+    factors: Factors
+
+
+@dataclass(frozen=True)
 class Block:
-    """Gradients of rows by part of the network, in pieces: not every part runs for all rows.
+    """Gradients of ``rows`` rows, in pieces grouped by part: not every part runs for all rows."""
 
-    Attributes:
-        parts: for each part, the first row of each piece and the piece.
-        rows: number of rows.
-    """
-
-    parts: dict[str, list[tuple[int, Factors]]]
+    pieces: list[Piece]
     rows: int
 
     @property
     def device(self) -> torch.device:
         """Device of the gradients."""
-        found = (piece for pieces in self.parts.values() for _, piece in pieces)
-        first = next(found, None)
-        return torch.device("cpu") if first is None else next(iter(first.tensors().values())).device
+        found = (next(iter(piece.factors.tensors().values())).device for piece in self.pieces)
+        return next(found, torch.device("cpu"))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(piece.nbytes for pieces in self.parts.values() for _, piece in pieces)
+        return sum(piece.factors.nbytes for piece in self.pieces)
 
     def add_gram(self, other: Block, out: Tensor) -> None:
         """Add the inner products with the gradients of another block to ``out`` (rows, other rows)."""
-        for name, pieces in self.parts.items():
-            for start, piece in pieces:
-                for other_start, other_piece in other.parts.get(name, ()):
-                    stop, other_stop = start + len(piece), other_start + len(other_piece)
-                    piece.add_gram(other_piece, out[start:stop, other_start:other_stop])
+        for one in self.pieces:
+            for two in other.pieces:
+                if one.part == two.part:
+                    rows = slice(one.start, one.start + len(one.factors))
+                    columns = slice(two.start, two.start + len(two.factors))
+                    one.factors.add_gram(two.factors, out[rows, columns])
 
 
 def is_full(rows: Sequence[Rows]) -> bool:
@@ -62,14 +66,14 @@ def block_of(every: Sequence[Rows]) -> Block:
     row = 0
     for rows in every:
         for name, factors in rows.parts.items():
-            found = runs.setdefault(name, [])
-            if found and row == found[-1][0] + sum(map(len, found[-1][1])):
-                found[-1][1].append(factors)
+            parts = runs.setdefault(name, [])
+            if parts and row == parts[-1][0] + sum(map(len, parts[-1][1])):
+                parts[-1][1].append(factors)
             else:
-                found.append((row, [factors]))
+                parts.append((row, [factors]))
         row += rows.gradients
-    parts = {name: [(start, join(run)) for start, run in found] for name, found in runs.items()}
-    return Block(parts, row)
+    found = ((name, start, run) for name, parts in runs.items() for start, run in parts)
+    return Block([Piece(name, start, join(run)) for name, start, run in found], row)
 
 
 def gram_of(

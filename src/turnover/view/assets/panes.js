@@ -69,7 +69,7 @@ export function instanceEntry(run, one) {
   return [instanceWhat(run, one), numbers];
 }
 
-// A score with what stands beside it: z and q of turn-over, or a standard error by gram.
+// A score with the numbers beside it: z and q by turn-over, or the standard error by gram.
 function scored(run, one, by, noiseFloor, scale) {
   const { gram } = one;
   const byGram = by === "gram";
@@ -228,7 +228,7 @@ function decisionControl(run, instance, act) {
     chosen = label.querySelector("select");
     group.append(label);
   }
-  group.append(element("p", "note", "Kept at once; choose the same again to take it back."));
+  group.append(element("p", "note", "Saved at once; choose the same again to undo it."));
   act.onDecision(() => {
     const decision = run.decisions.get(instance.row);
     for (const [word, node] of buttons) node.setAttribute("aria-pressed", String(word === decision));
@@ -243,7 +243,7 @@ export function fillInstance(pane, run, instance, back, act) {
     : wholeText(instance.text);
   const of = `of ${count(run.training)}`;
   const own = instance.own
-    ? `number ${count(instance.own.rank)} ${of}, from the most learned by heart`
+    ? `number ${count(instance.own.rank)} ${of}, from the most memorized`
     : "";
   const overall = `number ${count(instance.overall.rank)} ${of}, from the most harmful`;
   const tiles = element(

@@ -1,5 +1,4 @@
-// The page: what the address asks for, lists, keys and decisions. Numbers come from the server as they
-// are asked for.
+// The page: routes, lists, keys and decisions. Numbers come from the server on demand.
 
 import { count, counted, element, link } from "./elements.js";
 import { errorEntry, errorNumbers, fillBadge, fillError, fillInstance, instanceEntry } from "./panes.js";
@@ -38,7 +37,7 @@ const calm = () => {
   get("alert").hidden = true;
 };
 
-// The newest question to a part of the page makes the one before void.
+// A new question for a part of the page cancels the one before.
 const asked = new Map();
 async function asking(part, path) {
   asked.get(part)?.abort();
@@ -95,7 +94,7 @@ async function fillList(start = 0) {
   const all = list === "errors" ? run.errors : run.training;
   get("found").textContent = found
     ? `${count(listed)} of ${counted(found, ...what)}${found < all ? ` (${count(all)} in all)` : ""}`
-    : "Nothing passes the filter.";
+    : "No entry matches the filter.";
   get("more").hidden = listed >= found;
   get("list-pane").dataset.shown = `${list} ${found}`;
   markCurrent();
@@ -108,7 +107,7 @@ function markCurrent() {
   if (list === "errors") current.delete(`#/train/${instance}`);
   current.add(`#/errors/${error}/train/${instance}`);
   for (const node of document.querySelectorAll("a.entry, nav a")) {
-    // In the instance's own pane the link to the error that is open leads nowhere new, but says so.
+    // In an instance's pane the link to the open error is marked as current.
     if (current.has(node.getAttribute("href"))) node.setAttribute("aria-current", "true");
     else node.removeAttribute("aria-current");
   }
@@ -146,7 +145,7 @@ async function showInstance(row) {
   markCurrent();
 }
 
-// The button goes with the list it stood under, and focus would with it: it moves to what is new.
+// The button disappears with its list; focus moves to the first new entry.
 async function extend(pane, again, grow) {
   const before = get(pane).querySelectorAll(".helpful .entry").length;
   grow();
