@@ -112,10 +112,6 @@ def save(url: str | Path, result: Result) -> None:
 
     Locally the new one is written beside the old one, which stays until the new one is whole; elsewhere
     the old one is removed first.
-
-    Args:
-        url: path or fsspec URL.
-        result: of any shape.
     """
     location = Location(url)
     dims, values = dims_of(result), arrays_of(result)

@@ -202,13 +202,10 @@ class Writer:
         if self.complete:
             return
         described = {**self.manifest["identity"], **plain(attributes)}
-        missing = [name for name in DESCRIBED if name not in described]
-        if missing:
-            raise ValueError(f"no {', '.join(missing)} given")
+        known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         for name in self._written:
             self._arrays.check_present(name)
         variables = self._written | self._kept() | self._calibrate()
-        known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         names = (name for name in (*self._coordinates, *self._journal) if name in variables)
         # How xarray recognizes coordinates that are not dimensions.
         if labels := " ".join(name for name in names if name not in self._sizes):
