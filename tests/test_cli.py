@@ -481,7 +481,7 @@ def test_gram_in_place_of_the_pairs_is_refused_with_what_to_do(run: Path) -> Non
     from turnover.runs.run import Run
     from turnover.tasks.score import ScoreConfig, score
 
-    with pytest.raises(InputError, match="estimated without being asked for"):
+    with pytest.raises(InputError, match="estimated beside those of every method"):
         score(Run.load(run), ScoreConfig("gram"))
 
 
