@@ -66,6 +66,7 @@ def influence(
     task = build(score_task.ScoreConfig, options)
     if address is not None and engine != "ray":
         raise InputError("--address is that of a Ray cluster: give --engine ray as well")
+    connection = _connected(address) if engine == "ray" else nullcontext()
     loaded = Run.load(run)
     if explain_plan:
         plan = score_task.explain_plan(loaded, task)
@@ -73,7 +74,7 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    with _connected(address) if engine == "ray" else nullcontext():
+    with connection:
         metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")

@@ -173,9 +173,6 @@ def outputs_without(
 
     Returns:
         float32 (1 + removals, seeds, targets).
-
-    Raises:
-        InputError: no labels of the targets, or an error of :func:`retrain`.
     """
     labels = retraining.target_labels
     if labels is None:

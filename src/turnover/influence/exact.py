@@ -54,11 +54,7 @@ class Exact(Method):
 
 
 def check_block(block: int | None) -> None:
-    """Refuse forwards of no ids.
-
-    Raises:
-        InputError: a block of less than 1.
-    """
+    """Refuse forwards of no ids."""
     if block is not None and block < 1:
         raise InputError(f"block must be >= 1, got {block}")
 

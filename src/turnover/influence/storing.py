@@ -29,11 +29,7 @@ _FILE_TARGETS = 32
 
 
 def check_place(engine: str, out: str | Path | None) -> None:
-    """Refuse an engine that is missing, or whose processes have no place to share.
-
-    Raises:
-        InputError: unknown or missing engine, or blocks of many processes without a place on disk.
-    """
+    """Refuse an engine that is missing, or whose processes have no place to share."""
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
     if engine == "process":

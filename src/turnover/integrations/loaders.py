@@ -30,9 +30,6 @@ class LoaderInfluence:
         influence: the estimator.
         train_ids: int64 (rows of the training data set,), ids that its rows were trained under, if the
             batches do not have them.
-
-    Raises:
-        InputError: ids that are not those of training instances.
     """
 
     def __init__(self, influence: Influence, train_ids: Tensor | None = None) -> None:
@@ -55,12 +52,7 @@ class LoaderInfluence:
             self._rows = _length(found)
 
     def scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of training rows on target rows: float32 (train, targets), positive = helpful.
-
-        Raises:
-            InputError: a loader that shuffles, rows without ids or known positions, or as in
-                :meth:`turnover.Influence.estimate`.
-        """
+        """Influence of training rows on target rows: float32 (train, targets), positive = helpful."""
         _positions(targets)
         result = self._influence.estimate(targets, self._ids(train))
         return torch.from_numpy(result.scores).T.contiguous()
@@ -143,11 +135,7 @@ def _length(loader: DataLoader[Any]) -> int:
 
 
 def _positions(loader: Iterable[Any]) -> Tensor:
-    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known.
-
-    Raises:
-        InputError: the order changes from pass to pass.
-    """
+    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known."""
     found = _map_style(loader)
     positions = [] if found is None else places_of(found)
     if positions is None:

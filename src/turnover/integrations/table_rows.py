@@ -32,9 +32,6 @@ def check_aligned(table: Any, **columns: Any) -> None:
     Warns:
         UserWarning: a column has the labels of the table in another order, and the rows of one of them
             are numbered from 0, so that labels may mean nothing; or rows of the table share a label.
-
-    Raises:
-        InputError: a column has the labels of the table in another order.
     """
     if not hasattr(table, "iloc"):
         return
@@ -64,12 +61,7 @@ def _numbered(column: Any) -> bool:
 
 
 def identified(table: Any, ids: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return ids and names of the training rows.
-
-    Raises:
-        InputError: negative ids, or not one for each row.
-        TypeError: ids that are neither all integers nor all strings.
-    """
+    """Return ids and names of the training rows."""
     if ids is None:
         return np.arange(rows), index_of(table, rows)
     # numpy would convert numbers beside strings to strings.
@@ -97,10 +89,6 @@ def weights_of_rows(
         classes: labels of the classes.
         given: ``sample_weight`` of scikit-learn.
         by_class: ``class_weight`` of scikit-learn, multiplied with it.
-
-    Raises:
-        InputError: negative weights, or none above 0.
-        ValueError: an error of scikit-learn: missing values, other shapes, unknown classes.
     """
     if given is None and by_class is None:
         return None

@@ -37,11 +37,7 @@ class Settings:
 
     @classmethod
     def here(cls) -> Settings:
-        """Return the settings of this process.
-
-        Raises:
-            InputError: autocast, or more threads than any node has CPUs.
-        """
+        """Return the settings of this process."""
         if torch.is_autocast_enabled("cpu"):
             raise InputError(
                 'engine="ray" does not send autocast to its workers: use it within the model\'s forward'
@@ -72,9 +68,6 @@ def connected(address: str | None = None) -> Iterator[None]:
 
     Args:
         address: host:port of a cluster; ``None``: ``RAY_ADDRESS``, else start one on this machine.
-
-    Raises:
-        InputError: no connection.
     """
     if ray.is_initialized():
         yield

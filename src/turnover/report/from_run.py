@@ -29,11 +29,7 @@ _OBJECTIVES = {
 
 
 def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent:
-    """Gather the report of a scored run.
-
-    Raises:
-        InputError: the run has not been scored, or its results belong to another model.
-    """
+    """Gather the report of a scored run."""
     metrics = read_json(run.folder / "metrics.json")
     errors = tuple(explain_errors(run))  # first: it names a run that was not scored
     found = metrics["influence"]

@@ -78,9 +78,6 @@ def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
     Args:
         asked: as given to the training.
         data: the training data.
-
-    Raises:
-        InputError: a class that the data do not have.
     """
     if asked is None:
         return None

@@ -191,12 +191,7 @@ def cleanse(
 
 
 def read_scores(run: Run, path: Path) -> NDArray[np.float64]:
-    """Read a score for every training row from a CSV file with the columns key and score.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown, repeated or missing key, or a score
-            that is not a finite number.
-    """
+    """Read a score for every training row from a CSV file with the columns key and score."""
     found: dict[int, float] = {}
     for number, row, score in read_column(run, path, "score"):
         value = finite_number(score)

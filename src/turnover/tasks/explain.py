@@ -152,9 +152,6 @@ def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[
     Args:
         top: as in :func:`explain`.
         among: likewise.
-
-    Raises:
-        InputError: the run has not been scored, or its results belong to another model.
     """
     rows, predicted, confidence = read_targets(run)
     if not len(rows):

@@ -75,9 +75,6 @@ def frozen(run: Run, data: Data) -> Frozen:
     """Return pooled features of texts or images by the run's encoder with its pretrained weights.
 
     The classes weigh as much as in the run's training.
-
-    Raises:
-        InputError: the run's network was trained from scratch.
     """
     encoded, device = run.encode(data), device_of(run.model)
     rows = range(len(encoded))
@@ -113,9 +110,6 @@ def train_head(
 
     Returns:
         The head in eval mode.
-
-    Raises:
-        InputError: outputs that are not finite.
     """
     head = _new_head(data, _UNITS, seed, gain=1.0)
     optimizer = torch.optim.SGD(
@@ -135,9 +129,6 @@ def train_masked_head(data: Frozen, seed: int) -> Network:
     Args:
         data: all rows.
         seed: seed of weights, order and masks.
-
-    Raises:
-        InputError: outputs that are not finite.
     """
     head = _new_head(data, MASKED_UNITS, seed)
     network = attach(head, ["activation"], MaskSpec(seed=seed))

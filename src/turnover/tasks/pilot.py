@@ -122,11 +122,7 @@ class Pilot:
     seconds: float
 
     def predict(self, setting: Setting, top: int) -> Prediction:
-        """Predict the scores in a setting.
-
-        Raises:
-            InputError: ``top`` is not between 1 and the instances.
-        """
+        """Predict the scores in a setting."""
         _check_top(top, setting.instances)
         over = setting.over(self.setting)
         units = setting.units * setting.seeds / (self.setting.units * self.setting.seeds)
@@ -147,9 +143,6 @@ class Pilot:
         """Return the mask units, at the setting's seeds, that give the ``top`` strongest a q <= 0.05.
 
         ``None`` if the pilot saw no influence beyond chance at that rank.
-
-        Raises:
-            InputError: ``top`` is not between 1 and the instances.
         """
         return self._needed(setting, top, setting.units)
 
@@ -197,11 +190,7 @@ class Pilot:
 
 
 def needed_z_of(top: int, instances: int) -> float:
-    """Return the z that gives the ``top``-th of the instances q <= 0.05 (Gaussian, two-sided).
-
-    Raises:
-        InputError: ``top`` is not between 1 and ``instances``.
-    """
+    """Return the z that gives the ``top``-th of the instances q <= 0.05 (Gaussian, two-sided)."""
     _check_top(top, instances)
     return -NormalDist().inv_cdf(SIGNIFICANT_Q * top / instances / 2)
 
@@ -221,10 +210,6 @@ def run_pilot(
 
     Args:
         rows: approximate number of training rows; rows of one id stay together.
-
-    Raises:
-        InputError: too few rows, a part without all classes, a model that cannot be loaded, or a loss
-            that is not finite.
     """
     if rows < _MIN_PILOT_ROWS:
         raise InputError(f"a pilot needs {_MIN_PILOT_ROWS} rows or more, got {rows} (--pilot-rows)")
@@ -277,9 +262,6 @@ def measure(
         z: scores in noise floors, (targets, ids).
         noise_floor: noise floor of each target (targets,), nats of margin.
         setting: setting of the scores.
-
-    Raises:
-        InputError: all noise floors are 0.
     """
     squares = z.astype(np.float64) ** 2
     floors = noise_floor.astype(np.float64) ** 2
@@ -347,11 +329,7 @@ def _survival(z: Floats) -> Floats:
 
 
 def mask_units(config: FitConfig) -> int:
-    """Return the mask units of the planned training.
-
-    Raises:
-        InputError: its network is not a text classifier.
-    """
+    """Return the mask units of the planned training."""
     if config.classifier.kind != "text":
         raise InputError("planning is for text classifiers, whose wide head was measured")
     return config.classifier.head_units

@@ -51,10 +51,6 @@ def rehearse(
 
     Returns:
         Encoded training data, encoded test data, and whether the training can compute in bfloat16 here.
-
-    Raises:
-        InputError: a step fails, the output of a row depends on the rows beside or before it, or a
-            loaded model differs from the saved one.
     """
     training, test = pipeline.encode(train_data), pipeline.encode(test_data)
     name = pipeline.config.model

@@ -193,9 +193,6 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
     """Read decisions by training row: ``keep``, ``remove``, or the name of the right class.
 
     Rows without a decision are left out.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown or repeated key, or another decision.
     """
     decisions: dict[int, str] = {}
     for number, row, written in read_column(run, path, "decision"):
@@ -209,11 +206,7 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
 
 
 def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    """Read line numbers, training rows and values from a CSV file with the columns key and this one.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
-    """
+    """Read line numbers, training rows and values from a CSV file with the columns key and this one."""
     check_rows(run)
     row_of = {key: row for row, key in enumerate(run.train.keys)}
     seen: set[int] = set()

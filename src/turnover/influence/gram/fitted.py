@@ -44,9 +44,6 @@ class Fitted:
         factor: multiplies scores, float32 (train,).
         device: of all tensors but ``k``, which may be on disk.
         freedom: degrees of freedom of a variance over halves.
-
-    Raises:
-        InputError: inner products beyond float32, or gradients that are all 0.
     """
 
     def __init__(

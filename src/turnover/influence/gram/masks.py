@@ -32,11 +32,7 @@ class MaskCapture:
         self._directions = directions
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
-        """Derivatives, costs and residuals of the rows of a batch.
-
-        Raises:
-            InputError: the objective is not finite or has no derivative.
-        """
+        """Derivatives, costs and residuals of the rows of a batch."""
         model = self._network.model
         batch = batch.to(device_of(model))
         with evaluating(model), torch.inference_mode(False):
