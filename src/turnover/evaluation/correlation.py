@@ -40,12 +40,9 @@ class Correlation:
 
 
 def correlate(predicted: Floats, runs: Floats, *, seed: int = 0) -> Correlation:
-    """Correlate the ranks of predictions with those of the mean of several runs.
+    """Correlate the ranks of predictions (targets, cases) with those of the mean of runs.
 
-    Args:
-        predicted: (targets, cases).
-        runs: (runs, targets, cases), noisy readings of the truth.
-        seed: seed of the bootstrap over targets and cases.
+    Runs are noisy readings of the truth, (runs, targets, cases); the seed is that of the bootstrap.
     """
     truth = runs.mean(axis=0)
     per_target = spearman(predicted, truth)
@@ -80,7 +77,7 @@ def _ratio(values: Floats, scale: Floats) -> Floats:
 
 
 def _resampled(generator: np.random.Generator, size: int) -> Floats:
-    """Count how often each of ``size`` things is drawn: (resamples, size)."""
+    """Count how often each thing is drawn: (resamples, size)."""
     return generator.multinomial(size, np.full(size, 1 / size), size=_RESAMPLES).astype(np.float64)
 
 

@@ -169,11 +169,7 @@ def check_scores(scores: NDArray[np.floating], retraining: Retraining) -> None:
 def outputs_without(
     retraining: Retraining, removed: Sequence[NDArray[np.int64]], seeds: Sequence[int]
 ) -> NDArray[np.float32]:
-    """Return minus the cost of the targets after trainings on all instances, and without some.
-
-    Returns:
-        float32 (1 + removals, seeds, targets).
-    """
+    """Return minus the targets' costs, float32 (1 + removals, seeds, targets), with all instances first."""
     labels = retraining.target_labels
     if labels is None:
         raise InputError("the objective needs the labels of the targets: give target_labels")

@@ -254,10 +254,7 @@ def train(
 def stack_size(model: nn.Module, train: int, units: int = 0) -> int:
     """Return how many networks like this one are trained at once; 1 where that is as fast.
 
-    Args:
-        model: one of the networks.
-        train: training instances.
-        units: mask units over all sites.
+    Masks take memory by training instances and by units, counted over all sites.
     """
     owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     # A stack of convolutions is one grouped convolution, which takes longer than as many single

@@ -25,11 +25,6 @@ class LoaderInfluence:
 
     A row's id is that in its batch, or else the one in ``train_ids`` at its position in the loader's data
     set, or else, for gram, that position.
-
-    Args:
-        influence: the estimator.
-        train_ids: int64 (rows of the training data set,), ids that its rows were trained under, if the
-            batches do not have them.
     """
 
     def __init__(self, influence: Influence, train_ids: Tensor | None = None) -> None:
@@ -38,11 +33,7 @@ class LoaderInfluence:
         self._rows: int | None = None
 
     def fit(self, loader: Iterable[Any]) -> None:
-        """Take in the whole training set: gram's gradients, and the size that positions refer to.
-
-        Raises:
-            InputError: as in :meth:`scores` and :meth:`turnover.Influence.fit`.
-        """
+        """Take in the whole training set: gram's gradients, and the size that positions refer to."""
         self._rows = None
         warn_left_out(loader)
         if self._influence.needs_fit:

@@ -240,7 +240,6 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 
     def _checked(self, X: Any, *, fit: bool = False) -> Any:
-        """Check ``X`` as scikit-learn does."""
         names = _categories(X)
         if names or (not fit and hasattr(self.encoder_, "transformers_")):
             validate_data(self, X, reset=fit, skip_check_array=True)

@@ -25,10 +25,6 @@ def index_of(table: Any, rows: int) -> NDArray[Any]:
 def check_aligned(table: Any, **columns: Any) -> None:
     """Check that columns, which are paired with the rows of a table by place, have the same index.
 
-    Args:
-        table: a data frame, or an array.
-        columns: name to a column, or ``None``.
-
     Warns:
         UserWarning: a column has the labels of the table in another order, and the rows of one of them
             are numbered from 0, so that labels may mean nothing; or rows of the table share a label.
@@ -84,9 +80,7 @@ def weights_of_rows(
     """Return weights of the training rows, scaled to mean 1 over those above 0; ``None`` without weights.
 
     Args:
-        inputs: table of the rows.
         labels: (rows,), positions in ``classes``.
-        classes: labels of the classes.
         given: ``sample_weight`` of scikit-learn.
         by_class: ``class_weight`` of scikit-learn, multiplied with it.
     """

@@ -57,13 +57,9 @@ Draws = Mapping[tuple[str, float], Sequence[NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores of the training rows, of which the lowest are removed first.
+    """Scores (rows,), positive = helpful, of which the lowest are removed first.
 
-    Attributes:
-        name: ``"gram"``, ``"turn-over"``, ``"self"`` or ``"scores"``.
-        scores: float (rows,), positive = helpful; for ``"self"`` minus the self-influence.
-        z: float32 (rows,), scores in units of their noise; ``None`` if unknown.
-        q: float64 (rows,), adjusted p-values; ``None`` if unknown.
+    Those of ``"self"`` are minus the self-influence; ``z`` and ``q`` are as in :class:`turnover.Result`.
     """
 
     name: str
@@ -83,14 +79,9 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Point:
-    """Figures of heads trained without some rows.
+    """Accuracy and mean cross entropy (nats) of each seed's head, trained without some rows.
 
-    Attributes:
-        removal: ``"none"``, ``"random"``, ``"loss"``, or the ranking's name.
-        fraction: share of the training rows that is removed.
-        removed: number of removed rows.
-        accuracy: accuracy of each seed's head.
-        loss: mean cross entropy of each seed's head, in nats.
+    ``removal`` is ``"none"``, ``"random"``, ``"loss"``, or the ranking's name.
     """
 
     removal: str
@@ -315,7 +306,6 @@ def _check(
 
 
 def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking | None:
-    """Return a ranking that needs no training."""
     if scores is not None:
         return Ranking(_GIVEN, np.asarray(scores))
     if name != "self":

@@ -48,19 +48,12 @@ _LARGEST_LOG_SCALE = 30.0
 
 @dataclass(frozen=True)
 class Frozen:
-    """Features and labels of rows.
+    """Features and labels of rows, and weights of the classes in training."""
 
-    Attributes:
-        features: float32 (rows, width).
-        labels: int64 (rows,).
-        classes: number of classes.
-        weights: weights of the classes in training, float (classes,); ``None``: all weigh the same.
-    """
-
-    features: Tensor
-    labels: Tensor
+    features: Tensor  # float32 (rows, width)
+    labels: Tensor  # int64 (rows,)
     classes: int
-    weights: Tensor | None = None
+    weights: Tensor | None = None  # float (classes,)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,17 +92,11 @@ def train_head(
     epochs: int | None = None,
     weight_decay: float = _DECAY,
 ) -> WideHead:
-    """Train a head on some of the rows, without masks.
+    """Train a head on some of the rows, without masks; the features of all rows standardize its input.
 
     Args:
-        data: all rows; the input is standardized by all their features.
-        rows: rows to train on.
-        seed: seed of weights and order.
         epochs: ``None``: 10, and at least 400 steps.
         weight_decay: factor of the L2 penalty in the gradient.
-
-    Returns:
-        The head in eval mode.
     """
     head = _new_head(data, _UNITS, seed, gain=1.0)
     optimizer = torch.optim.SGD(
@@ -124,12 +111,7 @@ def train_head(
 
 
 def train_masked_head(data: Frozen, seed: int) -> Network:
-    """Train a wide head on all rows under masks, with row numbers as ids.
-
-    Args:
-        data: all rows.
-        seed: seed of weights, order and masks.
-    """
+    """Train a wide head on all rows under masks, with row numbers as ids."""
     head = _new_head(data, MASKED_UNITS, seed)
     network = attach(head, ["activation"], MaskSpec(seed=seed))
     optimizer = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
@@ -186,14 +168,9 @@ def logits_of(head: nn.Module, data: Frozen) -> Tensor:
 
 
 class Calibrated(nn.Module):
-    """A model with its logits scaled and shifted to fit some labels best.
+    """A model with its logits scaled and shifted to fit some labels (rows,) best.
 
-    No threshold and no temperature lowers the loss that remains.
-
-    Args:
-        model: the model.
-        logits: float (rows, classes), its outputs on rows with known labels.
-        labels: int64 (rows,).
+    It is fitted on its logits (rows, classes) there: no threshold and no temperature lowers their loss.
     """
 
     scale: Tensor

@@ -48,13 +48,7 @@ _SMALLEST = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes that decide the signal to noise of single scores.
-
-    Attributes:
-        instances: distinct training ids.
-        units: mask units of the wide head.
-        seeds: networks, each with its own seed, whose scores are averaged.
-    """
+    """Training ids, mask units and averaged networks: they decide the signal to noise of scores."""
 
     instances: int
     units: int
@@ -73,15 +67,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Expected scores in a setting.
+    """Expected scores in a setting, in nats of margin.
 
     Attributes:
-        noise_floor: standard deviation of a ghost's score, nats of margin.
-        signal: standard deviation of influences without noise, nats of margin.
-        signal_to_noise: ratio of signal and noise floor.
-        top: rank k of the influence that ``top_size`` and ``top_z`` describe.
-        top_size: size of the k-th strongest influence on a target, without noise, nats of margin.
-        top_z: size of that influence in noise floors.
+        noise_floor: standard deviation of a ghost's score.
+        signal: standard deviation of influences without noise.
+        top_size: size of the ``top``-th strongest influence on a target, without noise.
+        top_z: the same in noise floors.
         significant: expected instances with q <= 0.05 for each target.
     """
 
@@ -99,16 +91,13 @@ class Pilot:
     """Measurements of a pilot training, and predictions for other settings.
 
     Attributes:
-        setting: setting of the pilot.
         rows: training rows.
         targets: held-out rows that were scored.
-        sites: sites that were scored.
         noise_floor: ghosts' standard deviation (root mean square over targets), nats of margin.
         signal: standard deviation of the scores beyond that of ghosts, nats of margin; 0 if chance
             explains it.
         sizes: float64, ascending from 0: absolute influences without noise, in noise floors.
         shares: float64, of the shape of ``sizes``: their shares of all pairs.
-        seconds: wall-clock time of the pilot.
     """
 
     setting: Setting
@@ -206,10 +195,7 @@ def run_pilot(
     """Train on part of the data as the whole would be trained, and measure the scores.
 
     Encoder, width, learning rates, epochs and the number of optimizer steps are those of the planned
-    training; a step has fewer rows.
-
-    Args:
-        rows: approximate number of training rows; rows of one id stay together.
+    training; a step has fewer rows. Rows of one id stay together, so ``rows`` is approximate.
     """
     if rows < _MIN_PILOT_ROWS:
         raise InputError(f"a pilot needs {_MIN_PILOT_ROWS} rows or more, got {rows} (--pilot-rows)")
@@ -256,13 +242,7 @@ def measure(
     sites: tuple[str, ...] = (),
     seconds: float = 0.0,
 ) -> Pilot:
-    """Make a pilot of standardized scores.
-
-    Args:
-        z: scores in noise floors, (targets, ids).
-        noise_floor: noise floor of each target (targets,), nats of margin.
-        setting: setting of the scores.
-    """
+    """Make a pilot of scores in noise floors, (targets, ids), and the floors (targets,), nats of margin."""
     squares = z.astype(np.float64) ** 2
     floors = noise_floor.astype(np.float64) ** 2
     noise = float(floors.mean()) ** 0.5
@@ -304,11 +284,7 @@ def without_noise(z: Floats) -> tuple[Floats, Floats]:
     Gaussian noise of 1, by expectation-maximization: the largest scores are large by chance too, the
     largest of these sizes are not.
 
-    Args:
-        z: absolute scores in noise floors, any shape.
-
-    Returns:
-        float64 ascending from 0, and float64 of the same shape with sum 1.
+    Sizes and scores are in noise floors; sizes ascend from 0, and shares have the sum 1.
     """
     largest = float(z.max())
     sizes = np.concatenate([[0.0], np.geomspace(_SMALLEST, max(largest, 4.0), _GRID)])

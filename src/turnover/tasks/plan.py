@@ -18,13 +18,7 @@ from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, needed_
 
 @dataclass(frozen=True)
 class Option:
-    """A setting, compared with the planned one.
-
-    Attributes:
-        setting: instances, units and seeds.
-        relative: its signal to noise over that of the planned setting.
-        prediction: expected scores; ``None`` without a pilot.
-    """
+    """A setting, its signal to noise over the planned one's, and, with a pilot, its expected scores."""
 
     setting: Setting
     relative: float

@@ -45,10 +45,6 @@ def rehearse(
 
     Weights, modes and torch's generators stay as they are, and no file stays in the folder.
 
-    Args:
-        sites: modules to mask.
-        folder: where the model is saved for a moment.
-
     Returns:
         Encoded training data, encoded test data, and whether the training can compute in bfloat16 here.
     """
@@ -74,7 +70,6 @@ def _extremes(data: Encoded) -> list[int]:
 
 
 def _length(data: Encoded) -> int:
-    """Numbers in the longest row."""
     return tensors(data.batch(_extremes(data)[-1:]).inputs)[0].numel()
 
 
@@ -133,7 +128,6 @@ def _check_step(network: Network, data: Encoded, name: str) -> bool:
 def _check_saved(
     pipeline: Pipeline, model: nn.Module, data: Data, rows: Sequence[int], folder: Path
 ) -> None:
-    """Save and load the model, and compare tokens and outputs of rows."""
     name = pipeline.config.model
     shutil.rmtree(folder, ignore_errors=True)  # of a rehearsal that was killed
     folder.mkdir()

@@ -127,14 +127,9 @@ def write_decisions(
     out: Path,
     self_influence: Mapping[int, tuple[float, float]],
 ) -> None:
-    """Write decisions on training rows in the columns of the list, atomically.
+    """Write decisions by row in the columns of the list, atomically, with z and q by instance id.
 
-    Args:
-        train: the training data.
-        decisions: by row; see :func:`read_decisions`.
-        out: CSV file.
-        self_influence: z and q by instance id, where known. The other numbers of the list would take
-            another pass over the data; their columns are empty.
+    The other numbers of the list would take another pass over the data; their columns are empty.
     """
     rows = []
     for row, decision in sorted(decisions.items()):

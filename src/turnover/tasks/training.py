@@ -164,19 +164,13 @@ def train(
     """Train in place, each step in the context ``bind(ids)``; resume from the checkpoint if it exists.
 
     Args:
-        bind: from ids (rows,) to their masks, or to no masks.
-        name: shown in the progress bar.
-        checkpoint: file written after every epoch.
         identity: describes what the training depends on beside ``data`` and ``config``; a checkpoint of
             another training is not resumed.
         bfloat16: compute forward and backward in bfloat16, ``None``: where the processor does; weights and
             their updates stay float32.
-        weights: weights of the classes in the loss, float (classes,); ``None``: all weigh the same.
-        measure: returns losses on fixed rows; called at 9 steps.
+        weights: weights of the classes in the loss, float (classes,).
+        measure: returns losses on fixed rows; called at 9 steps, which make the curves.
         follow: called after every epoch with the number of finished epochs.
-
-    Returns:
-        The curves; empty without ``measure``.
 
     Raises:
         InputError: the loss is NaN or infinite.
@@ -338,7 +332,6 @@ class _Checkpoint:
         return [one for one in self.model.named_parameters() if one[1].requires_grad]
 
     def _restore_one(self, file: Any, name: str, parameter: nn.Parameter) -> None:
-        """Load a parameter and its state in the optimizer."""
         stepped = f"{_ADAM[0]}/{name}" in file.keys()  # noqa: SIM118 - no dictionary
         of_optimizer = _ADAM if stepped else ()  # a parameter that no row reaches has no state
         kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *of_optimizer)}
