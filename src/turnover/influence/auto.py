@@ -18,9 +18,9 @@ from turnover.influence.protocol import Estimator, Method, Setup, Wanted, method
 class Auto(Method):
     """Options of the automatic choice: the most exact method that is estimated to fit a budget.
 
-    A pilot of a few seconds times every method on the first targets (:meth:`turnover.Influence.plan` shows
-    what it finds). Where none fits, the least exact method is taken. A stored result that was begun with one
-    method goes on with it. Self-influence is by the least exact method.
+    A pilot of a few seconds times every method on the first targets; :meth:`turnover.Influence.plan` prints
+    the estimates. If none fits, the least exact method is taken. A stored result is resumed with the method
+    that began it. Self-influence is by the least exact method.
 
     Attributes:
         seconds: the budget.
@@ -28,7 +28,7 @@ class Auto(Method):
             :class:`turnover.Rerank`.
 
     Raises:
-        InputError: a budget below 0, no methods, an unknown one, or one that does not estimate its cost.
+        InputError: a budget below 0, no methods, an unknown one, or one that does not score by masks.
 
     Source: this library; the methods name theirs.
 
@@ -88,7 +88,7 @@ register("auto", Auto, driver=AutoDriver)
 
 
 def _stored_method(out: str | Path) -> str | None:
-    """The method that a stored result was begun with, to go on with whatever its cost is now."""
+    """The method that began a stored result."""
     from turnover.results import store
 
     return store.stored_method(out)

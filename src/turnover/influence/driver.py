@@ -197,11 +197,11 @@ class BlockDriver:
         # The derivatives of the mean are one target's.
         once = {"pair": work.pop("pair")} if mean and "pair" in work else None
         shown = self._setup.progress
-        guesses = None
-        if shown and len(work) + bool(once) > 1:  # some of it runs late
-            guesses = estimator.seconds(
-                Pilot(self._engines, first, 1 if mean else len(first), len(ids))
-            )
+        guesses: dict[str, float] = {}
+        if shown and len(work) + bool(once) > 1:  # some kind of work runs late
+            pilot = Pilot(self._engines, first, 1 if mean else len(first), len(ids))
+            seconds = estimator.seconds(pilot)
+            guesses = {kind: each / len(self._engines) for kind, each in seconds.items()}
         title = f"influence ({estimator.name})"
         progress = Progress(title, work, once=once, seconds=guesses, shown=shown)
         self._listen(progress)

@@ -135,10 +135,6 @@ class TargetBlock(Once):
         """Scores over networks, by a function that scores for one: float32 (targets, ids)."""
         return over_networks(list(self.each(function)))
 
-    def first(self) -> TargetBlock:
-        """The first target as a block of its own."""
-        return next(self.targets())
-
     def targets(self) -> Iterator[TargetBlock]:
         """Each target as a block of its own."""
         for batch in self.batches:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Influence:
-    """Estimates which training instances made a network predict what it predicts.
+    """Estimates how much each training instance moved a network's predictions, and its noise.
 
     Args:
         network: from :func:`turnover.attach`, trained under ``exposed(ids)``; or several, trained on
@@ -45,12 +45,12 @@ class Influence:
             - ``"rerank"``, :class:`turnover.Rerank`: linear, then exact for the candidates at both ends.
             - ``"auto"``, :class:`turnover.Auto`: the most exact of them that is estimated to fit a budget.
             - ``"gram"``, :class:`turnover.Gram`: inner products of gradients; needs :meth:`fit`.
-            - what else is registered (:func:`turnover.influence.protocol.register`).
+            - any method added by :func:`turnover.influence.protocol.register`.
         ghosts: number of ghost ids of the noise floor, at least 10. Below 1,000 the far tail is rough.
         sites: names or glob patterns of the sites whose masks are flipped; at the others the network
             runs whole, so the scores are the influence that these sites carry. Sites with few units
             add more noise than signal. ``None``: all, which is the paper's estimate.
-        adapter: how a batch becomes :class:`turnover.Batch`; a :class:`turnover.Batch` is taken as it is.
+        adapter: turns a batch into :class:`turnover.Batch`; a :class:`turnover.Batch` stays as it is.
             ``None``: as the network was attached (by a trainer), else :func:`turnover.batches.as_batch`.
         progress: show a progress bar with the time left.
 
@@ -161,25 +161,24 @@ class Influence:
             targets: batches of predictions to explain, with labels as the objective needs them.
             train_ids: int64 (train,), distinct. Ghosts beyond the first ``ghosts`` are allowed, to check
                 the false-positive rate. By ``"gram"`` of fitted instances, and ``None`` for all.
-            top: keep only so many of the most helpful and of the most harmful ids of each target.
-                Memory then does not grow with the number of ids.
+            top: number of most helpful and of most harmful ids to keep for each target. Memory then
+                does not grow with the number of ids.
             out: folder or fsspec URL of a zarr store to write, block by block. Memory then grows
-                neither with targets nor with ids. If it was begun before and cut off, by the same
-                call, it is gone on with, and ends in the same bits.
+                neither with targets nor with ids. The same call resumes one that was interrupted, and
+                gives the same bits.
             coordinates: with ``out``, labels to store beside the training ids: name to one value for
                 each id.
-            engine: with ``out``, what computes the blocks: this ``"process"``, or ``"ray"``, the workers
-                of the Ray cluster that ``ray.init`` connected to (else of ``RAY_ADDRESS``, else of this
-                machine). Same bits, and each goes on with what the other began.
+            engine: with ``out``, where blocks are computed: in this ``"process"``, or by ``"ray"``, the
+                workers of the cluster that ``ray.init`` connected to (else of ``RAY_ADDRESS``, else of this
+                machine). Both give the same bits, and each resumes results of the other.
 
         Returns:
             :class:`Result` with scores (targets, train), or (targets, ranks) with ``top``, in memory;
-            with ``out`` a :class:`StoredResult` that reads what is asked for.
+            with ``out`` a :class:`StoredResult`, which reads on demand.
 
         Raises:
-            InputError: no targets, ids given twice or shared with the noise floor, an objective
-                that is not finite (the rows are named), a store that holds something else or that
-                somebody else is writing.
+            InputError: no targets, duplicate ids or ids of the noise floor, an objective that is not
+                finite (with the rows), a store with something else, or one that another process writes.
         """
         if top is not None and top < 1:
             raise InputError(f"top must be >= 1, got {top}")

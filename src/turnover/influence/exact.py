@@ -50,13 +50,8 @@ class Exact(Method):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        check_block(self.block)
-
-
-def check_block(block: int | None) -> None:
-    """Refuse forwards of no ids."""
-    if block is not None and block < 1:
-        raise InputError(f"block must be >= 1, got {block}")
+        if self.block is not None and self.block < 1:
+            raise InputError(f"block must be >= 1, got {self.block}")
 
 
 class ExactEstimator(Estimator):
@@ -93,7 +88,7 @@ class ExactEstimator(Estimator):
 
     def seconds(self, pilot: Pilot) -> dict[str, float]:
         """See :class:`Estimator`."""
-        return pilot.once("exact", partial(super().seconds, pilot))
+        return pilot.once(("exact", self.options.block), partial(super().seconds, pilot))
 
     def _scored(self, engine: Engine, batches: Sequence[Batch], ids: Tensor) -> Tensor:
         moved = [engine.moved(batch) for batch in batches]

@@ -68,12 +68,12 @@ class Setup:
 
     @cached_property
     def engines(self) -> list[Engine]:
-        """One for each network; all estimators share what they learn of it."""
+        """One for each network, shared by all estimators."""
         networks = [one for one in self.models if isinstance(one, Network)]
         return [Engine(one, self.objective, self.sites) for one in networks]
 
     def described(self, method: str, digests: Sequence[str], considered: int) -> dict[str, Any]:
-        """What a result says of itself (:class:`turnover.Result`)."""
+        """The fields of :class:`turnover.Result` that describe it."""
         return {
             "method": method,
             "objective": getattr(self.objective, "__name__", type(self.objective).__name__),
@@ -85,7 +85,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an estimate should keep, and where: arguments of :meth:`turnover.Influence.estimate`."""
+    """What an estimate keeps, and where: arguments of :meth:`turnover.Influence.estimate`."""
 
     top: int | None = None
     out: str | Path | None = None
@@ -185,8 +185,8 @@ def method_of(method: str | Method) -> Method:
 class Estimator(ABC):
     """Scores blocks of targets by one method. Only :meth:`scores` must be written.
 
-    Pickles for other processes as it is, so it holds nothing but options, engines and what it fitted; what it
-    computes once of a network or of a block of targets goes to their ``once``.
+    It is pickled for other processes, so it holds options, engines and its training set alone. Values that
+    depend on a network or a block of targets are kept by their ``once``.
 
     Args:
         options: of the method.
@@ -281,7 +281,7 @@ class Estimator(ABC):
         raise NotImplementedError
 
     def forget(self) -> None:  # noqa: B027
-        """Drop what earlier targets taught, so that a block's bits do not depend on what came before."""
+        """Drop what was learned from earlier targets: a block's bits must not depend on them."""
 
     def rows(self, targets: int | None = None) -> int:
         """Targets in one block, if there are so many."""
@@ -321,8 +321,8 @@ class Estimator(ABC):
 
     def seconds(self, pilot: Pilot) -> dict[str, float]:
         """Seconds of a piece of each kind of work, by all networks."""
-        target = pilot.block.first()
-        self.scores(target, ghost_ids(2))  # what is done once
+        target = next(pilot.block.targets())
+        self.scores(target, ghost_ids(2))  # the first call also prepares
         return {self.work_kind: pilot.seconds_of_id(lambda ids: self.scores(target, ids))}
 
     def ghost_scores(self, pilot: Pilot) -> NDArray[np.float64]:
@@ -356,7 +356,7 @@ class Estimator(ABC):
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """What stored results must share to be gone on with, as JSON values: the options."""
+        """What a stored result must share with this estimator to be resumed, as JSON values."""
         return asdict(self.options)
 
     def check_top(self, top: int | None) -> None:  # noqa: B027

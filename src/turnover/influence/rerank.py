@@ -19,7 +19,7 @@ from torch import Tensor
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
-from turnover.influence.exact import Exact, ExactEstimator, check_block
+from turnover.influence.exact import Exact, ExactEstimator
 from turnover.influence.linear import Floats, Linear, LinearEstimator, calibrated
 from turnover.influence.plan import Pilot
 from turnover.influence.protocol import Estimator, Method, register
@@ -63,7 +63,7 @@ class Rerank(Method):
     def __post_init__(self) -> None:
         if self.candidates < 1:
             raise InputError(f"candidates must be >= 1, got {self.candidates}")
-        check_block(self.block)
+        Exact(self.block)  # checks it
 
 
 class RerankEstimator(Estimator):

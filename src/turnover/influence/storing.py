@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("process", "ray")
 _FILE_TARGETS = 32
-"""Targets in one file at most: a reader wants some of them."""
+"""Targets in one file at most, since readers load a few."""
 
 
 def check_place(engine: str, out: str | Path | None) -> None:
@@ -45,7 +45,7 @@ def check_place(engine: str, out: str | Path | None) -> None:
 
 @contextmanager
 def scoring(engine: str, traversal: Traversal) -> Iterator[Over]:
-    """Open what scores all targets and writes them."""
+    """Prepare an engine; gives a function that scores all targets and writes the scores."""
     if engine == "process":
         yield _in_this_process
         return
@@ -64,14 +64,14 @@ def store(
     wanted: Wanted,
     described: dict[str, Any],
 ) -> StoredResult:
-    """Write a result block by block, or go on with one that was cut off.
+    """Write a result block by block, or resume one that was interrupted.
 
     Args:
         traversal: scores the blocks.
         targets: batches, taken one by one.
         ids: int64 (train,).
         wanted: where and by which engine.
-        described: what the result says of itself.
+        described: fields of :class:`turnover.Result`.
     """
     from turnover.results.reader import open_result
     from turnover.results.store import writing
