@@ -166,7 +166,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         {
             "key": train.keys[row],
             "label": train.classes[train.labels[row]],
-            "by_heart": float(found.memorization[row]),
+            "memorization": float(found.memorization[row]),
             "text": train.shown(row),
         }
         for row in found.order()[:show].tolist()
@@ -187,7 +187,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         texts = [f"[{one['key']}] {one['text']}" for one in rows]
         listed = zip(rows, texts, strict=True)
         output.table(
-            columns, ([f"{one['by_heart']:+.3f}", one["label"], text] for one, text in listed)
+            columns, ([f"{one['memorization']:+.3f}", one["label"], text] for one, text in listed)
         )
     output.say(f"all rows: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})

@@ -70,7 +70,7 @@ class Ranking:
     def reason(self, row: int) -> str:
         """Say why a row is removed."""
         if self.name == "self":
-            return "learned by heart: among the highest self-influence"
+            return "memorized: among the highest self-influence"
         if self.name == _GIVEN:
             return "among the lowest of the given scores"
         what = "harmful" if self.scores[row] < 0 else "among the least helpful"
