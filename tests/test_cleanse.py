@@ -91,7 +91,7 @@ def test_harmful_rows_are_taken_out_and_the_test_rows_are_predicted_better(
     others = ("none", "random", "loss")
     assert loss[ranking] < 0.9 * min(loss[name] for name in others)
     assert accuracy[ranking] > max(accuracy[name] for name in others)
-    assert f"{accuracy[ranking]:.3f}" in shown and f"{HARMFUL} rows taken out" in shown
+    assert f"{accuracy[ranking]:.3f}" in shown and f"{HARMFUL} rows removed" in shown
     with (run / "results" / "removed.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             assert row["reason"] == f"harmful to the validation rows, by {ranking}"
@@ -236,7 +236,7 @@ def test_calibration_undoes_a_scale_and_a_shift_and_bears_perfect_logits() -> No
         (("--seeds", 0), "'--seeds'"),
         (("--ranking", "gram", "--scores", "scores.csv"), "give one of them"),
         (("--scores", "none.csv"), "none.csv: cannot be read"),
-        (("--fraction", 0.6, "--scores", "one_class.csv"), "nothing is left of the class 'pos'"),
+        (("--fraction", 0.6, "--scores", "one_class.csv"), "leaves no row of class 'pos'"),
         (("--scores", "scores.csv"), "line 3: no training row has the key 'none'"),
         (("--scores", "twice.csv"), "line 3: a second score of '1'"),
         (("--scores", "few.csv"), "158 training rows have no score, such as '0'"),

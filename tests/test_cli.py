@@ -481,7 +481,7 @@ def test_gram_in_place_of_the_pairs_is_refused_with_what_to_do(run: Path) -> Non
     from turnover.runs.run import Run
     from turnover.tasks.score import ScoreConfig, score
 
-    with pytest.raises(InputError, match="estimated without being asked for"):
+    with pytest.raises(InputError, match="estimated beside those of every method"):
         score(Run.load(run), ScoreConfig("gram"))
 
 
@@ -745,13 +745,13 @@ def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> Non
     with (noisy_run / "results" / "memorization.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 160
-    by_heart = [float(row["by_heart"]) for row in rows]
-    assert by_heart == sorted(by_heart, reverse=True)
+    memorized = [float(row["memorization"]) for row in rows]
+    assert memorized == sorted(memorized, reverse=True)
     assert {"7", "20", "33", "46"} <= {row["key"] for row in rows[:8]}
     assert rows[0]["text"] in shown and "epoch 4" in shown
     for row in rows:
         left = float(row["hidden_4"]) - float(row["exposed_4"])
-        assert left == pytest.approx(float(row["by_heart"]), abs=2e-4)
+        assert left == pytest.approx(float(row["memorization"]), abs=2e-4)
     found = memorization(Run.load(noisy_run))
     loss = json.loads((noisy_run / "metrics.json").read_text())["loss"]
     assert found.exposed.shape == (4, 160)
@@ -760,8 +760,8 @@ def test_what_was_learned_by_heart_is_told_over_training(noisy_run: Path) -> Non
     curves = found.curves()
     assert np.allclose(curves["all"][0], found.exposed.mean(axis=1))
     gap = {name: (hidden - exposed)[-1] for name, (exposed, hidden) in curves.items()}
-    assert gap["by heart"] > gap["all"] > 0
-    assert curves["easy"][1][-1] < curves["all"][1][-1] < curves["by heart"][1][-1]
+    assert gap["memorized"] > gap["all"] > 0
+    assert curves["easy"][1][-1] < curves["all"][1][-1] < curves["memorized"][1][-1]
 
 
 def test_a_run_that_was_not_followed_or_whose_file_is_damaged_says_so(

@@ -190,8 +190,8 @@ def test_what_judges_the_data_prints_one_document(noisy_run: Path, tmp_path: Pat
     run = Path(shutil.copytree(noisy_run, tmp_path / "run"))
     learned = document("memorize", run, "--show", 4)
     assert learned["file"] == str(run / "results" / "memorization.csv")
-    assert {"key", "label", "by_heart", "text"} == set(learned["rows"][3])
-    assert len(learned["rows"]) == 4 and len(learned["curves"]["by heart"]["hidden"]) == 4
+    assert {"key", "label", "memorization", "text"} == set(learned["rows"][3])
+    assert len(learned["rows"]) == 4 and len(learned["curves"]["memorized"]["hidden"]) == 4
     out_of_sample = document("predict", run, "--hidden")
     assert out_of_sample["rows"] == 160 and 0 <= out_of_sample["exposed_share"] <= 1
     predicted = document("predict", run)

@@ -95,7 +95,7 @@ def test_the_key_of_a_command_is_the_text_of_the_id(tmp_path: Path) -> None:
 
 
 def test_a_key_that_lost_its_zeros_is_named_with_the_row_meant(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no training row has the key '7'; '0007' is one"):
+    with pytest.raises(InputError, match="no training row has the key '7'; did you mean '0007'"):
         written(run_of(tmp_path, ["0007", "0038"], ["a", "b"]), "key,decision\n7,remove\n")
 
 

@@ -178,7 +178,7 @@ def test_mislabel_looks_at_as_many_as_are_wrong():
     assert result.precision_at == {10: 1.0, 20: 1.0, 50: 0.4, 100: 0.2}
     with pytest.raises(InputError, match="0 of 3"):
         mislabel(np.ones(3), np.zeros(3, dtype=np.bool_))
-    with pytest.raises(InputError, match="score 1 is not"):
+    with pytest.raises(InputError, match=r"scores must be finite, and at \[1\]"):
         mislabel(np.array([0, np.nan]), np.array([True, False]))
 
 

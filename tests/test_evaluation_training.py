@@ -70,12 +70,12 @@ def plain_loop(build, x, y, recipe, seed, rows, *, ids=None, masked=None):
     if masked is not None:
         spec = turnover.MaskSpec(masked.keep, seed=seed)
         net = turnover.attach(model, list(masked.sites), spec)
-    if recipe.optimiser == "adam":
-        optimiser = torch.optim.Adam(
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(
             model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
     else:
-        optimiser = torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             model.parameters(), recipe.learning_rate, recipe.momentum, 0.0, recipe.weight_decay
         )
     generator = torch.Generator().manual_seed(seed)
@@ -87,9 +87,9 @@ def plain_loop(build, x, y, recipe, seed, rows, *, ids=None, masked=None):
             else:
                 with net.exposed((torch.arange(len(x)) if ids is None else ids)[batch]):
                     loss = functional.cross_entropy(model(x[batch]), y[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     return model.state_dict()
 
 
@@ -99,13 +99,13 @@ def assert_same_weights(first, second):
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(
     ("build", "site"), [(mlp, "1"), (network_of_convolutions, "2")], ids=["mlp", "convolutions"]
 )
 @pytest.mark.parametrize("keep", [None, 0.5, 0.7])
-def test_a_training_is_the_plain_loop_under_attach(data, build, site, keep, optimiser):
-    recipe = replace(RECIPE, optimiser=optimiser, learning_rate=0.02)
+def test_a_training_is_the_plain_loop_under_attach(data, build, site, keep, optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer, learning_rate=0.02)
     masked = None if keep is None else Masked((site,), keep)
     ids = torch.arange(ROWS) * 7 + 1000
     generator = torch.Generator().manual_seed(1)
@@ -200,7 +200,7 @@ def test_wrong_arguments_are_refused_before_training(data):
         (lambda: train(with_dropout, x, y, RECIPE, [0]), "'1' is a dropout layer"),
         (lambda: Recipe(0, 0.1, 10), "epochs"),
         (lambda: Recipe(1, math.nan, 10), "learning_rate"),
-        (lambda: Recipe(1, 0.1, 10, optimiser="lbfgs"), "lbfgs"),
+        (lambda: Recipe(1, 0.1, 10, optimizer="lbfgs"), "lbfgs"),
         (lambda: Masked("fc"), "sites"),
         (lambda: Masked(("1",), 1.0), "keep"),
     ):

@@ -55,17 +55,17 @@ def test_directions_make_the_margin_and_the_root_of_the_curvature(classes, count
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(4, classes, generator=generator)
     labels = torch.randint(classes, (4,), generator=generator)
-    found = directions(logits, labels, count)
+    found, weights = directions(logits, labels, count)
     kept = min(count, classes - 1)
-    assert found.values.shape == (4, classes, kept) and found.weights.shape == (4, kept)
+    assert found.shape == (4, classes, kept) and weights.shape == (4, kept)
     leaf = logits.clone().requires_grad_()
     margin = objectives.margin(leaf, Batch(leaf, labels)).sum()
     wanted = torch.autograd.grad(margin, leaf)[0]
-    made = (found.values @ found.weights[:, :, None])[:, :, 0]
+    made = (found @ weights[:, :, None])[:, :, 0]
     torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-4)
     p = logits.double().softmax(dim=1)
     curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).numpy()
-    for row, values in zip(curvature, found.values.double().numpy(), strict=True):
+    for row, values in zip(curvature, found.double().numpy(), strict=True):
         root = np.real(linalg.sqrtm(row + 1e-14 * np.eye(classes)))
         basis = np.linalg.qr(values)[0]
         inside = basis @ basis.T @ root @ basis @ basis.T
@@ -81,7 +81,7 @@ def test_scores_are_those_of_a_solve_along_the_directions(count):
     result = influence.fit(cut(train, 7)).estimate(cut(targets, 2))
     own, others = jacobians(model, train), jacobians(model, targets)
     found = directions(model(train.inputs), train.labels, count)
-    values, weights = found.values.double().numpy(), found.weights.double().numpy()
+    values, weights = (one.detach().double().numpy() for one in found)
     rows = np.einsum("icp,icd->idp", own, values)
     flat = rows.reshape(-1, rows.shape[2])
     pulled = np.einsum("tcp,tc->tp", others, margins(model, targets))
@@ -159,7 +159,7 @@ def test_a_part_without_a_rule_has_directions_too():
     with pytest.warns(UserWarning, match="gain"):
         scores = Influence(model, method="gram").fit([train]).estimate([targets]).scores
     found = directions(model(train.inputs), train.labels, 2)
-    values, weights = found.values.double().numpy(), found.weights.double().numpy()
+    values, weights = (one.detach().double().numpy() for one in found)
     flat = np.einsum("icp,icd->idp", jacobians(model, train), values).reshape(2 * len(train), -1)
     pulled = np.einsum("tcp,tc->tp", jacobians(model, targets), margins(model, targets))
     k = flat @ flat.T

@@ -35,7 +35,7 @@ from benchmarks.paper import (
 )
 
 MACHINE = {"date": "d", "commit": "c", "torch": "t", "threads": 1}
-RECIPE = Recipe(epochs=4, learning_rate=1e-3, batch_size=50, optimiser="adam")
+RECIPE = Recipe(epochs=4, learning_rate=1e-3, batch_size=50, optimizer="adam")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_corrupted_sources_are_found_and_compared_with_leaving_them_out(digits):
         (x, right % 2),
         (test_x, test_y % 2),
         units=512,
-        recipe=Recipe(4, 2e-3, 150, optimiser="adam"),
+        recipe=Recipe(4, 2e-3, 150, optimizer="adam"),
         networks=2,
         truth_seeds=2,
     )
@@ -127,7 +127,7 @@ def test_hidden_losses_of_masks_on_every_layer_and_of_the_control(digits):
                 torch.nn.Linear(64, 10, bias=False),
             )
 
-    recipe = Recipe(epochs=10, learning_rate=3e-3, batch_size=50, optimiser="adam")
+    recipe = Recipe(epochs=10, learning_rate=3e-3, batch_size=50, optimizer="adam")
     # Few rows, so that a network learns them by heart.
     train = (x[:150], right[:150])
     clean = hidden.followed(build, train, test, recipe, Masked(("1", "3")))
@@ -147,7 +147,7 @@ def test_removing_what_is_behind_errors_turns_more_of_them_than_chance():
     wrong = ((x[:600, 0] > 0) & (x[:600, 1] > 1)).nonzero().flatten()  # a corner, wrongly labelled
     labels = y[:600].clone()
     labels[wrong] = 0
-    recipe = Recipe(12, 5e-3, 50, optimiser="adam")
+    recipe = Recipe(12, 5e-3, 50, optimizer="adam")
     train, held_out = (x[:600], labels), (x[600:], y[600:])
     found = errors.figures(train, held_out, units=2048, recipe=recipe, seeds=2, draws=2, share=0.1)
     assert found["errors"] > 10
@@ -299,7 +299,7 @@ def test_a_head_on_convolutions_of_other_images_is_explained(tmp_path):
     design = full.Deep(
         depth=11,
         width=2,
-        recipe=Recipe(epochs=1, learning_rate=1e-3, batch_size=50, optimiser="adam"),
+        recipe=Recipe(epochs=1, learning_rate=1e-3, batch_size=50, optimizer="adam"),
         head_units=64,
         training=TrainingConfig(epochs=1),
     )

@@ -21,7 +21,7 @@ pytest.importorskip("typer")
 
 from turnover import Influence, InputError, MaskSpec, WideHead, attach
 from turnover.results.calibration import q_values
-from turnover.tasks.pilot import Pilot, Setting, measure, pilot_training, without_noise, z_asked
+from turnover.tasks.pilot import Pilot, Setting, measure, needed_z_of, pilot_training, without_noise
 from turnover.tasks.training import TrainingConfig
 
 SETTINGS = st.builds(Setting, st.integers(1000, 10**6), st.integers(64, 10**6), st.integers(1, 100))
@@ -78,7 +78,7 @@ def test_predictions_follow_units_seeds_and_instances(
 
 @given(SETTINGS, st.integers(1, 100))
 def test_the_needed_units_and_seeds_are_just_enough(setting: Setting, top: int) -> None:
-    needed_z = z_asked(top, setting.instances)
+    needed_z = needed_z_of(top, setting.instances)
     units = PILOT.needed_units(setting, top)
     seeds = PILOT.needed_seeds(setting, top)
     assert units is not None
@@ -94,11 +94,11 @@ def test_the_needed_units_and_seeds_are_just_enough(setting: Setting, top: int) 
 def test_the_z_that_is_asked_is_what_benjamini_hochberg_asks() -> None:
     instances, top = 3000, 10
     z = np.full(instances, 0.1)
-    z[:top] = z_asked(top, instances)
+    z[:top] = needed_z_of(top, instances)
     p = torch.special.erfc(torch.from_numpy(z / 2**0.5)).numpy()
     assert q_values(p)[:top] == pytest.approx(0.05)
-    with pytest.raises(InputError, match="top must lie between 1 and the 5"):
-        z_asked(6, 5)
+    with pytest.raises(InputError, match="top must be between 1 and the 5"):
+        needed_z_of(6, 5)
 
 
 def test_the_strongest_are_measured_without_the_luck_of_the_strongest() -> None:
@@ -352,7 +352,7 @@ def test_groups_are_instances_and_come_whole(
     ("options", "message"),
     [
         (("--top", 0), "'--top'"),
-        (("--top", 5000), "top must lie between 1 and"),
+        (("--top", 5000), "top must be between 1 and"),
         (("--seeds", 0), "'--seeds'"),
         (("--head-units", 0), "'--head-units'"),
         (("--pilot", "--pilot-rows", 3), "--pilot-rows"),

@@ -315,13 +315,12 @@ def test_a_rehearsal_leaves_everything_as_it_was(tmp_path: Path) -> None:
     data = read(str(write_texts(tmp_path / "t.csv")), Columns())
     with torch.random.fork_rng():
         pipeline, network = build(ClassifierConfig(str(model), 32, 4), data)
-        encoded = pipeline.encode(data)
         before = {name: value.clone() for name, value in network.state_dict().items()}
         modes = [module.training for module in network.modules()]
         state = torch.get_rng_state()
         kept = tmp_path / "kept"
         (kept / "rehearsal").mkdir(parents=True)  # of one that was killed
-        rehearse(pipeline, network, ("lora", "head"), MaskSpec(), encoded, encoded, data, kept)
+        rehearse(pipeline, network, ("lora", "head"), MaskSpec(), data, data, kept)
         assert torch.equal(state, torch.get_rng_state())
     assert not list(kept.iterdir())
     assert modes == [module.training for module in network.modules()]
@@ -329,4 +328,4 @@ def test_a_rehearsal_leaves_everything_as_it_was(tmp_path: Path) -> None:
     after = network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     with pytest.raises(InputError, match="no module"):
-        rehearse(pipeline, network, ("nowhere",), MaskSpec(), encoded, encoded, data, kept)
+        rehearse(pipeline, network, ("nowhere",), MaskSpec(), data, data, kept)

@@ -14,7 +14,7 @@ import pytest
 
 from turnover.errors import InputError
 from turnover.report import ReportContent, render, write
-from turnover.report.content import AccuracyRow, Curve, Fact, HarmfulOverall, NoiseFloor
+from turnover.report.content import AccuracyRow, Curve, Fact, HarmfulOverall, NoiseSummary
 from turnover.tasks.explain import Explanation, GramExplanation, GramInfluential, Influential
 
 HOSTILE = "</script><script>alert('from a text')</script><!-- <b>bold</b> & \u2028"
@@ -89,7 +89,7 @@ def make_content(errors: int = 40) -> ReportContent:
         deploy="Deploy the mean network.",
         errors=tuple(explained(target) for target in range(errors)),
         harmful_overall=tuple(overall(rank) for rank in range(6)),
-        noise=NoiseFloor(0.012, 0.004, 0.031, 80, 40_000, 0.0004, 20_000, 0.97),
+        noise=NoiseSummary(0.012, 0.004, 0.031, 80, 40_000, 0.0004, 20_000, 0.97),
         facts=(Fact("Time", "12 s", "wall clock"),),
         commands=("turnover report run --out report.html",),
     )

@@ -93,7 +93,7 @@ class Cut(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["_fresh", "_overall", "write_result", "_measured", "write_json"])
+@pytest.mark.parametrize("stage", ["_fresh", "_overall", "write_result", "_metrics", "write_json"])
 def test_cut_off_anywhere_results_of_two_settings_are_not_read_together(
     stage: str, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +107,7 @@ def test_cut_off_anywhere_results_of_two_settings_are_not_read_together(
         def later(*given: object, **named: object) -> object:
             calls[0] += 1
             # What is measured is also looked at before anything is computed.
-            if calls[0] == 1 and stage == "_measured":
+            if calls[0] == 1 and stage == "_metrics":
                 return of(*given, **named)
             raise Cut
 

@@ -200,10 +200,10 @@ def test_processes_and_threads_beside_one_another_get_the_same_scores():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": 0}, "units must be >= 1, got 0"),
-        ({"units": 64.0}, r"units must be an integer, got 64\.0"),
-        ({"batch_size": "32"}, "batch_size must be an integer, got '32'"),
-        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"units": 0}, "units must be an integer >= 1, got 0"),
+        ({"units": 64.0}, r"units must be an integer >= 1, got 64\.0"),
+        ({"batch_size": "32"}, "batch_size must be an integer >= 1, got '32'"),
+        ({"epochs": 0}, "epochs must be an integer >= 1"),
         ({"learning_rate": -1.0}, "learning_rate must be > 0"),
         ({"learning_rate": 1e30}, "lower learning_rate"),
     ],

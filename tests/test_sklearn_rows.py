@@ -239,7 +239,7 @@ def test_a_column_whose_index_is_in_another_order_is_refused():
     with pytest.raises(InputError, match="index of y"):
         model.influence_on(named[:5], labels[:5].iloc[::-1])
     # Row numbers may be meant, or may be what pandas gives a new column.
-    with pytest.warns(UserWarning, match="rows are paired by place; if their labels are meant"):
+    with pytest.warns(UserWarning, match="rows are paired by place; to pair them by label"):
         clone(small).fit(X, other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import tiny
 import turnover
-from turnover.data.encoded import Pixels, Tokens
+from turnover.data.images import Pixels
+from turnover.data.text import Tokens
 from turnover.evaluation import Masked, Recipe, train
 from turnover.tasks import linear_probe
 from turnover.tasks.linear_probe import Frozen, train_head, train_masked_head
@@ -237,7 +238,7 @@ def convolution(seed):
 
 
 def optimizer_of(recipe, parameters):
-    if recipe.optimiser == "adam":
+    if recipe.optimizer == "adam":
         return torch.optim.Adam(
             parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
@@ -260,7 +261,7 @@ CHOSEN = torch.stack(
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("keep", [None, 0.5, 0.7])
 def test_single_networks_are_retrained_as_by_hand(keep, optimizer):
-    recipe = Recipe(3, 0.02, 5, weight_decay=1e-3, optimiser=optimizer)
+    recipe = Recipe(3, 0.02, 5, weight_decay=1e-3, optimizer=optimizer)
     masked = None if keep is None else Masked(("1",), keep)
     found = train(convolution, X, Y, recipe, SEEDS, rows=CHOSEN, ids=IDS, masked=masked).states
     for state, seed, rows in zip(found, SEEDS, CHOSEN, strict=True):
@@ -277,7 +278,7 @@ def test_single_networks_are_retrained_as_by_hand(keep, optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("keep", [None, 0.5, 0.7])
 def test_stacked_networks_are_retrained_as_by_hand(keep, optimizer):
-    recipe = Recipe(3, 0.02, 5, weight_decay=1e-3, optimiser=optimizer)
+    recipe = Recipe(3, 0.02, 5, weight_decay=1e-3, optimizer=optimizer)
     masked = None if keep is None else Masked(("1", "3"), keep)
     found = train(mlp, X, Y, recipe, SEEDS, rows=CHOSEN, ids=IDS, masked=masked).states
     models = [mlp(seed) for seed in SEEDS]

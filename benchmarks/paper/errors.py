@@ -28,7 +28,7 @@ Json = dict[str, Any]
 Rows = NDArray[np.int64]
 
 UNITS = 8192
-RECIPE = Recipe(epochs=3, learning_rate=2e-4, batch_size=100, optimiser="adam")
+RECIPE = Recipe(epochs=3, learning_rate=2e-4, batch_size=100, optimizer="adam")
 SEEDS = 3
 DRAWS = 5
 SHARE = 0.02

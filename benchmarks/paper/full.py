@@ -49,7 +49,7 @@ SETS = (NONE, RANDOM, LOSS, GRAM, MASKS)
 SHOWN = 24
 _CLASSES = ["negative", "positive"]
 _KINDS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_CONVOLUTIONS = Recipe(epochs=12, learning_rate=5e-4, batch_size=50, optimiser="adam")
+_CONVOLUTIONS = Recipe(epochs=12, learning_rate=5e-4, batch_size=50, optimizer="adam")
 _HEAD = TrainingConfig(epochs=20, head_learning_rate=1e-4)
 
 

@@ -30,11 +30,11 @@ SOURCES = 20
 CORRUPTED = 3
 ROWS = 2500
 UNITS = 1024
-RECIPE = Recipe(epochs=3, learning_rate=2e-4, batch_size=100, optimiser="adam")
+RECIPE = Recipe(epochs=3, learning_rate=2e-4, batch_size=100, optimizer="adam")
 NETWORKS = 5
 TRUTH_SEEDS = 15
 # Learns flipped labels by heart: what that does to the scores.
-_LONGER = Recipe(epochs=10, learning_rate=2e-4, batch_size=100, optimiser="adam")
+_LONGER = Recipe(epochs=10, learning_rate=2e-4, batch_size=100, optimizer="adam")
 _LONGER_NETWORKS = 2
 _LONGER_TRUTH_SEEDS = 5
 _TRUTH_SEED = 1000  # networks that are attributed have the seeds from 0 on

@@ -34,8 +34,8 @@ Json = dict[str, Any]
 ROWS, OTHER_ROWS, TEST_ROWS = 3000, 7000, 1000
 _POINTS = 10
 _RATIO = 0.6
-_RECIPE = Recipe(epochs=8, learning_rate=1e-3, batch_size=50, optimiser="adam")
-_LONGER = Recipe(epochs=20, learning_rate=1e-3, batch_size=50, optimiser="adam")
+_RECIPE = Recipe(epochs=8, learning_rate=1e-3, batch_size=50, optimizer="adam")
+_LONGER = Recipe(epochs=20, learning_rate=1e-3, batch_size=50, optimizer="adam")
 _LAST = ("classifier.4",)  # the last hidden layer of the VGG
 _SENTENCES, _TEST_SENTENCES = 600, 600
 _BERT_EPOCHS = 6

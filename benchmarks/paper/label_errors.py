@@ -35,8 +35,8 @@ ROWS, HELD_OUT, TEST_ROWS = 6000, 1000, 2000
 SEEDS = 3
 UNITS = 2048
 HIDDEN = 256
-TURNOVER = Recipe(epochs=8, learning_rate=3e-4, batch_size=100, optimiser="adam")
-STANDARD = Recipe(epochs=10, learning_rate=1e-3, batch_size=100, optimiser="adam")
+TURNOVER = Recipe(epochs=8, learning_rate=3e-4, batch_size=100, optimizer="adam")
+STANDARD = Recipe(epochs=10, learning_rate=1e-3, batch_size=100, optimizer="adam")
 REMOVED = (
     "random",
     "turn-over self-influence",

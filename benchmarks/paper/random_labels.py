@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 ROWS = 4000
 UNITS = 2048
-RECIPE = Recipe(epochs=15, learning_rate=3e-4, batch_size=100, optimiser="adam")
+RECIPE = Recipe(epochs=15, learning_rate=3e-4, batch_size=100, optimizer="adam")
 KINDS = ("easy", "hard", "mislabelled", "random label")
 _RANDOM = 0.1
 

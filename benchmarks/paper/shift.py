@@ -30,7 +30,6 @@ from turnover.tasks.cleanse import (
     MASKED_HEADS,
     NONE,
     RANDOM,
-    batches,
     by_gram,
     by_loss,
     by_masks,
@@ -307,13 +306,13 @@ def _orders(train: Frozen, held: Frozen) -> Orders:
     heads, networks = ranking_heads(train), masked_heads(train)
     own = turnover.Influence(networks, objectives.cross_entropy, "exact")
     scores = {
-        SELF: -own.self_influence(batches(train)).scores,
+        SELF: -own.self_influence(train.batches()).scores,
         GRAM: by_gram(heads, train, held).scores,
         MASKS: by_masks(networks, train, held).scores,
     }
     for name, objective in PLAIN.items():
         influence = turnover.Influence(heads, objective, "gram")
-        scores[name] = influence.fit(batches(train)).aggregate(batches(held)).scores
+        scores[name] = influence.fit(train.batches()).aggregate(held.batches()).scores
     by_score = {name: np.argsort(one, kind="stable") for name, one in scores.items()}
     return {RANDOM: None, LOSS: by_loss(heads, train), **by_score}
 

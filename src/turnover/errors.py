@@ -28,9 +28,6 @@ def needing(purpose: str, *packages: str) -> Iterator[None]:
     Args:
         purpose: purpose of the import, a singular noun that begins the message.
         packages: alternatives for pip, such as ``turnover[results]``.
-
-    Raises:
-        InputError: the package is not installed, or cannot be imported.
     """
     try:
         yield

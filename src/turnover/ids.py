@@ -13,12 +13,7 @@ from turnover.errors import InputError
 
 
 def check_ids(ids: Tensor | Sequence[int]) -> Tensor:
-    """Convert ids to a one-dimensional int64 tensor, or refuse them where bits would be lost.
-
-    Raises:
-        TypeError: ids are floats or booleans.
-        InputError: ids are not one-dimensional, or do not fit 64 signed bits.
-    """
+    """Convert ids to a one-dimensional int64 tensor, or refuse them where bits would be lost."""
     if not isinstance(ids, Tensor):
         ids = _ids_as_tensor(ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -56,11 +51,7 @@ def _ids_as_tensor(ids: Sequence[int]) -> Tensor:
 
 
 def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
-    """As :func:`check_ids`, and refuse negative ids, which are ghosts.
-
-    Raises:
-        InputError: an id is negative.
-    """
+    """As :func:`check_ids`, and refuse negative ids, which are ghosts."""
     ids = check_ids(ids)
     if bool((ids < 0).any()):
         first = int(ids[ids < 0][0])

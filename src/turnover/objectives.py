@@ -21,11 +21,7 @@ Objective = Callable[[Any, Batch], Tensor]
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits in a model's outputs: a tensor, ``.logits``, ``["logits"]`` or the first item.
-
-    Raises:
-        InputError: none of these is a tensor.
-    """
+    """The logits in a model's outputs: a tensor, ``.logits``, ``["logits"]`` or the first item."""
     if isinstance(outputs, Tensor):
         return outputs
     candidate = getattr(outputs, "logits", None)
@@ -42,11 +38,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Float32 logits (rows, classes) and int64 labels (rows,).
-
-    Raises:
-        InputError: logits or labels that are not those of a classifier.
-    """
+    """Float32 logits (rows, classes) and int64 labels (rows,)."""
     logits = logits_of(outputs).float()
     labels = batch.labels
     if labels is None:
@@ -81,11 +73,7 @@ def _no_labels(batch: Batch) -> str:
 
 
 def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
-    """The objective of every row: float32 (rows,).
-
-    Raises:
-        InputError: the objective does not return one number for each row.
-    """
+    """The objective of every row: float32 (rows,)."""
     values = objective(outputs, batch)
     rows = len(batch)
     if not isinstance(values, Tensor) or values.shape != (rows,):
@@ -122,11 +110,6 @@ def completion(outputs: Any, batch: Batch) -> Tensor:
     int64 (rows, tokens). The logits of a token predict the label of the next token, and -100 excludes
     tokens (the prompt, padding). The cost is the sum over a row's tokens; with the instance ids of
     documents, a score is the influence of a document on the whole completion.
-
-    Raises:
-        InputError: logits or labels of another shape, labels outside the vocabulary, a row without a
-            labeled token, or labels that are not those of a causal model
-            (:func:`turnover.batches.causal.check_causal`).
     """
     logits, labels = logits_of(outputs), batch.labels
     if labels is None:

@@ -1,7 +1,4 @@
-"""The training loop: one optimizer step for each batch of each epoch, with a callback for its loss.
-
-Knows nothing of models and masks: the caller computes the loss.
-"""
+"""The training loop: one optimizer step for each batch of each epoch, with a callback for its loss."""
 
 from __future__ import annotations
 

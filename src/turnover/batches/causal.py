@@ -34,10 +34,6 @@ def check_causal(outputs: Any, batch: Batch, labels: Tensor) -> None:
         outputs: outputs of the model.
         batch: the model's inputs.
         labels: int64 (rows, tokens), -100 outside the completion.
-
-    Raises:
-        InputError: outputs of a model that is not causal, labels that are not its input tokens, or labels
-            of padding.
     """
     mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
     if type(outputs).__name__ in _ALIGNED_OUTPUTS:

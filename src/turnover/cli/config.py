@@ -54,9 +54,6 @@ def read_config(path: Path, options: Mapping[str, Any], others: set[str]) -> dic
         path: TOML file.
         options: type of each known option.
         others: options that are allowed and ignored.
-
-    Raises:
-        InputError: no such file, not TOML, an unknown option, or a value of another type.
     """
     values = read_toml(path)
     made = values.pop(_MADE, {})

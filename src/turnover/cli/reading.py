@@ -42,12 +42,10 @@ class Source:
         given: str = getattr(self, f"{kind}_column")
         return Columns(given, self.label_column, self.id_column, self.group_column)
 
-    def read(self, data: str, shape: Config, output: Output) -> tuple[Any, Any]:
+    def read(self, data: str, shape: Config) -> tuple[Any, Any]:
         """Read training and test data for a model."""
         columns = self.columns(shape.kind)
-        both = read_both(shape.reader(), data, self.test, columns, self.split, self.test_split)
-        say_rows(output, training=both[0], test=both[1])
-        return both
+        return read_both(shape.reader(), data, self.test, columns, self.split, self.test_split)
 
 
 def say_rows(output: Output, **parts: Data) -> None:

@@ -66,6 +66,7 @@ def influence(
     task = build(score_task.ScoreConfig, options)
     if address is not None and engine != "ray":
         raise InputError("--address is that of a Ray cluster: give --engine ray as well")
+    connection = _connected(address) if engine == "ray" else nullcontext()
     loaded = Run.load(run)
     if explain_plan:
         plan = score_task.explain_plan(loaded, task)
@@ -73,7 +74,7 @@ def influence(
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict()})
         return
-    with _connected(address) if engine == "ray" else nullcontext():
+    with connection:
         metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
     output.say(f"next: turnover explain {run}, turnover report {run}")
@@ -165,7 +166,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         {
             "key": train.keys[row],
             "label": train.classes[train.labels[row]],
-            "by_heart": float(found.memorization[row]),
+            "memorization": float(found.memorization[row]),
             "text": train.shown(row),
         }
         for row in found.order()[:show].tolist()
@@ -186,7 +187,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
         texts = [f"[{one['key']}] {one['text']}" for one in rows]
         listed = zip(rows, texts, strict=True)
         output.table(
-            columns, ([f"{one['by_heart']:+.3f}", one["label"], text] for one, text in listed)
+            columns, ([f"{one['memorization']:+.3f}", one["label"], text] for one, text in listed)
         )
     output.say(f"all rows: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})

@@ -23,7 +23,7 @@ from turnover.cli.options import (
 )
 from turnover.cli.output import Output
 from turnover.cli.parameters import RUN, Fields, build, command
-from turnover.cli.reading import Source
+from turnover.cli.reading import Source, say_rows
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.sites import PRESETS
 from turnover.errors import InputError
@@ -103,7 +103,8 @@ def fit(
     check_new_run(out, overwrite=overwrite)
     shape = build(config_class(model, data), options, model=model)
     options["epochs"] = options["epochs"] or shape.epochs
-    train_data, test_data = build(Source, options).read(data, shape, output)
+    train_data, test_data = build(Source, options).read(data, shape)
+    say_rows(output, training=train_data, test=test_data)
     found = digest_of(train_data, test_data)
     if data_digest not in (None, found):
         raise InputError(
@@ -153,11 +154,12 @@ def plan(
         pilot_rows: approximate number of training rows for the pilot.
     """
     shape = build(ClassifierConfig, options)
-    train_data, test_data = build(Source, options).read(data, shape, output)
+    train_data, test_data = build(Source, options).read(data, shape)
     rows = pilot_rows if pilot else None
     found = plan_task.plan(
         _task(shape, options), train_data, test_data, seeds=seeds, top=top, pilot_rows=rows
     )
+    say_rows(output, training=train_data, test=test_data)
     _print_plan(output, found)
     output.document(found.to_dict())
 
@@ -204,7 +206,7 @@ def print_fit(output: Output, metrics: dict[str, Any]) -> None:
         output.warn(audit["report"])
 
 
-def _print_plan(output: Output, plan: plan_task.Plan) -> None:
+def _print_plan(output: Output, plan: plan_task.TrainingPlan) -> None:
     columns = ["mask units", "networks", "relative signal to noise"]
     if plan.pilot:
         columns += ["signal to noise", "noise, nats", f"z of number {plan.top}"]

@@ -91,10 +91,6 @@ def read_texts(
         needed: columns that the file must have; if it lacks one, only the names are read.
         wanted: other columns to keep, if they exist; with neither all are kept.
         separators: characters that may separate the cells, whatever the file's name.
-
-    Raises:
-        InputError: the file cannot be read, a row (it is named) has another number of cells than the
-            header, a quote mark is not closed, or two requested columns have one name.
     """
     if separators is None:
         tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")

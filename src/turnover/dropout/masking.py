@@ -101,10 +101,6 @@ class Masking:
             broadcast: let one row of a batch become as many rows as there are ids.
             every_row: the single id applies to every row of batches of any size.
             sites: masked sites; at others the network runs whole. ``None``: all.
-
-        Raises:
-            BindingError: the hooks were removed.
-            InputError: as in :meth:`turnover.Network.exposed`.
         """
         if not self._handles:
             raise BindingError(

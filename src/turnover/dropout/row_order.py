@@ -38,9 +38,6 @@ def check_site_order(network: Network, batch: Batch, sites: Sequence[str] | None
 
     Returns:
         Whether the check is conclusive. It is not for a batch of one row.
-
-    Raises:
-        InputError: a site that sees another order; it is named.
     """
     if len(batch) == 1:
         return False

@@ -93,12 +93,7 @@ class RowCheck:
         self._shared_lengths: set[tuple[str, int]] = set()
 
     def __call__(self, batch: Batch) -> Batch:
-        """Check a batch, and name all inputs that its rows share.
-
-        Raises:
-            InputError: the model does not accept the inputs, or a row alone has another cost than in
-                its batch, whichever inputs are shared.
-        """
+        """Check a batch, and name all inputs that its rows share."""
         check_not_packed(batch.inputs)
         size = len(batch)
         if not size:

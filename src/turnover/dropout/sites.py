@@ -84,12 +84,7 @@ def canonical_name(name: str) -> str:
 
 
 def resolve(model: nn.Module, sites: SiteLike | Sequence[SiteLike]) -> list[ResolvedSite]:
-    """Find the modules of the sites, each once, in the model's definition order.
-
-    Raises:
-        InputError: a name, pattern, type or preset that matches nothing (with the closest names), two
-            different requests for one site, or two modules with the same canonical name.
-    """
+    """Find the modules of the sites, each once, in the model's definition order."""
     requests = [sites] if isinstance(sites, str | type | Site) else list(sites)
     if not requests:
         raise InputError("no sites given: name at least one module, pattern, type or preset")

@@ -31,11 +31,7 @@ _functorch: Any = torch._C._functorch
 
 @cache
 def check_torch() -> None:
-    """Check that this torch has the private names that masks depend on.
-
-    Raises:
-        InputError: one is missing; it is named.
-    """
+    """Check that this torch has the private names that masks depend on."""
     missing = [name for name in NAMES if not _has(name)]
     node = torch.ones((), requires_grad=True).clone().grad_fn
     if not hasattr(node, _NODE_NUMBER):

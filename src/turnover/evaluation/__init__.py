@@ -1,4 +1,4 @@
-"""Are influence scores right? Retraining, and what it says about them.
+"""Judge influence scores by retraining.
 
 Needs ``pip install turnover[evaluation]``. Not imported by ``import turnover``.
 """
@@ -17,7 +17,7 @@ from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.removal import Removal, removal_curve
 from turnover.evaluation.retraining import Retraining, minus_cost, retrain
 from turnover.evaluation.subsets import Subsets, draw_subsets
-from turnover.evaluation.training import Trained, logits, train
+from turnover.evaluation.training import Trained, train
 
 __all__ = [
     "Build",
@@ -35,7 +35,6 @@ __all__ = [
     "draw_subsets",
     "lds",
     "leave_one_out",
-    "logits",
     "memorization",
     "minus_cost",
     "mislabel",

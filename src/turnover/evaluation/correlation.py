@@ -1,14 +1,16 @@
-"""Rank correlation over targets, with its uncertainty and with the best that can be read."""
+"""Rank correlation over targets, with its uncertainty and its ceiling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+
+from turnover.errors import InputError
 
 _RESAMPLES = 500
 _SPLITS = 50
@@ -24,9 +26,9 @@ class Correlation:
         mean: Spearman's correlation over cases (subsets or instances), mean over targets; 0 for a
             target whose predictions are constant.
         low: lower end of the bootstrap's 95% interval, over targets and cases.
-        high: upper end of it.
-        ceiling: what the expected outputs themselves would read, since the truth is a mean of few
-            noisy trainings: from the agreement of halves of the seeds; nan with one seed.
+        high: upper end of that interval.
+        ceiling: correlation that the expected outputs would reach, since the truth is a mean of few
+            noisy trainings: by the agreement of halves of the seeds; nan with one seed.
         per_target: float64 (targets,).
     """
 
@@ -38,12 +40,9 @@ class Correlation:
 
 
 def correlate(predicted: Floats, runs: Floats, *, seed: int = 0) -> Correlation:
-    """Rank correlation of predictions with the mean of several runs.
+    """Correlate the ranks of predictions (targets, cases) with those of the mean of runs.
 
-    Args:
-        predicted: (targets, cases).
-        runs: (runs, targets, cases), noisy readings of the truth.
-        seed: of the bootstrap over targets and cases.
+    Runs are noisy readings of the truth, (runs, targets, cases); the seed is that of the bootstrap.
     """
     truth = runs.mean(axis=0)
     per_target = spearman(predicted, truth)
@@ -57,26 +56,33 @@ def correlate(predicted: Floats, runs: Floats, *, seed: int = 0) -> Correlation:
 
 
 def spearman(first: Floats, second: Floats) -> Floats:
-    """Spearman's correlation along the last axis; 0 where one side is constant."""
-    return _pearson(rankdata(first, axis=-1), rankdata(second, axis=-1))
-
-
-def _pearson(first: Floats, second: Floats) -> Floats:
-    first = first - first.mean(axis=-1, keepdims=True)
-    second = second - second.mean(axis=-1, keepdims=True)
+    """Return Spearman's correlation along the last axis; 0 where one side is constant."""
+    ranks = (rankdata(values, axis=-1) for values in (first, second))
+    first, second = (one - one.mean(axis=-1, keepdims=True) for one in ranks)
     scale = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    product = (first * second).sum(axis=-1)
-    correlations: Floats = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
-    return correlations
+    return _ratio((first * second).sum(axis=-1), scale)
+
+
+def check_finite(name: str, values: NDArray[np.floating]) -> None:
+    """Refuse values that are not finite, and name the first of them."""
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        raise InputError(f"{name} must be finite, and at {wrong[0].tolist()} they are not")
+
+
+def _ratio(values: Floats, scale: Floats) -> Floats:
+    """Divide; 0 where the scale is 0."""
+    ratios: Floats = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
+    return ratios
 
 
 def _resampled(generator: np.random.Generator, size: int) -> Floats:
-    """How often each of ``size`` things is drawn: (resamples, size)."""
+    """Count how often each thing is drawn: (resamples, size)."""
     return generator.multinomial(size, np.full(size, 1 / size), size=_RESAMPLES).astype(np.float64)
 
 
 def _bootstrap(predicted: Floats, truth: Floats, of_targets: Floats, of_cases: Floats) -> Floats:
-    """Mean correlation of every resample: (resamples,)."""
+    """Return the mean correlation of every resample: (resamples,)."""
     ranks = _Ranks(predicted), _Ranks(truth)
     means = np.empty(len(of_cases))
     for index, (targets, weights) in enumerate(zip(of_targets, of_cases, strict=True)):
@@ -84,17 +90,12 @@ def _bootstrap(predicted: Floats, truth: Floats, of_targets: Floats, of_cases: F
         first -= (first @ weights)[:, None] / weights.sum()
         second -= (second @ weights)[:, None] / weights.sum()
         scale = np.sqrt((first**2 @ weights) * (second**2 @ weights))
-        product = (first * second) @ weights
-        each = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
-        means[index] = each @ targets / targets.sum()
+        means[index] = _ratio((first * second) @ weights, scale) @ targets / targets.sum()
     return means
 
 
 class _Ranks:
-    """Mid-ranks of values (targets, cases) of which each may be there several times or not at all.
-
-    Sorted once: a resample then costs a sum along the order.
-    """
+    """Mid-ranks of values (targets, cases) in resamples; sorts once, for all resamples."""
 
     def __init__(self, values: Floats) -> None:
         self._order = np.argsort(values, axis=1, kind="stable")
@@ -103,7 +104,7 @@ class _Ranks:
         self._lowest, self._highest = lowest, highest  # where a value's ties begin and end
 
     def of(self, weights: Floats) -> Floats:
-        """Ranks under how often each is there, (cases,)."""
+        """Return the ranks if each case comes so often, (cases,)."""
         below = np.zeros((self._order.shape[0], self._order.shape[1] + 1))
         np.cumsum(weights[self._order], axis=1, out=below[:, 1:])
         less = np.take_along_axis(below, self._lowest, axis=1)
@@ -112,11 +113,10 @@ class _Ranks:
 
 
 def _ceiling(runs: Floats) -> float:
-    """What the expected truth would correlate with the mean of the runs (seeds, targets, cases).
+    """Estimate the correlation of the expected truth with the mean of runs (seeds, targets, cases).
 
-    The correlation of two halves of the seeds, stepped up to all seeds by Spearman and Brown's
-    formula, is the reliability of the truth; its square root is the correlation with what the truth
-    is a noisy reading of.
+    The correlation of two halves of the seeds, extrapolated to all seeds by Spearman and Brown's formula,
+    is the reliability of the truth; its square root is the correlation with the noiseless truth.
     """
     seeds = len(runs)
     if seeds < 2:
@@ -127,7 +127,7 @@ def _ceiling(runs: Floats) -> float:
         for first, second in _splits(seeds, half)
     ]
     agreement = np.mean(agreements, axis=0)  # (targets,)
-    # Noise around 0 has both signs, and cut off at 0 it would add up to a ceiling.
+    # Noise around 0 has both signs: cut off at 0 it would raise the ceiling.
     size = np.abs(agreement)
     times = seeds / half
     reliability = times * size / (1 + (times - 1) * size)
@@ -135,13 +135,11 @@ def _ceiling(runs: Floats) -> float:
 
 
 def _splits(seeds: int, half: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pairs of disjoint halves; with an odd number each leaves one seed out in turn."""
-    count = 0
-    for first in combinations(range(seeds), half):
-        rest = [seed for seed in range(seeds) if seed not in first]
-        for second in combinations(rest, half):
-            if first < second:
-                yield first, second
-                count += 1
-                if count == _SPLITS:
-                    return
+    """Yield pairs of disjoint halves; of an odd number each leaves out one seed."""
+    pairs = (
+        (first, second)
+        for first in combinations(range(seeds), half)
+        for second in combinations([seed for seed in range(seeds) if seed not in first], half)
+        if first < second
+    )
+    return islice(pairs, _SPLITS)

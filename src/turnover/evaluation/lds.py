@@ -1,8 +1,8 @@
-"""Linear datamodeling score: do sums of scores rank the outputs of retrained networks?
+"""Linear datamodeling score: how well sums of scores rank the outputs of retrained networks.
 
 Park et al. 2023 (arXiv 2303.14186), with two additions: the score with class counts removed, and the
-score that a perfect predictor would read. The class counts of a subset alone explain much of an
-output, so that "same class = 1" already scores high; removed, they explain nothing.
+score of a perfect predictor. The class counts of a subset alone explain much of an output, so that
+"same class = 1" scores high; the score with class counts removed shows what scores explain beyond.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.evaluation.correlation import Correlation, Floats, correlate
+from turnover.evaluation.correlation import Correlation, Floats, check_finite, correlate
 from turnover.evaluation.subsets import Subsets
 
-# Least squares leaves a residual of rounding errors, whose ranks would correlate with anything.
 _ROUNDING = 1e-6
+"""Share of a residual that is rounding error, whose ranks could correlate with anything."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Lds:
     """Linear datamodeling score.
 
     Attributes:
-        raw: as it is.
-        class_removed: with the class counts of the subsets partialled out of prediction and truth.
+        raw: plain score.
+        class_removed: score with the class counts of the subsets partialled out of prediction and truth.
     """
 
     raw: Correlation
@@ -45,32 +45,16 @@ def lds(
 
     Args:
         scores: (targets, train), positive = helpful.
-        subsets: K subsets of the training instances.
+        subsets: subsets of the training instances.
         outputs: (subsets, seeds, targets), minus the cost (see
             :func:`~turnover.evaluation.minus_cost`): higher = better.
         labels: int (train,), classes of the training instances.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         InputError: shapes that do not fit, values that are not finite, or fewer than 3 subsets.
     """
     scores, outputs, labels = np.asarray(scores), np.asarray(outputs), np.asarray(labels)
-    _check(scores, subsets, outputs, labels)
-    predicted = scores.astype(np.float64) @ subsets.keep.T.astype(np.float64)  # (targets, subsets)
-    runs = outputs.astype(np.float64).transpose(1, 2, 0)  # (seeds, targets, subsets)
-    counts = np.stack([subsets.keep[:, labels == c].sum(axis=1) for c in np.unique(labels)], axis=1)
-    return Lds(
-        correlate(predicted, runs, seed=seed),
-        correlate(_without(predicted, counts), _without(runs, counts), seed=seed),
-    )
-
-
-def _check(
-    scores: NDArray[np.floating],
-    subsets: Subsets,
-    outputs: NDArray[np.floating],
-    labels: NDArray[np.integer],
-) -> None:
     count, train = subsets.keep.shape
     if scores.ndim != 2 or scores.shape[1] != train:
         raise InputError(f"scores must be (targets, {train}), got {scores.shape}")
@@ -83,14 +67,19 @@ def _check(
         raise InputError(f"labels must be ({train},), got {labels.shape}")
     if count < 3:
         raise InputError(f"a rank correlation needs at least 3 subsets, got {count}")
-    for name, values in (("scores", scores), ("outputs", outputs)):
-        if not np.isfinite(values).all():
-            where = np.argwhere(~np.isfinite(values))[0].tolist()
-            raise InputError(f"{name} must be finite, and at {where} they are not")
+    check_finite("scores", scores)
+    check_finite("outputs", outputs)
+    predicted = scores.astype(np.float64) @ subsets.keep.T.astype(np.float64)  # (targets, subsets)
+    runs = outputs.astype(np.float64).transpose(1, 2, 0)  # (seeds, targets, subsets)
+    counts = np.stack([subsets.keep[:, labels == c].sum(axis=1) for c in np.unique(labels)], axis=1)
+    return Lds(
+        correlate(predicted, runs, seed=seed),
+        correlate(_without(predicted, counts), _without(runs, counts), seed=seed),
+    )
 
 
 def _without(values: Floats, counts: NDArray[np.integer]) -> Floats:
-    """Residuals (..., subsets) of least squares on counts (subsets, classes) and a constant."""
+    """Return residuals (..., subsets) of least squares on counts (subsets, classes) and a constant."""
     design = np.column_stack([np.ones(len(counts)), counts - counts.mean(axis=0)])
     left, size, _ = np.linalg.svd(design, full_matrices=False)
     basis = left[:, size > size[0] * 1e-10]  # the counts of subsets of one size sum to a constant

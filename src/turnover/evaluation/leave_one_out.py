@@ -1,7 +1,7 @@
-"""Retraining without one instance: the definition of influence, where noise lets it be read.
+"""Retraining without one instance: the definition of influence.
 
-On networks that are not convex one instance's effect mostly drowns in the noise of training: look at
-the ceiling first.
+On networks that are not convex, training noise mostly hides the effect of one instance: look at the
+ceiling first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LeaveOneOut:
     Attributes:
         effects: float32 (targets, instances), rise of a target's cost without the instance, mean over
             seeds: positive = the instance helped.
-        standard_error: float32 (targets, instances), of that mean; nan with one seed.
-        correlation: of scores and effects, over the instances.
+        standard_error: float32 (targets, instances), standard error of that mean; nan with one seed.
+        correlation: correlation of scores and effects over the instances.
     """
 
     effects: NDArray[np.float32]
@@ -44,19 +44,19 @@ def leave_one_out(
     Args:
         scores: (targets, train), positive = helpful.
         retraining: the training, and the targets with their labels.
-        instances: which ones to leave out, one at a time, at least 3.
-        seeds: of the trainings, with and without the instance.
+        instances: at least 3 instances to leave out, one at a time.
+        seeds: seeds of the trainings with and without the instance.
 
     Raises:
         InputError: too few, repeated or unknown instances, or shapes that do not fit.
     """
     count, chosen = len(retraining.inputs), np.asarray(instances, dtype=np.int64)
-    labels = check_scores(scores, retraining)
+    check_scores(scores, retraining)
     if len(chosen) < 3 or len(np.unique(chosen)) < len(chosen):
         raise InputError(f"instances must be at least 3, and distinct, got {chosen.tolist()}")
     if chosen.min() < 0 or chosen.max() >= count:
         raise InputError(f"instances must be in [0, {count}), got {chosen.tolist()}")
-    outputs = outputs_without(retraining, list(chosen[:, None]), seeds, labels)
+    outputs = outputs_without(retraining, list(chosen[:, None]), seeds)
     effects = (outputs[0] - outputs[1:]).transpose(1, 2, 0)  # (seeds, targets, instances)
     error = np.full(effects.shape[1:], np.nan, dtype=np.float32)
     if len(effects) > 1:

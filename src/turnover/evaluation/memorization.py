@@ -1,4 +1,4 @@
-"""Memorization as subsets tell it: is an instance right only if it was trained on?
+"""Memorization: how much more often an instance is predicted right if it was trained on.
 
 Feldman and Zhang 2020 (arXiv 2008.03703), section 3.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
-from turnover.evaluation.correlation import Correlation, correlate
+from turnover.evaluation.correlation import Correlation, check_finite, correlate
 from turnover.evaluation.subsets import Subsets
 
 
@@ -22,7 +22,7 @@ class Memorization:
     Attributes:
         values: float64 (train,), share of right predictions of the networks that were trained on the
             instance, less that of the others: -1 to 1.
-        correlation: of self-scores and values over the instances, as of one target; its ceiling is
+        correlation: correlation of self-scores and values over the instances; its ceiling follows
             from the agreement of seeds on the same subsets.
     """
 
@@ -36,18 +36,18 @@ def memorization(
     labels: NDArray[np.integer],
     self_scores: NDArray[np.floating],
 ) -> Memorization:
-    """Memorization from networks trained on subsets, against a score of every instance.
+    """Measure memorization by networks trained on subsets, and compare it with scores.
 
     Args:
-        subsets: of the training instances.
+        subsets: subsets of the training instances.
         logits: (subsets, seeds, train, classes), from
             :func:`~turnover.evaluation.retrain` with the training inputs as targets.
         labels: int (train,).
-        self_scores: (train,), higher = more memorised, such as self-influence.
+        self_scores: (train,), higher = more memorized, such as self-influence.
 
     Raises:
-        InputError: shapes that do not fit, scores that are not finite, or an instance that is in all
-            subsets or in none.
+        InputError: shapes that do not fit, scores that are not finite, or an instance in all subsets
+            or in none.
     """
     labels = np.asarray(labels)
     predicted: NDArray[np.float64] = np.asarray(self_scores, dtype=np.float64)
@@ -60,15 +60,13 @@ def memorization(
     for name, values in (("labels", labels), ("self_scores", predicted)):
         if values.shape != (train,):
             raise InputError(f"{name} must be ({train},), got {values.shape}")
-    if not np.isfinite(predicted).all():
-        first = int(np.argmin(np.isfinite(predicted)))
-        raise InputError(f"self_scores must be finite; that of instance {first} is not")
+    check_finite("self_scores", predicted)
     inside = subsets.keep.sum(axis=0)
     alike = (inside == 0) | (inside == count)
     if alike.any():
         raise InputError(
-            f"instance {int(np.argmax(alike))} is in all {count} subsets or in none, so nothing tells "
-            f"what it changes: draw more subsets"
+            f"instance {int(np.argmax(alike))} is in all {count} subsets or in none, so its effect "
+            f"cannot be measured: draw more subsets"
         )
     right = (logits.argmax(axis=3) == labels).astype(np.float64)  # (subsets, seeds, train)
     keep = subsets.keep[:, None]

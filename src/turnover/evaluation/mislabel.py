@@ -1,4 +1,4 @@
-"""Finding wrong labels by a score."""
+"""How well a score finds wrong labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from turnover.errors import InputError
+from turnover.evaluation.correlation import check_finite
 
 _LOOKED_AT = (10, 50, 100)
 
@@ -19,9 +20,9 @@ class Mislabel:
     """How well a score finds wrong labels.
 
     Attributes:
-        auc: chance that a wrong label scores higher than a right one, ties half; 0.5 is chance.
-        precision_at: number of instances looked at, from the highest score, to the share of wrong
-            labels among them (its expectation, where ties straddle the cut).
+        auc: area under the ROC curve: probability that a wrong label scores higher than a right one.
+        precision_at: number of instances with the highest scores, to the share of wrong labels among
+            them (its expectation, where ties straddle the cut).
     """
 
     auc: float
@@ -31,19 +32,18 @@ class Mislabel:
 def mislabel(
     scores: NDArray[np.floating], wrong: NDArray[np.bool_], *, at: Sequence[int] | None = None
 ) -> Mislabel:
-    """Judge scores of which higher means more suspicious.
+    """Judge scores, higher = more suspicious, by known wrong labels.
 
-    Self-influence is such a score as it is; influence on other instances has to be negated, since it
-    is the harmful ones that are suspicious.
+    Give self-influence as it is, and minus the influence on other instances: harmful is suspicious.
 
     Args:
         scores: (train,).
         wrong: bool (train,), True = the label is wrong.
-        at: numbers of instances to look at; ``None``: 10, 50, 100, and as many as are wrong.
+        at: numbers of instances to look at; ``None``: 10, 50, 100, and the number of wrong labels.
 
     Raises:
         InputError: shapes that do not fit, scores that are not finite, no wrong or no right label, or
-            a number of instances beyond what there is.
+            more instances to look at than there are.
     """
     values: NDArray[np.float64] = np.asarray(scores, dtype=np.float64)
     wrong = np.asarray(wrong)
@@ -52,16 +52,13 @@ def mislabel(
             f"scores and wrong must be (train,), wrong bool, got {values.shape} and {wrong.dtype} "
             f"{wrong.shape}"
         )
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"scores must be finite; score {int(np.argmin(np.isfinite(values)))} is not"
-        )
+    check_finite("scores", values)
     count, bad = len(values), int(wrong.sum())
     if not 0 < bad < count:
-        raise InputError(f"{bad} of {count} labels are wrong: there must be some, and not all")
+        raise InputError(f"{bad} of {count} labels are wrong: some must be, but not all")
     looked = at if at is not None else [k for k in (*_LOOKED_AT, bad) if k <= count]
     if any(not 0 < k <= count for k in looked):
-        raise InputError(f"at must lie in 1 to {count}, the instances, got {list(looked)}")
+        raise InputError(f"at must be in 1 to {count}, the instances, got {list(looked)}")
     above = rankdata(values)[wrong].sum() - bad * (bad + 1) / 2
     precision = {k: _precision(values, wrong, k) for k in sorted(set(looked))}
     return Mislabel(float(above / (bad * (count - bad))), precision)

@@ -1,4 +1,4 @@
-"""How networks are built and trained, so that a retraining repeats the training and nothing else."""
+"""How networks are built and trained."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
 
-OPTIMISERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam")
 
 Build = Callable[[int], nn.Module]
-"""From a seed to a freshly initialised module: deterministic, with a generator of its own."""
+"""From a seed to a newly initialized module: deterministic, with a generator of its own."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Recipe:
         epochs: passes over the instances, >= 1.
         learning_rate: > 0.
         batch_size: instances in a step, >= 1; the last, smaller batch of an epoch is trained on too.
-        momentum: of ``"sgd"``, in [0, 1); ``"adam"`` has torch's own decay rates, whatever it is.
+        momentum: momentum of ``"sgd"``, in [0, 1); ``"adam"`` has torch's decay rates and ignores it.
         weight_decay: factor of the L2 penalty in the gradient, >= 0.
-        optimiser: ``"sgd"`` or ``"adam"``.
+        optimizer: ``"sgd"`` or ``"adam"``.
 
     Raises:
         InputError: a value out of its range.
@@ -38,7 +38,7 @@ class Recipe:
     batch_size: int
     momentum: float = 0.9
     weight_decay: float = 0.0
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
@@ -47,18 +47,18 @@ class Recipe:
         if not self.learning_rate > 0:
             raise InputError(f"recipe: learning_rate must be > 0, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
-            raise InputError(f"recipe: momentum must lie in [0, 1), got {self.momentum}")
+            raise InputError(f"recipe: momentum must be in [0, 1), got {self.momentum}")
         if not self.weight_decay >= 0:
             raise InputError(f"recipe: weight_decay must be >= 0, got {self.weight_decay}")
-        if self.optimiser not in OPTIMISERS:
+        if self.optimizer not in OPTIMIZERS:
             raise InputError(
-                f"recipe: unknown optimiser {self.optimiser!r}; there are {', '.join(OPTIMISERS)}"
+                f"recipe: unknown optimizer {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}"
             )
 
     def optimizer_of(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Make the optimizer of some parameters."""
         rate, decay = self.learning_rate, self.weight_decay
-        if self.optimiser == "adam":
+        if self.optimizer == "adam":
             return torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
         return torch.optim.SGD(
             parameters, rate, momentum=self.momentum, weight_decay=decay, fused=True
@@ -88,5 +88,5 @@ class Masked:
         self.spec(0)
 
     def spec(self, seed: int) -> MaskSpec:
-        """The masks of the run of a seed."""
+        """Return the masks of the network of a seed."""
         return MaskSpec(self.keep, seed=seed)

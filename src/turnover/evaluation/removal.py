@@ -1,4 +1,4 @@
-"""Removing what scores say matters most, and retraining: does it matter?"""
+"""Removal of the instances with the highest or lowest scores, and retraining without them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Removal:
 
     Attributes:
         counts: how many instances were removed.
-        change: by score, mean over targets and seeds.
-        standard_error: of ``change``.
-        random: by as many instances drawn at random.
-        random_standard_error: of ``random``.
+        change: without the instances chosen by score, mean over targets and seeds.
+        standard_error: standard error of ``change``.
+        random: without as many random instances.
+        random_standard_error: standard error of ``random``.
     """
 
     counts: tuple[int, ...]
@@ -65,7 +65,7 @@ def removal_curve(
         InputError: an unknown side, counts that leave nothing to train on, or shapes that do not fit.
     """
     targets, train = len(retraining.targets), len(retraining.inputs)
-    labels = check_scores(scores, retraining)
+    check_scores(scores, retraining)
     if side not in SIDES:
         raise InputError(f"unknown side {side!r}; there are {', '.join(SIDES)}")
     if not counts or min(counts) < 1 or max(counts) >= train:
@@ -77,7 +77,7 @@ def removal_curve(
     generator = np.random.default_rng(0)
     orders = [*order, *(generator.permutation(train) for _ in range(draws))]
     removed = [each[:count] for count in counts for each in orders]
-    outputs = outputs_without(retraining, removed, seeds, labels).astype(np.float64)
+    outputs = outputs_without(retraining, removed, seeds).astype(np.float64)
     rise = (outputs[0] - outputs[1:]).reshape(len(counts), len(orders), len(seeds), targets)
     by_score, by_chance = rise[:, : len(order)], rise[:, len(order) :]
     if not together:
@@ -87,7 +87,7 @@ def removal_curve(
 
 
 def _over_seeds(rise: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard error over seeds of (counts, removals, seeds, targets)."""
+    """Return mean and standard error over seeds of (counts, removals, seeds, targets)."""
     each = rise.mean(axis=(1, 3))  # (counts, seeds)
     if each.shape[1] < 2:
         return each[:, 0], np.full(len(each), np.nan)

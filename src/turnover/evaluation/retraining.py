@@ -1,4 +1,4 @@
-"""Retraining on subsets: the truth that influence scores are judged by."""
+"""Retraining on subsets: the truth by which influence scores are judged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from turnover import objectives
 from turnover.batches import Batch
 from turnover.errors import InputError
+from turnover.evaluation.correlation import check_finite
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.subsets import Subsets
 from turnover.evaluation.training import evenly, stack_size, train
@@ -70,7 +72,7 @@ def retrain(retraining: Retraining, subsets: Subsets, seeds: Sequence[int]) -> N
     Args:
         retraining: the training, and the targets.
         subsets: of its training instances.
-        seeds: of the trainings on each subset.
+        seeds: seeds of the trainings on each subset.
 
     Returns:
         float32 (subsets, seeds, targets, classes), of whole networks in eval mode.
@@ -88,18 +90,14 @@ def retrain(retraining: Retraining, subsets: Subsets, seeds: Sequence[int]) -> N
         raise InputError(f"seeds must be distinct, and at least one, got {list(seeds)}")
     store = None if retraining.cache is None else _Store(Path(retraining.cache), retraining)
     found: dict[tuple[int, int], Tensor] = {}
-    missing: list[list[tuple[int, int]]] = []
     # Mask units do not count here: networks of one seed share their masks.
     at_once = stack_size(retraining.build(seeds[0]), count)
-    # What is trained together does not depend on what is cached, and so neither do the last bits.
-    for together in _together(keep, seeds, at_once):
-        for subset, seed in together:
-            stored = store.read(keep[subset], seed) if store else None
-            if stored is not None:
-                found[subset, seed] = stored
-        left = [one for one in together if one not in found]
-        if left:
-            missing.append(left)
+    # The stacks do not depend on the cache, and so neither do the last bits.
+    stacks = list(_stacks(keep, seeds, at_once))
+    for subset, seed in chain.from_iterable(stacks):
+        stored = store.read(keep[subset], seed) if store else None
+        if stored is not None:
+            found[subset, seed] = stored
     with tqdm(
         desc="retraining",
         total=len(subsets) * len(seeds),
@@ -107,30 +105,31 @@ def retrain(retraining: Retraining, subsets: Subsets, seeds: Sequence[int]) -> N
         unit="network",
         disable=not retraining.progress,
     ) as bar:
-        for chunk in missing:
+        for stack in stacks:
+            missing = [one for one in stack if one not in found]
+            if not missing:
+                continue
             trained = train(
                 retraining.build,
                 retraining.inputs,
                 retraining.labels,
                 retraining.recipe,
-                [seed for _, seed in chunk],
-                rows=np.stack([np.flatnonzero(keep[subset]) for subset, _ in chunk]),
+                [seed for _, seed in missing],
+                rows=np.stack([np.flatnonzero(keep[subset]) for subset, _ in missing]),
                 ids=retraining.ids,
                 masked=retraining.masked,
             )
             # A network may write into its inputs.
             logits = trained.logits(retraining.targets.clone())
-            for (subset, seed), one in zip(chunk, logits, strict=True):
+            for (subset, seed), one in zip(missing, logits, strict=True):
                 found[subset, seed] = one
                 if store:
                     store.write(keep[subset], seed, one)
-            bar.update(len(chunk))
-    return np.stack(
-        [
-            np.stack([found[subset, seed].cpu().numpy() for seed in seeds])
-            for subset in range(len(subsets))
-        ]
-    )
+            bar.update(len(missing))
+    ordered = [
+        found[subset, seed].cpu().numpy() for subset in range(len(subsets)) for seed in seeds
+    ]
+    return np.stack(ordered).reshape(len(subsets), len(seeds), *ordered[0].shape)
 
 
 def minus_cost(
@@ -159,34 +158,21 @@ def minus_cost(
     return values
 
 
-def check_scores(scores: NDArray[np.floating], retraining: Retraining) -> Tensor:
-    """Return the labels of the targets, if scores are finite and (targets, train).
-
-    Raises:
-        InputError: no labels, or scores of another shape or that are not finite.
-    """
-    if retraining.target_labels is None:
-        raise InputError("the objective needs the labels of the targets: give target_labels")
+def check_scores(scores: NDArray[np.floating], retraining: Retraining) -> None:
+    """Refuse scores that are not finite and (targets, train)."""
     expected = len(retraining.targets), len(retraining.inputs)
     if np.shape(scores) != expected:
         raise InputError(f"scores must be {expected}, got {np.shape(scores)}")
-    if not np.isfinite(scores).all():
-        where = np.argwhere(~np.isfinite(scores))[0].tolist()
-        raise InputError(f"scores must be finite, and at {where} they are not")
-    return retraining.target_labels
+    check_finite("scores", np.asarray(scores))
 
 
 def outputs_without(
-    retraining: Retraining,
-    removed: Sequence[NDArray[np.int64]],
-    seeds: Sequence[int],
-    labels: Tensor,
+    retraining: Retraining, removed: Sequence[NDArray[np.int64]], seeds: Sequence[int]
 ) -> NDArray[np.float32]:
-    """Return minus the cost of the targets after trainings without some instances.
-
-    Returns:
-        float32 (1 + removals, seeds, targets), first of trainings on all instances.
-    """
+    """Return minus the targets' costs, float32 (1 + removals, seeds, targets), with all instances first."""
+    labels = retraining.target_labels
+    if labels is None:
+        raise InputError("the objective needs the labels of the targets: give target_labels")
     keep = np.ones((1 + len(removed), len(retraining.inputs)), dtype=np.bool_)
     for row, gone in zip(keep[1:], removed, strict=True):
         row[gone] = False
@@ -194,13 +180,10 @@ def outputs_without(
     return minus_cost(logits, labels, retraining.objective)
 
 
-def _together(
+def _stacks(
     keep: NDArray[np.bool_], seeds: Sequence[int], at_once: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Subsets and seeds whose networks are trained as one stack.
-
-    Networks of one seed share its masks, and the networks of a stack have one number of rows.
-    """
+    """Subsets and seeds of the networks of each stack: one number of rows, and few seeds' masks."""
     sizes: dict[int, list[tuple[int, int]]] = {}
     for seed in seeds:
         for subset, size in enumerate(keep.sum(axis=1)):
@@ -251,7 +234,9 @@ def _described(retraining: Retraining) -> str:
     model = retraining.build(0)
     digest = hashlib.sha256(f"{_FORMAT}\0{model!r}\0".encode())
     masks = None if retraining.masked is None else asdict(retraining.masked)
-    digest.update(json.dumps([asdict(retraining.recipe), masks], sort_keys=True).encode())
+    recipe = asdict(retraining.recipe)
+    recipe["optimiser"] = recipe.pop("optimizer")  # the name in the hashes of existing caches
+    digest.update(json.dumps([recipe, masks], sort_keys=True).encode())
     named = {"inputs": retraining.inputs, "labels": retraining.labels, "on": retraining.targets}
     if retraining.ids is not None:
         named["ids"] = retraining.ids

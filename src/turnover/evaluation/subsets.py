@@ -1,4 +1,4 @@
-"""Random subsets of the training instances, with a manifest that pins them."""
+"""Random subsets of the training instances, and a manifest of them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Subsets:
 
     Attributes:
         keep: bool (subsets, train), True = the instance is in the subset.
-        fraction: share of the instances in each, where they were drawn so.
-        seed: what they were drawn by, where they were.
+        fraction: share of the instances in each; ``None`` if they were not drawn.
+        seed: seed of the draw; ``None`` if they were not drawn.
 
     Raises:
         InputError: ``keep`` is not a bool matrix, or a subset is empty.
@@ -50,13 +50,13 @@ class Subsets:
 
     @property
     def sha256(self) -> str:
-        """Hash of the membership, 64 hexadecimal digits."""
+        """Hash of the membership: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{_FORMAT}\0{self.keep.shape}\0".encode())
         digest.update(np.packbits(self.keep).tobytes())
         return digest.hexdigest()
 
     def manifest(self) -> dict[str, Any]:
-        """The subsets as JSON values, with the hash that :meth:`read` checks."""
+        """Return the subsets as JSON values, with the hash that :meth:`read` checks."""
         return {
             "format": _FORMAT,
             "train": self.keep.shape[1],
@@ -76,14 +76,14 @@ class Subsets:
         """Read a manifest.
 
         Raises:
-            InputError: no such file, it is not one, or its indices are not those that were written.
+            InputError: no such file, another format, or indices that do not match their hash.
         """
         values = read_object(Path(path))
         if values.get("format") != _FORMAT:
             raise InputError(f"{path}: format {values.get('format')!r} is not {_FORMAT!r}")
         train = convert(values.get("train"), int, f"{path}: train")
         indices = convert(values.get("indices"), list[list[int]], f"{path}: indices")
-        # A number alone would make as many zeros.
+        # Bounds the memory that a corrupt number of instances would take.
         if not 0 < train <= _MOST or len(indices) * train > _MOST:
             raise InputError(f"{path}: damaged, {len(indices)} subsets of {train} instances")
         with damage(path):
@@ -97,20 +97,20 @@ class Subsets:
             raise InputError(f"{path}: damaged: {error}") from error
         if subsets.sha256 != stored:
             raise InputError(
-                f"{path}: its indices have the hash {subsets.sha256}, but it says {stored}: the "
-                f"manifest was changed after it was written, or is damaged"
+                f"{path}: its indices have the hash {subsets.sha256}, not {stored}: the manifest was "
+                f"changed after it was written, or is damaged"
             )
         return subsets
 
 
 def draw_subsets(train: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> Subsets:
-    """Draw subsets of one size, each without replacement and independent of the others.
+    """Draw independent subsets of one size, each without replacement.
 
     Args:
-        train: training instances.
-        count: subsets, >= 1.
+        train: number of training instances.
+        count: number of subsets, >= 1.
         fraction: share of the instances in each; ``round(fraction * train)`` of them.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         InputError: no subsets, or a fraction that leaves none or all of the instances.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -66,8 +67,23 @@ class Trained:
         return modules
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Return outputs of the whole networks in eval mode: float32 (models, rows, classes)."""
-        return logits(self.build, self.states, inputs)
+        """Return outputs of the whole networks in eval mode.
+
+        Args:
+            inputs: (rows, ...).
+
+        Returns:
+            float32 (models, rows, classes).
+        """
+        module = self.build(0).to(inputs.device).eval()
+        parts = torch.split(inputs, _ROWS_AT_ONCE)
+        with torch.no_grad():
+            return torch.stack(
+                [
+                    torch.cat([functional_call(module, state, (part,)) for part in parts])
+                    for state in self.states
+                ]
+            )
 
 
 @dataclass(frozen=True)
@@ -238,10 +254,7 @@ def train(
 def stack_size(model: nn.Module, train: int, units: int = 0) -> int:
     """Return how many networks like this one are trained at once; 1 where that is as fast.
 
-    Args:
-        model: one of the networks.
-        train: training instances.
-        units: mask units over all sites.
+    Masks take memory by training instances and by units, counted over all sites.
     """
     owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     # A stack of convolutions is one grouped convolution, which takes longer than as many single
@@ -264,25 +277,6 @@ def evenly(count: int, most: int) -> list[slice]:
     parts = -(-count // most)
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(*pair) for pair in pairwise(bounds)]
-
-
-def logits(build: Build, states: Sequence[State], inputs: Tensor) -> Tensor:
-    """Return outputs of whole networks in eval mode.
-
-    Args:
-        build: makes the networks.
-        states: their state dicts.
-        inputs: (rows, ...).
-
-    Returns:
-        float32 (models, rows, classes).
-    """
-    module = build(0).to(inputs.device).eval()
-    parts = torch.split(inputs, _ROWS_AT_ONCE)
-    with torch.no_grad():
-        return torch.stack(
-            [torch.cat([functional_call(module, state, (x,)) for x in parts]) for state in states]
-        )
 
 
 class _Networks(NamedTuple):
@@ -315,12 +309,8 @@ def _single(jobs: _Jobs, index: int) -> _Networks:
 def _stack(jobs: _Jobs, models: slice) -> _Networks:
     seeds = jobs.seeds[models]
     built = [jobs.build(seed).to(jobs.inputs.device).train() for seed in seeds]
-    named = [dict(model.named_parameters()) for model in built]
-    stacked = {
-        name: torch.stack([one[name].detach() for one in named]).requires_grad_()
-        for name in named[0]
-    }
-    masks = _Masks(built[0], jobs, seeds) if jobs.masked else None
+    stacked, _ = stack_module_state(built)
+    masks = _Masks(built[0], jobs, seeds, jobs.masked) if jobs.masked else None
 
     def forward(parameters: State, batch: Tensor, factors: State) -> Any:
         if masks:
@@ -347,20 +337,17 @@ def _stack(jobs: _Jobs, models: slice) -> _Networks:
 class _Masks:
     """Masks of the sites' outputs inside a vmap, where ids cannot be bound."""
 
-    def __init__(self, model: nn.Module, jobs: _Jobs, seeds: list[int]) -> None:
-        assert jobs.masked is not None
+    def __init__(self, model: nn.Module, jobs: _Jobs, seeds: list[int], masked: Masked) -> None:
         self.current: State = {}
-        self._keep = jobs.masked.keep
+        self._keep = masked.keep
         different = sorted(set(seeds))
         self._slot = torch.tensor([different.index(seed) for seed in seeds])[:, None]
         self._tables = {
-            name: torch.stack(
-                [jobs.masked.spec(seed).exposed(jobs.ids, name, units) for seed in different]
-            )
+            name: torch.stack([masked.spec(s).exposed(jobs.ids, name, units) for s in different])
             for name, units in jobs.mask_units(model).items()
         }  # bool (different seeds, N, units)
-        for site in resolve(model, list(jobs.masked.sites)):
-            site.module.register_forward_hook(self._hook(site))
+        for site in resolve(model, list(masked.sites)):
+            site.module.register_forward_hook(partial(self._multiply, site))
 
     def of(self, rows: Tensor) -> State:
         """Return the factors of rows (models, batch): float32 (models, batch, units) by site."""
@@ -369,13 +356,10 @@ class _Masks:
             for name, table in self._tables.items()
         }
 
-    def _hook(self, site: ResolvedSite) -> Any:
-        def multiply(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-            factor = self.current[site.name]
-            if site.unit_size > 1:
-                factor = factor.repeat_interleave(site.unit_size, dim=1)
-            shape = [1] * output.dim()
-            shape[0], shape[site.axis] = factor.shape
-            return output * factor.view(shape)
-
-        return multiply
+    def _multiply(self, site: ResolvedSite, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        factor = self.current[site.name]
+        if site.unit_size > 1:
+            factor = factor.repeat_interleave(site.unit_size, dim=1)
+        shape = [1] * output.dim()
+        shape[0], shape[site.axis] = factor.shape
+        return output * factor.view(shape)

@@ -159,11 +159,7 @@ class MeanTarget(TargetBlock):
 
 
 def measure(engines: Sequence[Engine], batch: Batch) -> None:
-    """Learn the widths of all sites, and check that no two networks are the same.
-
-    Raises:
-        InputError: two networks have the same masks and weights.
-    """
+    """Learn the widths of all sites, and check that no two networks are the same."""
     for engine in engines:
         engine.measure(batch)
     networks = [engine.network for engine in engines]

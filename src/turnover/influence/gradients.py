@@ -42,12 +42,6 @@ def mask_gradients(
 
     Returns:
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
-
-    Raises:
-        BindingError: the forward reached no site, or the objective depends on a site in a way that
-            autograd does not see.
-        InputError: the objective does not give one number for each row, is not finite, or has no
-            derivative; a site that does not see the rows of the batch.
     """
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
     independent = set() if independent is None else independent
@@ -85,11 +79,7 @@ def mask_gradients(
 
 
 def finite(values: Tensor, what: str) -> Tensor:
-    """The values, if they are finite.
-
-    Raises:
-        InputError: NaN or infinite; the rows are named.
-    """
+    """The values, if they are finite."""
     if not bool(torch.isfinite(values).all()):
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
         raise InputError(
@@ -100,11 +90,7 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:
-    """Refuse a forward that reached no site: every influence would be 0.
-
-    Raises:
-        BindingError: ``reached`` is empty.
-    """
+    """Refuse a forward that reached no site: every influence would be 0."""
     if not reached:
         raise BindingError(
             f"the forward reached none of the sites {list(wanted)}: are these modules called (weights "
@@ -123,11 +109,7 @@ def _check_rows(gradient: Tensor, site: str, rows: int) -> None:
 
 
 def differentiate(values: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Differentiate the sum of some values by the probes of sites.
-
-    Raises:
-        InputError: reentrant gradient checkpointing, which gives no such derivatives.
-    """
+    """Differentiate the sum of some values by the probes of sites."""
     try:
         return torch.autograd.grad(values.sum(), probes, allow_unused=True)
     except RuntimeError as error:

@@ -46,11 +46,7 @@ class _Task:
 
 
 def check(engines: Sequence[Engine]) -> None:
-    """Check that tasks compute the same bits as this process.
-
-    Raises:
-        InputError: a network that is not on the CPU, autocast, or threads that no node has.
-    """
+    """Check that tasks compute the same bits as this process."""
     devices = {device_of(engine.network.model).type for engine in engines}
     if devices != {"cpu"}:
         raise InputError(f'engine="ray" runs on CPUs, and a network is on {max(devices - {"cpu"})}')
@@ -65,10 +61,6 @@ def over(traversal: Traversal, targets: Iterable[Batch], ids: Tensor, writer: Wr
         targets: batches, taken as the tasks before them end.
         ids: int64 (train,).
         writer: of the result, begun here.
-
-    Raises:
-        InputError: as :meth:`turnover.Influence.estimate`, from any task; a network that does not pickle.
-        ray.exceptions.RayError: a block lost its worker again and again.
     """
     url, columns = writer.location.address, traversal.grid(len(ids))[1]
     settings = Settings.here()

@@ -100,11 +100,7 @@ class RerankEstimator(Estimator):
         return recall | ({"exact": Variable(dims, "bool", chunks)} if dims[1] == "train" else {})
 
     def check_top(self, top: int | None) -> None:
-        """See :class:`Estimator`.
-
-        Raises:
-            InputError: more than are scored exactly.
-        """
+        """See :class:`Estimator`."""
         if top is not None and top > self.options.candidates:
             raise InputError(
                 f"top={top} asks for more than the {self.options.candidates} candidates that are scored "

@@ -224,11 +224,7 @@ def _layout(value: Any) -> str:
 
 
 def check_columns(coordinates: Mapping[str, Any], train: int) -> dict[str, tuple[str, Array]]:
-    """Check that coordinates have one value for each training id.
-
-    Raises:
-        InputError: another number of values, or values that make no plain array.
-    """
+    """Check that coordinates have one value for each training id."""
     checked = {}
     for name, values in coordinates.items():
         array: Array = np.empty(0, dtype=object)

@@ -15,7 +15,6 @@ from turnover.influence.blockwise import Traversal
 from turnover.influence.protocol import Wanted
 from turnover.influence.signature import precision, signature_columns
 from turnover.influence.sinks import StoreSink, check_columns
-from turnover.parallel.engines import check_engine
 
 if TYPE_CHECKING:
     from turnover.results.arrays import Variable
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
 
     Over = Callable[[Traversal, Iterable[Batch], Tensor, Writer], int]
 
+ENGINES = ("process", "ray")
 _FILE_TARGETS = 32
 """Targets in one file at most, since readers load a few."""
 
 
 def check_place(engine: str, out: str | Path | None) -> None:
-    """Refuse an engine that is missing, or whose processes have no place to share.
-
-    Raises:
-        InputError: unknown or missing engine, or blocks of many processes without a place on disk.
-    """
-    check_engine(engine)
+    """Refuse an engine that is missing, or whose processes have no place to share."""
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
     if engine == "process":
         return
+    from turnover.parallel import ray  # noqa: F401 - an error names the missing package
+
     if out is None:
         raise InputError(f"engine={engine!r} writes blocks from many processes: give out= as well")
     from turnover.results.location import Location

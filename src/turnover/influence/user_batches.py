@@ -51,11 +51,7 @@ class UserBatches:
             self._rows = RowCheck(model, objective)
 
     def check(self, batch: Batch) -> Batch:
-        """Check a batch with the model.
-
-        Raises:
-            InputError: rows that cannot be told apart, or that a site sees in another order.
-        """
+        """Check a batch with the model."""
         batch = self._rows(batch)
         if self._network is not None and self.ordered:
             few = batch.rows(0, min(len(batch), _ROWS)).to(device_of(self._network.model))
@@ -69,9 +65,6 @@ class UserBatches:
         Args:
             batches: from the user.
             numbers: the use of row numbers, where rows have no ids.
-
-        Raises:
-            InputError: rows that cannot be told apart, or as in :meth:`adapted`.
         """
         return map(self.check, self.adapted(batches, numbers))
 
@@ -79,10 +72,6 @@ class UserBatches:
         """Adapt batches, without running the model.
 
         Arguments as in :meth:`checked`.
-
-        Raises:
-            InputError: a batch that is not understood or has no rows, not one id for each row, or rows
-                without ids in an unknown order.
         """
         warn_left_out(batches)
         for raw in batches:

@@ -25,14 +25,6 @@ class LoaderInfluence:
 
     A row's id is that in its batch, or else the one in ``train_ids`` at its position in the loader's data
     set, or else, for gram, that position.
-
-    Args:
-        influence: the estimator.
-        train_ids: int64 (rows of the training data set,), ids that its rows were trained under, if the
-            batches do not have them.
-
-    Raises:
-        InputError: ids that are not those of training instances.
     """
 
     def __init__(self, influence: Influence, train_ids: Tensor | None = None) -> None:
@@ -41,11 +33,7 @@ class LoaderInfluence:
         self._rows: int | None = None
 
     def fit(self, loader: Iterable[Any]) -> None:
-        """Take in the whole training set: gram's gradients, and the size that positions refer to.
-
-        Raises:
-            InputError: as in :meth:`scores` and :meth:`turnover.Influence.fit`.
-        """
+        """Take in the whole training set: gram's gradients, and the size that positions refer to."""
         self._rows = None
         warn_left_out(loader)
         if self._influence.needs_fit:
@@ -55,12 +43,7 @@ class LoaderInfluence:
             self._rows = _length(found)
 
     def scores(self, train: Iterable[Any], targets: Iterable[Any]) -> Tensor:
-        """Influence of training rows on target rows: float32 (train, targets), positive = helpful.
-
-        Raises:
-            InputError: a loader that shuffles, rows without ids or known positions, or as in
-                :meth:`turnover.Influence.estimate`.
-        """
+        """Influence of training rows on target rows: float32 (train, targets), positive = helpful."""
         _positions(targets)
         result = self._influence.estimate(targets, self._ids(train))
         return torch.from_numpy(result.scores).T.contiguous()
@@ -143,11 +126,7 @@ def _length(loader: DataLoader[Any]) -> int:
 
 
 def _positions(loader: Iterable[Any]) -> Tensor:
-    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known.
-
-    Raises:
-        InputError: the order changes from pass to pass.
-    """
+    """Positions of a loader's rows in its data set: int64 (rows,); none if they are not known."""
     found = _map_style(loader)
     positions = [] if found is None else places_of(found)
     if positions is None:

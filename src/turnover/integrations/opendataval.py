@@ -35,11 +35,7 @@ class _LogProbabilities(nn.Module):
 
 
 def gram(pred_model: Any, x: Any, y: Tensor, *args: Any, **kwargs: Any) -> Influence:
-    """Train OpenDataVal's own network by its own ``fit``, and explain it by gram.
-
-    Raises:
-        InputError: a model that is not a torch module.
-    """
+    """Train OpenDataVal's own network by its own ``fit``, and explain it by gram."""
     if not isinstance(pred_model, nn.Module):
         raise InputError(
             f"gram needs a torch model, and pred_model is a {type(pred_model).__name__}: use one of "

@@ -1,7 +1,7 @@
-"""scikit-learn: a classifier of tables that knows which of its training rows are behind a prediction.
+"""scikit-learn: a classifier of tables that names the training rows behind a prediction.
 
-A wide masked head on standardised columns; text and categories are one-hot. For anything deeper,
-:func:`turnover.attach` to a model of your own.
+A wide masked head on standardized columns, with texts and categories one-hot. For deeper networks use
+:func:`turnover.attach`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ with needing("the classifier", "turnover[sklearn]"):
 _ROWS = 1024
 """Rows that are predicted or scored at once."""
 _LEAST_STEPS = 300
-"""Of the optimiser, however few the rows."""
+"""Optimizer steps of a training, however few the rows."""
 
 
 class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -59,33 +59,33 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     ``X`` is a numeric array, or a data frame of numbers, booleans, strings and categories.
 
-    Weights (``class_weight``, ``sample_weight``) multiply the losses that are trained on, and nothing else:
-    influence is on the unweighted log-odds of a label. A row of weight 0 is not learned. It keeps its
-    place in ``ids_`` and its id, but is not listed where influence is.
+    Weights (``class_weight``, ``sample_weight``) multiply training losses alone: influence is on the
+    unweighted log-odds of a label. A row of weight 0 is not learned; it keeps its place in ``ids_``, and
+    data frames of influence leave it out.
 
     Args:
-        units: width of the hidden layer, which are the mask units: signal to noise of a score grows like
-            their square root over that of the training rows.
-        epochs: passes over the training rows; a small set is passed over more often, for 300 steps.
+        units: width of the hidden layer, and number of mask units: signal to noise of a score grows like
+            sqrt(units / training rows).
+        epochs: passes over the training rows; more on small sets, for at least 300 steps.
         batch_size: rows in a step.
-        learning_rate: of Adam, decaying linearly to 0.
-        class_weight: factors of the losses by class, as scikit-learn has them: a dictionary from labels,
+        learning_rate: learning rate of Adam, with a linear decay to 0.
+        class_weight: factors of the losses by class, as in scikit-learn: a dictionary from labels,
             ``"balanced"``, or ``None``.
-        random_state: of weights, order and masks: an int, a ``RandomState``, or ``None``.
+        random_state: seed of weights, order and masks: an int, a ``RandomState``, or ``None``.
 
     Attributes:
         classes_: labels, sorted.
         n_features_in_: columns of ``X``.
-        feature_names_in_: their names, where ``X`` was a data frame.
+        feature_names_in_: their names, if ``X`` was a data frame.
         encoder_: the fitted transformer of ``X`` to the network's input.
         network_: :class:`turnover.Network`, trained under ``ids_``.
         ids_: int64 (rows,), the ids of the training rows.
-        train_batch_: the training rows as the network takes them, with labels and ids, for what has no method
-            here: ``turnover.hidden_predictions(model.network_, [model.train_batch_])``.
-        weights_: float64 (rows,), what the losses were multiplied by: 1 on average over the rows that were
-            learned, and 0 for the others.
-        train_index_: (rows,), what the training rows are called in data frames: the index of ``X``, or
-            ``ids`` where they were given, or row numbers.
+        train_batch_: the training rows as the network takes them, with labels and ids, for functions of
+            turnover: ``turnover.hidden_predictions(model.network_, [model.train_batch_])``.
+        weights_: float64 (rows,), factors of the training losses: 1 on average over the learned rows, and
+            0 for the others.
+        train_index_: (rows,), names of the training rows in data frames: ``ids`` if given, else the index
+            of ``X``, else row numbers.
     """
 
     def __init__(
@@ -106,26 +106,23 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, ids: Any = None, sample_weight: Any = None) -> TurnoverClassifier:
-        """Train.
-
-        Rows of ``X``, ``y``, ``ids`` and ``sample_weight`` are paired by place.
+        """Train on rows of ``X``, ``y``, ``ids`` and ``sample_weight``, paired by place.
 
         Args:
             X: (rows, columns).
             y: (rows,), labels.
-            ids: (rows,), integers >= 0 or strings. Rows of one id are a group (a source, an annotator),
-                whose influence is then scored as one. ``None``: every row for itself.
+            ids: (rows,), integers >= 0 or strings. Rows of one id are a group (a source, an annotator)
+                and get one score. ``None``: an id for every row.
             sample_weight: (rows,), >= 0, factors of the rows' losses. Their scale does not matter.
 
         Warns:
-            UserWarning: rows whose labels in a data frame's index do not tell them apart, or may be meant
-                to be paired otherwise.
+            UserWarning: labels of a data frame's index that repeat, or that suggest another pairing.
 
         Raises:
             InputError: a parameter out of its range, columns of dates or other objects, ids or weights
-                that do not fit, one class alone, labels of the index in another order, or a training that
+                that do not fit, a single class, labels of the index in another order, or a training that
                 diverges.
-            ValueError: what scikit-learn refuses: missing values, other shapes.
+            ValueError: an error of scikit-learn: missing values, other shapes.
         """
         self._check_parameters()
         check_aligned(X, y=y, ids=ids, sample_weight=sample_weight)
@@ -141,10 +138,15 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(f"one class alone, {alone}: give rows of two or more, of weights > 0")
         self.weights_ = np.ones(len(y)) if weights is None else weights
         self.ids_, self.train_index_ = identified(X, ids, len(y))
-        self._fit_encoder(X_checked, learned)
+        categories = _categories(X_checked)
+        self.encoder_: Any = StandardScaler()
+        if categories:
+            one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+            self.encoder_ = make_column_transformer((one_hot, categories), remainder=self.encoder_)
+        self.encoder_.fit(X_checked if learned.all() else X_checked[learned])
         inputs = self._encoded(X_checked)
         seed = int(check_random_state(self.random_state).randint(2**31))
-        # Made on no device and drawn here, so that torch's own generator stays as it is.
+        # The meta device leaves torch's own generator alone.
         generator = torch.Generator().manual_seed(seed)
         with torch.device("meta"):
             head = WideHead(inputs.shape[1], self.units, len(self.classes_))
@@ -155,10 +157,10 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Probabilities of the classes by the whole network: float64 (rows, classes)."""
+        """Return probabilities of the classes by the whole network: float64 (rows, classes)."""
         check_is_fitted(self)
         inputs = self._encode(X)
-        # In float64, so that a row's probabilities do not depend on the rows beside it.
+        # In float64 the probabilities of a row do not depend on the rows beside it.
         state = {name: value.double() for name, value in self.network_.model.state_dict().items()}
         with torch.no_grad():
             found = [
@@ -168,7 +170,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return torch.cat(found).numpy()
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """The most probable class of each row: (rows,)."""
+        """Return the most probable class of each row: (rows,)."""
         best = self.predict_proba(X).argmax(axis=1)
         found: NDArray[Any] = self.classes_[best]
         return found
@@ -180,16 +182,16 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return Influence(self.network_)
 
     def influence_on(self, X: Any, y: Any) -> pandas.DataFrame:
-        """Influence of every training row, or group, on every given row.
+        """Score the influence of every training row, or group, on every given row.
 
         Args:
             X: (rows, columns).
-            y: (rows,), the label whose log-odds are looked at: the true one to ask who helped and who
-                harmed, or the predicted one to ask who is behind the prediction.
+            y: (rows,), labels whose log-odds are influenced: the true ones to see which training rows
+                helped and harmed, or the predicted ones to see which explain the prediction.
 
         Returns:
             A data frame indexed by (given row, training row): ``score`` (nats of log-odds; positive
-            is helpful), ``z`` and ``q`` (:class:`turnover.Result`). ``frame.loc[row]`` is of one row.
+            is helpful), ``z`` and ``q`` (:class:`turnover.Result`). ``frame.loc[row]`` selects a row.
 
         Raises:
             InputError: a label that was not trained on.
@@ -203,8 +205,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         learned = np.flatnonzero(self.weights_)
         first = learned[np.sort(np.unique(self.ids_[learned], return_index=True)[1])]
         ids = self.ids_[first]
-        parts = [batch.rows(at, at + _ROWS) for at in range(0, len(batch), _ROWS)]
-        result = self.influence_.estimate(parts, torch.from_numpy(ids))
+        result = self.influence_.estimate(_parts(batch), torch.from_numpy(ids))
         rows = index_of(X, len(batch))
         index = pandas.MultiIndex.from_product(
             [rows, self.train_index_[first]], names=["row", "train"]
@@ -212,7 +213,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return _frame(result, index)
 
     def self_influence(self) -> pandas.DataFrame:
-        """Influence of every training row on itself: what was learned by heart, wrong labels among it.
+        """Score the influence of every training row on itself: memorized rows, such as wrong labels.
 
         Returns:
             A data frame indexed by training row: ``score``, ``z`` and ``q``, as in
@@ -224,46 +225,29 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         import pandas
 
         check_is_fitted(self)
-        batch, learned = self._learned()
-        parts = [batch.rows(at, at + _ROWS) for at in range(0, len(batch), _ROWS)]
+        batch, learned = self.train_batch_, np.flatnonzero(self.weights_)
+        assert batch.labels is not None and batch.ids is not None
+        kept = Batch(batch.inputs[learned], batch.labels[learned], batch.ids[learned])
         index = pandas.Index(self.train_index_[learned], name="train")
-        return _frame(self.influence_.self_influence(parts), index)
+        return _frame(self.influence_.self_influence(_parts(kept)), index)
 
     def _check_parameters(self) -> None:
         for name in ("units", "epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral):
-                raise InputError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise InputError(f"{name} must be >= 1, got {value}")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise InputError(f"{name} must be an integer >= 1, got {value!r}")
         if not 0 < self.learning_rate < np.inf:
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 
-    def _learned(self) -> tuple[Batch, NDArray[np.int64]]:
-        """The training rows of weight above 0, and their places."""
-        batch, rows = self.train_batch_, np.flatnonzero(self.weights_)
-        assert batch.labels is not None and batch.ids is not None
-        at = torch.from_numpy(rows)
-        return Batch(batch.inputs[at], batch.labels[at], batch.ids[at]), rows
-
     def _checked(self, X: Any, *, fit: bool = False) -> Any:
-        """What scikit-learn makes of ``X``."""
         names = _categories(X)
         if names or (not fit and hasattr(self.encoder_, "transformers_")):
             validate_data(self, X, reset=fit, skip_check_array=True)
             return X
         return validate_data(self, X, reset=fit, dtype=np.float64, ensure_min_samples=1 + fit)
 
-    def _fit_encoder(self, X: Any, learned: NDArray[np.bool_]) -> None:
-        names = _categories(X)
-        self.encoder_: Any = StandardScaler()
-        if names:
-            one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-            self.encoder_ = make_column_transformer((one_hot, names), remainder=self.encoder_)
-        self.encoder_.fit(X if learned.all() else X[learned])
-
     def _encode(self, X: Any) -> Tensor:
-        """The network's input: float32 (rows, features)."""
+        """Return the network's input: float32 (rows, features)."""
         return self._encoded(self._checked(X))
 
     def _encoded(self, X: Any) -> Tensor:
@@ -279,21 +263,14 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return torch.from_numpy(np.searchsorted(self.classes_, y))
 
     def _train(self, generator: torch.Generator, weights: Tensor | None) -> None:
-        (batch, learned), model = self._learned(), self.network_.model
-        of_rows = None if weights is None else weights[torch.from_numpy(learned)]
-        labels, ids = batch.labels, batch.ids
+        batch, model = self.train_batch_, self.network_.model
+        inputs, labels, ids = batch.inputs, batch.labels, batch.ids
         assert labels is not None and ids is not None
+        rows = torch.from_numpy(np.flatnonzero(self.weights_))
         optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
-        steps = -(-len(batch) // self.batch_size)
+        steps = -(-len(rows) // self.batch_size)
         epochs = max(self.epochs, -(-_LEAST_STEPS // steps))
-        every_row = torch.arange(len(batch))
-
-        def loss_of(rows: Tensor) -> Tensor:
-            with self.network_.exposed(ids[rows]):
-                logits = model(batch.inputs[rows])
-            return mean_cross_entropy(
-                logits, labels[rows], None if of_rows is None else of_rows[rows]
-            )
+        rates = LinearLR(optimizer, 1.0, 0.0, epochs * steps)
 
         def check(loss: Tensor) -> None:
             if not bool(loss.isfinite()):
@@ -302,19 +279,26 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"{self.learning_rate:g}"
                 )
 
-        train(
-            optimizer,
-            range(epochs),
-            lambda _: shuffled(every_row, self.batch_size, generator),
-            loss_of,
-            rates=LinearLR(optimizer, 1.0, 0.0, epochs * steps),
-            after_step=check,
-        )
+        def loss_of(batch: Tensor) -> Tensor:
+            with self.network_.exposed(ids[batch]):
+                logits = model(inputs[batch])
+            return mean_cross_entropy(
+                logits, labels[batch], None if weights is None else weights[batch]
+            )
+
+        def batches(_: int) -> tuple[Tensor, ...]:
+            return shuffled(rows, self.batch_size, generator)
+
+        train(optimizer, range(epochs), batches, loss_of, rates=rates, after_step=check)
         model.eval()
 
 
+def _parts(batch: Batch) -> list[Batch]:
+    return [batch.rows(at, at + _ROWS) for at in range(0, len(batch), _ROWS)]
+
+
 def _categories(X: Any) -> list[Any]:
-    """Columns of a data frame that are one-hot encoded."""
+    """Return the columns of a data frame that are one-hot encoded."""
     if not hasattr(X, "iloc"):
         return []
     others = X.select_dtypes(exclude=["number", "bool"])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -177,31 +177,6 @@ def damage(path: Path | str, fix: str = "restore it") -> Iterator[None]:
         raise
     except _DAMAGE as error:
         raise InputError(f"{path}: damaged, or of another version ({error!r}); {fix}") from error
-
-
-def field(values: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
-    """A value of an object, of the type it must have: an int is a float too, and a bool neither.
-
-    Raises:
-        InputError: missing, or of another type.
-    """
-    value = values.get(name)
-    wanted = (int, float) if kind is float else kind
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where}: damaged, {name!r} must be of the type {kind.__name__}")
-    return value
-
-
-def strings(values: Mapping[str, Any], name: str, where: object) -> list[str]:
-    """A list of texts in an object.
-
-    Raises:
-        InputError: missing, or something else.
-    """
-    found = field(values, name, list, where)
-    if not all(isinstance(one, str) for one in found):
-        raise InputError(f"{where}: damaged, {name!r} must hold texts")
-    return list(found)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -62,21 +62,13 @@ class Pipeline(Protocol):
         """Prepare the model once before training."""
 
     def pretrained(self, model: nn.Module) -> AbstractContextManager[Callable[[Any], Tensor]]:
-        """Function from a batch's inputs to features (rows, width) of the encoder before training.
-
-        Raises:
-            InputError: the network was trained from scratch.
-        """
+        """Function from a batch's inputs to features (rows, width) of the encoder before training."""
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write the model and this pipeline into a folder."""
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> Data:
-        """Make one row of a text, or of an image file.
-
-        Raises:
-            InputError: an empty text, an unreadable image, or another kind of data than the model's.
-        """
+        """Make one row of a text, or of an image file."""
 
     def read(self, folder: Path, name: str, classes: list[str]) -> Data:
         """Read data that ``data.save`` wrote."""

@@ -73,11 +73,7 @@ class Limits:
 
 
 def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
-    """Load an encoder in float32 and eval mode, its tokenizer, and the type of its stored numbers.
-
-    Raises:
-        InputError: it cannot be loaded, from safetensors alone and without running code, or lacks weights.
-    """
+    """Load an encoder in float32 and eval mode, its tokenizer, and the type of its stored numbers."""
     transformers = _transformers()
     _check_folder(source)
     try:

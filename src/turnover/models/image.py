@@ -116,11 +116,7 @@ class ImageClassifier(nn.Module):
         return means
 
     def load_convolutions(self, path: str) -> None:
-        """Load the convolutions of a VGG's weights under torchvision's names.
-
-        Raises:
-            InputError: no such file, not safetensors, or weights of another shape.
-        """
+        """Load the convolutions of a VGG's weights under torchvision's names."""
         wanted = {_FEATURES + name: value for name, value in self.encoder.state_dict().items()}
         with opened(Path(path)):
             pass  # it is a file of tensors, so what is refused next are their shapes
@@ -164,11 +160,7 @@ class ImagePipeline:
         return ImageReader(self.config.size, self.ranges)
 
     def encode(self, data: ImageData) -> Pixels:
-        """Standardize images, batch by batch.
-
-        Raises:
-            InputError: numbers of more than 8 bits were scaled by another range than the training images'.
-        """
+        """Standardize images, batch by batch."""
         check_ranges(data.ranges, self.ranges)
         standard = self.mean, self.deviation
         augment = self.config.augment

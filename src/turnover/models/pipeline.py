@@ -31,21 +31,13 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
     """Build a new model for some training data.
 
     New weights are drawn from torch's default generator: seed it, or fork it, outside.
-
-    Raises:
-        InputError: the model cannot be loaded.
     """
     built: tuple[Pipeline, nn.Module] = KINDS[config.kind].build(config, train_data)
     return built
 
 
 def load(folder: Path) -> tuple[Pipeline, nn.Module]:
-    """Load a saved model in eval mode, and its pipeline.
-
-    Raises:
-        InputError: a missing or damaged file, an unknown kind of data, or weights that do not fit the
-            shapes.
-    """
+    """Load a saved model in eval mode, and its pipeline."""
     where = folder / "classifier.json"
     kind = read_object(where).get("kind", "text")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -200,9 +200,6 @@ def build_classifier(config: ClassifierConfig, classes: int) -> tuple[TextClassi
     """Build a classifier on a pretrained encoder; returns it and its tokenizer.
 
     New weights are drawn from torch's default generator: seed it, or fork it, outside.
-
-    Raises:
-        InputError: the model or its tokenizer cannot be loaded.
     """
     encoder, tokenizer, stored = load_pretrained(config.model)
     limits = limits_of(encoder, config.max_tokens)
@@ -216,11 +213,7 @@ def build_classifier(config: ClassifierConfig, classes: int) -> tuple[TextClassi
 
 
 def load(folder: Path) -> tuple[TextPipeline, TextClassifier]:
-    """Load what :meth:`TextPipeline.save` wrote, from the folder alone.
-
-    Raises:
-        InputError: a missing or damaged file, or weights that do not fit the shapes.
-    """
+    """Load what :meth:`TextPipeline.save` wrote, from the folder alone."""
     where, path = folder / "classifier.json", folder / "model.safetensors"
     try:
         saved = convert(read_object(where), _Saved, where)

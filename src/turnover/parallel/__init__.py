@@ -1,1 +1,1 @@
-"""Many computations, by this process or by Ray."""
+"""Computations by this process or by Ray."""

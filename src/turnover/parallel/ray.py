@@ -1,7 +1,4 @@
-"""A connection to Ray, and settings under which its workers compute the same bits.
-
-Needs ``turnover[ray]``.
-"""
+"""Connect to Ray, and make its workers compute the same bits as this process. Needs ``turnover[ray]``."""
 
 from __future__ import annotations
 
@@ -23,16 +20,16 @@ with needing('engine="ray"', "turnover[ray]"):
     import ray
 
 _RETRIES = 5
-"""Workers that a task may lose: one that always takes its worker with it must end."""
+"""Workers that a task may lose; a task that always kills its worker must end."""
 WAITING = 2
-"""Tasks submitted for each place where one can run, so that none stands idle."""
+"""Tasks submitted for each place where one can run, so that no place is idle."""
 PATIENCE = 10.0
-"""Seconds between two looks at the right to write."""
+"""Seconds to wait for a connection, and between two checks of the lease."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of this process, and of its tasks: with others they would not compute the same bits."""
+    """Settings of a process on which the bits of its results depend."""
 
     threads: int
     precision: str
@@ -40,30 +37,26 @@ class Settings:
 
     @classmethod
     def here(cls) -> Settings:
-        """Those of this process.
-
-        Raises:
-            InputError: autocast, or threads that no node has.
-        """
+        """Return the settings of this process."""
         if torch.is_autocast_enabled("cpu"):
             raise InputError(
-                'engine="ray" leaves autocast behind: open it within the model\'s forward'
+                'engine="ray" does not send autocast to its workers: use it within the model\'s forward'
             )
         if not places():
             raise InputError(
-                f"this process has {torch.get_num_threads()} threads, and no node of the Ray cluster so "
-                f"many CPUs: call torch.set_num_threads, or set OMP_NUM_THREADS"
+                f"this process has {torch.get_num_threads()} threads, more than any node of the Ray "
+                f"cluster has CPUs: call torch.set_num_threads, or set OMP_NUM_THREADS"
             )
         return cls(
             torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
         )
 
     def task(self, function: Any, **options: Any) -> Any:
-        """The remote function as a task that takes as many CPUs as it has threads."""
+        """Return a remote function that takes as many CPUs as it has threads."""
         return function.options(num_cpus=self.threads, max_retries=_RETRIES, **options)
 
     def take(self) -> None:
-        """Make them those of this process, which is a worker."""
+        """Apply the settings to this process, a worker."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.precision)
         torch.set_default_dtype(self.dtype)
@@ -71,28 +64,25 @@ class Settings:
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """The Ray that this process is connected to; else one that is there, or one of this machine.
+    """Use the Ray cluster that this process is connected to, else connect to one, or start one here.
 
     Args:
-        address: of the one that is there, host:port; ``None``: that of ``RAY_ADDRESS``, if it is set.
-
-    Raises:
-        InputError: there is none.
+        address: host:port of a cluster; ``None``: ``RAY_ADDRESS``, else start one on this machine.
     """
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its developers
     if address is not None:
         _probe(address)
     try:
         ray.init(address, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    # It also leaves by SystemExit, which would end the process without a word.
+    # It also raises SystemExit, which would end the process without a message.
     except (ConnectionError, ValueError, RuntimeError, ImportError, SystemExit) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise InputError(
-            f"no connection to Ray at {where}: {error}. A cluster that asks for a token wants "
-            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here as well"
+            f"no connection to Ray at {where}: {error}. A cluster with tokens needs RAY_AUTH_MODE=token "
+            f"and RAY_AUTH_TOKEN here as well"
         ) from error
     try:
         yield
@@ -101,7 +91,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def _probe(address: str) -> None:
-    """Whether anything answers there: Ray itself takes a minute to say no."""
+    """Check that something answers at an address: Ray itself takes a minute to fail."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         raise InputError(f"the address of a Ray cluster is host:port, not {address!r}")
@@ -114,18 +104,18 @@ def _probe(address: str) -> None:
 
 
 def places() -> int:
-    """Tasks that the cluster can run at once."""
+    """Count the tasks that the cluster can run at once."""
     threads = torch.get_num_threads()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(int(resources.get("CPU", 0)) // threads for resources in alive)
 
 
 _held: dict[str, Any] = {}
-"""Of a worker: what it was sent, and the block of targets it scored last, whose derivatives serve again."""
+"""Cache of a worker: the objects it was sent, and the last block of targets, whose derivatives are reused."""
 
 
 def kept(name: str, reference: Any, make: Any) -> Any:
-    """What is made of an object, made once as long as the object is the same."""
+    """Return what is made of an object, and make it once as long as the object is the same."""
     found = _held.get(name)
     if found is None or found[0] != reference:
         _held.pop(name, None)
@@ -134,9 +124,9 @@ def kept(name: str, reference: Any, make: Any) -> Any:
 
 
 def tensor_of(values: np.ndarray[Any, Any]) -> Tensor:
-    """An array as a tensor in the same memory, where that begins as torch's own does."""
+    """Return an array as a tensor, in the same memory if that is aligned as torch's own."""
     if values.ctypes.data % 64:
         return torch.tensor(values)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it may not be written to, and is not
+        warnings.simplefilter("ignore", UserWarning)  # the array is read-only, and never written
         return torch.from_numpy(values)

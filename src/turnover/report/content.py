@@ -72,7 +72,7 @@ class HarmfulOverall(Influential):
 
 
 @dataclass(frozen=True)
-class NoiseFloor:
+class NoiseSummary:
     """How large scores are by chance.
 
     Attributes:
@@ -117,7 +117,7 @@ class ReportContent:
     deploy: str
     errors: tuple[Explanation, ...]
     harmful_overall: tuple[HarmfulOverall, ...]
-    noise: NoiseFloor
+    noise: NoiseSummary
     facts: tuple[Fact, ...]
     commands: tuple[str, ...]
     train_images: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from turnover.report.content import (
     Curve,
     Fact,
     HarmfulOverall,
-    NoiseFloor,
+    NoiseSummary,
     ReportContent,
 )
 from turnover.report.pictures import thumbnails
@@ -29,11 +29,7 @@ _OBJECTIVES = {
 
 
 def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent:
-    """Gather the report of a scored run.
-
-    Raises:
-        InputError: the run has not been scored, or its results belong to another model.
-    """
+    """Gather the report of a scored run."""
     metrics = read_json(run.folder / "metrics.json")
     errors = tuple(explain_errors(run))  # first: it names a run that was not scored
     found = metrics["influence"]
@@ -136,8 +132,8 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
     )
 
 
-def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseFloor:
-    return NoiseFloor(
+def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:
+    return NoiseSummary(
         **found.get("noise_floor", {"median": 0.0, "low": 0.0, "high": 0.0}),
         significant_pairs=metrics.get("significant_pairs") or 0,
         pairs=found.get("pairs", 0),

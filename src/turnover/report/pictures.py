@@ -46,9 +46,6 @@ def write_sheet(explanations: Sequence[Explanation], train: Data, targets: Data,
 
     Next to the target are the most helpful and the most harmful training images with their labels,
     scores in nats, and z; scores that are not significant are gray.
-
-    Raises:
-        InputError: not a ``.png`` name, a folder that does not exist, or nothing to show.
     """
     check_sheet(out, train)
     if not explanations:

@@ -77,9 +77,6 @@ def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> No
         content: what the page shows.
         path: HTML file.
         texts: whether to write the texts and images of targets and training instances.
-
-    Raises:
-        InputError: a missing folder, or a package that is not installed.
     """
     path = Path(path)
     if not path.parent.is_dir():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product, zip_longest
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,8 @@ class Arrays:
         if len(region) > len(dims):
             raise ValueError(f"{name} has dimensions {dims}, got a region of {len(region)}")
         bounds = []
-        for dim, part in zip_longest(dims, region, fillvalue=slice(None)):
+        every = (*region, *[slice(None)] * (len(dims) - len(region)))
+        for dim, part in zip(dims, every, strict=True):
             size = self.sizes[dim]
             start, stop = part.start or 0, size if part.stop is None else part.stop
             if not 0 <= start <= stop <= size:

@@ -48,11 +48,7 @@ class NoiseFloor:
 
 
 def noise_floor(ghosts: NDArray[np.floating]) -> NoiseFloor:
-    """Noise floor of ghost scores (targets, ghosts).
-
-    Raises:
-        InputError: fewer than 10 ghosts.
-    """
+    """Noise floor of ghost scores (targets, ghosts)."""
     if ghosts.shape[1] < MIN_GHOSTS:
         raise InputError(f"at least {MIN_GHOSTS} ghosts are needed, got {ghosts.shape[1]}")
     values = ghosts.astype(np.float64)

@@ -42,11 +42,7 @@ class GuardedStore(WrapperStore[Any]):  # type: ignore[misc]
 
 
 def decompressed_bytes(frame: bytes) -> int:
-    """Decompressed size that a Zstandard frame declares (RFC 8878, section 3.1.1.1).
-
-    Raises:
-        ValueError: the bytes are no such frame, or the frame declares no size.
-    """
+    """Decompressed size that a Zstandard frame declares (RFC 8878, section 3.1.1.1)."""
     if frame[:4] != _MAGIC or len(frame) < 5:
         raise ValueError("it is not a Zstandard frame")
     descriptor = frame[4]

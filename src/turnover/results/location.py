@@ -162,9 +162,6 @@ class Location:
 
         Local: a lock file beside the folder, which the kernel releases however the process ends.
         Remote: a lease.
-
-        Raises:
-            InputError: another process writes here; from the function: another process has taken over.
         """
         if self.local is None:
             with _Lease(self, self._files, self._path(LEASE)).held() as renew:
@@ -206,9 +203,8 @@ class _Lease:
             if created := self._read() is None:
                 with suppress(FileExistsError):
                     self._files.pipe_file(self._path, self._value, mode="create")
-                created = (
-                    self._is_ours()
-                )  # the store may have created it although its answer was lost
+                # The store may have created it although its answer was lost.
+                created = self._is_ours()
         except OSError as error:
             raise InputError(f"{self._url} cannot be written: {error}") from error
         if not created:
@@ -243,7 +239,7 @@ class _Lease:
             return
         fix = f"delete {self._url}/{LEASE}"
         if age is not None:
-            fix = f"{_LEASE_SECONDS - age:.0f} s (or {fix})"
+            fix = f"wait {_LEASE_SECONDS - age:.0f} s (or {fix})"
         raise InputError(
             f"{self._url} is being written by {holder}; wait for it to end, or, if it is gone, {fix}"
         )

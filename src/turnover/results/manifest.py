@@ -132,9 +132,6 @@ def check_same(location: Location, stored: Mapping[str, Any], given: Mapping[str
 
     Warns:
         UserWarning: the stored one is of an older version, which recorded less.
-
-    Raises:
-        InputError: they differ; the message names the first difference.
     """
     sizes = stored.get("sizes")
     older = SIGNATURE in given["sizes"] and isinstance(sizes, dict) and SIGNATURE not in sizes

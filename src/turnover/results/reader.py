@@ -147,11 +147,10 @@ class StoredResult:
         given = np.asarray(targets)
         if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
             raise InputError("targets must be a slice or a list of positions")
-        rows = given.astype(np.int64)
-        wrong = rows[(rows < -len(self)) | (rows >= len(self))]
-        if len(wrong):
-            raise InputError(f"{self.url} has {len(self)} targets, none at {wrong[0]}")
-        return np.where(rows < 0, rows + len(self), rows)
+        try:
+            return np.arange(len(self))[given.astype(np.int64)]
+        except IndexError as error:
+            raise InputError(f"{self.url} has {len(self)} targets: {error}") from error
 
     def _rows(self, name: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
         """A variable, or some of its rows; each of their chunks is read once."""

@@ -46,9 +46,6 @@ def read_schema(
     Args:
         root: contents of its ``zarr.json``.
         url: of the result, for messages.
-
-    Raises:
-        InputError: an array that results do not have, chunks of more than 1 GiB, or a missing part.
     """
     where = f"{url} is not a turnover result: zarr.json"
     variables: dict[str, Variable] = {}

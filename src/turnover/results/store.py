@@ -53,10 +53,6 @@ def writing(
             target (:mod:`turnover.influence.signature`), if they are recorded.
         coordinates: name to (dimension, values): numbers or strings.
         kind: see :class:`turnover.results.reader.StoredResult`.
-
-    Raises:
-        InputError: the location holds something else, or the result of other values; another process
-            writes there; the store is damaged; or zarr is not installed.
     """
     location = Location(url)
     arrays = {name: (dim, np.asarray(values)) for name, (dim, values) in coordinates.items()}
@@ -90,9 +86,6 @@ def joining(url: str | Path, manifest: Mapping[str, Any], announced: int) -> Wri
         url: path or fsspec URL.
         manifest: :attr:`Writer.manifest` of the other process.
         announced: length of the growing dimension up to the end of the regions.
-
-    Raises:
-        InputError: zarr is not installed; on writing: the result is missing or another one.
     """
     location = Location(url)
 
@@ -108,11 +101,7 @@ def joining(url: str | Path, manifest: Mapping[str, Any], announced: int) -> Wri
 
 
 def stored_method(url: str | Path) -> str | None:
-    """The estimator of a result that was begun or finished; ``None`` if there is none.
-
-    Raises:
-        InputError: the location holds something else, or a damaged store.
-    """
+    """The estimator of a result that was begun or finished; ``None`` if there is none."""
     location = Location(url)
     document = read_sealed(location, ROOT) or read_sealed(location, STARTED)
     return None if document is None else str(manifest_of(document)["identity"]["method"])
@@ -123,14 +112,6 @@ def save(url: str | Path, result: Result) -> None:
 
     Locally the new one is written beside the old one, which stays until the new one is whole; elsewhere
     the old one is removed first.
-
-    Args:
-        url: path or fsspec URL.
-        result: of any shape.
-
-    Raises:
-        InputError: the location holds something else, another process writes there, or zarr is not
-            installed.
     """
     location = Location(url)
     dims, values = dims_of(result), arrays_of(result)

@@ -132,9 +132,6 @@ class Writer:
             ids: int64 (rows,), ``None`` if they have none; kept if all targets have ids.
             labels: int64 (rows,), likewise.
             signed: what the objective computes on them, if :attr:`has_signature`.
-
-        Raises:
-            InputError: the result was begun with other targets, or another objective.
         """
         assert self._grows is not None
         announced = self._sizes[self._grows]
@@ -199,22 +196,16 @@ class Writer:
             targets: their number, if it was not known before.
             attributes: JSON values to store beside the identity. Together they must hold method,
                 objective, sites, network and considered.
-
-        Raises:
-            InputError: the result was begun with more targets, or a block is missing or damaged.
         """
         if self._grows:
             self._check_count(self._grows, targets)
         if self.complete:
             return
         described = {**self.manifest["identity"], **plain(attributes)}
-        missing = [name for name in DESCRIBED if name not in described]
-        if missing:
-            raise ValueError(f"no {', '.join(missing)} given")
+        known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         for name in self._written:
             self._arrays.check_present(name)
         variables = self._written | self._kept() | self._calibrate()
-        known = {key: described[key] for key in (*DESCRIBED, *attributes)}
         names = (name for name in (*self._coordinates, *self._journal) if name in variables)
         # How xarray recognizes coordinates that are not dimensions.
         if labels := " ".join(name for name in names if name not in self._sizes):

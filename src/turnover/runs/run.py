@@ -276,10 +276,6 @@ def writing_run(folder: Path, *, overwrite: bool, kept: Collection[str] = ()) ->
         folder: of the run.
         overwrite: replace an existing run.
         kept: other files that the body resumes from.
-
-    Raises:
-        InputError: a folder that may not be written, or that another process is writing.
-        WriteError: the disk is full; the draft is kept.
     """
     check_new_run(folder, overwrite=overwrite)
     draft = folder.with_name(f".{folder.name}.partial")

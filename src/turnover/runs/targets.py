@@ -32,11 +32,7 @@ def rows_digest(run: Run) -> str:
 
 
 def read_targets(run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Test row, predicted class and confidence of every error: (errors,) each.
-
-    Raises:
-        InputError: the run has not been scored, or the file is damaged, or of another run or other data.
-    """
+    """Test row, predicted class and confidence of every error: (errors,) each."""
     path = run.folder / "results" / FILE
     if not path.exists():
         raise InputError(f"{path} does not exist: run `turnover influence {run.folder}` first")

@@ -74,13 +74,6 @@ def class_weights(asked: ClassWeights, data: Data) -> Tensor | None:
 
     Balanced weights are rows over (classes with rows x rows of the class), so that all classes have the same
     total weight, and rows have the mean weight 1.
-
-    Args:
-        asked: as given to the training.
-        data: the training data.
-
-    Raises:
-        InputError: a class that the data do not have.
     """
     if asked is None:
         return None

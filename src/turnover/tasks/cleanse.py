@@ -1,14 +1,13 @@
-"""Cleansing: which training rows to take out so that a validation set is predicted better.
+"""Cleansing: removal of training rows that make predictions on a validation set worse.
 
-Rows are ranked, the lowest of the ranking are taken out, and new heads on the pretrained encoder's
-features (:mod:`turnover.tasks.linear_probe`) are trained without them, beside heads trained on all rows,
-without as many drawn at random, and without those of the highest loss. The run's own network is not
-trained again.
+Heads on features of the pretrained encoder (:mod:`turnover.tasks.linear_probe`) are trained without the
+lowest rows of a ranking, and compared with heads trained on all rows, without as many random rows, and
+without the rows of the highest loss. The run's own network is not trained again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +46,20 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 NONE, RANDOM, LOSS = "none", "random", "loss"
 _GIVEN = "scores"
 _NOTHING = np.empty(0, dtype=np.int64)
-_ROWS = 250
 _RANKING_HEADS = 5
 MASKED_HEADS = 2
 _RANKING_SEED = 2**20
 """Heads that rank have other seeds than those that are trained without what they ranked."""
 
+Draws = Mapping[tuple[str, float], Sequence[NDArray[np.int64]]]
+"""Name of a removal and fraction, to the removed rows of each seed."""
+
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the training rows are taken out by, lowest first.
+    """Scores (rows,), positive = helpful, of which the lowest are removed first.
 
-    Attributes:
-        name: ``"gram"``, ``"turn-over"``, ``"self"`` or ``"scores"``.
-        scores: float (rows,), positive = helpful; of ``"self"`` minus the self-influence.
-        z: float32 (rows,), scores in units of their noise; ``None`` where it is not known.
-        q: float64 (rows,), adjusted p-values; likewise.
+    Those of ``"self"`` are minus the self-influence; ``z`` and ``q`` are as in :class:`turnover.Result`.
     """
 
     name: str
@@ -71,9 +68,9 @@ class Ranking:
     q: NDArray[np.float64] | None = None
 
     def reason(self, row: int) -> str:
-        """Why a row is taken out."""
+        """Say why a row is removed."""
         if self.name == "self":
-            return "learned by heart: among the highest self-influence"
+            return "memorized: among the highest self-influence"
         if self.name == _GIVEN:
             return "among the lowest of the given scores"
         what = "harmful" if self.scores[row] < 0 else "among the least helpful"
@@ -82,14 +79,9 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Point:
-    """Heads trained without some rows, on one set of rows.
+    """Accuracy and mean cross entropy (nats) of each seed's head, trained without some rows.
 
-    Attributes:
-        removal: ``"none"``, ``"random"``, ``"loss"``, or the ranking's name.
-        fraction: share of the training rows taken out.
-        removed: how many these are.
-        accuracy: of each seed's head.
-        loss: likewise, mean cross entropy in nats.
+    ``removal`` is ``"none"``, ``"random"``, ``"loss"``, or the ranking's name.
     """
 
     removal: str
@@ -101,15 +93,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Cleansing:
-    """What taking rows out did.
+    """Effects of removing rows, and the rows that are best removed.
 
     Attributes:
-        ranking: what rows were taken out by.
-        curve: on the validation rows, every removal and fraction.
-        test: on the run's test rows, without removal and with each at the chosen fraction.
-        fraction: that at which the ranking had the lowest mean loss on the validation rows; 0: without
-            removal it was as low.
-        removed: int64, training rows taken out, the first first.
+        ranking: scores by which rows were removed.
+        curve: figures on the validation rows for every removal and fraction.
+        test: figures on the run's test rows without removal, and for every removal at ``fraction``.
+        fraction: share with the lowest mean loss on the validation rows; 0 if no removal lowers it.
+        removed: int64, removed training rows, in the order of the ranking.
     """
 
     ranking: Ranking
@@ -119,14 +110,13 @@ class Cleansing:
     removed: NDArray[np.int64]
 
     def to_dict(self) -> dict[str, Any]:
-        """The curves and the choice as JSON values."""
-        points = {name: [asdict(one) for one in getattr(self, name)] for name in ("curve", "test")}
+        """Return the curves and the choice as JSON values."""
         return {
             "ranking": self.ranking.name,
             "fraction": self.fraction,
             "removed": len(self.removed),
-            "validation": points["curve"],
-            "test": points["test"],
+            "validation": [asdict(point) for point in self.curve],
+            "test": [asdict(point) for point in self.test],
         }
 
 
@@ -144,25 +134,31 @@ def cleanse(
     Takes ``seeds * (1 + 3 * fractions)`` trainings of a head with 512 hidden units on frozen features.
 
     Args:
-        validation: rows to be predicted better, of the run's classes; none of them in the run.
-        ranking: ``"gram"``: influence on the validation rows, of five heads trained on all rows;
-            ``"turn-over"``: likewise, of two wide heads trained under masks; ``"self"``: the
-            self-influence that ``turnover influence`` stored, the highest first.
-        scores: a ranking of the user's in place of these, float (train,), positive = helpful.
-        fractions: shares of the training rows to take out, each in (0, 1).
-        seeds: heads trained without each.
+        validation: rows of the run's classes to predict better; none of them may be in the run.
+        ranking: ``"gram"``: influence on the validation rows, by five heads trained on all rows;
+            ``"turn-over"``: the same, by two wide heads trained under masks; ``"self"``: the
+            self-influence that ``turnover influence`` stored, highest first.
+        scores: a ranking of your own, float (train,), positive = helpful.
+        fractions: shares of the training rows to remove, each in (0, 1).
+        seeds: heads trained for each removal and share.
 
     Raises:
-        InputError: an unknown ranking, fractions outside (0, 1), seeds below 1, scores that do not
-            fit, training rows in groups, validation rows of one class or that are in the run, or a
-            fraction that leaves nothing of a class.
+        InputError: an unknown ranking, fractions outside (0, 1), seeds below 1, scores of another shape
+            or that are not finite, training rows in groups, validation rows of one class or that are in
+            the run, or a fraction that removes all rows of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
     known = _known(run, ranking, scores)
     train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
     heads = ranking_heads(train)
     if known is None:
-        known = _estimated(ranking, heads, train, held)
+        # The uncalibrated loss of another domain is mostly that of a threshold and a confidence that do
+        # not fit there: too many rows that shift them would be removed (docs/cleanse.md).
+        if ranking == "gram":
+            found = by_gram(heads, train, held)
+        else:
+            found = by_masks(masked_heads(train), train, held)
+        known = Ranking(ranking, found.scores, found.z, found.q)
     orders = {known.name: np.argsort(known.scores, kind="stable"), LOSS: by_loss(heads, train)}
     gone = {
         (name, fraction): [
@@ -174,7 +170,8 @@ def cleanse(
     _check_classes(run.train, gone)
     every = {(NONE, 0.0): [_NOTHING] * seeds, **gone}
     curve, tested = _retrained(every, train, held, test)
-    fraction = _best(curve, known.name)
+    by_ranking = [point for point in curve if point.removal in (NONE, known.name)]
+    fraction = min(by_ranking, key=lambda point: (np.mean(point.loss), point.fraction)).fraction
     return Cleansing(
         known,
         tuple(curve),
@@ -185,12 +182,7 @@ def cleanse(
 
 
 def read_scores(run: Run, path: Path) -> NDArray[np.float64]:
-    """A score for every training row, from a CSV file with the columns key and score.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown, repeated or missing key, or a score
-            that is not a finite number.
-    """
+    """Read a score for every training row from a CSV file with the columns key and score."""
     found: dict[int, float] = {}
     for number, row, score in read_column(run, path, "score"):
         value = finite_number(score)
@@ -208,10 +200,10 @@ def read_scores(run: Run, path: Path) -> NDArray[np.float64]:
 
 
 def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None:
-    """Write the training data without the rows taken out, and a CSV of these with the reasons.
+    """Write the training data without the removed rows, and a CSV file of these with the reasons.
 
     Args:
-        out: CSV, TSV, JSON lines or Parquet file of the data, or .npz of images; the ending tells.
+        out: file of the data; its ending is that of CSV, TSV, JSON lines or Parquet, or .npz for images.
         removed: CSV file.
 
     Raises:
@@ -236,30 +228,28 @@ def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None
 
 
 def ranking_heads(train: Frozen) -> list[WideHead]:
-    """Train heads on all rows, with other seeds than any that is trained without some."""
-    seeds = _bar("heads for ranking", _RANKING_HEADS)
+    """Train the heads on all rows by which rows are ranked."""
+    seeds = tqdm(
+        range(_RANKING_SEED, _RANKING_SEED + _RANKING_HEADS), "heads for ranking", unit="head"
+    )
     return [train_head(train, range(len(train)), seed) for seed in seeds]
 
 
 def masked_heads(train: Frozen) -> list[Network]:
-    """Train wide heads on all rows under masks, each row's number being its id."""
-    return [train_masked_head(train, seed) for seed in _bar("masked heads", MASKED_HEADS)]
-
-
-def _bar(name: str, heads: int) -> Iterable[int]:
-    """Seeds of heads that rank, under a progress bar."""
-    return tqdm(range(_RANKING_SEED, _RANKING_SEED + heads), desc=name, unit="head")
+    """Train the wide heads on all rows under masks, with row numbers as ids."""
+    seeds = tqdm(range(_RANKING_SEED, _RANKING_SEED + MASKED_HEADS), "masked heads", unit="head")
+    return [train_masked_head(train, seed) for seed in seeds]
 
 
 def by_gram(heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Result:
-    """Influence of training rows on the calibrated loss of others, of heads trained on them."""
+    """Estimate the influence of training rows on the calibrated loss of others, by their heads."""
     models = [Calibrated(head, logits_of(head, held), held.labels) for head in heads]
     influence = Influence(models, objectives.cross_entropy, "gram", progress=True)
-    return influence.fit(batches(train)).aggregate(batches(held))
+    return influence.fit(train.batches()).aggregate(held.batches())
 
 
 def by_loss(heads: Sequence[WideHead], train: Frozen) -> NDArray[np.int64]:
-    """Rows by their mean loss under heads trained on them, the highest first."""
+    """Order rows by their mean loss under heads trained on them, highest first."""
     losses = [
         functional.cross_entropy(logits_of(head, train), train.labels, reduction="none")
         for head in heads
@@ -270,7 +260,7 @@ def by_loss(heads: Sequence[WideHead], train: Frozen) -> NDArray[np.int64]:
 def taken_out(
     order: NDArray[np.int64] | None, fraction: float, rows: int, seed: int
 ) -> NDArray[np.int64]:
-    """Rows taken out: the first of an order, or a draw of the seed's own."""
+    """Return the rows to remove: the first of an order, or rows drawn by the seed."""
     if order is None:
         order = np.random.default_rng(seed).permutation(rows)
     return order[: max(1, round(fraction * rows))]
@@ -288,7 +278,7 @@ def _check(
         raise InputError(f"unknown ranking {ranking!r}; there are {', '.join(RANKINGS)}")
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise InputError(
-            f"fractions must lie strictly between 0 and 1, at least one, got {list(fractions)}"
+            f"fractions must be strictly between 0 and 1, at least one, got {list(fractions)}"
         )
     if seeds < 1:
         raise InputError(f"seeds must be >= 1, got {seeds}")
@@ -302,7 +292,7 @@ def _check(
         )
     if len(set(validation.labels)) < 2:
         raise InputError(
-            "the validation rows are all of one class: what harms the others cannot be told by them"
+            "the validation rows are all of one class: a validation set needs at least two classes"
         )
     for name, data in (("test", run.test), ("training", run.train)):
         there = set(data.contents())
@@ -310,23 +300,12 @@ def _check(
         if shared:
             raise InputError(
                 f"{len(shared)} validation rows are also among the run's {name} rows, such as "
-                f"{validation.shown(shared[0])!r}: figures on rows that chose what was taken out say "
-                f"nothing; leave them out of the validation file"
+                f"{validation.shown(shared[0])!r}: figures on rows that chose the removal would be biased; "
+                f"remove them from the validation file"
             )
 
 
-def _estimated(name: str, heads: Sequence[WideHead], train: Frozen, held: Frozen) -> Ranking:
-    # The plain loss of another domain is largely that of a threshold and a confidence that do not
-    # fit there. Whatever shifts them would be taken out, and too much of it (docs/cleanse.md).
-    if name == "turn-over":
-        result = by_masks(masked_heads(train), train, held)
-    else:
-        result = by_gram(heads, train, held)
-    return Ranking(name, result.scores, result.z, result.q)
-
-
 def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking | None:
-    """A ranking that is there already."""
     if scores is not None:
         return Ranking(_GIVEN, np.asarray(scores))
     if name != "self":
@@ -344,9 +323,9 @@ def _known(run: Run, name: str, scores: NDArray[np.floating] | None) -> Ranking 
 
 
 def by_masks(networks: Sequence[Network], train: Frozen, held: Frozen) -> Result:
-    """Influence of training rows on the calibrated loss of others, of wide heads trained under masks.
+    """Estimate the influence of training rows on the calibrated loss of others, by their masked heads.
 
-    The ids of the result are the rows' numbers.
+    The ids of the result are row numbers.
     """
     logits = torch.stack([logits_of(network.model, held) for network in networks]).mean(dim=0)
     calibrated = Calibrated(nn.Identity(), logits, held.labels).of
@@ -355,36 +334,25 @@ def by_masks(networks: Sequence[Network], train: Frozen, held: Frozen) -> Result
         return objectives.cross_entropy(calibrated(outputs), batch)
 
     influence = Influence(networks, cost, "linear", progress=True)
-    return influence.aggregate(batches(held), torch.arange(len(train)))
+    return influence.aggregate(held.batches(), torch.arange(len(train)))
 
 
-def batches(data: Frozen) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Features, labels and the rows' numbers as ids."""
-    columns = (data.features, data.labels, torch.arange(len(data)))
-    return list(zip(*(torch.split(values, _ROWS) for values in columns), strict=True))
-
-
-def _check_classes(
-    train: Data, gone: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]]
-) -> None:
+def _check_classes(train: Data, gone: Draws) -> None:
     labels = np.array(train.labels)
     for (name, fraction), draws in gone.items():
         for rows in draws:
             left = np.bincount(np.delete(labels, rows), minlength=len(train.classes))
             if not left.all():
                 raise InputError(
-                    f"without {100 * fraction:g}% of the training rows by {name} nothing is left of the "
-                    f"class {train.classes[int(left.argmin())]!r}: take smaller fractions"
+                    f"removing {100 * fraction:g}% of the training rows by {name} leaves no row of class "
+                    f"{train.classes[int(left.argmin())]!r}: give smaller fractions"
                 )
 
 
 def _retrained(
-    gone: Mapping[tuple[str, float], Sequence[NDArray[np.int64]]],
-    train: Frozen,
-    held: Frozen,
-    test: Frozen,
+    gone: Draws, train: Frozen, held: Frozen, test: Frozen
 ) -> tuple[list[Point], list[Point]]:
-    """Train heads without rows, and measure them on the validation and on the test rows."""
+    """Train heads without rows, and measure them on the validation and the test rows."""
     curve: list[Point] = []
     tested: list[Point] = []
     every_row = np.arange(len(train))
@@ -392,8 +360,7 @@ def _retrained(
         for (name, fraction), draws in gone.items():
             figures = []
             for seed, rows in enumerate(draws):
-                kept = torch.from_numpy(np.delete(every_row, rows))
-                head = train_head(train, kept, seed)
+                head = train_head(train, torch.from_numpy(np.delete(every_row, rows)), seed)
                 figures.append((_figures(head, held), _figures(head, test)))
                 bar.update()
             for points, side in zip((curve, tested), zip(*figures, strict=True), strict=True):
@@ -406,9 +373,3 @@ def _figures(head: WideHead, data: Frozen) -> tuple[float, float]:
     logits = logits_of(head, data)
     loss = functional.cross_entropy(logits, data.labels)
     return float((logits.argmax(dim=1) == data.labels).float().mean()), float(loss)
-
-
-def _best(curve: Sequence[Point], name: str) -> float:
-    """The fraction with the lowest mean loss, the smallest of several; 0 among them."""
-    points = [one for one in curve if one.removal in (NONE, name)]
-    return min(points, key=lambda one: (np.mean(one.loss), one.fraction)).fraction

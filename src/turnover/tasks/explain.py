@@ -149,12 +149,7 @@ def described(data: Data, row: int) -> tuple[str, str, str]:
 def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:
     """Explain every misclassified test row of a scored run.
 
-    Args:
-        top: as in :func:`explain`.
-        among: likewise.
-
-    Raises:
-        InputError: the run has not been scored, or its results belong to another model.
+    ``top`` and ``among`` are as in :func:`explain`.
     """
     rows, predicted, confidence = read_targets(run)
     if not len(rows):

@@ -26,7 +26,7 @@ from turnover.models.pipeline import build
 from turnover.runs.run import CHECKPOINT, data_digest, versions, write_digests, writing_run
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
-from turnover.tasks.rehearsal import made_ready
+from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.training import (
     Curves,
     Evaluation,
@@ -129,9 +129,10 @@ def _fit(
     draft: Path,
 ) -> tuple[dict[str, Any], Network, nn.Module | None]:
     weights = class_weights(config.training.class_weights, train_data)
-    training, test, bfloat16 = made_ready(
+    training, test, bfloat16 = rehearse(
         pipeline, model, config.sites, config.masks, train_data, test_data, draft
     )
+    pipeline.prepare(model, training)
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
     curve_train = fixed_rows(len(training), config.curve_rows)

@@ -1,7 +1,7 @@
-"""Small heads on what the pretrained encoder makes of texts or images: cheap enough to train many times.
+"""Small heads on features of a pretrained encoder: cheap enough to train many times.
 
-The encoder is taken as it was pretrained. The LoRA components of a run were trained on every row, so
-that they still know the rows that are taken out.
+The encoder has its pretrained weights: the LoRA components of a run were trained on every row, and so
+still know the rows that are removed.
 """
 
 from __future__ import annotations
@@ -29,60 +29,53 @@ from turnover.tasks.class_weights import weights_of_run
 from turnover.tasks.training import autocast
 from turnover.training import mean_cross_entropy, shuffled, train
 
-# Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay to 0, the last
-# few steps decide how many rows a head calls positive, and two seeds differ by several points.
+# Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay of the learning rate
+# to 0, the last few steps decide how many rows a head calls positive, and two seeds differ by several points.
 _UNITS = 512
-_EPOCHS = 10
-_STEPS = 400  # at least: ten epochs of few rows teach nothing
+_EPOCHS, _LEAST_STEPS = 10, 400
 _BATCH = 50
+_SCORED_BATCH = 250
 _RATE = 0.01
 _DECAY = 0.03
-_PENALTY = 1e-3
-_LARGEST_SCALE = 30.0
-"""Of the logarithm: a step of the line search beyond it would make numbers that are none."""
-# Under masks: the recipe that docs/cleanse.md measured; of fewer rows as many steps.
+# The recipe under masks, as docs/cleanse.md measured it.
 MASKED_UNITS = 8192
-_MASKED_EPOCHS = 4
-_MASKED_STEPS = 480
+_MASKED_EPOCHS, _LEAST_MASKED_STEPS = 4, 480
 _MASKED_RATE = 5e-5
+_PENALTY = 1e-3
+_LARGEST_LOG_SCALE = 30.0
+"""Bound that keeps the line search finite."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Data as heads take them.
+    """Features and labels of rows, and weights of the classes in training."""
 
-    Attributes:
-        features: float32 (rows, width).
-        labels: int64 (rows,).
-        classes: number of classes.
-        weights: of the classes in training, float (classes,); ``None``: all weigh the same.
-    """
-
-    features: Tensor
-    labels: Tensor
+    features: Tensor  # float32 (rows, width)
+    labels: Tensor  # int64 (rows,)
     classes: int
-    weights: Tensor | None = None
+    weights: Tensor | None = None  # float (classes,)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Split features, labels and row numbers, as ids, into batches."""
+        columns = (self.features, self.labels, torch.arange(len(self)))
+        return list(zip(*(torch.split(one, _SCORED_BATCH) for one in columns), strict=True))
+
 
 def frozen(run: Run, data: Data) -> Frozen:
-    """Pooled features of texts or images by the run's encoder as it was pretrained.
+    """Return pooled features of texts or images by the run's encoder with its pretrained weights.
 
-    The classes weigh what they weighed when the run was trained.
-
-    Raises:
-        InputError: the run's network was trained from scratch.
+    The classes weigh as much as in the run's training.
     """
     encoded, device = run.encode(data), device_of(run.model)
     rows = range(len(encoded))
     chunks = encoded.chunks(rows)
     run.model.eval()
-    in_float32 = autocast(device, bfloat16=False)
     with (
         torch.no_grad(),
-        in_float32,
+        autocast(device, bfloat16=False),
         run.network.mean(),
         run.pipeline.pretrained(run.model) as encoder,
     ):
@@ -99,55 +92,40 @@ def train_head(
     epochs: int | None = None,
     weight_decay: float = _DECAY,
 ) -> WideHead:
-    """A head trained on some of the rows, plainly.
+    """Train a head on some of the rows, without masks; the features of all rows standardize its input.
 
     Args:
-        data: all rows; their features, without labels, are what the input is standardised by.
-        rows: those that are trained on.
-        seed: of weights and order.
         epochs: ``None``: 10, and at least 400 steps.
         weight_decay: factor of the L2 penalty in the gradient.
-
-    Returns:
-        The head in eval mode.
-
-    Raises:
-        InputError: a loss that is NaN or infinite.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = WideHead(data.features.shape[1], _UNITS, data.classes, gain=1.0)
-    head.standardize(data.features)
+    head = _new_head(data, _UNITS, seed, gain=1.0)
     optimizer = torch.optim.SGD(
         head.parameters(), _RATE, momentum=0.9, weight_decay=weight_decay, fused=True
     )
     chosen = torch.arange(len(data))[rows]
     steps = -(-len(chosen) // _BATCH)
-    epochs = epochs or max(_EPOCHS, -(-_STEPS // steps))
+    epochs = epochs or max(_EPOCHS, -(-_LEAST_STEPS // steps))
     rates = LinearLR(optimizer, 1.0, 0.0, epochs * steps)
     _train(head, data, chosen, optimizer, epochs, seed, rates=rates)
     return head
 
 
 def train_masked_head(data: Frozen, seed: int) -> Network:
-    """A wide head trained on all rows under masks, each row's number being its id.
-
-    Args:
-        data: all rows.
-        seed: of weights, order and masks.
-
-    Raises:
-        InputError: a loss that is NaN or infinite.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = WideHead(data.features.shape[1], MASKED_UNITS, data.classes)
-    head.standardize(data.features)
+    """Train a wide head on all rows under masks, with row numbers as ids."""
+    head = _new_head(data, MASKED_UNITS, seed)
     network = attach(head, ["activation"], MaskSpec(seed=seed))
     optimizer = torch.optim.Adam(head.parameters(), _MASKED_RATE, fused=True)
-    epochs = max(_MASKED_EPOCHS, -(-_MASKED_STEPS * _BATCH // len(data)))
+    epochs = max(_MASKED_EPOCHS, -(-_LEAST_MASKED_STEPS * _BATCH // len(data)))
     _train(head, data, torch.arange(len(data)), optimizer, epochs, seed, network.exposed)
     return network
+
+
+def _new_head(data: Frozen, units: int, seed: int, gain: float | None = None) -> WideHead:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = WideHead(data.features.shape[1], units, data.classes, gain=gain)
+    head.standardize(data.features)
+    return head
 
 
 def _train(
@@ -170,9 +148,10 @@ def _train(
         weights = None if data.weights is None else data.weights[labels]
         return mean_cross_entropy(logits, labels, weights)
 
-    train(
-        optimizer, range(epochs), lambda _: shuffled(rows, _BATCH, generator), loss_of, rates=rates
-    )
+    def batches(_: int) -> tuple[Tensor, ...]:
+        return shuffled(rows, _BATCH, generator)
+
+    train(optimizer, range(epochs), batches, loss_of, rates=rates)
     head.eval()
     if not bool(logits_of(head, data).isfinite().all()):
         raise InputError(
@@ -182,21 +161,16 @@ def _train(
 
 
 def logits_of(head: nn.Module, data: Frozen) -> Tensor:
-    """Logits of all rows, float32 (rows, classes)."""
+    """Return logits of all rows, float32 (rows, classes)."""
     with torch.no_grad():
         logits: Tensor = head(data.features)
     return logits
 
 
 class Calibrated(nn.Module):
-    """Logits of a model, scaled and shifted so that they fit some labels best.
+    """A model with its logits scaled and shifted to fit some labels (rows,) best.
 
-    What is left of the loss is what neither a threshold nor a temperature mends.
-
-    Args:
-        model: what the logits are of.
-        logits: float (rows, classes), of rows with known labels.
-        labels: int64 (rows,).
+    It is fitted on its logits (rows, classes) there: no threshold and no temperature lowers their loss.
     """
 
     scale: Tensor
@@ -208,25 +182,25 @@ class Calibrated(nn.Module):
         values = torch.zeros(1 + logits.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
 
+        def scale() -> Tensor:
+            return values[0].clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE).exp()
+
         def loss() -> Tensor:
             optimizer.zero_grad()
-            scale = values[0].clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
-            fitted = functional.cross_entropy(scale * logits + values[1:], labels)
-            # Where all are right the scale would grow without end.
+            fitted = functional.cross_entropy(scale() * logits + values[1:], labels)
+            # Without a penalty the scale would grow without bound where all rows are right.
             cost = fitted + _PENALTY * values.square().sum()
             torch.autograd.backward(cost)
             return cost
 
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-        self.register_buffer(
-            "scale", values[0].detach().clamp(-_LARGEST_SCALE, _LARGEST_SCALE).exp()
-        )
+        self.register_buffer("scale", scale().detach())
         self.register_buffer("shift", values[1:].detach())
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
-        """Calibrated logits (rows, classes)."""
+        """Return calibrated logits (rows, classes)."""
         return self.of(self.model(*inputs, **keywords))
 
     def of(self, logits: Tensor) -> Tensor:
-        """Likewise, of the model's logits."""
+        """Calibrate logits of the model."""
         return self.scale * logits + self.shift

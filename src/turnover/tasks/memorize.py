@@ -46,7 +46,7 @@ class Memorization:
     def curves(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Mean exposed and hidden loss by epoch, of all rows and of three tenths of them.
 
-        ``by heart``: the most memorized rows; ``hard``: of the others those with the largest exposed
+        ``memorized``: the most memorized rows; ``hard``: of the others those with the largest exposed
         losses after training, which were not even memorized; ``easy``: those with the smallest hidden
         losses after training.
         """
@@ -55,7 +55,7 @@ class Memorization:
         others = np.sort(rows[count:])
         parts = {
             "all": np.sort(rows),
-            "by heart": rows[:count],
+            "memorized": rows[:count],
             "hard": others[np.argsort(-self.exposed[-1][others], kind="stable")[:count]],
             "easy": np.argsort(self.hidden[-1], kind="stable")[:count],
         }
@@ -116,7 +116,7 @@ def write_memorization(run: Run, found: Memorization, out: Path) -> None:
         label = run.train.classes[run.train.labels[row]]
         numbers = [f"{value:.4f}" for value in (found.memorization[row], *losses)]
         lines.append([run.train.keys[row], label, *numbers, run.train.shown(row)])
-    write_csv(out, ["key", "label", "by_heart", *columns, "text"], lines)
+    write_csv(out, ["key", "label", "memorization", *columns, "text"], lines)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""A training on a part of the data, and what it says of single influence scores of the whole.
+"""Pilots: a training on part of the data, to predict the noise of influence scores of the whole.
 
-The measurements behind it are in docs/planning.md.
+docs/planning.md has the measurements behind it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from turnover.objectives import margin
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.fit import FitConfig, fixed_rows
-from turnover.tasks.rehearsal import made_ready
+from turnover.tasks.rehearsal import rehearse
 from turnover.tasks.score import choose_sites
 from turnover.tasks.training import TrainingConfig, train
 
@@ -43,18 +43,12 @@ _GHOSTS = 1000
 _SITE_ROWS, _SITE_GHOSTS = 64, 200
 _GRID, _BINS, _ROUNDS = 80, 1500, 300
 _SMALLEST = 0.1
-"""Noise standard deviations: smaller influences are counted as none or as this."""
+"""Smallest influence above 0 that is told apart, in noise floors."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the signal to noise of single scores.
-
-    Attributes:
-        instances: distinct training ids.
-        units: mask units of the wide head.
-        seeds: networks (other seeds) whose scores are averaged.
-    """
+    """Training ids, mask units and averaged networks: they decide the signal to noise of scores."""
 
     instances: int
     units: int
@@ -66,23 +60,19 @@ class Setting:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
 
     def over(self, other: Setting) -> float:
-        """Signal to noise of this setting over that of another one, by the law."""
-        return math.sqrt(
-            (self.seeds * self.units * other.instances)
-            / (other.seeds * other.units * self.instances)
-        )
+        """Return the signal to noise of this setting over that of another one."""
+        ours, theirs = self.seeds * self.units, other.seeds * other.units
+        return math.sqrt((ours * other.instances) / (theirs * self.instances))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What single scores will be like in a setting.
+    """Expected scores in a setting, in nats of margin.
 
     Attributes:
-        noise_floor: standard deviation of a ghost's score, nats of margin.
-        signal: standard deviation of influences without the noise, nats of margin.
-        signal_to_noise: their ratio.
-        top: rank k that the next two are about.
-        top_size: size of the k-th strongest influence on a target, without the noise, nats of margin.
+        noise_floor: standard deviation of a ghost's score.
+        signal: standard deviation of influences without noise.
+        top_size: size of the ``top``-th strongest influence on a target, without noise.
         top_z: the same in noise floors.
         significant: expected instances with q <= 0.05 for each target.
     """
@@ -98,19 +88,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a pilot training showed, and what follows for other settings.
+    """Measurements of a pilot training, and predictions for other settings.
 
     Attributes:
-        setting: of the pilot itself.
         rows: training rows.
         targets: held-out rows that were scored.
-        sites: the sites that were scored.
         noise_floor: ghosts' standard deviation (root mean square over targets), nats of margin.
-        signal: standard deviation of the scores beyond that of ghosts, nats of margin; 0 where it is
-            not more than chance gives.
+        signal: standard deviation of the scores beyond that of ghosts, nats of margin; 0 if chance
+            explains it.
         sizes: float64, ascending from 0: absolute influences without noise, in noise floors.
         shares: float64, of the shape of ``sizes``: their shares of all pairs.
-        seconds: what it took.
     """
 
     setting: Setting
@@ -124,11 +111,7 @@ class Pilot:
     seconds: float
 
     def predict(self, setting: Setting, top: int) -> Prediction:
-        """What to expect of a setting.
-
-        Raises:
-            InputError: ``top`` is not between 1 and the instances.
-        """
+        """Predict the scores in a setting."""
         _check_top(top, setting.instances)
         over = setting.over(self.setting)
         units = setting.units * setting.seeds / (self.setting.units * self.setting.seeds)
@@ -146,29 +129,26 @@ class Pilot:
         )
 
     def needed_units(self, setting: Setting, top: int) -> int | None:
-        """Mask units at the setting's seeds for the ``top`` strongest to reach the z that q <= 0.05 asks.
+        """Return the mask units, at the setting's seeds, that give the ``top`` strongest a q <= 0.05.
 
-        ``None`` where the pilot saw no influence beyond chance at that rank.
-
-        Raises:
-            InputError: ``top`` is not between 1 and the instances.
+        ``None`` if the pilot saw no influence beyond chance at that rank.
         """
-        return self._times(setting, top, setting.units)
+        return self._needed(setting, top, setting.units)
 
     def needed_seeds(self, setting: Setting, top: int) -> int | None:
-        """Networks to average at the setting's width, likewise."""
-        return self._times(setting, top, setting.seeds)
+        """Return the networks, at the setting's units, that do; see :meth:`needed_units`."""
+        return self._needed(setting, top, setting.seeds)
 
-    def _times(self, setting: Setting, top: int, now: int) -> int | None:
-        needed_z = z_asked(top, setting.instances)
+    def _needed(self, setting: Setting, top: int, now: int) -> int | None:
+        needed_z = needed_z_of(top, setting.instances)
         reached = self._strongest(top / setting.instances) * setting.over(self.setting)
         if reached == 0:
             return None
         needed = now * (needed_z / reached) ** 2
-        return max(1, math.ceil(needed * (1 - 1e-12)))  # rounding errors are no reason for one more
+        return max(1, math.ceil(needed * (1 - 1e-12)))  # a rounding error does not add one
 
     def _strongest(self, share: float) -> float:
-        """Size that this share of the influences reaches, in noise floors of the pilot."""
+        """Return the size that this share of the influences reaches, in noise floors of the pilot."""
         reaching = np.cumsum(self.shares[::-1])[::-1][1:]  # the first size is 0
         if not len(reaching) or share > reaching[0]:
             return 0.0
@@ -176,17 +156,16 @@ class Pilot:
         return float(np.exp(np.interp(-math.log(share), logarithms, np.log(self.sizes[1:]))))
 
     def _significant(self, over: float, instances: int) -> float:
-        """Where Benjamini-Hochberg stops for ids with these influences and Gaussian noise."""
+        """Count the ids that Benjamini-Hochberg finds among these influences with Gaussian noise."""
         z = np.linspace(0.5, 40, 8000)
-        sizes = self.sizes * over
         found = np.zeros_like(z)
-        for size, share in zip(sizes, self.shares, strict=True):
+        for size, share in zip(self.sizes * over, self.shares, strict=True):
             found += share * (_survival(z - size) + _survival(z + size))
         allowed = (2 * _survival(z) <= SIGNIFICANT_Q * found) & (found * instances >= 0.5)
         return float(instances * found[allowed][0]) if allowed.any() else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """What was measured, as plain JSON values."""
+        """Return the measurements as JSON values."""
         return {
             **asdict(self.setting),
             "rows": self.rows,
@@ -199,49 +178,38 @@ class Pilot:
         }
 
 
-def z_asked(top: int, instances: int) -> float:
-    """The z from which the ``top``-th of so many instances has q <= 0.05 (Gaussian, two-sided).
-
-    Raises:
-        InputError: ``top`` is not between 1 and ``instances``.
-    """
+def needed_z_of(top: int, instances: int) -> float:
+    """Return the z that gives the ``top``-th of the instances q <= 0.05 (Gaussian, two-sided)."""
     _check_top(top, instances)
     return -NormalDist().inv_cdf(SIGNIFICANT_Q * top / instances / 2)
 
 
 def _check_top(top: int, instances: int) -> None:
     if not 1 <= top <= instances:
-        raise InputError(f"top must lie between 1 and the {instances} instances, got {top}")
+        raise InputError(f"top must be between 1 and the {instances} instances, got {top}")
 
 
 def run_pilot(
     config: FitConfig, train_data: Data, test_data: Data, rows: int = PILOT_ROWS
 ) -> Pilot:
-    """Train on a part of the data as the whole would be trained, and measure its scores.
+    """Train on part of the data as the whole would be trained, and measure the scores.
 
-    Everything is as in the real training (encoder, width, learning rates, epochs, number of
-    optimiser steps) but the rows, and with them the rows in a step.
-
-    Args:
-        rows: about how many training rows; instances that share an id come together.
-
-    Raises:
-        InputError: too few rows, a part without all classes, a model that cannot be loaded, a loss
-            that is NaN.
+    Encoder, width, learning rates, epochs and the number of optimizer steps are those of the planned
+    training; a step has fewer rows. Rows of one id stay together, so ``rows`` is approximate.
     """
     if rows < _MIN_PILOT_ROWS:
         raise InputError(f"a pilot needs {_MIN_PILOT_ROWS} rows or more, got {rows} (--pilot-rows)")
     start = time.perf_counter()
     part = _part(train_data, rows)
-    # The weights' randomness, without moving the caller's generator.
     with writing_temporary() as place:
         temporary = tempfile.TemporaryDirectory(dir=place)
     with torch.random.fork_rng(), temporary as folder:
         torch.manual_seed(config.training.seed)
         pipeline, model = build(config.classifier, train_data)
-        training, test, bfloat16 = made_ready(
+        training, test, bfloat16 = rehearse(
             pipeline, model, config.sites, config.masks, part, test_data, Path(folder)
         )
+        pipeline.prepare(model, training)
         network = attach(model, config.sites, config.masks)
         train(
             model,
@@ -274,23 +242,14 @@ def measure(
     sites: tuple[str, ...] = (),
     seconds: float = 0.0,
 ) -> Pilot:
-    """A pilot from standardised scores.
-
-    Args:
-        z: scores in noise floors, (targets, ids).
-        noise_floor: of each target (targets,), nats of margin.
-        setting: that the scores were made in.
-
-    Raises:
-        InputError: no noise at all, so that there is nothing to compare with.
-    """
+    """Make a pilot of scores in noise floors, (targets, ids), and the floors (targets,), nats of margin."""
     squares = z.astype(np.float64) ** 2
     floors = noise_floor.astype(np.float64) ** 2
     noise = float(floors.mean()) ** 0.5
     if noise == 0:
         raise InputError("the pilot's scores are all 0: its network did not learn anything")
-    # Targets share the ids' masks, so the ids are what is independent. The ghosts behind the noise
-    # floors are no better known than the ids' mean: together some 1.4 standard errors.
+    # Ids are independent, targets are not: they share the masks of the ids. The noise floors are as
+    # uncertain as the mean over ids: together some 1.4 standard errors.
     beyond = ((squares - 1) * floors[:, None]).mean(axis=0)
     signal, error = float(beyond.mean()), float(beyond.std(ddof=1)) / math.sqrt(len(beyond))
     if signal <= 3 * error:
@@ -301,12 +260,11 @@ def measure(
 
 
 def pilot_training(config: TrainingConfig, rows: int, pilot_rows: int) -> TrainingConfig:
-    """The training of a pilot on some of the rows: as many epochs and steps, fewer rows in a step.
+    """Return the training of a pilot: as many epochs and steps on some of the rows, fewer in a step.
 
-    With Adam, how far the weights move is a matter of steps and learning rates, and an instance's
-    share of it one of how often it is seen. Where even single rows make too few steps, the learning
-    rates grow with the square root of what is missing (Malladi et al. 2022, the square root scaling
-    rule for Adam), which keeps the noise.
+    With Adam, steps and learning rates decide how far the weights move, and how often an instance is
+    seen decides its share of that. If even single rows make too few steps, the learning rates grow with
+    the square root of the missing factor (Malladi et al. 2022), which keeps the noise.
     """
     size = max(1, round(config.batch_size * pilot_rows / rows))
     steps, pilot_steps = -(-rows // config.batch_size), -(-pilot_rows // size)
@@ -320,23 +278,19 @@ def pilot_training(config: TrainingConfig, rows: int, pilot_rows: int) -> Traini
 
 
 def without_noise(z: Floats) -> tuple[Floats, Floats]:
-    """Absolute influences behind noisy scores: sizes, and the share of the pairs that has each.
+    """Estimate the absolute influences behind noisy scores: sizes, and the share of the pairs of each.
 
-    The maximum likelihood mixture (Kiefer and Wolfowitz 1956) of symmetric influences under Gaussian
-    noise of 1, by expectation-maximisation. The largest *scores* are large by luck too; the largest of
-    these sizes are not.
+    It is the maximum likelihood mixture (Kiefer and Wolfowitz 1956) of symmetric influences under
+    Gaussian noise of 1, by expectation-maximization: the largest scores are large by chance too, the
+    largest of these sizes are not.
 
-    Args:
-        z: absolute scores in noise floors, any shape.
-
-    Returns:
-        float64 ascending from 0, and float64 of the same shape with sum 1.
+    Sizes and scores are in noise floors; sizes ascend from 0, and shares have the sum 1.
     """
     largest = float(z.max())
     sizes = np.concatenate([[0.0], np.geomspace(_SMALLEST, max(largest, 4.0), _GRID)])
     counts, edges = np.histogram(z, np.linspace(0, largest * (1 + 1e-9) + 1e-9, _BINS))
-    centres = (edges[1:] + edges[:-1])[:, None] / 2
-    likelihood = np.exp(-((centres - sizes) ** 2) / 2) + np.exp(-((centres + sizes) ** 2) / 2)
+    centers = (edges[1:] + edges[:-1])[:, None] / 2
+    likelihood = np.exp(-((centers - sizes) ** 2) / 2) + np.exp(-((centers + sizes) ** 2) / 2)
     filled = counts > 0
     weights, likelihood = counts[filled] / counts.sum(), likelihood[filled]
     shares = np.full(len(sizes), 1 / len(sizes))
@@ -346,47 +300,39 @@ def without_noise(z: Floats) -> tuple[Floats, Floats]:
 
 
 def _survival(z: Floats) -> Floats:
-    """P(standard normal >= z)."""
+    """Probability that a standard normal is at least z."""
     return np.asarray(torch.special.ndtr(torch.from_numpy(-z)).numpy())
 
 
 def mask_units(config: FitConfig) -> int:
-    """Mask units of the training that is planned.
-
-    Raises:
-        InputError: its network is not a text classifier.
-    """
+    """Return the mask units of the planned training."""
     if config.classifier.kind != "text":
-        raise InputError(
-            "planning is for text classifiers: what was measured is of their wide head"
-        )
+        raise InputError("planning is for text classifiers, whose wide head was measured")
     return config.classifier.head_units
 
 
 def _part(data: Data, wanted: int) -> Data:
-    """About so many rows, with whole groups of rows that share an id.
+    """Take about so many rows, with all rows of an id together.
 
-    Which ids are taken follows a mask, so that re-sorting the data changes nothing.
+    A mask decides which ids are taken, so that the order of the data changes nothing.
     """
     bits = MaskSpec(balanced=False).exposed(data.ids, "pilot", 64)
     weights = 2.0 ** -torch.arange(1, 65, dtype=torch.float64)
     order = torch.argsort(bits.double() @ weights, stable=True).tolist()
     last = data.ids[order[min(wanted, len(order)) - 1]]
-    chosen = set(order[:wanted]) | set(torch.nonzero(data.ids == last).flatten().tolist())
-    rows = sorted(chosen)
-    chosen_data = data.take(rows)
-    there = set(chosen_data.labels)
-    missing = [name for index, name in enumerate(data.classes) if index not in there]
+    rows = set(order[:wanted]) | set(torch.nonzero(data.ids == last).flatten().tolist())
+    part = data.take(sorted(rows))
+    missing = set(range(len(data.classes))) - set(part.labels)
     if missing:
         raise InputError(
-            f"the pilot's {len(rows)} rows hold none of class {missing[0]!r}; give it more "
-            f"(--pilot-rows)"
+            f"the pilot's {len(part)} rows have none of class {data.classes[min(missing)]!r}: give it "
+            f"more (--pilot-rows)"
         )
-    return chosen_data
+    return part
 
 
 def _scored_sites(network: Network, training: Encoded) -> tuple[str, ...]:
-    """The sites that `turnover influence` would score, told from a few self-influences."""
+    """Choose the sites that `turnover influence` would score, by a few self-influences."""
     if len(network.sites) == 1:
         return tuple(network.sites)
     first_rows = {int(key): row for row, key in enumerate(training.ids.tolist())}

@@ -1,8 +1,7 @@
-"""Before training: how well will single influence scores be told from noise, and what would it take?
+"""Plan a training: predict the signal to noise of single influence scores, and what would improve it.
 
-Two levels. The law alone is relative: signal to noise grows like sqrt(networks x mask units / training
-instances). A pilot training on a part of the data gives it a scale (docs/planning.md has the
-measurements behind both).
+Signal to noise grows like sqrt(networks x mask units / training instances). A pilot training on part of
+the data gives this law a scale (docs/planning.md has the measurements behind both).
 """
 
 from __future__ import annotations
@@ -14,18 +13,12 @@ import torch
 
 from turnover.data.base import Data
 from turnover.tasks.fit import FitConfig
-from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, run_pilot, z_asked
+from turnover.tasks.pilot import Pilot, Prediction, Setting, mask_units, needed_z_of, run_pilot
 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting beside the one asked for.
-
-    Attributes:
-        setting: what it is.
-        relative: its signal to noise over that of the setting asked for.
-        prediction: with a pilot, what to expect.
-    """
+    """A setting, its signal to noise over the planned one's, and, with a pilot, its expected scores."""
 
     setting: Setting
     relative: float
@@ -33,17 +26,17 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known before training.
+class TrainingPlan:
+    """Signal to noise of single scores before training.
 
     Attributes:
-        asked: the setting asked for.
+        asked: the planned setting.
         top: how many instances of a target are to be resolved.
-        needed_z: what q <= 0.05 asks of the ``top``-th.
-        options: the setting asked for, other widths, and more networks.
-        pilot: what the pilot showed; ``None`` without one, and then all is relative.
-        needed_units: mask units that resolve the ``top`` with one network; ``None`` without an answer.
-        needed_seeds: networks that resolve them at the width asked for; likewise.
+        needed_z: z that gives the ``top``-th q <= 0.05.
+        options: the planned setting, other widths, and more networks.
+        pilot: measurements of the pilot; ``None`` without one, and then figures are relative.
+        needed_units: mask units that resolve the ``top`` with one network; ``None`` if unknown.
+        needed_seeds: networks that resolve them at the planned width; ``None`` if unknown.
     """
 
     asked: Setting
@@ -55,7 +48,7 @@ class Plan:
     needed_seeds: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
+        """Return the plan as JSON values."""
         return {
             "asked": asdict(self.asked),
             "top": self.top,
@@ -82,42 +75,31 @@ def plan(
     seeds: int = 1,
     top: int = 10,
     pilot_rows: int | None = None,
-) -> Plan:
-    """What single scores of a training would be worth, and what it takes to resolve the strongest.
+) -> TrainingPlan:
+    """Predict the noise of single scores of a training, and what it takes to resolve the strongest.
 
     Args:
-        config: the training that is planned.
+        config: the planned training.
         train_data: all its training data.
         test_data: where the pilot's targets are taken from.
-        seeds: networks whose scores are to be averaged.
+        seeds: networks whose scores are averaged.
         top: strongest instances of a target that are to be resolved.
-        pilot_rows: train a pilot on about so many rows; ``None``: the law alone.
+        pilot_rows: train a pilot on about so many rows; ``None``: give relative figures alone.
 
     Raises:
-        InputError: a count below 1, ``top`` above the training instances, or what :func:`run_pilot`
-            refuses.
+        InputError: a count below 1, ``top`` above the training instances, or an error of
+            :func:`run_pilot`.
     """
     asked = Setting(len(torch.unique(train_data.ids)), mask_units(config), seeds)
-    needed_z = z_asked(top, asked.instances)
+    needed_z = needed_z_of(top, asked.instances)
     pilot = None if pilot_rows is None else run_pilot(config, train_data, test_data, pilot_rows)
-    settings = [
-        *(
-            replace(asked, units=units)
-            for units in (asked.units // 4, asked.units, 4 * asked.units, 16 * asked.units)
-            if units
-        ),
-        *(replace(asked, seeds=times * seeds) for times in (4, 16)),
-    ]
+    widths = (asked.units // 4, asked.units, 4 * asked.units, 16 * asked.units)
+    settings = [replace(asked, units=units) for units in widths if units]
+    settings += [replace(asked, seeds=times * seeds) for times in (4, 16)]
     options = tuple(
         Option(setting, setting.over(asked), pilot.predict(setting, top) if pilot else None)
         for setting in settings
     )
-    return Plan(
-        asked,
-        top,
-        needed_z,
-        options,
-        pilot,
-        pilot.needed_units(replace(asked, seeds=1), top) if pilot else None,
-        pilot.needed_seeds(asked, top) if pilot else None,
-    )
+    needed_units = pilot.needed_units(replace(asked, seeds=1), top) if pilot else None
+    needed_seeds = pilot.needed_seeds(asked, top) if pilot else None
+    return TrainingPlan(asked, top, needed_z, options, pilot, needed_units, needed_seeds)

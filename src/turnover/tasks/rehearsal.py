@@ -1,6 +1,6 @@
-"""Before hours of training: two rows go through all that a training and its run will ask of a model.
+"""Rehearsals: forward, backward, saving and loading on two rows, before hours of training.
 
-Forward, backward, saving and loading; what fails here would have failed at the end.
+What fails here would have failed at the end of the training.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from turnover.batches import Batch, named, tensors
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
 from turnover.dropout.masks import MaskSpec
@@ -32,7 +32,7 @@ _BESIDE, _SAVED = 1e-3, 1e-5
 """Differences that rounding makes, as shares of the largest output."""
 
 
-def made_ready(
+def rehearse(
     pipeline: Pipeline,
     model: nn.Module,
     sites: Sequence[str],
@@ -41,79 +41,47 @@ def made_ready(
     test_data: Data,
     folder: Path,
 ) -> tuple[Encoded, Encoded, bool]:
-    """What every training begins with: data as the model takes them, a rehearsal, and the head's input.
+    """Encode the data, and try a model on the shortest and the longest row: train, save and load it.
 
-    Arguments and errors as in :func:`rehearse`.
+    Weights, modes and torch's generators stay as they are, and no file stays in the folder.
 
     Returns:
-        Training data, test data, and whether the training can compute in bfloat16 here.
+        Encoded training data, encoded test data, and whether the training can compute in bfloat16 here.
     """
     training, test = pipeline.encode(train_data), pipeline.encode(test_data)
-    bfloat16 = rehearse(pipeline, model, sites, spec, training, test, train_data, folder)
-    pipeline.prepare(model, training)
-    return training, test, bfloat16
-
-
-def rehearse(
-    pipeline: Pipeline,
-    model: nn.Module,
-    sites: Sequence[str],
-    spec: MaskSpec,
-    training: Encoded,
-    test: Encoded,
-    train_data: Data,
-    folder: Path,
-) -> bool:
-    """Try a model on the shortest and the longest row, as it will be trained, saved and loaded.
-
-    Weights, modes and torch's generators are as before, and nothing is left in the folder.
-
-    Args:
-        sites: what is masked.
-        training: ``train_data`` as the model takes them.
-        folder: where the model is saved for a moment.
-
-    Returns:
-        Whether the training can compute in bfloat16 here.
-
-    Raises:
-        InputError: something fails, a row's output depends on the rows beside or before it, or a
-            loaded model is not what was saved.
-    """
     name = pipeline.config.model
-    with torch.random.fork_rng(), _as_before(model):
+    with torch.random.fork_rng(), _restored(model):
         network = attach(model, sites, spec)
         try:
             _check_rows(network, training, name)
-            if _longest(test) > _longest(training):
+            if _length(test) > _length(training):
                 _check_rows(network, test, name)
             bfloat16 = _check_step(network, training, name)
         finally:
             network.detach()
-        _check_saved(pipeline, model, train_data, _ends(training)[-1:], folder / _FOLDER)
-    return bfloat16
+        _check_saved(pipeline, model, train_data, _extremes(training)[-1:], folder / _FOLDER)
+    return training, test, bfloat16
 
 
-def _ends(data: Encoded) -> list[int]:
-    """The first and the last of the rows in the order they are run in: of texts, of their length."""
+def _extremes(data: Encoded) -> list[int]:
+    """The first and the last row in the order they are run in: the shortest and the longest text."""
     order = [row for chunk in data.chunks(range(len(data))) for row in chunk]
     return [order[0], order[-1]] if len(order) > 1 else order
 
 
-def _longest(data: Encoded) -> int:
-    """Numbers that the longest row is."""
-    return _first(data.batch(_ends(data)[-1:]).inputs).numel()
+def _length(data: Encoded) -> int:
+    return tensors(data.batch(_extremes(data)[-1:]).inputs)[0].numel()
 
 
 def _check_rows(network: Network, data: Encoded, name: str) -> None:
-    """A row's output is its own: alone and first, or after others and beside them."""
-    rows = _ends(data)
+    """Compare the output of a row alone with that beside and after others."""
+    rows = _extremes(data)
     ids = ghost_ids(len(rows))
 
     def outputs(chosen: list[int]) -> Tensor:
         batch = data.batch([rows[i] for i in chosen])
-        with _trying(name, "its forward", batch.inputs), network.exposed(ids[chosen]):
-            return _run(network.model, batch)
+        with _one_error(name, "its forward", batch), network.exposed(ids[chosen]):
+            return _logits(network.model, batch)
 
     places = list(range(len(rows)))
     longest = outputs(places[-1:])
@@ -124,13 +92,13 @@ def _check_rows(network: Network, data: Encoded, name: str) -> None:
     if _differ(alone, together, _BESIDE):
         raise InputError(
             f"model {name!r} ({_kind(network.model)}) gives a row another output beside a longer one, or "
-            f"after it: it does not leave out the padding (attention_mask), draws at random or keeps a state"
+            f"after it: it ignores the padding mask (attention_mask), draws at random or keeps a state"
         )
 
 
 def _check_step(network: Network, data: Encoded, name: str) -> bool:
-    """One forward and backward as in training; whether it works in bfloat16."""
-    model, rows = network.model, _ends(data)
+    """Try a forward and backward of the training; return whether they work in bfloat16."""
+    model, rows = network.model, _extremes(data)
     batch = data.training_batch(rows, torch.Generator().manual_seed(0))
     assert batch.labels is not None
     device = device_of(model)
@@ -138,7 +106,7 @@ def _check_step(network: Network, data: Encoded, name: str) -> bool:
 
     def step(*, bfloat16: bool) -> None:
         with (
-            _trying(name, "its training step", batch.inputs),
+            _one_error(name, "its training step", batch),
             network.exposed(data.ids[rows]),
             autocast(device, bfloat16=bfloat16),
         ):
@@ -160,31 +128,32 @@ def _check_step(network: Network, data: Encoded, name: str) -> bool:
 def _check_saved(
     pipeline: Pipeline, model: nn.Module, data: Data, rows: Sequence[int], folder: Path
 ) -> None:
-    """A saved and loaded model takes the rows as the model does, and says the same of them."""
     name = pipeline.config.model
-    shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # of a rehearsal that was killed
     folder.mkdir()
     try:
-        with _trying(name, "saving it"):
+        with _one_error(name, "saving it"):
             pipeline.save(folder, model, len(data.classes))
-        with _trying(name, "loading what was saved"):
+        with _one_error(name, "loading the saved model"):
             loaded, other = load(folder)
     finally:
         shutil.rmtree(folder)
     some = data.take(list(rows))
-    places = range(len(rows))
-    here, there = (one.encode(some).batch(places) for one in (pipeline, loaded))
-    if not _same(here.inputs, there.inputs):
+    own, again = (one.encode(some).batch(range(len(rows))) for one in (pipeline, loaded))
+    own_inputs, inputs = dict(named(own.inputs)), dict(named(again.inputs))
+    if own_inputs.keys() != inputs.keys() or not all(
+        torch.equal(value, inputs[key]) for key, value in own_inputs.items()
+    ):
         raise InputError(f"model {name!r}: once saved and loaded, its tokenizer gives other tokens")
-    with evaluating(model), _trying(name, "its forward", here.inputs):
-        found, again = _run(model, here), _run(other.to(device_of(model)), there)
-    if _differ(found, again, _SAVED):
+    with evaluating(model), _one_error(name, "its forward", own):
+        outputs = _logits(model, own), _logits(other.to(device_of(model)), again)
+    if _differ(*outputs, _SAVED):
         raise InputError(
             f"model {name!r} ({_kind(model)}): once saved and loaded, it gives other outputs"
         )
 
 
-def _run(model: nn.Module, batch: Any) -> Tensor:
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
     device = device_of(model)
     with torch.no_grad(), autocast(device, bfloat16=False):
         logits: Tensor = batch.to(device).call(model).float()
@@ -197,19 +166,13 @@ def _differ(one: Tensor, other: Tensor, share: float) -> bool:
     return bool((one - other).abs().max() > share * one.abs().max())
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def _kind(model: nn.Module) -> str:
     return type(getattr(model, "encoder", model)).__name__
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Eval mode; modes, buffers and gradients are put back after."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and then restore modes, buffers and gradients."""
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         with evaluating(model):
@@ -221,28 +184,22 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _trying(name: str, what: str, inputs: Any = None) -> Iterator[None]:
-    """Makes one line of whatever a model or its libraries raise."""
+def _one_error(name: str, step: str, batch: Batch | None = None) -> Iterator[None]:
+    """Convert whatever a model or its libraries raise to an error of one line."""
     try:
         yield
     except (InputError, OSError):
         raise
     except BindingError as error:
         raise InputError(
-            f"model {name!r} cannot be trained under masks, for which every site has to keep one row for "
-            f"each text or image: {first_line(error)}"
+            f"model {name!r} cannot be trained under masks: every site must keep one row for each text or "
+            f"image: {first_line(error)}"
         ) from error
     except Exception as error:
+        shape = (
+            "" if batch is None else f" on a batch of shape {tuple(tensors(batch.inputs)[0].shape)}"
+        )
         raise InputError(
-            f"model {name!r} cannot be trained here: {what}{_shown(inputs)} fails with "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"model {name!r} cannot be trained here: {step}{shape} fails with {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
-
-
-def _shown(inputs: Any) -> str:
-    return "" if inputs is None else f" on a batch of shape {tuple(_first(inputs).shape)}"
-
-
-def _first(inputs: Any) -> Tensor:
-    found: Tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
-    return found

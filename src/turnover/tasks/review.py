@@ -1,12 +1,13 @@
-"""Review of labels: what to look at, what its label may be, and the data set after the decisions."""
+"""Review of labels: a list of doubtful rows, and the data set after the decisions on them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,14 @@ from turnover.tasks.predict import predict_training
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10
 _BATCH = 32
-_COLUMNS = (
-    *("key", "label", "suggested", "probability_of_label", "probability_of_suggested"),
-    *("self_influence_z", "self_influence_q", "influencers", "decision", "text"),
-)
+_FORMATS = {
+    **dict.fromkeys(("key", "label", "suggested"), ""),
+    **dict.fromkeys(("probability_of_label", "probability_of_suggested"), ".4f"),
+    "self_influence_z": ".2f",
+    "self_influence_q": ".3g",
+    **dict.fromkeys(("influencers", "decision", "text"), ""),
+}
+"""Columns of the list, and the format of each."""
 _BEGINNING = r"[=+\-@\t\r\n]"
 _FORMULA = re.compile(rf"'*{_BEGINNING}(?![0-9.]+$)")
 _CODE = re.compile(r"'*(?!(?:0|-?[1-9]\d{0,14})\Z)[=+\-]?\.?\d[\d.,:/+\- eE%]*", re.ASCII)
@@ -109,22 +114,11 @@ def review(run: Run, *, budget: int = 100) -> list[Flagged]:
 
 def write_review(flagged: list[Flagged], out: Path) -> None:
     """Write the list as CSV, atomically, with an empty column ``decision``."""
-    _write_list(
-        out,
-        (
-            {
-                "key": one.key,
-                "label": one.label,
-                "suggested": one.suggested,
-                "probability_of_label": f"{one.probability_of_label:.4f}",
-                "probability_of_suggested": f"{one.probability_of_suggested:.4f}",
-                **_own_numbers(one.self_influence_z, one.self_influence_q),
-                "influencers": ", ".join(f"{n} {label}" for label, n in one.influencers.items()),
-                "text": one.text,
-            }
-            for one in flagged
-        ),
-    )
+    rows = []
+    for one in flagged:
+        said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
+        rows.append({**asdict(one), "influencers": said})
+    _write_list(out, rows)
 
 
 def write_decisions(
@@ -133,33 +127,29 @@ def write_decisions(
     out: Path,
     self_influence: Mapping[int, tuple[float, float]],
 ) -> None:
-    """Write decisions on training rows in the columns of the list, atomically.
+    """Write decisions by row in the columns of the list, atomically, with z and q by instance id.
 
-    Args:
-        train: the training data.
-        decisions: by row; see :func:`read_decisions`.
-        out: CSV file.
-        self_influence: z and q by instance id, where known. The other numbers of the list would take
-            another pass over the data; their columns are empty.
+    The other numbers of the list would take another pass over the data; their columns are empty.
     """
     rows = []
     for row, decision in sorted(decisions.items()):
         key, label, text = described(train, row)
-        own = _own_numbers(*self_influence.get(int(train.ids[row]), _UNKNOWN))
-        rows.append({"key": key, "label": label, "decision": decision, "text": text, **own})
+        z, q = self_influence.get(int(train.ids[row]), _UNKNOWN)
+        rows.append(
+            {"key": key, "label": label, "decision": decision, "text": text}
+            | {"self_influence_z": z, "self_influence_q": q}
+        )
     _write_list(out, rows)
 
 
-def _own_numbers(z: float | None, q: float | None) -> dict[str, str]:
-    known = z is not None and q is not None
-    return {"self_influence_z": f"{z:.2f}", "self_influence_q": f"{q:.3g}"} if known else {}
-
-
-def _write_list(out: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def _write_list(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a list that people fill in, in a spreadsheet that would run a text as a formula."""
-    write_csv(
-        out, _COLUMNS, ([_as_text(one, row.get(one, "")) for one in _COLUMNS] for row in rows)
-    )
+    lines = ([_as_text(name, _cell(name, row.get(name))) for name in _FORMATS] for row in rows)
+    write_csv(out, list(_FORMATS), lines)
+
+
+def _cell(column: str, value: Any) -> str:
+    return "" if value is None else format(value, _FORMATS[column])
 
 
 def _as_text(column: str, cell: str) -> str:
@@ -198,9 +188,6 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
     """Read decisions by training row: ``keep``, ``remove``, or the name of the right class.
 
     Rows without a decision are left out.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown or repeated key, or another decision.
     """
     decisions: dict[int, str] = {}
     for number, row, written in read_column(run, path, "decision"):
@@ -214,11 +201,7 @@ def read_decisions(run: Run, path: Path) -> dict[int, str]:
 
 
 def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    """Read line numbers, training rows and values from a CSV file with the columns key and this one.
-
-    Raises:
-        InputError: no such file, a missing column, an unknown or repeated key, or a run with groups.
-    """
+    """Read line numbers, training rows and values from a CSV file with the columns key and this one."""
     check_rows(run)
     row_of = {key: row for row, key in enumerate(run.train.keys)}
     seen: set[int] = set()

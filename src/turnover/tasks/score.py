@@ -175,11 +175,7 @@ def _metrics(run: Run) -> dict[str, Any]:
 
 
 def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
-    """Cost of scoring the errors by each method; ``None`` if there are no errors.
-
-    Raises:
-        InputError: unknown objective or method.
-    """
+    """Cost of scoring the errors by each method; ``None`` if there are no errors."""
     scoring = _Scoring(run, config)
     if not scoring.wrong:
         return None

@@ -1,8 +1,7 @@
-"""Training and evaluating a classifier, with masks or with ordinary dropout in their place."""
+"""Training and evaluation of a classifier, with masks or with ordinary dropout in their place."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +25,19 @@ from turnover.dropout.network import Network
 from turnover.dropout.sites import resolve
 from turnover.errors import InputError
 from turnover.io.files import replacing
-from turnover.io.parsing import damage, parse_json
+from turnover.io.parsing import checksum, damage, parse_json
 from turnover.io.tensors import check_finite, opened
 from turnover.tasks.class_weights import ClassWeights, check_class_weights
 from turnover.training import mean_cross_entropy
 
 _CHECK_EVERY = 10
-_KEPT = ("step", "exp_avg", "exp_avg_sq")
-"""Of AdamW, for each parameter."""
+_POINTS = 9
+"""Points of a curve, spread over the training."""
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""State of AdamW for each parameter."""
+
+Bind = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""From rows to the context that they are run in."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class TrainingConfig:
         batch_size: rows in a step.
         learning_rate: learning rate of all but wide heads, with a linear decay to 0.
         head_learning_rate: learning rate of wide heads, with a linear decay to 0.
-        seed: of initial weights, order and ordinary dropout.
-        class_weights: what a row counts in the training loss, by its class: ``"balanced"``, or weights by
-            the names of classes; ``None``: all rows count the same. What is measured is never weighted.
+        seed: seed of initial weights, order and ordinary dropout.
+        class_weights: weight of a row in the training loss, by its class: ``"balanced"``, or weights by
+            the names of classes; ``None``: all rows weigh the same. Evaluations are never weighted.
     """
 
     epochs: int = 3
@@ -67,9 +71,9 @@ class TrainingConfig:
                 raise InputError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats (rows,) and whether the prediction is right (rows,), in the order of the rows."""
+    """Loss in nats, whether the prediction is right, its class and its probability, each (rows,)."""
 
     loss: Tensor
     correct: Tensor
@@ -77,54 +81,49 @@ class Evaluation:
     confidence: Tensor
 
     def mean(self) -> tuple[float, float]:
-        """Mean loss and the half width of its 95% confidence interval."""
+        """Return the mean loss and the half width of its 95% confidence interval."""
         width = 1.96 * self.loss.std().item() / len(self.loss) ** 0.5 if len(self.loss) > 1 else 0.0
         return self.loss.mean().item(), width
 
     def accuracy(self) -> tuple[float, float, float]:
-        """Accuracy and its 95% Wilson interval."""
+        """Return the accuracy and its 95% Wilson interval."""
         count, right, z = len(self.correct), self.correct.float().mean().item(), 1.96
-        centre = (right + z * z / (2 * count)) / (1 + z * z / count)
+        center = (right + z * z / (2 * count)) / (1 + z * z / count)
         spread = right * (1 - right) / count + z * z / (4 * count * count)
         half = z * spread**0.5 / (1 + z * z / count)
-        return right, centre - half, centre + half
+        return right, center - half, center + half
 
 
 @dataclass
 class Curves:
-    """Mean losses on fixed rows over training: name to (mean, half width) at each of ``steps``."""
+    """Mean losses on fixed rows during training: name to (mean, half width) at each of ``steps``."""
 
     steps: list[int] = field(default_factory=list)
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def add(self, step: int, losses: dict[str, tuple[float, float]]) -> None:
-        """Append one point of every curve."""
+        """Append a point to every curve."""
         self.steps.append(step)
         for name, value in losses.items():
             self.losses.setdefault(name, []).append(value)
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the processor computes in bfloat16."""
+    """Tell whether the processor has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Private: where a torch lacks it, training is in float32.
+    # A private function of torch: without it, training is in float32.
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.type == "cpu" and bool(asked())
 
 
 def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[Any]:
-    """Compute in bfloat16, or in float32 whatever the caller's own autocast is."""
+    """Compute in bfloat16 or float32, whatever the caller's own autocast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def evaluate(
-    model: nn.Module,
-    data: Encoded,
-    rows: Sequence[int],
-    bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
-) -> Evaluation:
-    """Loss and predictions of rows, each batch under ``bind(rows of the batch)``."""
+def evaluate(model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind) -> Evaluation:
+    """Evaluate rows, each batch in the context ``bind(rows of the batch)``."""
     logits = logits_of_rows(model, data, rows, bind)
     labels = torch.tensor([data.labels[row] for row in rows])
     loss = functional.cross_entropy(logits, labels, reduction="none")
@@ -132,15 +131,10 @@ def evaluate(
     return Evaluation(loss, predicted == labels, predicted, confidence)
 
 
-def logits_of_rows(
-    model: nn.Module,
-    data: Encoded,
-    rows: Sequence[int],
-    bind: Callable[[Sequence[int]], AbstractContextManager[Any]],
-) -> Tensor:
-    """Logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``.
+def logits_of_rows(model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind) -> Tensor:
+    """Return logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``.
 
-    Computed in float32, as influence is: of two precisions, some rows would be errors in one alone.
+    They are computed in float32, as influence is: in another precision other rows could be errors.
     """
     device = device_of(model)
     chunks = data.chunks(rows)
@@ -165,25 +159,18 @@ def train(
     bfloat16: bool | None = None,
     weights: Tensor | None = None,
     measure: Callable[[], dict[str, tuple[float, float]]] | None = None,
-    points: int = 9,
     follow: Callable[[int], None] | None = None,
 ) -> Curves:
-    """Train in place, each step under ``bind(ids)``; resumes from the checkpoint where there is one.
+    """Train in place, each step in the context ``bind(ids)``; resume from the checkpoint if it exists.
 
     Args:
-        bind: what every step runs under: masks of its ids, or nothing.
-        name: shown in the progress bar.
-        checkpoint: file written after every epoch.
-        identity: says all that decides this training beside the data and ``config``; a checkpoint of
-            another one is not resumed.
-        weights: of the classes in the loss, float (classes,); ``None``: all weigh the same.
-        bfloat16: forward and backward compute in bfloat16, ``None``: where the processor does; weights and
+        identity: describes what the training depends on beside ``data`` and ``config``; a checkpoint of
+            another training is not resumed.
+        bfloat16: compute forward and backward in bfloat16, ``None``: where the processor does; weights and
             their updates stay float32.
-        measure: losses on fixed rows, called at ``points`` steps.
-        follow: called after every epoch with the number of epochs done.
-
-    Returns:
-        the curves (empty without ``measure``).
+        weights: weights of the classes in the loss, float (classes,).
+        measure: returns losses on fixed rows; called at 9 steps, which make the curves.
+        follow: called after every epoch with the number of finished epochs.
 
     Raises:
         InputError: the loss is NaN or infinite.
@@ -194,11 +181,12 @@ def train(
     optimizer = _optimizer(model, config)
     steps_per_epoch = -(-len(data) // config.batch_size)
     total = steps_per_epoch * config.epochs
-    measured = {round(i * total / (points - 1)) for i in range(points)} if measure else set()
+    measured = {round(i * total / (_POINTS - 1)) for i in range(_POINTS)}
     curves = Curves()
-    digest = _digest(identity, config, data)
-    first_epoch = _restore(checkpoint, model, optimizer, curves, digest)
-    if measure and not curves.steps and 0 in measured:
+    digest = checksum([identity, repr(config), data.described()])
+    kept = _Checkpoint(checkpoint, digest, model, optimizer, curves)
+    first_epoch = kept.restore()
+    if measure and not curves.steps:
         curves.add(0, measure())
     start = first_epoch * steps_per_epoch
     rates = LambdaLR(optimizer, lambda step: 1 - step / total, last_epoch=start - 1)
@@ -238,7 +226,7 @@ def train(
     def after_epoch(epochs: int) -> None:
         if follow:  # before the checkpoint, so that no epoch is missing after it
             follow(epochs)
-        _store(checkpoint, model, optimizer, curves, digest, epochs)
+        kept.store(epochs)
 
     with bar:
         training.train(
@@ -256,7 +244,7 @@ def train(
 
 @contextmanager
 def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Iterator[None]:
-    """Ordinary random dropout at the sites, in training mode: what turn-over dropout replaces."""
+    """Apply ordinary random dropout at the sites in training mode."""
 
     def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return functional.dropout(output, 1 - keep, module.training)
@@ -269,10 +257,8 @@ def ordinary_dropout(model: nn.Module, sites: Sequence[str], keep: float) -> Ite
             handle.remove()
 
 
-def under_masks(
-    network: Network, data: Encoded, ids: Tensor | None, *, hidden: bool
-) -> Callable[[Sequence[int]], AbstractContextManager[Any]]:
-    """A ``bind`` for :func:`evaluate`: masks of the rows' own ids, or of ``ids`` in their place."""
+def under_masks(network: Network, data: Encoded, ids: Tensor | None, *, hidden: bool) -> Bind:
+    """Return a ``bind`` for :func:`evaluate`: masks of the rows' own ids, or of ``ids`` (rows,)."""
     used = data.ids if ids is None else ids
 
     def bind(rows: Sequence[int]) -> AbstractContextManager[Any]:
@@ -292,79 +278,68 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
         ]
         if parameters:
             groups.append({"params": parameters, "lr": rate, "initial_lr": rate})
-    # Weight decay would shrink hidden units too, and clipping by norm would leak; neither is used.
+    # Weight decay would shrink hidden units too, and clipping by norm would leak.
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def _digest(identity: str, config: TrainingConfig, data: Encoded) -> str:
-    text = json.dumps([identity, repr(config), data.described()])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A file with the trained parameters, the state of their optimizer and the curves after an epoch."""
 
+    path: Path
+    digest: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    curves: Curves
 
-def _store(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    curves: Curves,
-    digest: str,
-    epochs: int,
-) -> None:
-    from safetensors.torch import save_file
+    def store(self, epochs: int) -> None:
+        from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters():
             tensors[f"value/{name}"] = parameter.detach().contiguous()
-            for key, value in optimizer.state[parameter].items():
+            for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.contiguous()
-    metadata = {
-        "digest": digest,
-        "epochs": str(epochs),
-        "curves": json.dumps([curves.steps, curves.losses]),
-    }
-    with replacing(path) as draft:
-        save_file(tensors, draft, metadata=metadata)
+        metadata = {
+            "digest": self.digest,
+            "epochs": str(epochs),
+            "curves": json.dumps([self.curves.steps, self.curves.losses]),
+        }
+        with replacing(self.path) as draft:
+            save_file(tensors, draft, metadata=metadata)
 
+    def restore(self) -> int:
+        """Load a checkpoint of the same training; return its epochs, 0 without one."""
+        if not self.path.exists():
+            return 0
+        fix = "delete it to start again"
+        try:
+            with damage(self.path, fix), opened(self.path) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("digest") != self.digest:
+                    return 0
+                for name, parameter in self._parameters():
+                    self._restore_one(file, name, parameter)
+                steps, losses = parse_json(metadata["curves"], self.path, own=True)
+                self.curves.steps[:] = [int(step) for step in steps]
+                for name, points in losses.items():
+                    self.curves.losses[name] = [(mean + 0.0, half + 0.0) for mean, half in points]
+                return int(metadata["epochs"])
+        except InputError as error:
+            raise InputError(f"{self.path}: damaged checkpoint ({error}); {fix}") from error
 
-def _restore(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    curves: Curves,
-    digest: str,
-) -> int:
-    """Put a checkpoint of the same training back; epochs done, 0 where there is none."""
-    if not path.exists():
-        return 0
-    mend = "delete it to start again"
-    try:
-        with damage(path, mend), opened(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("digest") != digest:
-                return 0
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    _restore_one(path, file, name, parameter, optimizer)
-            steps, losses = parse_json(metadata["curves"], path, own=True)
-            curves.steps = [int(step) for step in steps]
-            curves.losses = {name: [(m + 0.0, h + 0.0) for m, h in v] for name, v in losses.items()}
-            return int(metadata["epochs"])
-    except InputError as error:
-        raise InputError(f"{path}: damaged checkpoint ({error}); {mend}") from error
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [one for one in self.model.named_parameters() if one[1].requires_grad]
 
-
-def _restore_one(
-    path: Path, file: Any, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer
-) -> None:
-    """A parameter and what the optimizer knows of it."""
-    stepped = f"{_KEPT[0]}/{name}" in file.keys()  # noqa: SIM118 - no dictionary
-    of_optimizer = _KEPT if stepped else ()  # what no row reaches, such as a pooler, has not moved
-    kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *of_optimizer)}
-    for key, value in kept.items():
-        if value.shape != (torch.Size() if key == "step" else parameter.shape):
-            raise InputError(f"{path}: {key}/{name} is {tuple(value.shape)}")
-        check_finite(path, f"{key}/{name}", value)
-    with torch.no_grad():
-        parameter.copy_(kept["value"])
-    if stepped:
-        optimizer.state[parameter] = {key: kept[key].to(parameter.device) for key in _KEPT}
+    def _restore_one(self, file: Any, name: str, parameter: nn.Parameter) -> None:
+        stepped = f"{_ADAM[0]}/{name}" in file.keys()  # noqa: SIM118 - no dictionary
+        of_optimizer = _ADAM if stepped else ()  # a parameter that no row reaches has no state
+        kept = {key: file.get_tensor(f"{key}/{name}") for key in ("value", *of_optimizer)}
+        for key, value in kept.items():
+            if value.shape != (torch.Size() if key == "step" else parameter.shape):
+                raise InputError(f"{self.path}: {key}/{name} is {tuple(value.shape)}")
+            check_finite(self.path, f"{key}/{name}", value)
+        with torch.no_grad():
+            parameter.copy_(kept["value"])
+        if stepped:
+            self.optimizer.state[parameter] = {key: kept[key].to(parameter.device) for key in _ADAM}

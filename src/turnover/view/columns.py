@@ -36,9 +36,6 @@ def open_columns(run: Run) -> StoredResult:
     ``score`` and ``q``: float32 (train, target), in nats and from 0 to 1. For each target
     ``significant`` (int64: instances with q <= 0.05), ``smallest_q`` and ``largest_z`` (float32); for
     each training id ``helped`` and ``hurt`` (int64: targets on which it is significant).
-
-    Raises:
-        InputError: the run was not scored, its result is damaged, or another process writes the pairs.
     """
     errors = open_errors(run)
     key = _key(errors)

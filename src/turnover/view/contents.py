@@ -39,10 +39,6 @@ class Contents:
 
     Args:
         run: a scored run.
-
-    Raises:
-        InputError: the run was not scored, has no errors, or holds results that are damaged or of another
-            model.
     """
 
     def __init__(self, run: Run) -> None:

@@ -49,12 +49,7 @@ class Decisions:
         return dict(self._known)
 
     def set(self, row: int, decision: str | None) -> dict[int, str]:
-        """Decide on a row, or take a decision back (``None``), and return all decisions.
-
-        Raises:
-            InputError: no such row or decision, rows that share ids, or a file that cannot be read or
-                written.
-        """
+        """Decide on a row, or take a decision back (``None``), and return all decisions."""
         from filelock import FileLock, Timeout
 
         if self.refusal is not None:

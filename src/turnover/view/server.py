@@ -31,10 +31,6 @@ def open_view(
         port: to listen on; 0 takes a free one.
         show: called with the address once it answers.
         browser: whether to open it in the user's browser.
-
-    Raises:
-        InputError: starlette or uvicorn is not installed, the run was not scored or is damaged, or the
-            port is taken.
     """
     with needing("the view", "turnover[view]"):
         import uvicorn

@@ -84,9 +84,6 @@ class Capture:
         residuals: whether to compute 1 minus the probability of every label.
         directions: of a training instance; 0: its gradient is that of the objective.
         within: makes a context that every forward runs in.
-
-    Raises:
-        InputError: no parameter is trained, or batch statistics are used even in eval mode.
     """
 
     def __init__(
@@ -125,10 +122,6 @@ class Capture:
         Args:
             batch: rows.
             training: whether they are training instances, which have directions.
-
-        Raises:
-            InputError: the objective is not finite, has no derivative, does not give one number for
-                each row, or one row's depends on other rows.
         """
         batch = batch.to(device_of(self._model))
         with (
@@ -181,10 +174,9 @@ class Capture:
             residuals = label_residuals(outputs, batch) if self._residuals else None
         weights, sums = None, [values.sum()]
         if count:
-            along = directions(*logits_and_labels(outputs, batch), count)
-            weights = along.weights
+            along, weights = directions(*logits_and_labels(outputs, batch), count)
             logits = logits_of(outputs).float()
-            sums = [(logits * direction).sum() for direction in along.values.unbind(dim=2)]
+            sums = [(logits * direction).sum() for direction in along.unbind(dim=2)]
         parts = self._gradients(batch, outputs, calls, sums)
         broadcasts = {name: tuple(c.broadcast for c in every) for name, every in calls.items()}
         layout = (len(batch) > 1, frozenset(broadcasts.items()))
@@ -322,9 +314,5 @@ class Capture:
 
 
 def label_residuals(outputs: Any, batch: Batch) -> Tensor:
-    """1 minus the probability of the label: float32 (rows,).
-
-    Raises:
-        InputError: no labels that are classes.
-    """
+    """1 minus the probability of the label: float32 (rows,)."""
     return -torch.expm1(-cross_entropy(outputs, batch))

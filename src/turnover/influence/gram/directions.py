@@ -9,8 +9,6 @@ largest curvature beside it. With two classes, one direction is the whole space.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,26 +17,17 @@ _LEAST = 1e-6
 """Smallest strength: of a prediction without any doubt it would be 0."""
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Directions of the rows of a batch, scaled by their strength.
-
-    Attributes:
-        values: float32 (rows, classes, count), ``V``; ``V V'`` is ``sqrt(W)`` in the subspace.
-        weights: float32 (rows, count); ``V`` times these is the gradient of the margin by the logits.
-    """
-
-    values: Tensor
-    weights: Tensor
-
-
-def directions(logits: Tensor, labels: Tensor, count: int) -> Directions:
-    """The margin's direction and those of the largest curvature beside it.
+def directions(logits: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The margin's direction and those of the largest curvature beside it, scaled by their strength.
 
     Args:
         logits: float (rows, classes).
         labels: int64 (rows,).
         count: of directions, at most; never more than one less than classes.
+
+    Returns:
+        The directions ``V``, float32 (rows, classes, count); ``V V'`` is ``sqrt(W)`` in the subspace. Their
+        weights, float32 (rows, count); ``V`` times these is the gradient of the margin by the logits.
     """
     logits = logits.detach().double()
     classes = logits.shape[1]
@@ -58,4 +47,4 @@ def directions(logits: Tensor, labels: Tensor, count: int) -> Directions:
     scale = strength.clamp_min(_LEAST).sqrt()
     turned = basis @ turn
     weights = (turned.mT @ margin[:, :, None])[:, :, 0] / scale
-    return Directions((turned * scale[:, None, :]).float(), weights.float())
+    return (turned * scale[:, None, :]).float(), weights.float()

@@ -45,11 +45,7 @@ class Scratch:
         self._files = 0
 
     def matrix(self, rows: int) -> Tensor:
-        """A float32 matrix (rows, rows) on disk.
-
-        Raises:
-            WriteError: no space for it.
-        """
+        """A float32 matrix (rows, rows) on disk."""
         path, shape = self._path(), (rows, rows)
         with writing_temporary(self._folder), path.open("w+b") as file:
             write_header(file, shape, np.float32)
@@ -57,11 +53,7 @@ class Scratch:
         return torch.from_numpy(values)
 
     def save(self, values: Tensor) -> Path:
-        """Write a tensor.
-
-        Raises:
-            WriteError: no space for it.
-        """
+        """Write a tensor."""
         path, array = self._path(), values.cpu().numpy()
         with writing_temporary(self._folder):
             write_array(path, array.shape, array.dtype, [array])

@@ -47,9 +47,6 @@ class GramDriver:
     Args:
         method: how to score.
         setup: networks and objective.
-
-    Raises:
-        InputError: nothing is trained, or mask features of a model without masks.
     """
 
     def __init__(self, method: Gram, setup: Setup) -> None:
@@ -141,11 +138,7 @@ class GramDriver:
         self._pair_seconds = (time.perf_counter() - start) / entries
 
     def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
-        """Influence of the fitted instances, or of some of them, on every target.
-
-        Raises:
-            InputError: not fitted, no targets, ids that were not fitted, or a place to store scores.
-        """
+        """Influence of the fitted instances, or of some of them, on every target."""
         top = wanted.top
         if wanted.out is not None or wanted.coordinates:
             raise InputError(
@@ -184,11 +177,7 @@ class GramDriver:
         )
 
     def aggregate(self, targets: Iterable[Any], train_ids: Ids) -> Result:
-        """Influence on the mean objective over all targets.
-
-        Raises:
-            InputError: as in :meth:`estimate`.
-        """
+        """Influence on the mean objective over all targets."""
         columns, ids = self._columns(train_ids)
         sums: list[Tensor] = []
         count = 0
@@ -200,11 +189,7 @@ class GramDriver:
         return self._vector(score[0, columns], error[0, columns], freedom, ids, each=False)
 
     def self_influence(self, train_batches: Iterable[Any] | None) -> Result:
-        """Influence of every fitted instance, or of those of some batches, on itself.
-
-        Raises:
-            InputError: not fitted; batches without ids, or with ids that were not fitted.
-        """
+        """Influence of every fitted instance, or of those of some batches, on itself."""
         wanted = None
         if train_batches is not None:
             given = [batch.ids for batch in self._batches.adapted(train_batches)]

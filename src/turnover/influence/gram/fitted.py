@@ -16,8 +16,6 @@ from turnover.influence.gram.kernel import Block, cross_of, gram_of
 from turnover.influence.gram.solve import Cholesky
 from turnover.influence.gram.uncertainty import halves
 
-_CONDITION = 1e5
-"""Condition number up to which float32 is accurate to some 1e-5 of the largest score."""
 _KEPT = 2**30
 """Bytes up to which the factors of all halves are kept between calls."""
 
@@ -46,9 +44,6 @@ class Fitted:
         factor: multiplies scores, float32 (train,).
         device: of all tensors but ``k``, which may be on disk.
         freedom: degrees of freedom of a variance over halves.
-
-    Raises:
-        InputError: inner products beyond float32, or gradients that are all 0.
     """
 
     def __init__(
@@ -165,10 +160,7 @@ class Fitted:
                 self.k, ridge, landmarks=landmarks, device=device, block=block, rows=rows
             )
         k = self.k if rows is None else self.k[rows][:, rows]
-        # No eigenvalue is above the trace.
-        condition = float(k.diagonal().sum()) / ridge
-        exact = condition > _CONDITION and k.device.type != "mps"
-        return Cholesky(k, ridge, exact=exact, block=block)
+        return Cholesky(k, ridge, block=block)
 
     def _resampled(self) -> Iterator[tuple[Tensor, Solver]]:
         if self._halves:

@@ -51,11 +51,7 @@ Calls = dict[str, list[LayerCall]]
 
 @contextmanager
 def recorded(parts: Mapping[str, Part], rows: int) -> Iterator[Calls]:
-    """Record the calls of parts while the body runs the model on a batch of ``rows`` rows.
-
-    Raises:
-        UnknownLayoutError: in the body, a call without the rows first.
-    """
+    """Record the calls of parts while the body runs the model on a batch of ``rows`` rows."""
     calls: Calls = {}
 
     def hook_of(name: str) -> Any:
@@ -98,11 +94,7 @@ def inputs_by_row(calls: Calls) -> dict[str, list[Tensor]]:
 def gradients_at(
     values: Sequence[Tensor], edges: Sequence[GradientEdge]
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of several numbers at the same edges: for each number, one gradient an edge.
-
-    Raises:
-        InputError: a reentrant checkpoint on the way.
-    """
+    """Gradients of several numbers at the same edges: for each number, one gradient an edge."""
     if not edges:
         return [() for _ in values]
     last = len(values) - 1

@@ -41,8 +41,8 @@ class Iterative:
         *,
         landmarks: int,
         device: torch.device,
-        block: int = 1,
-        rows: Tensor | None = None,
+        block: int,
+        rows: Tensor | None,
     ) -> None:
         self._k = k
         self._ridge = ridge
@@ -53,11 +53,7 @@ class Iterative:
         self._vectors, self._change, self._floor = self._approximate(landmarks)
 
     def rows(self, cross: Tensor) -> Tensor:
-        """``cross (K + lambda I)^-1``: float32, of the shape (targets, rows) of ``cross``.
-
-        Raises:
-            InputError: no convergence; lambda is too small.
-        """
+        """``cross (K + lambda I)^-1``: float32, of the shape (targets, rows) of ``cross``."""
         return self._solved(cross.T.to(self._device)).T
 
     @cached_property

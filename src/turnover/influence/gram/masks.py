@@ -32,11 +32,7 @@ class MaskCapture:
         self._directions = directions
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
-        """Derivatives, costs and residuals of the rows of a batch.
-
-        Raises:
-            InputError: the objective is not finite or has no derivative.
-        """
+        """Derivatives, costs and residuals of the rows of a batch."""
         model = self._network.model
         batch = batch.to(device_of(model))
         with evaluating(model), torch.inference_mode(False):
@@ -44,11 +40,11 @@ class MaskCapture:
                 outputs = batch.call(model)
                 values = costs(self._objective, outputs, batch)
                 residuals = label_residuals(outputs, batch) if self._residuals else None
-            objectives, weights = [self._objective], None
+            objectives: list[Objective] = [self._objective]
+            weights = None
             if training and self._directions:
-                along = directions(*logits_and_labels(outputs, batch), self._directions)
-                objectives = [partial(_along, one) for one in along.values.unbind(dim=2)]
-                weights = along.weights
+                along, weights = directions(*logits_and_labels(outputs, batch), self._directions)
+                objectives = [partial(_along, direction) for direction in along.unbind(dim=2)]
             found = [mask_gradients(self._network, one, batch).float() for one in objectives]
             gradients = finite(torch.stack(found, dim=1).flatten(0, 1), "mask derivative")
         return Rows({"masks": Explicit(gradients)}, finite(values, "objective"), residuals, weights)

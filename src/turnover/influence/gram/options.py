@@ -114,11 +114,7 @@ def measure(models: Sequence[Model], batch: Batch) -> None:
 
 
 def directions_of(objective: Objective, options: Gram) -> int:
-    """Directions of a training instance.
-
-    Raises:
-        InputError: directions of an objective that may not be a classifier's.
-    """
+    """Directions of a training instance."""
     known = objective in _BUILT_IN
     if options.directions is not None:
         if options.directions and not known:
@@ -151,9 +147,6 @@ def capture_of(
         objective: cost of a prediction.
         options: how to score.
         residuals: whether to find the probability of every label.
-
-    Raises:
-        InputError: nothing is trained, or mask features of what has no masks.
     """
     count = directions_of(objective, options)
     if options.features == "masks":

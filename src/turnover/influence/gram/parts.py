@@ -87,11 +87,7 @@ def parts_of(model: nn.Module) -> tuple[dict[str, Part], list[str]]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Reject a model whose rows have no gradients of their own.
-
-    Raises:
-        InputError: no trained parameters, sharded parameters, or batch statistics in eval mode.
-    """
+    """Reject a model whose rows have no gradients of their own."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "no parameter of the model is trained (requires_grad is False for all): set it to True for "

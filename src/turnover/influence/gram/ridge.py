@@ -24,11 +24,7 @@ _SAMPLE = 2000
 
 
 def check(ridge: float | str) -> None:
-    """Check that a ridge is the name of a rule or a positive number.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """Check that a ridge is the name of a rule or a positive number."""
     if isinstance(ridge, str):
         if ridge not in RULES:
             raise InputError(
@@ -74,9 +70,6 @@ def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
     """Lambda by a rule, or a multiple of the mean over instances of the sum of their diagonal.
 
     A rule judges a large ``K`` by 2,000 random rows.
-
-    Raises:
-        InputError: all gradients are 0.
     """
     if not float(k.diagonal().max()) > 0:
         raise InputError(
