@@ -73,7 +73,7 @@ def test_standardisation_travels_with_the_weights_and_is_not_trained():
 
 @pytest.mark.parametrize("shape", [(1, 6), (4, 5), (6,)])
 def test_features_of_another_shape_are_refused(shape):
-    with pytest.raises(InputError, match="standardise needs features"):
+    with pytest.raises(InputError, match="standardize needs features"):
         WideHead(6, 16, 2).standardize(torch.zeros(shape))
 
 

@@ -259,7 +259,7 @@ def test_what_ray_cannot_do_is_refused_before_anything_is_written(tmp_path):
         make.estimate(batches(), IDS, out=tmp_path / "r", engine="dask")
     with pytest.raises(InputError, match="give out="):
         make.estimate(batches(), IDS, engine="ray")
-    with pytest.raises(InputError, match="this process's memory"):
+    with pytest.raises(InputError, match="in the memory of this process"):
         make.estimate(batches(), IDS, out="memory://r", engine="ray")
     assert not list(tmp_path.iterdir())
 

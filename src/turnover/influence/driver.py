@@ -200,7 +200,7 @@ class BlockDriver:
         guesses: dict[str, float] = {}
         if shown and len(work) + bool(once) > 1:  # some kind of work runs late
             rows = estimator.rows(1 if mean else len(first))
-            pilot = Pilot(self._engines, first, rows, len(ids))
+            pilot = Pilot(self._engines, first, rows, len(ids), quick=True)
             seconds = estimator.seconds(pilot)
             guesses = {kind: each / len(self._engines) for kind, each in seconds.items()}
         title = f"influence ({estimator.name})"

@@ -17,6 +17,7 @@ from turnover.influence.engine import Engine, Once, TargetBlock
 
 _ROWS = 8
 PILOT_IDS = 4096
+_QUICK_IDS = 16
 _LONG_ENOUGH = 0.25
 """Seconds from which on a timing is trusted."""
 
@@ -85,6 +86,7 @@ class Pilot(Once):
         ids: number of training ids.
         top: ids to keep on each side of each target; ``None``: all.
         in_memory: whether all scores are held in memory.
+        quick: whether to time a few ids alone, for a progress bar that corrects itself.
 
     Attributes:
         first: the targets that are timed.
@@ -101,8 +103,10 @@ class Pilot(Once):
         *,
         top: int | None = None,
         in_memory: bool = False,
+        quick: bool = False,
     ) -> None:
         super().__init__()
+        self._quick = quick
         self.targets, self.ids, self.top = targets, ids, top
         self.first = first.rows(0, min(_ROWS, len(first)))
         self.block = TargetBlock(engines, [self.first])
@@ -122,10 +126,10 @@ class Pilot(Once):
 
     def seconds_of_id(self, function: Callable[[Tensor], object]) -> float:
         """Seconds that a function of ids takes for each, timed on as many as it needs."""
-        count = 8
+        count = _QUICK_IDS if self._quick else 8
         while True:
             seconds = self.timed(partial(function, torch.arange(count)), warm=False)
-            if seconds > _LONG_ENOUGH or count >= PILOT_IDS:
+            if self._quick or seconds > _LONG_ENOUGH or count >= PILOT_IDS:
                 return seconds / count
             count *= 4
 
