@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -19,6 +20,14 @@ class WriteError(InputError):
 
 class BindingError(RuntimeError):
     """A run of the network without ids, or with ids that do not match the rows."""
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is not a whole number, or too small; ``True`` and ``False`` are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if value < least:
+        raise InputError(f"{name} must be >= {least}, got {value}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,10 +48,13 @@ class Auto(Method):
             raise InputError(f"seconds must be >= 0, got {self.seconds}")
         if not self.methods:
             raise InputError("Auto needs methods to choose among, and got none")
+        names = [method_of(one).name for one in self.methods]
+        if len(set(names)) < len(names):
+            raise InputError(f"Auto chooses among different methods, and got {', '.join(names)}")
         for one in self.methods:
             if method_of(one).driver is not None:
                 raise InputError(
-                    f"Auto cannot choose {one!r}: it does not score blocks of targets by masks"
+                    f"Auto cannot choose {one!r}: it chooses among methods that score by masks"
                 )
 
 
@@ -65,6 +69,12 @@ class AutoDriver(BlockDriver):
         self._estimators = [one.estimator(setup.engines, setup.ghosts) for one in self._methods]
         if any(one.differentiates for one in self._estimators):
             setup.batches.ordered = setup.sites
+
+    def fit(self, train_batches: Iterable[Any]) -> None:  # noqa: ARG002
+        """See :meth:`turnover.Influence.fit`."""
+        raise InputError(
+            "nothing to fit: method='auto' does not look at the training data; call estimate"
+        )
 
     def _planned(self) -> list[Estimator]:
         return self._estimators

@@ -12,7 +12,7 @@ from torch import nn
 from turnover.batches import Adapter
 from turnover.dropout.modules import exclusive
 from turnover.dropout.network import Network
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.influence.driver import BlockDriver
 from turnover.influence.plan import Plan
 from turnover.influence.protocol import METHODS, Driver, Ids, Method, Setup, Wanted, method_of
@@ -77,10 +77,10 @@ class Influence:
     ) -> None:
         options = method_of(method)
         if not callable(objective):
-            hint = f": write method={objective!r}" if objective in METHODS else ""
+            is_method = isinstance(objective, Method) or objective in METHODS
+            hint = f": write method={objective!r}" if is_method else ""
             raise InputError(f"objective must be callable, got {objective!r}{hint}")
-        if ghosts < MIN_GHOSTS:
-            raise InputError(f"ghosts must be >= {MIN_GHOSTS}, got {ghosts}")
+        check_whole("ghosts", ghosts, MIN_GHOSTS)
         models = _distinct(network)
         self.method, self.objective, self.sites = options.name, objective, list[str]()
         self.needs_fit, self._ready = options.needs_fit, not options.needs_fit
@@ -180,8 +180,8 @@ class Influence:
             InputError: no targets, duplicate ids or ids of the noise floor, an objective that is not
                 finite (with the rows), a store with something else, or one that another process writes.
         """
-        if top is not None and top < 1:
-            raise InputError(f"top must be >= 1, got {top}")
+        if top is not None:
+            check_whole("top", top, 1)
         check_place(engine, out)
         wanted = Wanted(top, out, dict(coordinates or {}), engine)
         with self._scoring():

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.errors import InputError
+from turnover.errors import check_whole
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.forwards import Forwards
@@ -50,8 +50,8 @@ class Exact(Method):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 1:
-            raise InputError(f"block must be >= 1, got {self.block}")
+        if self.block is not None:
+            check_whole("block", self.block, 1)
 
 
 class ExactEstimator(Estimator):

@@ -177,6 +177,8 @@ def method_of(method: str | Method) -> Method:
     """
     if isinstance(method, Method) and type(method) in METHODS.values():
         return method
+    if isinstance(method, type) and method in METHODS.values():
+        raise InputError(f"give the options themselves: {method.__name__}() in place of the class")
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"unknown method {method!r}; available: {', '.join(sorted(METHODS))}")
     return METHODS[method]()

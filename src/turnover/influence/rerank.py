@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.exact import Exact, ExactEstimator
@@ -61,8 +61,7 @@ class Rerank(Method):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise InputError(f"candidates must be >= 1, got {self.candidates}")
+        check_whole("candidates", self.candidates, 1)
         Exact(self.block)  # checks it
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating, weights_digest
 from turnover.dropout.network import Network
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
@@ -87,14 +87,15 @@ class Gram(Method):
             raise InputError(
                 f"residual must be True, False or an exponent >= 0, got {self.residual}"
             )
-        if self.directions is not None and self.directions < 0:
-            raise InputError(f"directions must be >= 0, got {self.directions}")
+        if self.directions is not None:
+            check_whole("directions", self.directions, 0)
         if self.directions and isinstance(self.ridge, str):
             raise InputError(
                 f"ridge={self.ridge!r} fits the objective of the training instances, which directions "
                 f"do not have: give a number, or directions=0"
             )
-        if self.resamples < 4 or self.resamples % 2:
+        check_whole("resamples", self.resamples, 4)
+        if self.resamples % 2:
             raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
 
 
