@@ -156,7 +156,8 @@ def _choose(times: dict[str, float], budget: float) -> tuple[str, str]:
         if times[method] <= budget:
             return method, f"{better} would take {_duration(times[better])}; this fits"
     second = methods[min(1, len(methods) - 1)]
-    return methods[0], f"even {second} would take {_duration(times[second])}"
+    took, most = _duration(times[second]), _duration(budget)
+    return methods[0], f"even {second} would take {took}, and the budget is {most}"
 
 
 def _duration(seconds: float) -> str:

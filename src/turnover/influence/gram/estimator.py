@@ -142,8 +142,8 @@ class GramDriver:
         top = wanted.top
         if wanted.out is not None or wanted.coordinates:
             raise InputError(
-                "gram keeps its scores in memory: leave out= and coordinates= out, and give top= "
-                "where there are too many"
+                "gram keeps its scores in memory: do not pass out= or coordinates=; top= keeps the "
+                "strongest alone if memory is short"
             )
         columns, ids = self._columns(train_ids)
         target_ids: list[Tensor | None] = []
