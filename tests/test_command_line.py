@@ -351,7 +351,7 @@ def test_an_interrupted_process_ends_with_130_and_resumes(
 ) -> None:
     more = ("--test", data[1], "--no-compare", "--json")
     arguments = fit_arguments(data[0], encoder, tmp_path / "run", *more)
-    command = [sys.executable, "-m", "turnover", *map(str, arguments), "--epochs", "12"]
+    command = [sys.executable, "-m", "turnover", *map(str, arguments), "--epochs", "40"]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
