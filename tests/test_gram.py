@@ -327,7 +327,7 @@ def test_wrong_input_is_refused_by_name():
         influence.estimate([targets], [101, 101])
     with pytest.raises(InputError, match="no targets"):
         influence.estimate([])
-    with pytest.raises(InputError, match="leave out="):
+    with pytest.raises(InputError, match="do not pass out="):
         influence.estimate([targets], out="somewhere")
     with pytest.raises(InputError, match="plan compares"):
         influence.plan([targets], [101])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 
 _LEAST_SPREAD = 0.1
 """Smallest standard deviation of a feature, as a share of the root mean square over all features."""
@@ -44,8 +44,7 @@ class WideHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("features", features), ("units", units), ("classes", classes)):
-            if value < 1:
-                raise InputError(f"WideHead: {name} must be >= 1, got {value}")
+            check_whole(f"WideHead: {name}", value, 1)
         if gain is None:
             gain = 0.02 * min(1.0, (8192 / units) ** 0.5)
         self.gain = gain

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnover.dropout.masks import MaskSpec
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 
 OPTIMIZERS = ("sgd", "adam")
 
@@ -42,8 +42,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise InputError(f"recipe: {name} must be >= 1, got {value}")
+            check_whole(f"recipe: {name}", value, 1)
         if not self.learning_rate > 0:
             raise InputError(f"recipe: learning_rate must be > 0, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.evaluation.retraining import Retraining, check_scores, outputs_without
 
 SIDES = ("helpful", "harmful")
@@ -70,8 +70,7 @@ def removal_curve(
         raise InputError(f"unknown side {side!r}; there are {', '.join(SIDES)}")
     if not counts or min(counts) < 1 or max(counts) >= train:
         raise InputError(f"counts must be in 1 to {train - 1}, got {list(counts)}")
-    if draws < 1:
-        raise InputError(f"draws must be >= 1, got {draws}")
+    check_whole("draws", draws, 1)
     rows = np.asarray(scores).sum(axis=0, keepdims=True) if together else np.asarray(scores)
     order = np.argsort(-rows if side == "helpful" else rows, axis=1, kind="stable")
     generator = np.random.default_rng(0)

@@ -12,7 +12,15 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.errors import InputError
 from turnover.influence.driver import BUDGET, PLANNED, BlockDriver
-from turnover.influence.protocol import Estimator, Method, Setup, Wanted, method_of, register
+from turnover.influence.protocol import (
+    Estimator,
+    Method,
+    Setup,
+    Wanted,
+    method_of,
+    nothing_to_fit,
+    register,
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,7 @@ class AutoDriver(BlockDriver):
 
     def fit(self, train_batches: Iterable[Any]) -> None:  # noqa: ARG002
         """See :meth:`turnover.Influence.fit`."""
-        raise InputError(
-            "nothing to fit: method='auto' does not look at the training data; call estimate"
-        )
+        raise nothing_to_fit(self.method.name)
 
     def _planned(self) -> list[Estimator]:
         return self._estimators

@@ -184,6 +184,13 @@ def method_of(method: str | Method) -> Method:
     return METHODS[method]()
 
 
+def nothing_to_fit(name: str) -> InputError:
+    """The error of a fit by a method that does not look at the training data."""
+    return InputError(
+        f"nothing to fit: method={name!r} does not look at the training data; call estimate"
+    )
+
+
 class Estimator(ABC):
     """Scores blocks of targets by one method. Only :meth:`scores` must be written.
 
@@ -229,9 +236,7 @@ class Estimator(ABC):
 
     def fit(self, batches: Iterable[Batch]) -> None:  # noqa: ARG002
         """Take in the training set, if the method looks at it."""
-        raise InputError(
-            f"nothing to fit: method={self.name!r} does not look at the training data; call estimate"
-        )
+        raise nothing_to_fit(self.name)
 
     @abstractmethod
     def scores(self, block: TargetBlock, ids: Tensor) -> Scores:

@@ -24,7 +24,7 @@ from turnover.data.images import (
     read_image,
 )
 from turnover.dropout.head import WideHead
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.io.parsing import check_file, convert, damage, read_object
 from turnover.io.tensors import opened, read_model, read_weights, write_model
 from turnover.models.base import STANDARDIZED_ROWS, standardize
@@ -64,8 +64,7 @@ class ImageClassifierConfig:
             raise InputError(
                 f"unknown image model {self.model!r}; known models: {', '.join(IMAGE_MODELS)}"
             )
-        if self.head_units < 1:
-            raise InputError(f"head_units must be >= 1, got {self.head_units}")
+        check_whole("head_units", self.head_units, 1)
         try:
             with torch.device("meta"):
                 self.network(2)  # raises if it cannot be built

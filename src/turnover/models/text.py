@@ -20,7 +20,7 @@ from turnover.data.base import Data, Reader, read_rows
 from turnover.data.encoded import Encoded
 from turnover.data.text import TextData, TextRow, Tokens, read
 from turnover.dropout.head import WideHead
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.io.parsing import convert, read_object
 from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.base import standardize
@@ -58,8 +58,7 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         for name in ("head_units", "lora_rank", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 
 SITES = ("channels", "mlp")
 """Channels after every convolution and units of the fully connected layers, as :func:`turnover.attach`
@@ -68,8 +68,7 @@ class VGG(nn.Module):
                 f"VGG: depth must be one of {', '.join(map(str, _DEPTHS))}, got {depth}"
             )
         for name, value in (("classes", classes), ("width", width), ("hidden", hidden)):
-            if value < 1:
-                raise InputError(f"VGG: {name} must be >= 1, got {value}")
+            check_whole(f"VGG: {name}", value, 1)
         if size < _HALVED or size % _HALVED:
             raise InputError(f"VGG: size must be a multiple of {_HALVED}, got {size}")
         if not 0 <= dropout < 1:

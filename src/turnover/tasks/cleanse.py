@@ -25,7 +25,7 @@ from turnover.data.base import Data
 from turnover.data.delimited import finite_number
 from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
 from turnover.results.result import Result
@@ -280,8 +280,7 @@ def _check(
         raise InputError(
             f"fractions must be strictly between 0 and 1, at least one, got {list(fractions)}"
         )
-    if seeds < 1:
-        raise InputError(f"seeds must be >= 1, got {seeds}")
+    check_whole("seeds", seeds, 1)
     check_rows(run)
     if scores is not None and (
         np.shape(scores) != (len(run.train),) or not np.isfinite(scores).all()

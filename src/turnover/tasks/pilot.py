@@ -21,7 +21,7 @@ from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.network import Network, attach
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.influence.estimator import Influence
 from turnover.io.files import writing_temporary
 from turnover.models.pipeline import build
@@ -56,8 +56,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("instances", "units", "seeds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1)
 
     def over(self, other: Setting) -> float:
         """Return the signal to noise of this setting over that of another one."""

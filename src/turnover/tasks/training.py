@@ -23,7 +23,7 @@ from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.dropout.sites import resolve
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.io.files import replacing
 from turnover.io.parsing import checksum, damage, parse_json
 from turnover.io.tensors import check_finite, opened
@@ -64,8 +64,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_class_weights(self.class_weights)
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1)
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
