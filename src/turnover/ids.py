@@ -62,6 +62,30 @@ def check_training_ids(ids: Tensor | Sequence[int]) -> Tensor:
     return ids
 
 
+def check_scored_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    """Check training ids to score: int64 (train,) on the CPU, at least one and each once."""
+    ids = check_ids(ids).cpu()
+    if not len(ids):
+        raise InputError("no training ids given")
+    twice = repeated(ids)
+    if twice:
+        raise given_twice(twice)
+    return ids
+
+
+def given_twice(ids: Sequence[int]) -> InputError:
+    """The error of training ids that are scored more than once."""
+    few = list(ids[:5])
+    return InputError(f"training ids are given twice: {few}; score each id (group) once")
+
+
+def repeated(ids: Tensor) -> list[int]:
+    """Return the ids that appear more than once."""
+    values, counts = torch.unique(ids, return_counts=True)
+    twice: list[int] = values[counts > 1].tolist()
+    return twice
+
+
 def ghost_ids(count: int, *, start: int = 0) -> Tensor:
     """Ids that no training instance can have, so that their influence is pure noise.
 

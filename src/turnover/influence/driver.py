@@ -15,7 +15,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
-from turnover.ids import check_ids
+from turnover.ids import check_scored_ids, given_twice
 from turnover.influence.blockwise import Traversal
 from turnover.influence.engine import TargetBlock, measure, to_numpy
 from turnover.influence.plan import Pilot, Plan, plan
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PLANNED = ("linear", "rerank", "exact")
 """Methods that a plan compares, from the least to the most exact."""
 BUDGET = 60.0
-_TWICE = "training ids are given twice: {}; score each id (group) once"
 
 
 class BlockDriver:
@@ -115,7 +114,7 @@ class BlockDriver:
                 row_ids = self._checked_ids(batch.ids)
                 again = sorted(seen.intersection(row_ids.tolist()))
                 if again:
-                    raise InputError(_TWICE.format(again[:5]))
+                    raise given_twice(again)
                 seen.update(row_ids.tolist())
                 batch = self._setup.batches.check(batch)
                 if not ids:
@@ -244,12 +243,7 @@ class BlockDriver:
             raise InputError(
                 f"method={self.method.name!r} needs train_ids: it scores any ids it is given"
             )
-        ids = check_ids(train_ids).cpu()
-        if not len(ids):
-            raise InputError("no training ids given")
-        values, counts = torch.unique(ids, return_counts=True)
-        if len(values) < len(ids):
-            raise InputError(_TWICE.format(values[counts > 1][:5].tolist()))
+        ids = check_scored_ids(train_ids)
         if bool(((ids < 0) & (ids >= -ghosts)).any()):
             raise InputError(
                 f"ids -1 to -{ghosts} are the ghosts of the noise floor; use "

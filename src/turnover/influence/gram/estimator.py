@@ -15,7 +15,7 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
-from turnover.ids import check_ids
+from turnover.ids import check_ids, check_scored_ids, repeated
 from turnover.influence.engine import to_numpy
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
@@ -319,11 +319,7 @@ class GramDriver:
         device = self._fitted[0].device
         if train_ids is None:
             return torch.arange(len(self._ids), device=device), self._ids
-        ids = check_ids(train_ids).cpu()
-        if not len(ids):
-            raise InputError("no training ids given")
-        if len(torch.unique(ids)) < len(ids):
-            raise InputError("training ids are given twice: score each id once")
+        ids = check_scored_ids(train_ids)
         missing = ids[~torch.isin(ids, self._ids)]
         if len(missing):
             raise InputError(
@@ -367,11 +363,10 @@ def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
             f"them, or with none, where row numbers are the ids"
         )
     joined = torch.cat(known)
-    values, counts = torch.unique(joined, return_counts=True)
-    if len(values) < len(joined):
-        twice = values[counts > 1][:5].tolist()
+    twice = repeated(joined)
+    if twice:
         raise InputError(
-            f"training ids are given twice: {twice}; gram fits every instance once, under an id of its "
+            f"training ids are given twice: {twice[:5]}; gram fits every instance once, under an id of its "
             f"own"
         )
     return joined
