@@ -204,7 +204,7 @@ def films_and_electronics():
 
 @pytest.mark.long
 def test_cleansing_for_another_domain_is_compared_with_tuning(monkeypatch):
-    monkeypatch.setattr(linear_probe, "_STEPS", 1)
+    monkeypatch.setattr(linear_probe, "_LEAST_STEPS", 1)
     design = shift.Design(
         rows=200,
         held_out=60,

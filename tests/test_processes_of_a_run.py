@@ -89,7 +89,7 @@ def test_influence_killed_between_two_stages_ends_as_if_never_cut_off(
     turnover("explain", copy, "--show", 0)
     stages = (
         "turnover.tasks.score:_fresh:0",  # the errors are estimated
-        "turnover.runs.run:replacing:1",  # all is, but for the metrics
+        "turnover.tasks.score:write_json:0",  # all is, but for the metrics
     )
     for stage in stages:
         kill(paused(stage, "influence", copy, "--ghosts", 1000))
