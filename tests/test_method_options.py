@@ -39,6 +39,37 @@ def test_directions_are_a_count_or_none(value):
     assert Gram(directions=0).directions == 0 and Gram(directions=None).directions is None
 
 
+@pytest.mark.parametrize("value", ["10", -1, float("nan"), True, None])
+def test_a_budget_is_a_number(value):
+    with pytest.raises(InputError, match=r"^seconds must be a number >= 0, got"):
+        Auto(seconds=value)
+    assert Auto(seconds=float("inf")).seconds == float("inf")
+
+
+@pytest.mark.parametrize("value", ["x", -1, float("nan"), float("inf")])
+def test_a_residual_is_an_exponent_or_a_choice(value):
+    with pytest.raises(InputError, match=r"^residual must be a number >= 0 or True, False"):
+        Gram(residual=value)
+
+
+@pytest.mark.parametrize("value", [True, None, 0, -1.0, float("inf")])
+def test_a_ridge_is_a_positive_multiple_or_a_rule(value):
+    with pytest.raises(InputError, match=r"^ridge must be a positive multiple"):
+        Gram(ridge=value)
+
+
+@pytest.mark.parametrize("value", ["linear", (), Exact()])
+def test_methods_to_choose_among_are_several(value):
+    with pytest.raises(InputError, match="Auto needs several methods"):
+        Auto(methods=value)
+
+
+@pytest.mark.parametrize("value", ["mlp", [], ()])
+def test_sites_are_a_list_that_names_some(value):
+    with pytest.raises(InputError, match="sites must be a list of names or patterns"):
+        Influence(network(), sites=value)
+
+
 def test_counts_of_numpy_are_counts():
     assert Rerank(candidates=np.int64(5)).candidates == 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -28,6 +28,13 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
     if value < least:
         raise InputError(f"{name} must be >= {least}, got {value}")
+
+
+def check_number(name: str, value: object, *, finite: bool = True, also: str = "") -> None:
+    """Refuse what is no number from 0 up; ``also`` names what else may stand there."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
+    if not number or (finite and value == float("inf")):
+        raise InputError(f"{name} must be a number >= 0{also}, got {value!r}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.errors import InputError
+from turnover.errors import InputError, check_number
 from turnover.influence.driver import BUDGET, PLANNED, BlockDriver
 from turnover.influence.protocol import (
     Estimator,
@@ -52,10 +52,9 @@ class Auto(Method):
     methods: Sequence[str | Method] = PLANNED
 
     def __post_init__(self) -> None:
-        if not self.seconds >= 0:
-            raise InputError(f"seconds must be >= 0, got {self.seconds}")
-        if not self.methods:
-            raise InputError("Auto needs methods to choose among, and got none")
+        check_number("seconds", self.seconds, finite=False)
+        if isinstance(self.methods, str | Method) or not self.methods:
+            raise InputError(f"Auto needs several methods to choose among, got {self.methods!r}")
         names = [method_of(one).name for one in self.methods]
         if len(set(names)) < len(names):
             raise InputError(f"Auto chooses among different methods, and got {', '.join(names)}")

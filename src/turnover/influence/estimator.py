@@ -86,6 +86,8 @@ class Influence:
         self.needs_fit, self._ready = options.needs_fit, not options.needs_fit
         if options.needs_masks:
             first = _attached(models, options.name)[0]
+            if sites is not None and (isinstance(sites, str) or not sites):
+                raise InputError(f"sites must be a list of names or patterns, got {sites!r}")
             self.sites = first.sites if sites is None else first.select(sites)
         self._modules = [one.model if isinstance(one, Network) else one for one in models]
         self._batches = UserBatches(models[0], objective, adapter)

@@ -11,7 +11,7 @@ from torch import nn
 from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating, weights_digest
 from turnover.dropout.network import Network
-from turnover.errors import InputError, check_whole
+from turnover.errors import InputError, check_number, check_whole
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
@@ -83,10 +83,8 @@ class Gram(Method):
             raise InputError(
                 f"unknown features {self.features!r}; there are {', '.join(map(repr, FEATURES))}"
             )
-        if self.residual is not None and not 0 <= self.residual < float("inf"):
-            raise InputError(
-                f"residual must be True, False or an exponent >= 0, got {self.residual}"
-            )
+        if self.residual is not None and not isinstance(self.residual, bool):
+            check_number("residual", self.residual, also=" or True, False or None")
         if self.directions is not None:
             check_whole("directions", self.directions, 0)
         if self.directions and isinstance(self.ridge, str):

@@ -7,6 +7,7 @@ which kernel ridge regression on ``K`` should predict. Lambda is added to the di
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ def check(ridge: float | str) -> None:
                 f"unknown ridge {ridge!r}: give {', '.join(map(repr, RULES))} or a positive multiple "
                 f"of the mean diagonal"
             )
-    elif not 0 < ridge < float("inf"):
-        raise InputError(f"ridge must be a positive multiple of the mean diagonal, got {ridge}")
+    elif isinstance(ridge, bool) or not (isinstance(ridge, Real) and 0 < ridge < float("inf")):
+        raise InputError(f"ridge must be a positive multiple of the mean diagonal, got {ridge!r}")
 
 
 def scaled(k: Tensor, multiple: float) -> float:
