@@ -132,13 +132,10 @@ class Pixels(Encoded):
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Some rows, standardized: float32 (rows, 3, size, size)."""
-        values = np.stack([self.pixels[self.rows[row]] for row in rows])
-        images = torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255
-        mean, deviation = (
-            torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.deviation)
-        )
+        images = [self.pixels[self.rows[row]] for row in rows]
         labels = torch.tensor([self.labels[row] for row in rows])
-        return Batch((images - mean) / deviation, labels, self.ids[list(rows)])
+        inputs = standardized(images, self.mean, self.deviation)
+        return Batch(inputs, labels, self.ids[list(rows)])
 
     def training_batch(self, rows: Sequence[int], generator: torch.Generator) -> Batch:
         """Some rows, each shifted and every second one mirrored; their ids, and so masks, stay."""
@@ -160,6 +157,26 @@ class Pixels(Encoded):
     def described(self) -> str:
         """Labels, ids (which depend on the images' contents), and preparation."""
         return repr([self.labels, self.ids.tolist(), self.mean, self.deviation, self.augment])
+
+
+def standardized(
+    images: Sequence[NDArray[np.uint8]], mean: Sequence[float], deviation: Sequence[float]
+) -> Tensor:
+    """Bring colors to [0, 1], subtract a mean and divide by a deviation.
+
+    Args:
+        images: uint8 (height, width, 3) each.
+        mean: of red, green and blue.
+        deviation: likewise.
+
+    Returns:
+        float32 (images, 3, height, width).
+    """
+    values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    center, scale = (
+        torch.tensor(one, dtype=torch.float32)[:, None, None] for one in (mean, deviation)
+    )
+    return (values - center) / scale
 
 
 class ImageReader:
