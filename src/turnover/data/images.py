@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from turnover.batches import Batch
 from turnover.data.base import Columns, Data, Row, check_writable
@@ -29,6 +28,7 @@ from turnover.data.encoded import Encoded
 from turnover.data.image_sources import find_images, read_bytes
 from turnover.errors import InputError
 from turnover.ids import content_ids
+from turnover.io.bars import tqdm
 from turnover.io.files import mapped, replacing, write_array, writing_temporary
 
 COLUMNS = Columns("image", "label")

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from turnover.batches import Adapter, Batch
 from turnover.batches.loaders import length_of, warn_left_out
@@ -26,6 +25,7 @@ from turnover.dropout.network import Network
 from turnover.dropout.row_order import check_site_order
 from turnover.errors import InputError
 from turnover.ids import check_training_ids, ghost_ids
+from turnover.io.bars import tqdm
 from turnover.objectives import logits_and_labels, logits_of
 
 _CALIBRATION_GHOSTS = 2**33

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from turnover import objectives
 from turnover.batches import Batch
@@ -23,6 +22,7 @@ from turnover.evaluation.correlation import check_finite
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.evaluation.subsets import Subsets
 from turnover.evaluation.training import evenly, stack_size, train
+from turnover.io.bars import tqdm
 from turnover.io.files import replacing, writing_to
 from turnover.io.tensors import opened
 from turnover.objectives import Objective, costs

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from turnover import training
 from turnover.dropout.network import attach
@@ -27,6 +26,7 @@ from turnover.dropout.sites import ResolvedSite, resolve
 from turnover.errors import InputError
 from turnover.evaluation.recipe import Build, Masked, Recipe
 from turnover.ids import check_training_ids
+from turnover.io.bars import tqdm
 
 State = dict[str, Tensor]
 Rows = Tensor | NDArray[np.int64]

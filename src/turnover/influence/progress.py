@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from turnover.batches import Batch
 from turnover.batches.loaders import length_of
+from turnover.io.bars import set_total, tqdm
 
 _FIRST = 0.05
 """Share of the work that a guess weighs: the first pieces of a kind take longer than the rest."""
@@ -85,13 +84,13 @@ class Progress(Counts):
             self._targets = float(rows)
             if expected is not None:
                 self._targets = rows / seen * max(expected, seen)
-                self._bar.total = round(self._targets)
+                set_total(self._bar, round(self._targets))
             if seen == 1:  # preparations are over
                 self._last = time.perf_counter()
             yield batch
         if rows:
             self._targets = float(rows)
-            self._bar.total = rows
+            set_total(self._bar, rows)
 
     def advance(self, kind: str, count: int) -> None:
         """See :class:`Counts`; work of no pieces took time once, and does not recur."""

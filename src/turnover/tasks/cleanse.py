@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from turnover import objectives
 from turnover.batches import Batch
@@ -27,6 +26,7 @@ from turnover.dropout.head import WideHead
 from turnover.dropout.network import Network
 from turnover.errors import InputError, check_whole
 from turnover.influence.estimator import Influence
+from turnover.io.bars import tqdm
 from turnover.io.files import write_csv
 from turnover.results.result import Result
 from turnover.runs.run import Run

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from turnover import objectives
 from turnover.data.encoded import batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.estimator import Influence
+from turnover.io.bars import tqdm
 from turnover.objectives import Objective
 from turnover.runs.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
 from turnover import training
 from turnover.batches import Batch
@@ -24,6 +23,7 @@ from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.dropout.sites import resolve
 from turnover.errors import InputError, check_whole
+from turnover.io.bars import tqdm
 from turnover.io.files import replacing
 from turnover.io.parsing import checksum, damage, parse_json
 from turnover.io.tensors import check_finite, opened

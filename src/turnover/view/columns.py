@@ -11,9 +11,9 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from turnover.errors import InputError
+from turnover.io.bars import tqdm
 from turnover.results.arrays import Variable
 from turnover.results.reader import StoredResult, open_result
 from turnover.results.store import writing
