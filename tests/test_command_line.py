@@ -258,6 +258,7 @@ BAD_INPUT = {
     "report": (".", "--out", "r.html"),
     "view": (".", "--no-open"),
     "demo": ("--out", ".", "--head-units", 0),
+    "doctor": ("too", "much"),
 }
 
 

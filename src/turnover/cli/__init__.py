@@ -21,6 +21,7 @@ except InputError as error:
     sys.stderr.write(f"turnover: {error}\n")
     sys.exit(2)  # bad input, as everywhere
 
+from turnover.cli.doctor import doctor
 from turnover.cli.labels import cleanse, predict, review
 from turnover.cli.output import visible
 from turnover.cli.report import demo, report, view
@@ -51,6 +52,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     report: "turnover report runs/mine --no-text --out mine.html",
     view: "turnover view runs/mine --port 8765 --no-open",
     demo: "turnover demo --out runs/demo",
+    doctor: "turnover doctor",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(command)
