@@ -171,6 +171,8 @@ MISSING = {
     "from turnover.data.images import read_images; read_images('photos', 32)": "turnover[images]",
     "from turnover.integrations.sklearn import TurnoverClassifier": "turnover[sklearn]",
     "from turnover.integrations.lightning import TurnoverCallback": "turnover[lightning]",
+    "turnover.Influence(net, ghosts=10).estimate([(x, y)], ids).to_dataframe()": "turnover[notebook]",
+    "turnover.Influence(net, ghosts=10).estimate([(x, y)], ids).plot(0)": "turnover[notebook]",
     "from turnover.integrations.dattri import TurnoverAttributor": "dattri",
 }
 

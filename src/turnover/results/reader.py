@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,14 @@ from turnover.results.location import ROOT, Location
 from turnover.results.manifest import ATTRIBUTE, STARTED, read_sealed
 from turnover.results.result import Result
 from turnover.results.schema import DESCRIBED, read_schema
+from turnover.results.strongest import check_rows
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredResult:
     """A finished result on disk; only ids and attributes are in memory.
 
@@ -44,6 +48,23 @@ class StoredResult:
     def __len__(self) -> int:
         """Number of targets; of training ids if each has one score."""
         return self._arrays.sizes[self._arrays.variables["score"].dims[0]]
+
+    def __repr__(self) -> str:
+        """Location, shape and method in one line."""
+        sizes, dims = self._arrays.sizes, self._arrays.variables["score"].dims
+        shape = " x ".join(f"{sizes[dim]:,} {dim}" for dim in dims)
+        of = f"{self.attributes['method']}, objective {self.attributes['objective']}"
+        return f"<turnover.StoredResult {self.url}: {self.kind}, {shape}, {of}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>"
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """As :meth:`turnover.Result.to_dataframe`; a result too large for it is refused before it is read."""
+        variable = self._arrays.variables["score"]
+        rows = math.prod(self._arrays.sizes[dim] for dim in variable.dims)
+        check_rows(rows, f"the scores of {self.url}", "take some targets, .load(targets)")
+        return self.load().to_dataframe()
 
     @cached_property
     def dataset(self) -> xarray.Dataset:
