@@ -9,14 +9,12 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
 from turnover.errors import InputError, needing
 from turnover.io.parsing import read_object
@@ -28,52 +26,29 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """Types of real numbers in safetensors that are converted to float32."""
 _DTYPE_SINCE = (4, 56)
 """Release of transformers that renamed ``torch_dtype`` to ``dtype``."""
-_FEW, _MORE = 4, 8
-"""Lengths of two texts, in tokens, that show which indices grow with the position."""
+_TOKENS = 4
 _SPACES = " \u2581\u0120"
 """Spaces, as tokenizers write them."""
+_STATISTICS = ("running_mean", "running_var")
+"""Buffers of batch norms, without which their outputs would be those of no model."""
 _SEEN = 1000
 """Texts on which a tokenizer is tried."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of an encoder.
-
-    Attributes:
-        positions: most tokens of a text; ``None``: no limit is known.
-        vocabulary: number of token ids; ``None``: not known.
-    """
-
-    positions: int | None = None
-    vocabulary: int | None = None
-
-    def check(
-        self, tokens: Sequence[Sequence[int]], keys: Sequence[str], max_tokens: int, tokenizer: Any
-    ) -> None:
-        """Refuse texts without tokens, with more tokens than positions, or with tokens without embedding."""
-        for key, text in zip(keys, tokens, strict=True):
-            if not text:
-                raise InputError(
-                    f"the text {key!r} has no token: the tokenizer leaves nothing of it"
-                )
-            if self.positions is not None and len(text) > self.positions:
-                raise InputError(
-                    f"--max-tokens is {max_tokens}, the model has {self.positions} positions, and the text "
-                    f"{key!r} has {len(text)} tokens or more: fit with --max-tokens {self.positions}"
-                )
-            if self.vocabulary is not None and max(text) >= self.vocabulary:
-                one = max(text)
-                raise InputError(
-                    f"the text {key!r} has the token {tokenizer.convert_ids_to_tokens(one)!r}, number {one} "
-                    f"of the tokenizer, and the model has {self.vocabulary} embeddings: use the tokenizer "
-                    f"of the model, or save the model with resize_token_embeddings"
-                )
-
-
 def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
-    """Load an encoder in float32 and eval mode, its tokenizer, and the type of its stored numbers."""
+    """Load an encoder of texts as :func:`load_encoder`, its tokenizer, and the type of its stored numbers."""
+    encoder, stored = load_encoder(source, _some_tokens)
+    return encoder, _load_tokenizer(source), stored
+
+
+def load_encoder(source: str, inputs: Callable[[Any], dict[str, Tensor]]) -> tuple[nn.Module, str]:
+    """Load an encoder in float32 and eval mode, and the type of its stored numbers.
+
+    Args:
+        source: folder or Hugging Face name.
+        inputs: makes inputs of one row for the encoder, on which all its weights must be known.
+    """
     transformers = _transformers()
     _check_folder(source)
     try:
@@ -82,7 +57,7 @@ def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
         _check_attention(config, source)
         _check_weights(config, source)
         stored = _stored_dtype(source)
-        return _load_encoder(transformers, source, config), _load_tokenizer(source), stored
+        return _load_encoder(transformers, source, config, inputs), stored
     except InputError:
         raise
     except Exception as error:  # transformers raises many kinds for files that are not its own
@@ -90,12 +65,18 @@ def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
 
 
 def load_saved(folder: Path, *, tensors: int) -> tuple[Any, Any]:
-    """Load a run's encoder config and tokenizer; ``tensors`` bounds the layers of the config."""
+    """Load the config of a run's encoder of texts as :func:`load_config`, and its tokenizer."""
+    config = load_config(folder, tensors=tensors)
+    return config, _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_config(folder: Path, *, tensors: int) -> Any:
+    """Load the config of a run's encoder; ``tensors`` bounds its layers."""
     transformers = _transformers()
     _check_lengths(folder / "config.json", tensors)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _check_attention(config, folder)
-    return config, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return config
 
 
 def new_encoder(config: Any) -> nn.Module:
@@ -111,7 +92,9 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-def _load_encoder(transformers: Any, source: str, config: Any) -> nn.Module:
+def _load_encoder(
+    transformers: Any, source: str, config: Any, inputs: Callable[[Any], dict[str, Tensor]]
+) -> nn.Module:
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     in_float32 = {"dtype" if release >= _DTYPE_SINCE else "torch_dtype": torch.float32}
     kind = _auto_class(transformers, config)
@@ -125,25 +108,29 @@ def _load_encoder(transformers: Any, source: str, config: Any) -> nn.Module:
         **in_float32,
     )
     encoder: nn.Module = _encoder_of(model, kind).float().eval()
-    _check_complete(encoder, model, found["missing_keys"], source)
+    if found["missing_keys"]:
+        _check_complete(encoder, model, found["missing_keys"], source, inputs(encoder))
     return encoder
 
 
-def _check_complete(encoder: Any, model: nn.Module, missing: Collection[str], source: str) -> None:
-    """Refuse a checkpoint without weights that tokens' outputs depend on; a pooler may be missing."""
+def _check_complete(
+    encoder: Any,
+    model: nn.Module,
+    missing: Collection[str],
+    source: str,
+    inputs: Mapping[str, Tensor],
+) -> None:
+    """Refuse a checkpoint without weights that hidden states depend on; a pooler may be missing."""
     wanted = {name: p for name, p in model.named_parameters() if name in missing}
-    if not wanted:
-        return
-    inputs = torch.full((1, _FEW), _token(encoder))
     used: Sequence[Any] = [None] * len(wanted)
     try:
         with torch.enable_grad():
-            output = encoder(input_ids=inputs, attention_mask=torch.ones_like(inputs))
-            total = output.last_hidden_state.sum()
+            total = encoder(**inputs).last_hidden_state.sum()
             used = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     except Exception:  # noqa: BLE001 - it fails again in training, where the message is shown
         _log.debug("cannot check for missing weights of %s", source, exc_info=True)
     random = [name for name, gradient in zip(wanted, used, strict=True) if gradient is not None]
+    random += [name for name in missing if name.endswith(_STATISTICS)]
     if random:
         raise InputError(
             f"model {source!r} lacks {len(random)} weights of its encoder, such as {random[0]}, which would "
@@ -151,9 +138,14 @@ def _check_complete(encoder: Any, model: nn.Module, missing: Collection[str], so
         )
 
 
-def _token(encoder: Any) -> int:
+def _some_tokens(encoder: Any) -> dict[str, Tensor]:
+    tokens = torch.full((1, _TOKENS), token_of(encoder))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def token_of(encoder: Any) -> int:
     """Last token that is not the padding."""
-    last = (getattr(encoder.config, "vocab_size", None) or _MORE) - 1
+    last = (getattr(encoder.config, "vocab_size", None) or 2 * _TOKENS) - 1
     return last - 1 if last == getattr(encoder.config, "pad_token_id", None) else last
 
 
@@ -246,69 +238,6 @@ def _are_words(tokens: Iterable[object]) -> bool:
     return any(str(token).strip(_SPACES) for token in tokens)
 
 
-def limits_of(encoder: Any, max_tokens: int) -> Limits:
-    """Limits of an encoder, as far as they matter for texts of up to ``max_tokens``."""
-    vocabulary = vocabulary_of(encoder)
-    token = _token(encoder)
-    positions = None
-    for candidate in _tables_of_positions(encoder, token):
-        # A table may hold bounded distances instead, or more rows than the encoder accepts tokens.
-        if candidate < max_tokens and not _takes(encoder, token, candidate + 1):
-            positions = candidate
-            break
-    return Limits(positions, vocabulary)
-
-
-def vocabulary_of(encoder: Any) -> int | None:
-    """Number of tokens with an embedding; ``None`` if it is not known."""
-    try:
-        table = encoder.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    asked = getattr(encoder.config, "vocab_size", None)
-    rows = len(table.weight) if isinstance(table, nn.Embedding) else None
-    return rows if rows == asked else None
-
-
-def _tables_of_positions(encoder: Any, token: int) -> list[int]:
-    """Possible numbers of positions: rows of tables whose last row in use moves with the last token."""
-    few, more = _Lookups(), _Lookups()
-    for lookups, tokens in ((few, _FEW), (more, _MORE)):
-        with lookups:
-            if not _takes(encoder, token, tokens):
-                return []
-    return sorted(
-        rows - (last - (_FEW - 1))
-        for (rows, last), (_, later) in zip(few.seen, more.seen, strict=False)
-        if later - last == _MORE - _FEW
-    )
-
-
-def _takes(encoder: Any, token: int, tokens: int) -> bool:
-    """Whether the encoder runs on a text of so many tokens."""
-    inputs = torch.full((1, tokens), token)
-    try:
-        with torch.no_grad():
-            encoder(input_ids=inputs, attention_mask=torch.ones_like(inputs))
-    except Exception:  # noqa: BLE001 - of any model
-        _log.debug("the encoder fails on %d tokens", tokens, exc_info=True)
-        return False
-    return True
-
-
-class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the rows of every embedding table in use, and the largest index looked up."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.embedding.default and args[1].numel():
-            self.seen.append((len(args[0]), int(args[1].max())))
-        return func(*args, **(kwargs or {}))
-
-
 def _check_folder(source: str) -> None:
     """Refuse a folder that does not exist, or whose weights are pickles alone."""
     path = Path(source)
@@ -367,6 +296,10 @@ def _check_lengths(path: Path, tensors: int) -> None:
         for name, value in values.pop().items():
             if isinstance(value, dict):
                 values.append(value)
+            elif name == "depths" and isinstance(
+                value, list
+            ):  # layers of the stages of image encoders
+                values.append({f"{name}[{i}], a number of layers": n for i, n in enumerate(value)})
             elif isinstance(value, int) and "layer" in name and value > tensors:
                 raise InputError(f"{path}: {name} is {value}, of {tensors} tensors of weights")
             elif isinstance(value, int) and name == "num_labels" and value > _MOST_LABELS:

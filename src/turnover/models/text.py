@@ -25,15 +25,13 @@ from turnover.io.parsing import convert, read_object
 from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.base import standardize
 from turnover.models.encoders import (
-    Limits,
     check_tokenizer,
     first_line,
-    limits_of,
     load_pretrained,
     load_saved,
     new_encoder,
-    vocabulary_of,
 )
+from turnover.models.limits import Limits, limits_of, vocabulary_of
 
 SITES = ("lora", "head")
 
