@@ -9,6 +9,7 @@ import typer
 
 from turnover.cli.parameters import Fields
 from turnover.dropout.masks import MaskSpec
+from turnover.models.image import ImageClassifierConfig
 from turnover.models.text import ClassifierConfig
 from turnover.tasks.training import TrainingConfig
 
@@ -51,6 +52,7 @@ _CLASS_WEIGHTS = typer.Option(
 )
 _KEEP = typer.Option(help="Share of units that an instance trains, strictly between 0 and 1.")
 TEXT_MODEL = Fields(ClassifierConfig, MODEL)
+IMAGE_MODEL = Fields(ImageClassifierConfig, IMAGES, types={"weights": Path | None})
 TRAIN = Fields(
     TrainingConfig,
     TRAINING,

@@ -68,8 +68,13 @@ class Fields:
             default = Parameter.empty if one.default is MISSING else one.default
             if NoneType in get_args(bare):
                 default = None
-            name, text = _OTHER_NAMES.get(one.name, one.name), texts.get(one.name)
+            name, text = option_of(one.name), texts.get(one.name)
             yield _parameter(name, hint, default, text, self.panel, _LEAST.get(one.name))
+
+
+def option_of(field_name: str) -> str:
+    """Name of the option for a dataclass's field."""
+    return _OTHER_NAMES.get(field_name, field_name)
 
 
 def build(of: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:
@@ -82,7 +87,7 @@ def build(of: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:
     """
     values = {}
     for one in fields(of):  # type: ignore[arg-type]
-        value = options.get(_OTHER_NAMES.get(one.name, one.name))
+        value = options.get(option_of(one.name))
         if value is not None:
             value = tuple(value) if isinstance(value, list) else value
             values[one.name] = str(value) if isinstance(value, Path) else value

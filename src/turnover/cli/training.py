@@ -12,7 +12,7 @@ import typer
 from turnover.cli.config import config_option, recipe
 from turnover.cli.options import (
     DATA,
-    IMAGES,
+    IMAGE_MODEL,
     MASKS,
     MODEL,
     TEXT_MODEL,
@@ -22,7 +22,7 @@ from turnover.cli.options import (
     folder_or_url,
 )
 from turnover.cli.output import Output
-from turnover.cli.parameters import RUN, Fields, build, command
+from turnover.cli.parameters import RUN, Fields, build, command, option_of
 from turnover.cli.reading import Source, say_rows
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.sites import PRESETS
@@ -30,7 +30,7 @@ from turnover.errors import InputError
 from turnover.models.base import Config
 from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
 from turnover.models.pipeline import config_class
-from turnover.models.text import ClassifierConfig
+from turnover.models.vision import ImageEncoderConfig
 from turnover.runs.run import check_new_run
 from turnover.runs.run import data_digest as digest_of
 from turnover.tasks import fit as fit_task
@@ -39,8 +39,13 @@ from turnover.tasks.class_weights import parse_class_weights
 from turnover.tasks.fit import FitConfig
 from turnover.tasks.training import TrainingConfig
 
-_OF_TEXTS = tuple(one.name for one in fields(Source) if one.name != "image_column")
-_EPOCHS = typer.Option(help="Passes over the training data; default: 3 for texts, 10 for images.")
+_EPOCHS = typer.Option(
+    help="Passes over the training data; default: 3 for Hugging Face encoders, 10 for VGG."
+)
+_MODEL = Annotated[
+    str, typer.Option(autocompletion=lambda: list(IMAGE_MODELS), rich_help_panel=MODEL)
+]
+_TRAIN = replace(TRAIN, types={**TRAIN.types, "epochs": Annotated[int | None, _EPOCHS]})
 _SITES = typer.Option(
     help="Masked module, pattern or preset (lora, head, mlp, channels; repeatable); default: everything "
     "that is trained.",
@@ -62,8 +67,8 @@ def _digest_of_file(ctx: typer.Context, data_digest: str | None) -> str | None:
 @command(
     Fields(Source, DATA),
     TEXT_MODEL,
-    Fields(ImageClassifierConfig, IMAGES, types={"weights": Path | None}),
-    replace(TRAIN, types={**TRAIN.types, "epochs": Annotated[int | None, _EPOCHS]}),
+    IMAGE_MODEL,
+    _TRAIN,
     MASKS,
     Fields(
         FitConfig,
@@ -75,9 +80,7 @@ def _digest_of_file(ctx: typer.Context, data_digest: str | None) -> str | None:
 )
 def fit(
     data: Annotated[str, typer.Argument()],
-    model: Annotated[
-        str, typer.Option(autocompletion=lambda: list(IMAGE_MODELS), rich_help_panel=MODEL)
-    ],
+    model: _MODEL,
     out: Annotated[Path, typer.Option(parser=folder_or_url, metavar="PATH", rich_help_panel=RUN)],
     output: Output,
     data_digest: Annotated[
@@ -94,15 +97,14 @@ def fit(
     Args:
         data: texts: CSV, TSV, JSON(L) or Parquet file. Images: a folder with one folder per class, or an
             .npz or Parquet file. Either: a Hugging Face data set, or a folder that holds one.
-        model: Hugging Face name or folder of a text encoder, or vgg11, vgg13, vgg16 or vgg19 for images.
+        model: Hugging Face name or folder of an encoder of texts or images, or vgg11, vgg13, vgg16 or vgg19.
         out: folder of the run to write, or its URL on a store (s3://...).
         data_digest: refuse training and test data with another digest; fit.toml in a run's folder holds
             its own.
         overwrite: replace an existing run.
     """
     check_new_run(out, overwrite=overwrite)
-    shape = build(config_class(model, data), options, model=model)
-    options["epochs"] = options["epochs"] or shape.epochs
+    shape = _shape(data, model, options)
     train_data, test_data = build(Source, options).read(data, shape)
     say_rows(output, training=train_data, test=test_data)
     found = digest_of(train_data, test_data)
@@ -111,7 +113,7 @@ def fit(
             f"{data} or its test data changed: their digest is {found}, not {data_digest}; to train on "
             f"them as they are, give --data-digest {found}"
         )
-    files = ("data", "test", "weights" if shape.kind == "image" else "model")
+    files = ("data", "test", "weights" if model in IMAGE_MODELS else "model")
     settings = {"data": data, "model": model, **options, "data_digest": found}
     metrics = fit_task.fit(
         _task(shape, options),
@@ -127,14 +129,16 @@ def fit(
 
 
 @command(
+    Fields(Source, DATA),
     TEXT_MODEL,
-    Fields(Source, DATA, _OF_TEXTS),
-    TRAIN,
+    IMAGE_MODEL,
+    _TRAIN,
     MASKS,
     config=config_option(ignoring=fit),
 )
 def plan(
     data: Annotated[str, typer.Argument()],
+    model: _MODEL,
     output: Output,
     seeds: Positive = 1,
     top: Positive = 10,
@@ -147,13 +151,14 @@ def plan(
     --config accepts the file of a fit; options that plan does not have are ignored.
 
     Args:
-        data: CSV, TSV, JSON(L) or Parquet file of texts, or a Hugging Face data set or folder of one.
+        data: training data, as for fit.
+        model: as for fit; of images an encoder, or a VGG with --weights.
         seeds: networks whose scores are averaged.
         top: strongest instances of a target to resolve.
         pilot: train on a part of the data and measure.
         pilot_rows: approximate number of training rows for the pilot.
     """
-    shape = build(ClassifierConfig, options)
+    shape = _shape(data, model, options)
     train_data, test_data = build(Source, options).read(data, shape)
     rows = pilot_rows if pilot else None
     found = plan_task.plan(
@@ -162,6 +167,24 @@ def plan(
     say_rows(output, training=train_data, test=test_data)
     _print_plan(output, found)
     output.document(found.to_dict())
+
+
+def _shape(data: str, model: str, options: dict[str, Any]) -> Any:
+    """Shape of the model, with its epochs in the options; refuses options of VGG for an encoder of images."""
+    kind = config_class(model, data)
+    if kind is ImageEncoderConfig:
+        own = {one.name for one in fields(kind)}
+        vgg = [one for one in fields(ImageClassifierConfig) if one.name not in own]
+        names = {one.name: option_of(one.name) for one in vgg}
+        given = [one.name for one in vgg if options[names[one.name]] != one.default]
+        if given:
+            raise InputError(
+                f"--{names[given[0]].replace('_', '-')} is for VGG, and {model!r} has its own shape and "
+                f"image processor: leave it out"
+            )
+    shape = build(kind, options, model=model)
+    options["epochs"] = options["epochs"] or shape.epochs
+    return shape
 
 
 def _task(shape: Config, options: Mapping[str, Any]) -> FitConfig:

@@ -9,8 +9,9 @@ import hashlib
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,8 @@ from turnover.io.bars import tqdm
 from turnover.io.files import mapped, replacing, write_array, writing_temporary
 
 COLUMNS = Columns("image", "label")
+Framing = Callable[[Any, str], NDArray[np.uint8]]
+"""Makes uint8 (size, size, 3) of an RGB Pillow image, whose name is given for messages."""
 _MANY = 1000
 _SHIFT = 8
 """An augmented image is shifted by at most an eighth of its side."""
@@ -185,15 +188,20 @@ class ImageReader:
     Args:
         size: height and width of the network's images.
         ranges: of the first set, if it was read before.
+        framing: as for :func:`read_images`.
     """
 
-    def __init__(self, size: int, ranges: Ranges | None = None) -> None:
+    def __init__(
+        self, size: int, ranges: Ranges | None = None, framing: Framing | None = None
+    ) -> None:
         self._size = size
         self._ranges = ranges or {}
+        self._framing = framing
 
     def __call__(self, source: str, columns: Columns = COLUMNS, **options: Any) -> ImageData:
         """As :func:`read_images`."""
-        data = read_images(source, self._size, columns, ranges=self._ranges, **options)
+        options |= {"ranges": self._ranges, "framing": self._framing}
+        data = read_images(source, self._size, columns, **options)
         self._ranges = data.ranges
         return data
 
@@ -207,6 +215,7 @@ def read_images(
     split: str = "train",
     ids_needed: bool = True,
     ranges: Ranges | None = None,
+    framing: Framing | None = None,
 ) -> ImageData:
     """Read labeled images.
 
@@ -224,6 +233,7 @@ def read_images(
         split: split of a Hugging Face data set.
         ids_needed: require the id or group column.
         ranges: those of the training images, for test images that are compared with them.
+        framing: makes pixels of an image, in place of resizing its shorter side and taking the middle.
 
     Warns:
         UserWarning: files that are left out, images of numbers that were scaled, of several pages, or
@@ -237,6 +247,7 @@ def read_images(
     found = find_images(source, columns, classes, split, ids_needed=ids_needed)
     labels, known = indexed(found.labels, classes, source, found.where)
     count, scaling = len(labels), Scaling(ranges or {})
+    framing = framing or partial(_square, size=size)
     # On disk, as the images may not fit into memory; the file is deleted with the array.
     with writing_temporary() as place, tempfile.TemporaryFile(dir=place) as file:
         pixels = mapped(file, (count, size, size, 3), np.uint8)
@@ -245,26 +256,29 @@ def read_images(
         raw, picture = found.read(row)
         contents.append(f"{hashlib.sha256(raw).hexdigest()}\0{found.labels[row]}")
         if scaling.add(picture):
-            pixels[row] = _square(picture.image, size, f"{source}: {found.names[row]}")
+            pixels[row] = framing(picture.image, f"{source}: {found.names[row]}")
         else:  # its range is that of the whole set
             waiting.append(row)
     chosen = scaling.choose()
     for row in waiting:
         image = scaling.apply(found.read(row)[1])
-        pixels[row] = _square(image, size, f"{source}: {found.names[row]}")
+        pixels[row] = framing(image, f"{source}: {found.names[row]}")
     _report(source, scaling)
     keys, ids = found.given or (found.names, content_ids(contents))
     rows = list(range(count))
     return ImageData(pixels, rows, found.names, labels, ids, keys, known, chosen)
 
 
-def read_image(path: Path, size: int, ranges: Ranges | None = None) -> NDArray[np.uint8]:
+def read_image(
+    path: Path, size: int, ranges: Ranges | None = None, framing: Framing | None = None
+) -> NDArray[np.uint8]:
     """Read one image file as uint8 (size, size, 3), as :func:`read_images` reads and refuses it."""
     picture, scaling = decode(read_bytes(path), str(path)), Scaling(ranges or {})
     is_scaled = scaling.add(picture)
     scaling.choose()
     _report(str(path), scaling)
-    return _square(picture.image if is_scaled else scaling.apply(picture), size, str(path))
+    framing = framing or partial(_square, size=size)
+    return framing(picture.image if is_scaled else scaling.apply(picture), str(path))
 
 
 def _report(source: str, scaling: Scaling) -> None:
@@ -272,7 +286,7 @@ def _report(source: str, scaling: Scaling) -> None:
         warnings.warn(f"{source}: {line}", stacklevel=3)
 
 
-def _square(image: Any, size: int, where: str) -> NDArray[np.uint8]:
+def _square(image: Any, where: str, size: int) -> NDArray[np.uint8]:
     """Bring the shorter side to ``size``, and take the middle."""
     width, height = image.size
     shorter = min(width, height)

@@ -23,7 +23,11 @@ class Config(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of data: a key of :data:`turnover.models.pipeline.KINDS`."""
+        """Kind of data: ``"text"`` or ``"image"``."""
+
+    @property
+    def saved_as(self) -> str:
+        """Kind of the model in ``classifier.json``: a key of :data:`turnover.models.pipeline.KINDS`."""
 
     @property
     def model(self) -> str:

@@ -9,7 +9,8 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,28 @@ def load_encoder(source: str, inputs: Callable[[Any], dict[str, Tensor]]) -> tup
         source: folder or Hugging Face name.
         inputs: makes inputs of one row for the encoder, on which all its weights must be known.
     """
+    with _loading(source):
+        config = config_of(source)
+        _check_weights(config, source)
+        stored = _stored_dtype(source)
+        return _load_encoder(_transformers(), source, config, inputs), stored
+
+
+def config_of(source: str) -> Any:
+    """Load the config of a model, without its weights, and refuse one that could run code."""
     transformers = _transformers()
     _check_folder(source)
-    try:
+    with _loading(source):
         _check_no_adapter(source)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check_attention(config, source)
-        _check_weights(config, source)
-        stored = _stored_dtype(source)
-        return _load_encoder(transformers, source, config, inputs), stored
+        return config
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # transformers raises many kinds for files that are not its own
@@ -307,7 +321,7 @@ def _check_lengths(path: Path, tensors: int) -> None:
 
 
 def _transformers() -> Any:
-    with needing("a text model", "turnover[text]"):
+    with needing("a pretrained encoder", "turnover[text]"):
         import peft  # noqa: F401
         import transformers
     transformers.utils.logging.disable_progress_bar()

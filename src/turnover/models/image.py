@@ -40,8 +40,8 @@ class ImageClassifierConfig:
 
     Attributes:
         model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19`` (:class:`~turnover.models.vgg.VGG`).
-        size: height and width in pixels to which images are resized, a multiple of 32.
-        width: channels of the first convolution.
+        size: height and width in pixels to which images are resized, a multiple of 32 (VGG).
+        width: channels of the first convolution (VGG).
         hidden: units of the two fully connected hidden layers of a network trained from scratch.
         augment: shift and mirror the images in training; a shifted image keeps its instance's mask.
         weights: pretrained weights of such a VGG (safetensors, torchvision's names); its convolutions
@@ -50,6 +50,7 @@ class ImageClassifierConfig:
     """
 
     kind: ClassVar[str] = "image"
+    saved_as: ClassVar[str] = "image"
     epochs: ClassVar[int] = 10
     model: str = "vgg11"
     size: int = 32
@@ -145,18 +146,27 @@ class _Saved:
             raise InputError(f"deviation cannot be {self.deviation}")
 
 
-@dataclass(frozen=True)
-class ImagePipeline:
-    """Standardizes images by the mean and standard deviation of the training images' colors."""
+class Images:
+    """Takes images to a model's batches, and from a run's files.
 
-    config: ImageClassifierConfig
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    ranges: Ranges = field(default_factory=dict)
+    Attributes:
+        size: height and width of the images.
+        mean: of red, green and blue, subtracted from colors in [0, 1].
+        deviation: by which the difference is divided.
+        ranges: numbers that became 0 and 255 in the training images.
+        framing: how an image becomes pixels, as for :func:`~turnover.data.images.read_images`.
+    """
+
+    config: Any
+    size: Any
+    mean: Any
+    deviation: Any
+    ranges: Ranges
+    framing: Any = None
 
     def reader(self) -> Reader:
         """Function that reads labeled images to compare with the training images."""
-        return ImageReader(self.config.size, self.ranges)
+        return ImageReader(self.size, self.ranges, self.framing)
 
     def encode(self, data: ImageData) -> Pixels:
         """Standardize images, batch by batch."""
@@ -164,6 +174,43 @@ class ImagePipeline:
         standard = self.mean, self.deviation
         augment = self.config.augment
         return Pixels(data.pixels, data.rows, data.labels, data.ids, *standard, augment)
+
+    def one(self, given: str | Path, label: int, classes: list[str]) -> ImageData:
+        """Make one row of an image file."""
+        if isinstance(given, str):
+            raise InputError("this run's model takes images: use --image")
+        pixels = read_image(given, self.size, self.ranges, self.framing)[None]
+        ids, name = torch.zeros(1, dtype=torch.int64), given.name
+        return ImageData(pixels, [0], [name], [label], ids, [name], classes, self.ranges)
+
+    def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
+        """Read images of a run; their pixels stay on disk."""
+        found, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, ImageRow)
+        path, size, rows = folder / f"{name}.npy", self.size, list(range(len(found)))
+        check_file(path)
+        try:
+            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy evaluates the header as Python
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+        if pixels.shape != (len(rows), size, size, 3) or pixels.dtype != np.uint8:
+            raise InputError(f"{path}: damaged, not {len(rows)} images of {size} x {size}")
+        names = [row.image for row in found]
+        return ImageData(pixels, rows, names, labels, ids, keys, classes, self.ranges)
+
+
+@dataclass(frozen=True)
+class ImagePipeline(Images):
+    """Standardizes images by the mean and standard deviation of the training images' colors."""
+
+    config: ImageClassifierConfig
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    ranges: Ranges = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images."""
+        return self.config.size
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """Standardize the input of a wide head, if the model has one."""
@@ -183,7 +230,7 @@ class ImagePipeline:
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors) and shapes (JSON)."""
         shape = {
-            "kind": "image",
+            "kind": self.config.saved_as,
             "classifier": asdict(self.config),
             "classes": classes,
             "mean": self.mean,
@@ -192,28 +239,6 @@ class ImagePipeline:
         }
         (folder / "classifier.json").write_text(json.dumps(shape, indent=2) + "\n")
         write_model(folder / "model.safetensors", model)
-
-    def one(self, given: str | Path, label: int, classes: list[str]) -> ImageData:
-        """Make one row of an image file."""
-        if isinstance(given, str):
-            raise InputError("this run's model takes images: use --image")
-        pixels = read_image(given, self.config.size, self.ranges)[None]
-        ids, name = torch.zeros(1, dtype=torch.int64), given.name
-        return ImageData(pixels, [0], [name], [label], ids, [name], classes, self.ranges)
-
-    def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
-        """Read images of a run; their pixels stay on disk."""
-        found, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, ImageRow)
-        path, size, rows = folder / f"{name}.npy", self.config.size, list(range(len(found)))
-        check_file(path)
-        try:
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy evaluates the header as Python
-            raise InputError(f"{path}: missing or damaged ({error})") from error
-        if pixels.shape != (len(rows), size, size, 3) or pixels.dtype != np.uint8:
-            raise InputError(f"{path}: damaged, not {len(rows)} images of {size} x {size}")
-        names = [row.image for row in found]
-        return ImageData(pixels, rows, names, labels, ids, keys, classes, self.ranges)
 
 
 def build(config: ImageClassifierConfig, train_data: Data) -> tuple[ImagePipeline, nn.Module]:

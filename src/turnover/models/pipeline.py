@@ -11,19 +11,38 @@ from turnover.data.base import Data
 from turnover.data.image_sources import holds_images
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
-from turnover.models import image, text
+from turnover.models import image, text, vision
 from turnover.models.base import Config, Pipeline
 
-KINDS: dict[str, Any] = {"text": text, "image": image}
-"""Module that builds and loads the models of each kind of data. To add a kind, add its module here."""
+KINDS: dict[str, Any] = {"text": text, "image": image, "image encoder": vision}
+"""Module that builds and loads each kind of models. To add a kind, add its module here."""
+_TEXTS = (".csv", ".tsv", ".json", ".jsonl")
 
 
 def config_class(model: str, source: str) -> type[Any]:
-    """Class of a model's configuration, by its name; refuses a text encoder for a source of images."""
+    """Class of a model's configuration, by its name or its files.
+
+    Raises:
+        InputError: the model takes texts and the source holds images, or the reverse.
+    """
     if model in image.IMAGE_MODELS:
         return image.ImageClassifierConfig
+    takes_images, why = False, f"{model!r} takes none"
+    try:
+        takes_images = vision.takes_images(model)
+    except InputError as error:  # reported again where a text encoder is loaded
+        why = str(error)
+    if takes_images and source.lower().removesuffix(".gz").endswith(_TEXTS):
+        raise InputError(
+            f"{source} holds texts, and {model!r} is an encoder of images: give an encoder of texts"
+        )
+    if takes_images:
+        return vision.ImageEncoderConfig
     if holds_images(source):
-        raise InputError(f"{source} holds images: give --model {' or '.join(image.IMAGE_MODELS)}")
+        raise InputError(
+            f"{source} holds images: give --model {', '.join(image.IMAGE_MODELS)}, or a Hugging Face encoder "
+            f"of images; {why}"
+        )
     return text.ClassifierConfig
 
 
@@ -32,7 +51,7 @@ def build(config: Config, train_data: Data) -> tuple[Pipeline, nn.Module]:
 
     New weights are drawn from torch's default generator: seed it, or fork it, outside.
     """
-    built: tuple[Pipeline, nn.Module] = KINDS[config.kind].build(config, train_data)
+    built: tuple[Pipeline, nn.Module] = KINDS[config.saved_as].build(config, train_data)
     return built
 
 

@@ -23,6 +23,7 @@ from turnover.dropout.head import WideHead
 from turnover.errors import InputError, check_whole
 from turnover.io.parsing import convert, read_object
 from turnover.io.tensors import read_model, shapes, write_model
+from turnover.models.adapters import add_lora, usual_targets, without_lora
 from turnover.models.base import standardize
 from turnover.models.encoders import (
     check_tokenizer,
@@ -43,11 +44,12 @@ class ClassifierConfig:
     Attributes:
         model: Hugging Face name or folder of the encoder.
         head_units: mask units of the wide head.
-        lora_rank: rank of the LoRA components, one mask unit each (texts).
+        lora_rank: rank of the LoRA components, one mask unit each (encoders).
         max_tokens: tokens to which longer texts are cut.
     """
 
     kind: ClassVar[str] = "text"
+    saved_as: ClassVar[str] = "text"
     epochs: ClassVar[int] = 3
     model: str
     head_units: int = 8192
@@ -148,17 +150,9 @@ class TextPipeline:
     @contextmanager
     def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
         """Mean-pooled features without the LoRA components."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         assert isinstance(model, TextClassifier)
-        layers = [one for one in model.encoder.modules() if isinstance(one, BaseTunerLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with without_lora(model.encoder):
             yield lambda inputs: model.features(**inputs)
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors), shapes (JSON) and tokenizer."""
@@ -231,20 +225,9 @@ def _assemble(
     stored: str = "float32",
 ) -> TextClassifier:
     """Add LoRA and a head to an encoder, or to a new encoder of a config's shape."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
-
     if not isinstance(encoder, nn.Module):
         encoder = new_encoder(encoder)
     limits = limits or Limits(vocabulary=vocabulary_of(encoder))
-    encoder.requires_grad_(False)
-    targets = TARGETS.get(encoder.config.model_type)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        lora_dropout=0.0,
-        target_modules=list(targets) if targets else "all-linear",
-    )
-    inject_adapter_in_model(lora, encoder)
+    add_lora(encoder, config.lora_rank, usual_targets(encoder))
     features = int(encoder.config.hidden_size)
     return TextClassifier(encoder, WideHead(features, config.head_units, classes), limits, stored)

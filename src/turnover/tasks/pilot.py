@@ -305,8 +305,11 @@ def _survival(z: Floats) -> Floats:
 
 def mask_units(config: FitConfig) -> int:
     """Return the mask units of the planned training."""
-    if config.classifier.kind != "text":
-        raise InputError("planning is for text classifiers, whose wide head was measured")
+    if "head" not in config.classifier.sites:
+        raise InputError(
+            f"planning is for classifiers with a wide head, and {config.classifier.model} from scratch has "
+            f"none: give --weights, or a Hugging Face encoder of images"
+        )
     return config.classifier.head_units
 
 
