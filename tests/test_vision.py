@@ -1,5 +1,6 @@
 """Image encoders of transformers: fitted with LoRA and a wide head, scored, saved, and refused."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 transformers = pytest.importorskip("transformers", reason="pip install 'turnover[images,text]'")
 pytest.importorskip("peft")
 pytest.importorskip("typer")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -25,6 +29,7 @@ from turnover.errors import InputError  # noqa: E402
 from turnover.models.pipeline import build, config_class, load  # noqa: E402
 from turnover.models.vision import ImageEncoderConfig  # noqa: E402
 from turnover.runs.run import Run  # noqa: E402
+from viewing import serving  # noqa: E402
 
 SIZE = 16
 VIT = {
@@ -78,8 +83,6 @@ def encoder(kind: str, where: Path, *, size: int = SIZE) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Images to train on, and some to test on, of which a few have a wrong class."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("photos")
     test = folder_of(root / "test", 4, start=100)
     for number in range(3):
@@ -153,8 +156,6 @@ def test_every_row_is_computed_alone_and_only_lora_and_the_head_are_trained(
 
 
 def test_pixels_are_those_of_the_image_processor(photos: tuple[Path, Path], tmp_path: Path) -> None:
-    from PIL import Image
-
     where = encoder("vit", tmp_path)
     config = ImageEncoderConfig(str(where), head_units=8)
     data = config.reader()(str(photos[0]))
@@ -165,10 +166,13 @@ def test_pixels_are_those_of_the_image_processor(photos: tuple[Path, Path], tmp_
     torch.testing.assert_close(pipeline.encode(data).batch(range(3)).inputs, wanted)
 
 
-@pytest.mark.long
 def test_all_other_commands_take_such_a_run(photos: tuple[Path, Path], tmp_path: Path) -> None:
     run = fitted("vit", photos, tmp_path, "--memorization", "--no-compare")
     turnover("influence", run, "--ghosts", 100)
+    with serving(run) as server:
+        answer = server.ask(f"/{server.token}/image/train/2.png")
+        pixels = np.asarray(Image.open(io.BytesIO(answer.body)))
+        np.testing.assert_array_equal(pixels, Run.load(run).train.image(2))
     turnover("memorize", run)
     turnover("predict", run)
     turnover("predict", run, "--hidden", "--out", tmp_path / "hidden.csv")
@@ -191,6 +195,8 @@ def test_planning_knows_the_mask_units_of_images(photos: tuple[Path, Path], tmp_
     command = ("plan", photos[0], "--head-units", 64, "--json", "--model")
     found = json.loads(turnover(*command, encoder("resnet", tmp_path)).stdout)
     assert found["asked"]["units"] == 64 and found["pilot"] is None
+    measured = turnover(*command, encoder("vit", tmp_path / "vit"), "--pilot", "--lora-rank", 2)
+    assert json.loads(measured.stdout)["pilot"]["noise_floor"] > 0
     refused = turnover(*command, "vgg11", expect=2).stderr
     assert "from scratch has none: give --weights" in refused
 

@@ -286,6 +286,16 @@ def _report(source: str, scaling: Scaling) -> None:
         warnings.warn(f"{source}: {line}", stacklevel=3)
 
 
+def resized(image: Any, shape: tuple[int, int], where: str, **how: Any) -> Any:
+    """Resize a Pillow image to a width and height; refuse a long and narrow one that would be too large."""
+    if shape[0] * shape[1] > LARGEST:
+        raise InputError(
+            f"{where}: {image.width} x {image.height} pixels, too long and narrow to be brought to "
+            f"{min(shape)}: cut it"
+        )
+    return image.resize(shape, **how)
+
+
 def _square(image: Any, where: str, size: int) -> NDArray[np.uint8]:
     """Bring the shorter side to ``size``, and take the middle."""
     width, height = image.size
@@ -295,10 +305,7 @@ def _square(image: Any, where: str, size: int) -> NDArray[np.uint8]:
             max(size, round(width * size / shorter)),
             max(size, round(height * size / shorter)),
         )
-        if shape[0] * shape[1] > LARGEST:
-            raise InputError(
-                f"{where}: {width} x {height} pixels, too long and narrow to be brought to {size}: cut it"
-            )
-        image = image.resize(shape, load_pillow().Resampling.BILINEAR, reducing_gap=2.0)
+        bilinear = load_pillow().Resampling.BILINEAR
+        image = resized(image, shape, where, resample=bilinear, reducing_gap=2.0)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))

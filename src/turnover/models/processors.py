@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.data.decoding import LARGEST, load_pillow
-from turnover.data.images import standardized
+from turnover.data.decoding import load_pillow
+from turnover.data.images import resized, standardized
 from turnover.errors import InputError, check_whole, needing
 from turnover.models.encoders import first_line
 
@@ -71,27 +71,18 @@ class Processor:
             InputError: the image is too long and narrow to be resized; ``where`` names it.
         """
         if self.side is not None:
-            image = self._resized(image, where)
+            shorter = min(image.size)
+            width, height = (
+                self.side if self.both or one == shorter else int(self.side * one / shorter)
+                for one in image.size
+            )
+            image = resized(image, (width, height), where, resample=self.resample)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def encode(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Standardize images, uint8 (size, size, 3) each, as float32 (images, 3, size, size)."""
         return standardized(pixels, self.mean, self.deviation)
-
-    def _resized(self, image: Any, where: str) -> Any:
-        assert self.side is not None
-        shorter = min(image.size)
-        shape = tuple(
-            self.side if self.both or one == shorter else int(self.side * one / shorter)
-            for one in image.size
-        )
-        if shape[0] * shape[1] > LARGEST:
-            raise InputError(
-                f"{where}: {image.width} x {image.height} pixels, too long and narrow to be brought to "
-                f"{self.side}: cut it"
-            )
-        return image.resize(shape, self.resample)
 
 
 def load_processor(source: str) -> Processor:
