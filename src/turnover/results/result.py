@@ -171,7 +171,11 @@ class Result:
         return plot(self, target, count, ax)
 
     def of_targets(self, targets: slice) -> Result:
-        """Keep some of the targets of a result that has targets; their numbers do not change."""
+        """Keep some of the targets of a result that has targets; their scores, z, p and q stay.
+
+        Example:
+            >>> result.of_targets(slice(0, 10)).to_dataframe()  # doctest: +SKIP
+        """
         pick: dict[str, Any] = {
             name: None if values is None else values[targets]
             for name in ("scores", "target_ids", "standard_error", "exact", "recall")
