@@ -76,6 +76,15 @@ def test_a_table_prints_the_columns_that_it_has(
     assert repr(ranking.top(1)).split()[:3] == ["training", "id", "rank"]
 
 
+def test_results_without_targets_or_training_ids_are_shown(result: turnover.Result) -> None:
+    none = result.select(np.zeros(12, dtype=bool))
+    for empty in (result.of_targets(slice(0)), none):
+        assert not len(empty.top(3)) and repr(empty.top(3)) == ""
+        assert empty._repr_html_().endswith("<table><tr></tr></table>")
+        pytest.importorskip("pandas")
+        assert not len(empty.to_dataframe())
+
+
 def test_long_tables_are_cut(influence: Influence) -> None:
     long = influence.estimate([batch()], torch.arange(100)).top(40)
     assert len(long) == 240
@@ -157,7 +166,7 @@ def test_a_plot_shows_both_ends_with_their_noise(result: turnover.Result) -> Non
 
     before = dict(matplotlib.rcParams)
     axes = Figure().subplots()
-    assert result.plot(1, count=2, ax=axes) is axes
+    assert result.plot(np.int64(1), count=2, ax=axes) is axes
     rows = [row for row in result.top(2) if row.target == 1]
     (bars,) = (one for one in axes.containers if hasattr(one, "patches"))
     assert [bar.get_width() for bar in bars] == pytest.approx([row.score for row in rows])

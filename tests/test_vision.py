@@ -221,6 +221,9 @@ def test_what_does_not_fit_is_refused_in_one_line(
     )
     pickled = encoder("vit", tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    kernel = encoder("vit", tmp_path / "kernel")
+    config = json.loads((kernel / "config.json").read_text())
+    (kernel / "config.json").write_text(json.dumps(config | {"attn_implementation": "some/code"}))
     rows = encoders.write_texts(tmp_path / "train.csv")
     for data, model, options, said in (
         (photos[0], bare, (), "has no image processor (preprocessor_config.json)"),
@@ -229,6 +232,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (photos[0], larger, (), "with images of 32 x 32, as its image processor makes them"),
         (photos[0], lacking, (), gone),
         (photos[0], pickled, (), "pickle"),
+        (photos[0], kernel, (), "asks for the attention 'some/code'"),
         (photos[0], vit, ("--image-size", 64), "--image-size is for VGG"),
         (photos[0], vit, ("--weights", vit / "model.safetensors"), "--weights is for VGG"),
     ):

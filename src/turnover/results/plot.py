@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from turnover.errors import InputError, needing
@@ -47,9 +48,9 @@ def plot(result: Result, target: int | None, count: int, ax: Any) -> Any:
 def _position(target: int | None, targets: int) -> int:
     if target is None and targets == 1:
         return 0
-    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < targets:
+    if isinstance(target, bool) or not isinstance(target, Integral) or not 0 <= target < targets:
         raise InputError(
             f"give target=, the position of one of {targets:,} targets, from 0 to {targets - 1}, "
             f"got {target!r}"
         )
-    return target
+    return int(target)
