@@ -298,9 +298,9 @@ class _Checkpoint:
 
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters():
-            tensors[f"value/{name}"] = parameter.detach().contiguous()
+            tensors[f"value/{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.contiguous()
+                tensors[f"{key}/{name}"] = value.cpu().contiguous()
         metadata = {
             "digest": self.digest,
             "epochs": str(epochs),
