@@ -112,7 +112,9 @@ def test_a_run_on_a_simulated_card_is_that_of_the_cpu(tmp_path):
         pytest.skip("this torch has no devices written in Python")
     from test_cli import sentences, write_csv
 
-    wrong = [(i, t, "neg" if n < 4 else label) for n, (i, t, label) in enumerate(sentences(24, 500))]
+    wrong = [
+        (i, t, "neg" if n < 4 else label) for n, (i, t, label) in enumerate(sentences(24, 500))
+    ]
     write_csv(tmp_path / "train.csv", sentences(48))
     write_csv(tmp_path / "test.csv", wrong)
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
