@@ -195,7 +195,7 @@ def test_what_judges_the_data_prints_one_document(noisy_run: Path, tmp_path: Pat
     out_of_sample = document("predict", run, "--hidden")
     assert out_of_sample["rows"] == 160 and 0 <= out_of_sample["exposed_share"] <= 1
     predicted = document("predict", run)
-    assert set(predicted) == {"file", "rows", "accuracy"}
+    assert set(predicted) == {"file", "rows", "accuracy", "device"}
     flagged = document("review", run, "--budget", 5)
     assert Path(flagged["file"]).is_file() and len(flagged["rows"]) == 5
     decisions, out = tmp_path / "d.csv", tmp_path / "cleaned.csv"

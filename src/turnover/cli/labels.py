@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from turnover.cli.config import config_option
-from turnover.cli.options import DATA, Positive, RunFolder
+from turnover.cli.options import DATA, Device, Positive, RunFolder
 from turnover.cli.output import Output, check_folder, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.cli.reading import Source, say_rows
@@ -32,6 +32,7 @@ def predict(
     without: str | None = None,
     calibrate: bool = True,
     out: Path | None = None,
+    device: Device = "auto",
 ) -> None:
     """Write predictions as CSV: of the test rows, or out of sample of the training rows.
 
@@ -48,7 +49,7 @@ def predict(
         )
     name = "hidden_predictions.csv" if hidden else "predictions.csv"
     check_folder(out)
-    loaded = Run.load(run)
+    loaded = Run.load(run, device)
     mixture: dict[str, float] = {}
     if hidden:
         found = predict_training(loaded, calibrate=calibrate)
@@ -64,7 +65,8 @@ def predict(
     write_predictions(data, probabilities, path)
     accuracy = float((probabilities.argmax(axis=1) == data.labels).mean())
     output.say(f"accuracy {accuracy:.3f}; {len(data)} rows: {path}")
-    output.document({"file": str(path), "rows": len(data), "accuracy": accuracy, **mixture})
+    document = {"file": str(path), "rows": len(data), "accuracy": accuracy, **mixture}
+    output.document(document | {"device": device})
 
 
 @command()
@@ -74,6 +76,7 @@ def review(
     out: Path | None = None,
     budget: Positive = 100,
     decisions: Path | None = None,
+    device: Device = "auto",
 ) -> None:
     """List training rows with doubtful labels, or write the data set after the decisions on them.
 
@@ -88,7 +91,7 @@ def review(
         check_writable(out, ".npz")
         if decisions is None and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
-    loaded = Run.load(run)
+    loaded = Run.load(run, device)
     if decisions is not None:
         path = out or in_results(run, name)
         counts = review_task.apply_decisions(loaded, decisions, path)
@@ -105,7 +108,8 @@ def review(
         f"review {run} --decisions {path} --out cleaned.csv",
         highlight=False,
     )
-    output.document({"file": str(path), "rows": [asdict(one) for one in flagged]})
+    listed = [asdict(one) for one in flagged]
+    output.document({"file": str(path), "rows": listed, "device": device})
 
 
 @command(
@@ -121,6 +125,7 @@ def cleanse(
     fraction: list[float] | None = None,
     seeds: Positive = 3,
     split: Annotated[str, typer.Option(rich_help_panel=DATA)] = "validation",
+    device: Device = "auto",
     **options: Any,
 ) -> None:
     """Remove training rows to predict a validation set better, and measure the gain.
@@ -140,7 +145,7 @@ def cleanse(
     if ranking is not None and scores is not None:
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
-    loaded = Run.load(run)
+    loaded = Run.load(run, device)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
     held = loaded.pipeline.reader()(validation, columns, classes=loaded.train.classes, split=split)
@@ -155,10 +160,11 @@ def cleanse(
     )
     removed = in_results(run, "removed.csv")
     cleanse_task.write_cleansed(loaded, found, out, removed)
-    write_json(in_results(run, "cleanse.json"), found.to_dict())
+    document = found.to_dict() | {"device": device}
+    write_json(in_results(run, "cleanse.json"), document)
     _print_cleansing(output, found)
     output.say(f"{len(found.removed)} rows removed: {removed}; the others: {out}")
-    output.document({**found.to_dict(), "file": str(out), "removed_file": str(removed)})
+    output.document(document | {"file": str(out), "removed_file": str(removed)})
 
 
 def _print_cleansing(output: Output, found: cleanse_task.Cleansing) -> None:

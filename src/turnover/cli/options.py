@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from turnover.cli.parameters import Fields
+from turnover.cli.parameters import RUN, Fields
 from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import choose_device
 from turnover.models.image import ImageClassifierConfig
 from turnover.models.text import ClassifierConfig
 from turnover.tasks.training import TrainingConfig
@@ -43,6 +44,17 @@ Seed = Annotated[
     int,
     typer.Option(
         help="Seed of masks, new weights, order and ordinary dropout.", rich_help_panel=TRAINING
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        # Before anything is read: a missing card must not be noticed after minutes.
+        callback=lambda given: str(choose_device(given)),
+        metavar="DEVICE",
+        help="Where networks run: cpu, cuda, cuda:1 (a card by its number) or mps; auto: cuda if there is "
+        "one, else cpu.",
+        rich_help_panel=RUN,
     ),
 ]
 _CLASS_WEIGHTS = typer.Option(

@@ -133,7 +133,10 @@ def command(
             with ExitStack() as copies:
                 for name, url in urls.items():
                     given[name] = copies.enter_context(mirrored(url, new=name == "out"))
-                function(output=Output(as_json=as_json), **given)
+                output, device = Output(as_json=as_json), given.get("device", "cpu")
+                if device != "cpu":
+                    output.say(f"device: {device}")
+                function(output=output, **given)
             for url in urls.values():
                 sys.stderr.write(f"what was written in the run is in {url}\n")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from turnover.cli.config import recipe
-from turnover.cli.options import HeadUnits, RunFolder, Seed
+from turnover.cli.options import Device, HeadUnits, RunFolder, Seed
 from turnover.cli.output import Output, check_folder
 from turnover.cli.parameters import RUN, command
 from turnover.cli.scores import explain_errors, print_influence
@@ -40,7 +40,7 @@ def report(run: RunFolder, output: Output, out: Path | None = None, text: bool =
     """
     check_folder(out)
     path = out or run / "report.html"
-    _write_report(output, Run.load(run), path, texts=text)
+    _write_report(output, Run.load(run, "cpu"), path, texts=text)
     output.document({"file": str(path)})
 
 
@@ -64,7 +64,7 @@ def view(
         output.document({"address": address})
         sys.stdout.flush()
 
-    open_view(Run.load(run), port=port, show=show, browser=open_page)
+    open_view(Run.load(run, "cpu"), port=port, show=show, browser=open_page)
 
 
 @command()
@@ -73,6 +73,7 @@ def demo(
     out: Annotated[Path, typer.Option(rich_help_panel=RUN)] = Path("runs/demo"),
     head_units: HeadUnits = 32768,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Fine-tune a real BERT on 3,000 movie-review sentences and explain its errors.
 
@@ -97,8 +98,8 @@ def demo(
         "keep": task.masks.keep,
     }
     again = recipe(settings, ("data", "test", "model"))
-    print_fit(output, fit(task, *both, out, overwrite=True, recipe=again))
-    run = Run.load(out)
+    print_fit(output, fit(task, *both, out, overwrite=True, recipe=again, device=device))
+    run = Run.load(out, device)
     metrics = score(run, ScoreConfig())
     print_influence(output, metrics)
     shown = explain_errors(output, run, show=3, top=5, among=None)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from turnover.cli.config import config_option
-from turnover.cli.options import Count, Objective, Positive, RunFolder
+from turnover.cli.options import Count, Device, Objective, Positive, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.errors import InputError
@@ -51,6 +51,7 @@ def influence(
     explain_plan: bool = False,
     engine: Literal["process", "ray"] = "process",
     address: str | None = None,
+    device: Device = "auto",
     **options: Any,
 ) -> None:
     """Estimate influence on every misclassified test row, on the whole test set, and on itself.
@@ -67,12 +68,12 @@ def influence(
     if address is not None and engine != "ray":
         raise InputError("--address is that of a Ray cluster: give --engine ray as well")
     connection = _connected(address) if engine == "ray" else nullcontext()
-    loaded = Run.load(run)
+    loaded = Run.load(run, device)
     if explain_plan:
         plan = score_task.explain_plan(loaded, task)
         said = str(plan or "no misclassified test rows: nothing to score")
         output.say(said, highlight=False)
-        output.document({"plan": plan and plan.to_dict()})
+        output.document({"plan": plan and plan.to_dict(), "device": device})
         return
     with connection:
         metrics = score_task.score(loaded, task, engine=engine)
@@ -93,6 +94,7 @@ def explain(
     label: str | None = None,
     gram: bool = True,
     sheet: Path | None = None,
+    device: Device = "auto",
 ) -> None:
     """Explain misclassified test rows, or one text or image, by training instances.
 
@@ -108,7 +110,7 @@ def explain(
     """
     if text is not None and image is not None:
         raise InputError("--text and --image are two things to explain: give one of them")
-    loaded = Run.load(run)
+    loaded = Run.load(run, device)
     if sheet is not None:
         check_sheet(sheet, loaded.train)
     given = text if text is not None else image
@@ -134,6 +136,7 @@ def groups(
     method: Literal["linear", "exact"] = "linear",
     objective: Objective = "margin",
     show: Count = 10,
+    device: Device = "auto",
 ) -> None:
     """Measure what each group (source, annotator) of a run with a group column did to the test rows.
 
@@ -143,12 +146,13 @@ def groups(
         show: groups at either end to print, and to predict without.
     """
     cost = score_task.OBJECTIVES[objective]
-    found = groups_task.groups(Run.load(run), cost, method=method, predict=show)
+    found = groups_task.groups(Run.load(run, device), cost, method=method, predict=show)
     path = in_results(run, "groups.json")
-    write_json(path, found.to_dict())
+    document = found.to_dict() | {"device": device}
+    write_json(path, document)
     _print_groups(output, found)
     output.say(f"all groups: {path}")
-    output.document(found.to_dict())
+    output.document(document)
 
 
 @command()
@@ -158,7 +162,7 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
     Args:
         show: rows to print; all are written.
     """
-    loaded = Run.load(run)
+    loaded = Run.load(run, "cpu")  # nothing is computed
     train, found = loaded.train, memorization(loaded)
     path = in_results(run, "memorization.csv")
     write_memorization(loaded, found, path)

@@ -18,6 +18,7 @@ from turnover.cli.options import (
     TEXT_MODEL,
     TRAIN,
     TRAINING,
+    Device,
     Positive,
     folder_or_url,
 )
@@ -87,6 +88,7 @@ def fit(
         str | None, typer.Option(callback=_digest_of_file, rich_help_panel=DATA)
     ] = None,
     overwrite: Annotated[bool, typer.Option(rich_help_panel=RUN)] = False,
+    device: Device = "auto",
     **options: Any,
 ) -> None:
     """Train a text or image classifier with turn-over dropout; writes a run folder.
@@ -122,6 +124,7 @@ def fit(
         out,
         overwrite=overwrite,
         recipe=recipe(settings, files),
+        device=device,
     )
     print_fit(output, metrics)
     output.say(f"run: {out}; next: turnover influence {out}")
@@ -144,6 +147,7 @@ def plan(
     top: Positive = 10,
     pilot: bool = False,
     pilot_rows: Positive = 800,
+    device: Device = "auto",
     **options: Any,
 ) -> None:
     """Predict, before training, how well single scores can be resolved, and what it would take.
@@ -162,11 +166,17 @@ def plan(
     train_data, test_data = build(Source, options).read(data, shape)
     rows = pilot_rows if pilot else None
     found = plan_task.plan(
-        _task(shape, options), train_data, test_data, seeds=seeds, top=top, pilot_rows=rows
+        _task(shape, options),
+        train_data,
+        test_data,
+        seeds=seeds,
+        top=top,
+        pilot_rows=rows,
+        device=device,
     )
     say_rows(output, training=train_data, test=test_data)
     _print_plan(output, found)
-    output.document(found.to_dict())
+    output.document(found.to_dict() | {"device": device})
 
 
 def _shape(data: str, model: str, options: dict[str, Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from turnover.batches import Batch
 
 EVALUATION_ROWS = 64
+_AHEAD = 3
+"""Batches made ahead of the step that takes them."""
 
 
 class Encoded:
@@ -50,6 +54,30 @@ class Encoded:
 def batches(data: Encoded, rows: Sequence[int], size: int = EVALUATION_ROWS) -> list[Batch]:
     """Batches of rows, in the groups that run best together."""
     return [data.batch(chunk) for chunk in data.chunks(rows, size)]
+
+
+def made_ahead(made: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the same batches, made by a thread while a device computes, in pinned memory for CUDA.
+
+    One thread, and no worker processes: augmentation draws from one generator, batch after batch. A CPU
+    computes the steps itself, so batches for it are made when they are taken.
+    """
+    if device.type == "cpu":
+        yield from made
+        return
+    pinned = device.type == "cuda"
+
+    def following() -> Batch | None:
+        batch = next(made, None)
+        if batch is None or not pinned:
+            return batch
+        return batch.mapped(torch.Tensor.pin_memory, shared=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(following) for _ in range(_AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(following))
+            yield batch
 
 
 def in_order(

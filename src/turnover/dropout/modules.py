@@ -6,12 +6,14 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from turnover.errors import InputError
 
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -67,10 +69,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, for forwards that leave no trace: restores modes and generators."""
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), evaluating(model), random_state_kept(device_of(model)):
         yield
+
+
+def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's generators, of the CPU and of a CUDA device, when the body ends."""
+    # Without a list torch would initialize every card of the machine.
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def paused_elsewhere(model: nn.Module) -> bool:
@@ -106,6 +112,34 @@ def device_of(model: nn.Module) -> torch.device:
     """Device of the model's first parameter; CPU without parameters."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """Return the device of a name, if this machine has it.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` (the second card) or ``"mps"``; ``"auto"``: CUDA where it is
+            available, else the CPU. MPS is taken by name alone: it has no float64, which calibration, means
+            over targets and gram use.
+
+    Raises:
+        InputError: an unknown name, or a device that this machine does not have.
+
+    Example::
+
+        model.to(choose_device("auto"))
+    """
+    kind, _, number = str(name).partition(":")
+    if kind == "auto" and not number:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise InputError(f"unknown device {str(name)!r}: give auto, cpu, cuda, cuda:1 or mps")
+    has = {"cpu": lambda: 1, "cuda": torch.cuda.device_count, "mps": torch.mps.device_count}
+    count = has[kind]()
+    if int(number or 0) >= count:
+        there = f"{count} {kind} devices" if count else f"no {kind} device that torch can use"
+        raise InputError(f"device {str(name)!r}: this machine has {there}; give another, or auto")
+    return torch.device(str(name))
 
 
 def is_sharded(value: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.ids import ghost_ids
-from turnover.influence.engine import MeanTarget, TargetBlock, to_numpy
+from turnover.influence.engine import MeanTarget, Scores, TargetBlock, to_numpy
 from turnover.influence.protocol import Estimator
 from turnover.influence.sinks import Region, Sink
 from turnover.influence.topk import Extremes, Found, merged
@@ -93,12 +93,14 @@ class Traversal:
     def fill(self, region: Region, part: slice | None = None) -> None:
         """Score a block of targets on all ids, or on one of :meth:`parts`."""
         part = part or slice(0, len(region.ids))
-        if self.scans:
-            self.settle(region, [self.scan(region, part)])
-            return
+        whole = self.estimator.halving.whole
         self.estimator.forget()
+        if self.scans:
+            self._fill_ghosts(region, part)
+            whole(lambda: self._settle(region, [self._scan(region, part)]))
+            return
         if self.estimator.ranks_first:
-            self.estimator.fill(region, self.top)
+            whole(lambda: self.estimator.fill(region, self.top))
             return
         self._fill_ghosts(region, part)
         last = "standard_error" if len(self.estimator.engines) > 1 else "score"
@@ -107,7 +109,7 @@ class Traversal:
             if region.has(last, some):
                 self._skip(region, some)
                 continue
-            scores = self.estimator.counted_scores(region.block, region.ids[some])
+            scores = self._scores(region.block, region.ids[some])
             region.put("score", to_numpy(scores.mean), some)
             if scores.standard_error is not None:
                 region.put("standard_error", to_numpy(scores.standard_error), some)
@@ -116,6 +118,9 @@ class Traversal:
         """Find the extremes of one of :meth:`parts`; ``None`` where the sink has those of all."""
         self.estimator.forget()
         self._fill_ghosts(region, part)
+        return self.estimator.halving.whole(lambda: self._scan(region, part))
+
+    def _scan(self, region: Region, part: slice) -> Found | None:
         if region.has("train_id"):
             self._skip(region, part)
             return None
@@ -128,6 +133,9 @@ class Traversal:
 
     def settle(self, region: Region, parts: Sequence[Found | None]) -> None:
         """Put the extremes of all parts into the sink, unless it has them."""
+        self.estimator.halving.whole(lambda: self._settle(region, parts))
+
+    def _settle(self, region: Region, parts: Sequence[Found | None]) -> None:
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return
@@ -148,8 +156,10 @@ class Traversal:
             self.estimator.skip(done, region.targets)
         else:
             ghosts = ghost_ids(self.estimator.ghosts)
-            found = self.estimator.counted_scores(region.block, ghosts)
-            region.put("ghost", to_numpy(found.mean))
+            region.put("ghost", to_numpy(self._scores(region.block, ghosts).mean))
+
+    def _scores(self, block: TargetBlock, ids: Tensor) -> Scores:
+        return self.estimator.halving.whole(lambda: self.estimator.counted_scores(block, ids))
 
     def _skip(self, region: Region, part: slice) -> None:
         done = self.estimator.work(part.stop - part.start, first=False, top=None)

@@ -18,6 +18,7 @@ from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
 from turnover.errors import InputError
+from turnover.influence.halving import Halving
 from turnover.influence.progress import Counts
 from turnover.objectives import Objective
 
@@ -58,21 +59,29 @@ class Engine(Once):
         network: the network.
         objective: callable (outputs, batch) -> (rows,).
         sites: masked sites; at others the network runs whole.
+        halving: bounds of its forwards, shared by the engines of an estimate.
 
     Attributes:
         counts: takes reports of the work done.
     """
 
-    def __init__(self, network: Network, objective: Objective, sites: Sequence[str]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        sites: Sequence[str],
+        halving: Halving | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
         self.sites = list(sites)
+        self.halving = halving or Halving()
         self.counts = Counts()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process begins with nothing learned, and shows no progress.
-        return type(self), (self.network, self.objective, self.sites)
+        return type(self), (self.network, self.objective, self.sites, self.halving)
 
     @property
     def units(self) -> int:

@@ -145,6 +145,7 @@ class Influence:
         out: str | Path,
         coordinates: Mapping[str, Any] | None = None,
         engine: str = "process",
+        num_gpus: float = 1.0,
     ) -> StoredResult: ...
 
     def estimate(
@@ -156,6 +157,7 @@ class Influence:
         out: str | Path | None = None,
         coordinates: Mapping[str, Any] | None = None,
         engine: str = "process",
+        num_gpus: float = 1.0,
     ) -> Result | StoredResult:
         """Influence of every training instance on every target.
 
@@ -173,6 +175,8 @@ class Influence:
             engine: with ``out``, where blocks are computed: in this ``"process"``, or by ``"ray"``, the
                 workers of the cluster that ``ray.init`` connected to (else of ``RAY_ADDRESS``, else of this
                 machine). Both give the same bits, and each resumes results of the other.
+            num_gpus: share of a GPU that a Ray task takes if the networks are on CUDA: 1 is a card for each
+                worker, 0.5 lets two workers share one.
 
         Returns:
             :class:`Result` with scores (targets, train), or (targets, ranks) with ``top``, in memory;
@@ -185,7 +189,9 @@ class Influence:
         if top is not None:
             check_whole("top", top, 1)
         check_place(engine, out)
-        wanted = Wanted(top, out, dict(coordinates or {}), engine)
+        if not 0 < num_gpus <= 1:  # a task runs on one card
+            raise InputError(f"num_gpus must be above 0 and at most 1, got {num_gpus!r}")
+        wanted = Wanted(top, out, dict(coordinates or {}), engine, num_gpus)
         with self._scoring():
             return self._driver.estimate(targets, train_ids, wanted)
 

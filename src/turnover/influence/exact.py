@@ -99,7 +99,7 @@ class ExactEstimator(Estimator):
         block = self.options.block
 
         def make() -> Forwards:
-            return Forwards(engine.network, engine.objective, block, engine.sites)
+            return Forwards(engine.network, engine.objective, block, engine.sites, engine.halving)
 
         return engine.once(("forwards", block), make)
 

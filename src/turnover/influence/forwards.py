@@ -26,6 +26,7 @@ from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.ids import ghost_ids
 from turnover.influence.gradients import check_reached
+from turnover.influence.halving import IDS, ROWS, Halving
 from turnover.influence.linear import LinearScorer
 from turnover.influence.sharing import (
     AT_INPUTS,
@@ -78,6 +79,7 @@ class Forwards:
         objective: callable (outputs, batch) -> (rows,).
         block: ids in one forward; ``None``: as many as the caches hold.
         sites: masked sites; at others the network runs whole. ``None``: all.
+        halving: bounds the ids in a forward, and the rows of a batch; ``None``: nothing does yet.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Forwards:
         objective: Objective,
         block: int | None = None,
         sites: Sequence[str] | None = None,
+        halving: Halving | None = None,
     ) -> None:
         self._network = network
         self._objective = objective
         self._block = block
+        self._halving = halving or Halving()
         self._sites = network.sites if sites is None else list(sites)
         self._strategies: dict[tuple[tuple[int, ...], ...], Strategy] = {}
         self._last: Strategy | None = None
@@ -104,7 +108,7 @@ class Forwards:
     def nbytes(self) -> int:
         """Bytes of the outputs of modules in a forward of both sides, by the strategies so far."""
         elements = max((strategy.elements for strategy in self._strategies.values()), default=1)
-        return 8 * elements * 2 * (self._block or self._rows_at_once(elements))
+        return 8 * elements * 2 * self._ids_at_once(elements)
 
     @property
     def strategy(self) -> str | None:
@@ -121,6 +125,10 @@ class Forwards:
         """
         self._advance = advance or (lambda _: None)
         _keep_freed_memory()
+        return self._halving.whole(lambda: self._scores(batches, ids))
+
+    def _scores(self, batches: Sequence[Batch], ids: Tensor) -> Tensor:
+        batches = [part for batch in batches for part in self._parts(batch)]
         with torch.no_grad():
             strategies = [self._strategy(batch) for batch in batches]
             self._advance(0)  # finding strategies takes time once
@@ -130,7 +138,8 @@ class Forwards:
             forwards = []
             for index, strategy in enumerate(strategies):
                 try:
-                    made = self._product(batches[index], strategy, ids, blocks[index])
+                    with self._halving.forward(ROWS, len(batches[index])):
+                        made = self._product(batches[index], strategy, ids, blocks[index])
                 except Exception:  # noqa: BLE001 - an error of the user's comes again below
                     made = _fell_back(strategy)
                 if made:
@@ -140,6 +149,11 @@ class Forwards:
             if forwards:
                 self._forward(batches, strategies, forwards, ids, blocks)
         return scores
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        size = self._halving.size(ROWS, len(batch))
+        starts = range(0, len(batch), size)
+        return [batch.rows(start, min(start + size, len(batch))) for start in starts]
 
     def _product(self, batch: Batch, strategy: Strategy, ids: Tensor, scores: Tensor) -> bool:
         """Fill in scores (rows, ids) by one product; False where the model does not allow it."""
@@ -158,9 +172,10 @@ class Forwards:
             count = some.stop - some.start
             size = self._block or max(_PRODUCT_IDS, _LOGITS // (2 * 4 * classes * count))
             start = 0
-            for block in torch.split(ids, size):
-                change = scorer.by_id(block).view(len(block), count, classes)
-                values = self._of_logits(part, logits_part, change)
+            for block in torch.split(ids, self._halving.size(IDS, size)):
+                with self._halving.forward(IDS, len(block)):
+                    change = scorer.by_id(block).view(len(block), count, classes)
+                    values = self._of_logits(part, logits_part, change)
                 scores[some, start : start + len(block)] = values
                 start += len(block)
         return True
@@ -220,29 +235,31 @@ class Forwards:
         ids: Tensor,
         scores: Sequence[Tensor],
     ) -> None:
-        block = self._block or self._rows_at_once(
-            max(strategies[index].elements for index in chosen)
-        )
+        block = self._ids_at_once(max(strategies[index].elements for index in chosen))
         splits = {strategies[index].split for index in chosen}
         start = 0
         for part in torch.split(ids, block):
             # A single exposed row would be taken for one that all ids share.
             bound = part if len(part) > 1 else part.expand(2)
-            # The masks of a block serve all targets.
-            bindings = {
-                split: self._network.masking.bind_both(bound, self._sites, split=split)
-                for split in splits
-            }
-            for index in chosen:
-                strategy, batch = strategies[index], batches[index]
-                for row in range(len(batch)):
-                    target = batch.rows(row, row + 1)
-                    values = self._scored(target, strategy, bindings[strategy.split], bound)
-                    scores[index][row, start : start + len(part)] = values[: len(part)]
-                    self._advance(len(part))
+            with self._halving.forward(IDS, len(part)):
+                # The masks of a block serve all targets.
+                bindings = {
+                    split: self._network.masking.bind_both(bound, self._sites, split=split)
+                    for split in splits
+                }
+                for index in chosen:
+                    strategy, batch = strategies[index], batches[index]
+                    for row in range(len(batch)):
+                        target = batch.rows(row, row + 1)
+                        values = self._scored(target, strategy, bindings[strategy.split], bound)
+                        scores[index][row, start : start + len(part)] = values[: len(part)]
+                        self._advance(len(part))
             start += len(part)
 
-    def _rows_at_once(self, elements: int) -> int:
+    def _ids_at_once(self, elements: int) -> int:
+        return self._halving.size(IDS, self._block or self._cached_ids(elements))
+
+    def _cached_ids(self, elements: int) -> int:
         device = device_of(self._network.model).type
         per_id = 2 * 4 * elements
         cached = _CACHED.get(device, _ELSEWHERE) // per_id
@@ -253,6 +270,8 @@ class Forwards:
     def _scored(self, target: Batch, strategy: Strategy, binding: Any, ids: Tensor) -> Tensor:
         try:
             values = self._shared(target, strategy, binding, len(ids))[0]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # noqa: BLE001 - the model may treat this target in another way
             _fell_back(strategy)
             values = self._plain(target, ids)[0]
@@ -301,8 +320,9 @@ class Forwards:
         return self._last
 
     def _choose(self, target: Batch) -> Strategy:
-        plain = self._plain(target, _PROBES)
-        found = list(self._candidates(target))
+        with self._halving.forward(IDS, 1):
+            plain = self._plain(target, _PROBES)
+            found = list(self._candidates(target))
         for strategy in found:
             try:
                 if self._agrees(target, strategy, *plain):

@@ -11,6 +11,7 @@ from turnover.batches import Batch
 from turnover.dropout.network import Network
 from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import BindingError, InputError
+from turnover.influence.halving import Halving
 from turnover.objectives import Objective, costs
 
 Run = tuple[str, int]
@@ -32,6 +33,7 @@ def mask_gradients(
     batch: Batch,
     sites: Sequence[str] | None = None,
     independent: set[Run] | None = None,
+    halving: Halving | None = None,
 ) -> Tensor:
     """Differentiate each target's objective by the mask entries of the mean network.
 
@@ -39,6 +41,7 @@ def mask_gradients(
         sites: by the masks of these sites alone; ``None``: all of them.
         independent: runs of sites that this objective is known not to depend on; more are added.
             ``None``: those without a gradient are checked anew.
+        halving: bounds the rows in a forward; ``None``: all rows are in one.
 
     Returns:
         float32 (rows, mask units), the sites side by side in ``network.sites`` order.
@@ -46,6 +49,20 @@ def mask_gradients(
     wanted = network.sites if sites is None else [s for s in network.sites if s in sites]
     independent = set() if independent is None else independent
 
+    def of(rows: Batch) -> Tensor:
+        return _of_rows(network, objective, rows, wanted, independent)
+
+    found = [of(batch)] if halving is None else halving.by_rows(batch, of)
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _of_rows(
+    network: Network,
+    objective: Objective,
+    batch: Batch,
+    wanted: Sequence[str],
+    independent: set[Run],
+) -> Tensor:
     def run() -> Tensor:
         return costs(objective, batch.call(network.model), batch)
 

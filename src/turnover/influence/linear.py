@@ -123,7 +123,12 @@ def derivatives(engine: Engine, batches: Sequence[Batch]) -> Tensor:
     parts = []
     for batch in batches:
         part = mask_gradients(
-            engine.network, engine.objective, engine.moved(batch), engine.sites, independent
+            engine.network,
+            engine.objective,
+            engine.moved(batch),
+            engine.sites,
+            independent,
+            engine.halving,
         )
         parts.append(finite(part, "mask derivative"))
         engine.counts.advance("backward", len(batch))

@@ -25,6 +25,7 @@ from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
+from turnover.influence.halving import Halving
 from turnover.influence.plan import MethodCost, Pilot, Plan
 from turnover.influence.user_batches import UserBatches
 from turnover.objectives import Objective
@@ -70,7 +71,8 @@ class Setup:
     def engines(self) -> list[Engine]:
         """One for each network, shared by all estimators."""
         networks = [one for one in self.models if isinstance(one, Network)]
-        return [Engine(one, self.objective, self.sites) for one in networks]
+        halving = Halving()
+        return [Engine(one, self.objective, self.sites, halving) for one in networks]
 
     def described(self, method: str, digests: Sequence[str], considered: int) -> dict[str, Any]:
         """The fields of :class:`turnover.Result` that describe it."""
@@ -91,6 +93,7 @@ class Wanted:
     out: str | Path | None = None
     coordinates: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "process"
+    num_gpus: float = 1.0
 
 
 class Driver(Protocol):
@@ -233,6 +236,11 @@ class Estimator(ABC):
     def name(self) -> str:
         """Of the method, in results."""
         return str(self.options.name)
+
+    @property
+    def halving(self) -> Halving:
+        """Bounds of the forwards of all engines."""
+        return self.engines[0].halving
 
     def fit(self, batches: Iterable[Batch]) -> None:  # noqa: ARG002
         """Take in the training set, if the method looks at it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +140,10 @@ def _of_batch(estimator: Estimator, batch: Batch, rows: NDArray[np.int64]) -> ND
 
 
 def _whole(estimator: Estimator, batch: Batch) -> NDArray[np.float64]:
+    return np.concatenate(estimator.halving.by_rows(batch, partial(_of_rows, estimator)))
+
+
+def _of_rows(estimator: Estimator, batch: Batch) -> NDArray[np.float64]:
     columns = [
         column
         for engine in estimator.engines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,17 +45,17 @@ def check_place(engine: str, out: str | Path | None) -> None:
 
 
 @contextmanager
-def scoring(engine: str, traversal: Traversal) -> Iterator[Over]:
+def scoring(wanted: Wanted, traversal: Traversal) -> Iterator[Over]:
     """Prepare an engine; gives a function that scores all targets and writes the scores."""
-    if engine == "process":
+    if wanted.engine == "process":
         yield _in_this_process
         return
     from turnover.influence import ray_blocks
     from turnover.parallel.ray import connected
 
     with connected():
-        ray_blocks.check(traversal.estimator.engines)
-        yield ray_blocks.over
+        settings = ray_blocks.settings_of(traversal.estimator.engines, wanted.num_gpus)
+        yield partial(ray_blocks.over, settings)
 
 
 def store(
@@ -96,7 +97,7 @@ def store(
     variables = _variables(traversal, ("target", second), (rows, min(columns, length)), sizes)
     labelled = {"train": ("train", ids.numpy())} | check_columns(wanted.coordinates, len(ids))
     with (
-        scoring(wanted.engine, traversal) as over,
+        scoring(wanted, traversal) as over,
         writing(
             wanted.out, identity, variables, sizes, labelled, "dense" if top is None else "top"
         ) as writer,
@@ -104,7 +105,8 @@ def store(
         if writer.complete:  # finished before: only its targets are checked
             count = traversal.announce(targets, ids, StoreSink(writer, estimator))
         else:
-            count = over(traversal, targets, ids, writer)
+            with estimator.halving.noted(writer):
+                count = over(traversal, targets, ids, writer)
         writer.finish(count)
     return open_result(wanted.out)
 

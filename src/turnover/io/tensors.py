@@ -95,7 +95,7 @@ def write_model(path: Path, model: nn.Module) -> None:
     """Write the weights of a model."""
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in distinct(model).items()}, path)
+    save_file({name: value.cpu().contiguous() for name, value in distinct(model).items()}, path)
 
 
 def read_model(path: Path, build: Callable[[], _Model]) -> _Model:

@@ -29,16 +29,17 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a process on which the bits of its results depend."""
+    """Settings of a process on which the bits of its results depend, and the share of a GPU of a task."""
 
     threads: int
     precision: str
     dtype: torch.dtype
+    gpus: float = 0.0
 
     @classmethod
-    def here(cls) -> Settings:
+    def here(cls, gpus: float = 0.0) -> Settings:
         """Return the settings of this process."""
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cuda" if gpus else "cpu"):
             raise InputError(
                 'engine="ray" does not send autocast to its workers: use it within the model\'s forward'
             )
@@ -47,13 +48,22 @@ class Settings:
                 f"this process has {torch.get_num_threads()} threads, more than any node of the Ray "
                 f"cluster has CPUs: call torch.set_num_threads, or set OMP_NUM_THREADS"
             )
+        if not places(gpus):
+            raise InputError(
+                f"the networks are on CUDA, and no node of the Ray cluster has {gpus:g} GPUs for a task: "
+                f"lower num_gpus, start Ray with --num-gpus, or move the networks to the CPU"
+            )
         return cls(
-            torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+            torch.get_default_dtype(),
+            gpus,
         )
 
     def task(self, function: Any, **options: Any) -> Any:
-        """Return a remote function that takes as many CPUs as it has threads."""
-        return function.options(num_cpus=self.threads, max_retries=_RETRIES, **options)
+        """Return a remote function that takes as many CPUs as it has threads, and its share of a GPU."""
+        taken = {"num_cpus": self.threads, "num_gpus": self.gpus, "max_retries": _RETRIES}
+        return function.options(**taken, **options)
 
     def take(self) -> None:
         """Apply the settings to this process, a worker."""
@@ -103,11 +113,15 @@ def _probe(address: str) -> None:
         ) from error
 
 
-def places() -> int:
-    """Count the tasks that the cluster can run at once."""
+def places(gpus: float = 0.0) -> int:
+    """Count the tasks, each with its share of a GPU, that the cluster can run at once."""
     threads = torch.get_num_threads()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(resources.get("CPU", 0)) // threads for resources in alive)
+    count = 0
+    for resources in alive:
+        of_cpus = int(resources.get("CPU", 0)) // threads
+        count += min(of_cpus, int(resources.get("GPU", 0) / gpus)) if gpus else of_cpus
+    return count
 
 
 _held: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnover.errors import InputError
+from turnover.io.parsing import convert, parse_json
 from turnover.results.arrays import MISSING, Arrays, Region, Variable, metadata_files
 from turnover.results.calibration import GhostPool
 from turnover.results.location import PROGRESS, ROOT, Location
@@ -39,6 +40,7 @@ COLUMNS = 2**16
 """Longest chunk along the second dimension of a saved result, and of coordinates."""
 _CAPACITY = 2**40
 """Length of the growing dimension until it is known."""
+_HALVED = f"{PROGRESS}/halved"
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -115,6 +117,23 @@ class Writer:
     def has_signature(self) -> bool:
         """Whether the result records what the objective computes on its targets."""
         return SIGNATURE in self._sizes
+
+    @property
+    def halved(self) -> dict[str, int]:
+        """Bounds of forwards that did not fit a device's memory, as last noted; none at first."""
+        raw = self.location.get(_HALVED)
+        if raw is None:
+            return {}
+        where = f"{self.location.url}: {_HALVED}"
+        most = convert(parse_json(raw, where), dict[str, int], where)
+        if min(most.values(), default=1) < 1:
+            raise InputError(f"{where}: damaged, bounds are at least 1; delete it")
+        return most
+
+    def note_halved(self, most: Mapping[str, int]) -> None:
+        """Note bounds of forwards, for whoever continues the result."""
+        self.renew()
+        self.location.put(_HALVED, json.dumps(dict(most)).encode())
 
     def announce(
         self,

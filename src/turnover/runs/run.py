@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
+from turnover.dropout.modules import choose_device
 from turnover.dropout.network import Network
 from turnover.errors import InputError, WriteError
 from turnover.io.files import alone, check_links, replace_folder, writing_to
@@ -56,16 +58,21 @@ class Run:
     _fitted: str
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
+    def load(cls, folder: Path, device: str | torch.device = "auto") -> Run:
         """Open a run; its files are read once more to compare their digests.
+
+        Args:
+            folder: of the run.
+            device: where its network runs (:func:`~turnover.dropout.modules.choose_device`).
 
         Warns:
             UserWarning: a run without digests, where a flipped bit would not be noticed.
 
         Raises:
-            InputError: not a run, a missing or damaged file, one that changed after the fit, or masks other
-                than those of the training.
+            InputError: no such device, not a run, a missing or damaged file, one that changed after the fit,
+                or masks other than those of the training.
         """
+        chosen = choose_device(device)
         if not _is_run(folder):
             raise InputError(
                 f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
@@ -82,7 +89,7 @@ class Run:
         where = folder / "config.json"
         config = read_json(where)
         pipeline, model = load(folder)
-        network = _masked(model, folder / "masks.json")
+        network = _masked(model.to(chosen), folder / "masks.json")
         classes = convert(config.get("classes"), list[str], f"{where}: classes")
         known = read_object(folder / "classifier.json").get("classes")
         if len(classes) != known or len(set(classes)) < len(classes):

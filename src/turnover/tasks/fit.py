@@ -18,6 +18,7 @@ from turnover.data.base import Data
 from turnover.data.encoded import Encoded
 from turnover.dropout.audit import AuditReport
 from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import choose_device, random_state_kept
 from turnover.dropout.network import Network, attach
 from turnover.ids import ghost_ids
 from turnover.io.parsing import write_json
@@ -76,6 +77,7 @@ def fit(
     *,
     overwrite: bool = False,
     recipe: str | None = None,
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Train, evaluate and write a run folder; an interrupted fit resumes after its last epoch.
 
@@ -86,19 +88,24 @@ def fit(
         out: folder of the run; it appears when everything is done.
         overwrite: replace an existing run.
         recipe: command-line options that make the run again, stored as ``fit.toml``.
+        device: where the networks are trained (:func:`~turnover.dropout.modules.choose_device`); initial
+            weights are the same on all devices.
 
     Returns:
         the metrics, as in the run's ``metrics.json``.
 
     Raises:
-        InputError: a model that cannot be loaded, an unknown site, a loss that is NaN, an existing run.
+        InputError: no such device, a model that cannot be loaded, an unknown site, a loss that is NaN, an
+            existing run.
     """
+    chosen = choose_device(device)
     kept = (FILE,) if config.memorization else ()
     with writing_run(out, overwrite=overwrite, kept=kept) as draft:
         # Draws for weights and dropout leave the caller's generator alone.
-        with torch.random.fork_rng():
+        with random_state_kept(chosen):
             torch.manual_seed(config.training.seed)
             pipeline, model = build(config.classifier, train_data)
+            model.to(chosen)  # not before: the CPU draws the weights, the same for all devices
             metrics, network, plain = _fit(config, pipeline, model, train_data, test_data, draft)
         pipeline.save(draft, model, len(train_data.classes))
         if plain is not None:
@@ -108,6 +115,7 @@ def fit(
         write_json(draft / "masks.json", network.to_dict())
         train_data.save(draft, "train")
         test_data.save(draft, "test")
+        metrics["device"] = str(chosen)
         write_json(draft / "metrics.json", metrics, sealed=True)
         settings = {**asdict(config), "masks": config.masks.to_dict()}
         provenance = {"data": data_digest(train_data, test_data), "made_with": versions()}

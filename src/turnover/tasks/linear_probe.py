@@ -121,7 +121,7 @@ def train_masked_head(data: Frozen, seed: int) -> Network:
 
 
 def _new_head(data: Frozen, units: int, seed: int, gain: float | None = None) -> WideHead:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # heads are on the CPU
         torch.manual_seed(seed)
         head = WideHead(data.features.shape[1], units, data.classes, gain=gain)
     head.standardize(data.features)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
 from turnover.dropout.masks import MaskSpec
+from turnover.dropout.modules import choose_device, random_state_kept
 from turnover.dropout.network import Network, attach
 from turnover.errors import InputError, check_whole
 from turnover.influence.estimator import Influence
@@ -189,22 +190,29 @@ def _check_top(top: int, instances: int) -> None:
 
 
 def run_pilot(
-    config: FitConfig, train_data: Data, test_data: Data, rows: int = PILOT_ROWS
+    config: FitConfig,
+    train_data: Data,
+    test_data: Data,
+    rows: int = PILOT_ROWS,
+    device: str | torch.device = "auto",
 ) -> Pilot:
     """Train on part of the data as the whole would be trained, and measure the scores.
 
     Encoder, width, learning rates, epochs and the number of optimizer steps are those of the planned
-    training; a step has fewer rows. Rows of one id stay together, so ``rows`` is approximate.
+    training; a step has fewer rows. Rows of one id stay together, so ``rows`` is approximate. ``device``:
+    as of :func:`turnover.tasks.fit.fit`.
     """
+    chosen = choose_device(device)
     if rows < _MIN_PILOT_ROWS:
         raise InputError(f"a pilot needs {_MIN_PILOT_ROWS} rows or more, got {rows} (--pilot-rows)")
     start = time.perf_counter()
     part = _part(train_data, rows)
     with writing_temporary() as place:
         temporary = tempfile.TemporaryDirectory(dir=place)
-    with torch.random.fork_rng(), temporary as folder:
+    with random_state_kept(chosen), temporary as folder:
         torch.manual_seed(config.training.seed)
         pipeline, model = build(config.classifier, train_data)
+        model.to(chosen)
         training, test, bfloat16 = rehearse(
             pipeline, model, config.sites, config.masks, part, test_data, Path(folder)
         )

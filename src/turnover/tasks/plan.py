@@ -75,6 +75,7 @@ def plan(
     seeds: int = 1,
     top: int = 10,
     pilot_rows: int | None = None,
+    device: str | torch.device = "auto",
 ) -> TrainingPlan:
     """Predict the noise of single scores of a training, and what it takes to resolve the strongest.
 
@@ -85,6 +86,7 @@ def plan(
         seeds: networks whose scores are averaged.
         top: strongest instances of a target that are to be resolved.
         pilot_rows: train a pilot on about so many rows; ``None``: give relative figures alone.
+        device: where the pilot is trained (:func:`~turnover.dropout.modules.choose_device`).
 
     Raises:
         InputError: a count below 1, ``top`` above the training instances, or an error of
@@ -92,7 +94,9 @@ def plan(
     """
     asked = Setting(len(torch.unique(train_data.ids)), mask_units(config), seeds)
     needed_z = needed_z_of(top, asked.instances)
-    pilot = None if pilot_rows is None else run_pilot(config, train_data, test_data, pilot_rows)
+    pilot = None
+    if pilot_rows is not None:
+        pilot = run_pilot(config, train_data, test_data, pilot_rows, device)
     widths = (asked.units // 4, asked.units, 4 * asked.units, 16 * asked.units)
     settings = [replace(asked, units=units) for units in widths if units]
     settings += [replace(asked, seeds=times * seeds) for times in (4, 16)]

@@ -18,7 +18,7 @@ from turnover.batches import Batch, named, tensors
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
 from turnover.dropout.masks import MaskSpec
-from turnover.dropout.modules import device_of, evaluating
+from turnover.dropout.modules import device_of, evaluating, random_state_kept
 from turnover.dropout.network import Network, attach
 from turnover.errors import BindingError, InputError
 from turnover.ids import ghost_ids
@@ -50,7 +50,7 @@ def rehearse(
     """
     training, test = pipeline.encode(train_data), pipeline.encode(test_data)
     name = pipeline.config.model
-    with torch.random.fork_rng(), _restored(model):
+    with random_state_kept(device_of(model)), _restored(model):
         network = attach(model, sites, spec)
         try:
             _check_rows(network, training, name)

@@ -16,11 +16,13 @@ import torch
 from turnover import objectives
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded, batches
+from turnover.dropout.modules import device_of
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.auto import Auto
 from turnover.influence.estimator import Influence
 from turnover.influence.gradients import mask_gradients
+from turnover.influence.halving import Halving
 from turnover.influence.linear import LinearScorer
 from turnover.influence.plan import Plan
 from turnover.influence.protocol import METHODS
@@ -105,6 +107,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     scoring = _Scoring(run, config)
     test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
+    found["device"] = str(device_of(run.model))
     found["sites"], found["scored_sites"] = scoring.by_site, list(scoring.sites)
     results: dict[str, Result] = {}
     before = _explained(run)
@@ -368,9 +371,10 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
     signal: dict[str, list[float]] = {site: [] for site in network.sites}
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
     variance: dict[str, list[float]] = {site: [] for site in network.sites}
-    units_of = network.known_units()
+    units_of, halving = network.known_units(), Halving()
     for batch in batches(training, rows.tolist(), _BATCH):
-        gradients = mask_gradients(network, objective, batch)
+        moved = batch.to(device_of(network.model))
+        gradients = mask_gradients(network, objective, moved, halving=halving)
         assert batch.ids is not None
         start = 0
         for site, units in units_of.items():

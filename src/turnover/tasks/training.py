@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from turnover import training
 from turnover.batches import Batch
-from turnover.data.encoded import Encoded, in_order
+from turnover.data.encoded import Encoded, in_order, made_ahead
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
@@ -196,15 +196,17 @@ def train(
         seed = config.seed * 1_000_003 + epoch
         torch.manual_seed(seed)
         order, augmentation = (torch.Generator().manual_seed(seed) for _ in range(2))
-        for rows in data.shuffled(config.batch_size, order):
-            yield data.training_batch(rows, augmentation)
+        steps = data.shuffled(config.batch_size, order)
+        made = (data.training_batch(rows, augmentation) for rows in steps)
+        return made_ahead(made, device)
 
     def loss_of(batch: Batch) -> Tensor:
-        assert batch.ids is not None and batch.labels is not None
+        batch = batch.to(device)
+        labels = batch.labels
+        assert batch.ids is not None and labels is not None
         model.train()
-        labels = batch.labels.to(device)
         with bind(batch.ids), autocast(device, bfloat16=bfloat16):
-            logits = batch.to(device).call(model).float()
+            logits = batch.call(model).float()
             of_rows = None if weights is None else weights[labels]
             return mean_cross_entropy(logits, labels, of_rows)
 
@@ -296,9 +298,9 @@ class _Checkpoint:
 
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters():
-            tensors[f"value/{name}"] = parameter.detach().contiguous()
+            tensors[f"value/{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.contiguous()
+                tensors[f"{key}/{name}"] = value.cpu().contiguous()
         metadata = {
             "digest": self.digest,
             "epochs": str(epochs),

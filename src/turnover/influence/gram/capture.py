@@ -190,7 +190,7 @@ class Capture:
         with recorded(self._parts, len(batch)) as calls:
             try:
                 return batch.call(self._model), calls
-            except UnknownLayoutError:
+            except (UnknownLayoutError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 # A layer that runs for a single row is no layer that all rows share.

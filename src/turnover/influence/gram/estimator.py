@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -30,6 +31,7 @@ from turnover.influence.gram.options import (
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
+from turnover.influence.halving import Halving
 from turnover.influence.plan import Plan
 from turnover.influence.progress import Progress, counting
 from turnover.influence.protocol import Ids, Setup, Wanted, register
@@ -57,6 +59,7 @@ class GramDriver:
         self._models = models
         self._shown = setup.progress
         self._limits = Limits()
+        self._halving = Halving()
         self._residual = [residual_of(one, objective, method) for one in models]
         # Where an instance's gradient is not the loss's own, its part on itself is still to come.
         self._own_residual = objective is cross_entropy and directions_of(objective, method) > 0
@@ -101,7 +104,7 @@ class GramDriver:
                 ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
                 sizes.append(len(batch))
                 for rows, capture in zip(every, self._captures, strict=True):
-                    rows.append(capture.rows(batch, training=True))
+                    rows += self._halving.by_rows(batch, partial(capture.rows, training=True))
                 for rows, made in zip(every, blocks, strict=True):
                     _close(rows, made, full=True)
                 progress.advance("row", len(batch) * networks)
@@ -263,7 +266,7 @@ class GramDriver:
                 seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
-                    every.append(capture.rows(batch))
+                    every += self._halving.by_rows(batch, capture.rows)
                 progress.advance("row", len(batch) * networks)
                 if any(map(is_full, rows)):
                     yield from block()
