@@ -168,7 +168,8 @@ class Result:
         Example:
             >>> result.plot(target=0).figure.savefig("target.png")  # doctest: +SKIP
         """
-        return plot(self, target, count, ax)
+        axes: matplotlib.axes.Axes = plot(self, target, count, ax)
+        return axes
 
     def of_targets(self, targets: slice) -> Result:
         """Keep some of the targets of a result that has targets; their scores, z, p and q stay.
