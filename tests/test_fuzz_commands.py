@@ -53,7 +53,9 @@ def options(draw: st.DrawFn, command: str) -> list[str]:
     """Options, mostly of the command, with values that are mostly wrong."""
     given_options = []
     for _ in range(draw(st.integers(0, 4))):
-        name = draw(st.one_of(st.sampled_from(list(COMMANDS[command])), st.sampled_from(NAMES)))
+        name = draw(
+            st.one_of(st.sampled_from(list(COMMANDS[command]) or NAMES), st.sampled_from(NAMES))
+        )
         value = draw(st.one_of(st.sampled_from(ODD), TEXTS))
         form = draw(st.integers(0, 3))
         given_options += {
