@@ -67,7 +67,9 @@ class ImageEncoderConfig:
     @property
     def sites(self) -> tuple[str, ...]:
         """Sites masked by default: everything that is trained."""
-        return ("lora", "head") if _has_linears(self.model) else ("head",)
+        with torch.device("meta"):  # without its weights
+            encoder = new_encoder(config_of(self.model))
+        return ("lora", "head") if _has_linears(encoder) else ("head",)
 
     def reader(self) -> Reader:
         """Function that reads labeled images as the encoder's image processor frames them."""
@@ -212,7 +214,7 @@ def build(
             f"model {config.model!r} ({type(encoder).__name__}) cannot be an image encoder with images of "
             f"{processor.size} x {processor.size}, as its image processor makes them: {first_line(error)}"
         ) from error
-    if not targets and _has_linears(config.model):
+    if not targets and _has_linears(encoder):
         raise InputError(
             f"model {config.model!r} ({type(encoder).__name__}) has no linear layer that runs on each row by "
             f"itself, as LoRA needs here: give another encoder"
@@ -316,8 +318,5 @@ def _class_of(config: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _has_linears(model: str) -> bool:
-    """Whether an encoder has linear layers; without its weights."""
-    with torch.device("meta"):
-        encoder = new_encoder(config_of(model))
+def _has_linears(encoder: nn.Module) -> bool:
     return any(isinstance(module, nn.Linear) for module in encoder.modules())
