@@ -119,6 +119,7 @@ class BlockDriver:
                 batch = self._setup.batches.check(batch)
                 if not ids:
                     measure(self._engines, batch)
+                    progress.advance("measure", 0)  # takes time once
                 scores, noise = estimator.own(TargetBlock(self._engines, [batch]), row_ids)
                 own.append(to_numpy(scores.mean[0]))
                 if scores.standard_error is not None:
