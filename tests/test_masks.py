@@ -12,45 +12,13 @@ from torch import nn
 
 import tiny
 import turnover
+from pinned import PINNED, PINNED_IDS, SITE, as_hex
 from turnover import InputError, MaskSpec, ids
 from turnover.dropout import masks
-
-PINNED_IDS = [0, 1, 2**24, 2**24 + 1, 2**53 + 1, 2**62, -1, -(2**40)]
-# Bit i of each number is unit i of the site "encoder.fc1".
-PINNED = [
-    ({}, 16, "66a6 a59a a695 6666 656a a5a6 aa6a 9a55"),
-    (
-        {},
-        33,
-        "6699a55a 5a9a696a 55666565 96a69a56 1596a9a56 66aa65a6 6999a955 9569a56a",
-    ),
-    ({"balanced": False}, 16, "61b5 e895 5d73 b877 f3d7 a95b 2dcf e581"),
-    (
-        {"balanced": False},
-        33,
-        "175f2bfa2 93526a08 c404dc5b 1ef4ab7c0 9e0b9027 16a9be81e d9ac331d 114b39467",
-    ),
-    ({"keep": 0.3}, 16, "d475 4064 20a0 b922 4218 99a0 d026 3104"),
-    (
-        {"keep": 0.3},
-        33,
-        "6160b935 129370d40 997d9060 14108041 1241b61a0 1880a3806 110038228 d1888440",
-    ),
-    ({"keep": 0.9, "seed": 7}, 16, "ffff 7ffa 7fbf efef f7fe ffbb 7ef7 ffef"),
-    (
-        {"keep": 0.9, "seed": 7},
-        33,
-        "17ffbf7ff 1ffeffdbf 1bfebffff ff6f7fff 1ff7fffff 1dfffff6f 14bfefeef 1df7fdfff",
-    ),
-]
 
 ids_of_any_size = st.integers(-(2**63), 2**63 - 1)
 keeps = st.floats(0.01, 0.99)
 widths = st.integers(1, 300)
-
-
-def as_hex(mask: torch.Tensor) -> list[str]:
-    return [f"{sum(1 << i for i, bit in enumerate(row) if bit):x}" for row in mask.tolist()]
 
 
 def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -59,7 +27,7 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("fields", "units", "expected"), PINNED)
 def test_masks_are_those_that_were_published(fields, units, expected):
-    mask = MaskSpec(**fields).exposed(PINNED_IDS, "encoder.fc1", units)
+    mask = MaskSpec(**fields).exposed(PINNED_IDS, SITE, units)
     assert as_hex(mask) == expected.split()
 
 
@@ -73,6 +41,18 @@ def test_mixing_function_is_the_published_splitmix64():
         outputs.append(int(masks._mix64(state)) % 2**64)
         assert masks._mix64_int(word) == expected[k]
     assert outputs == expected
+
+
+@given(ids=st.lists(ids_of_any_size, max_size=5), keep=keeps, units=st.lists(widths, max_size=4))
+def test_masks_of_several_sites_at_once_are_those_of_each(ids, keep, units):
+    ids, sites = torch.tensor(ids, dtype=torch.int64), {f"site {i}": n for i, n in enumerate(units)}
+    sides = torch.arange(len(ids)) % 2 == 0
+    for spec in (MaskSpec(keep, seed=5, balanced=False), MaskSpec(seed=5)):
+        exposed = {site: spec.exposed(ids, site, width) for site, width in sites.items()}
+        for hidden, turn in ((False, False), (True, True), (sides, sides[:, None])):
+            found = spec.at_sites(ids, sites, hidden=hidden) if sites else {}
+            assert list(found) == list(sites)
+            assert all(torch.equal(found[site], exposed[site] ^ turn) for site in sites)
 
 
 @given(ids=st.lists(ids_of_any_size, max_size=5), keep=keeps, units=widths)

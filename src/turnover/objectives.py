@@ -38,7 +38,32 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Float32 logits (rows, classes) and int64 labels (rows,)."""
+    """Float32 logits (rows, classes) and int64 labels (rows,), which are classes."""
+    logits, labels = _of_one_shape(outputs, batch)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise InputError(
+            f"labels must lie in [0, {logits.shape[1]}), the model's classes, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    return logits, labels
+
+
+def _without_waiting(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """As :func:`logits_and_labels`; on a GPU a row whose label is no class has logits of NaN."""
+    if not _where_asking_waits(logits_of(outputs)):
+        return logits_and_labels(outputs, batch)
+    # NaN is refused with the scores.
+    logits, labels = _of_one_shape(outputs, batch)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    return logits.masked_fill(~known[:, None], torch.nan), labels.clamp(0, logits.shape[1] - 1)
+
+
+def _where_asking_waits(logits: Tensor) -> bool:
+    """Whether a check of values would wait for the device, in every forward."""
+    return logits.device.type != "cpu"
+
+
+def _of_one_shape(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = logits_of(outputs).float()
     labels = batch.labels
     if labels is None:
@@ -53,13 +78,7 @@ def logits_and_labels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             f"labels must be integer classes of shape ({len(logits)},), got {labels.dtype} "
             f"{tuple(labels.shape)}: regression and multi-label targets need your own objective"
         )
-    labels = labels.long()
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-        raise InputError(
-            f"labels must lie in [0, {logits.shape[1]}), the model's classes, got "
-            f"{int(labels.min())} to {int(labels.max())}"
-        )
-    return logits, labels
+    return logits, labels.long()
 
 
 def _no_labels(batch: Batch) -> str:
@@ -87,7 +106,7 @@ def costs(objective: Objective, outputs: Any, batch: Batch) -> Tensor:
 
 def cross_entropy(outputs: Any, batch: Batch) -> Tensor:
     """Cross entropy of the labeled class, in nats: float32 (rows,)."""
-    logits, labels = logits_and_labels(outputs, batch)
+    logits, labels = _without_waiting(outputs, batch)
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
@@ -97,7 +116,7 @@ def margin(outputs: Any, batch: Batch) -> Tensor:
     ``logsumexp(other logits) - logit of the label``. Its noise is closer to Gaussian than that of the
     loss, and it does not saturate on confident predictions.
     """
-    logits, labels = logits_and_labels(outputs, batch)
+    logits, labels = _without_waiting(outputs, batch)
     labeled = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(dim=1) - labeled

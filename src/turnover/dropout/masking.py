@@ -118,18 +118,17 @@ class Masking:
                     f"hidden must be a bool tensor of shape {tuple(ids.shape)}, got {hidden.dtype} "
                     f"{tuple(hidden.shape)}"
                 )
-            hidden = hidden.to(device)
+            hidden = _on(device, hidden)
         binding = Binding(
-            ids.to(device),
+            _on(device, ids),
             hidden,
             broadcast,
-            {site: column.to(device) for site, column in site_ids.items()},
+            {site: _on(device, column) for site, column in site_ids.items()},
             every_row,
             None if sites is None else frozenset(sites),
         )
-        for name, units in self.units.items():
-            if units is not None and binding.covers(name):
-                binding.masks[name] = self._mask(binding, name, units)
+        covered = {n: units for n, units in self.units.items() if units and binding.covers(n)}
+        binding.masks.update(self._masks(binding, covered))
         return binding
 
     def bind_both(self, ids: Tensor, sites: Sequence[str], *, split: str | None = None) -> Binding:
@@ -187,6 +186,12 @@ class Masking:
         if len(lengths) > 1:
             raise InputError(f"columns of ids differ in length: {sorted(lengths)}")
         return found
+
+    def _masks(self, binding: Binding, units: Mapping[str, int]) -> dict[str, Tensor]:
+        assert binding.ids is not None
+        if binding.site_ids or binding.ids.device.type == "cpu" or not units:
+            return {name: self._mask(binding, name, width) for name, width in units.items()}
+        return self.spec.at_sites(binding.ids, units, hidden=binding.hidden)
 
     def _mask(self, binding: Binding, site: str, units: int) -> Tensor:
         assert binding.ids is not None
@@ -321,7 +326,7 @@ class Masking:
         keep = self.spec.keep
         if not isinstance(binding.hidden, Tensor):
             return 1 / (1 - keep) if binding.hidden else 1 / keep
-        hidden, exposed = output.new_tensor(1 / (1 - keep)), output.new_tensor(1 / keep)
+        hidden, exposed = output.new_full((), 1 / (1 - keep)), output.new_full((), 1 / keep)
         return torch.where(binding.hidden.to(output.device)[:, None], hidden, exposed)
 
     def _measure(self, site: str, units: int) -> None:
@@ -331,6 +336,15 @@ class Masking:
                 f"of a site may not change from one forward (or one use of the module) to the next"
             )
         self.fix_units({site: units})
+
+
+def _on(device: torch.device, rows: Tensor) -> Tensor:
+    """Ids or sides of rows on the model's device, to which a step does not wait for them to arrive."""
+    if device.type == "cpu" or rows.device.type != "cpu":
+        return rows.to(device)
+    # From pinned memory it would be copied later, when the data loader may have other ids there.
+    rows = rows.clone() if rows.is_pinned() else rows
+    return rows.to(device, non_blocking=True)
 
 
 def _batch_first_fix(site: ResolvedSite) -> str:

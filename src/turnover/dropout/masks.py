@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,32 @@ class MaskSpec:
         words = self._words(ids, site, units)
         return _expand(words, paired=bool(self.balanced))[:, :units]
 
+    def at_sites(
+        self, ids: Tensor, units: Mapping[str, int], *, hidden: bool | Tensor = False
+    ) -> dict[str, Tensor]:
+        """Masks of several sites, made together: on a GPU in as many kernels as those of one.
+
+        Args:
+            ids: int64 (rows,).
+            units: number of maskable units, >= 1, by site name.
+            hidden: whether the units of the hidden sub-networks are wanted; or bool (rows,).
+
+        Returns:
+            bool (rows, units) by site name, on the device of ``ids``; views of one tensor.
+        """
+        layout = _layout_on(ids.device, self, tuple(units.items()))
+        streams = _mix64(ids[:, None] ^ layout.keys).index_select(1, layout.site)
+        words = _bernoulli_words(streams, layout.number, layout.words, self._threshold)
+        masks = _expand(words, paired=bool(self.balanced))
+        if isinstance(hidden, Tensor):
+            masks = masks ^ hidden[:, None]
+        elif hidden:
+            masks = ~masks
+        parts = torch.split(masks, layout.widths, dim=1)
+        return {
+            site: part[:, :width] for (site, width), part in zip(units.items(), parts, strict=True)
+        }
+
     def packed(self, ids: Tensor, site: str, units: int) -> Tensor:
         """The draws behind :meth:`exposed`, eight per byte, the lowest bit first.
 
@@ -123,7 +150,9 @@ class MaskSpec:
         if units < 1:
             raise InputError(f"site {site!r}: units must be >= 1, got {units}")
         stream = _mix64(ids ^ _signed(self._site_key(site, units)))  # (rows,)
-        return _bernoulli_words(stream, self.draws(units), self._threshold)
+        words = -(-self.draws(units) // 64)
+        number = torch.arange(1, words + 1, device=stream.device, dtype=torch.int64)
+        return _bernoulli_words(stream[:, None], number, words, self._threshold)
 
     def _site_key(self, site: str, units: int) -> int:
         name = int.from_bytes(text_digest(site), "little")
@@ -206,22 +235,67 @@ def _mix64(value: Tensor) -> Tensor:
     return value ^ _shift(value, 31)
 
 
-def _bernoulli_words(stream: Tensor, draws: int, threshold: int) -> Tensor:
-    """Independent bits with P(1) = threshold / 2**32, 64 to an int64 word: (rows, ceil(draws / 64)).
+def _bernoulli_words(
+    streams: Tensor, number: Tensor, words: int | Tensor, threshold: int
+) -> Tensor:
+    """Independent bits with P(1) = threshold / 2**32, 64 to an int64 word: (rows, words).
 
     Each bit compares a random binary fraction with the threshold, one binary digit (one word for 64
     draws) at a time: from the last digit up, OR where the threshold has a 1 and AND where it has a 0.
     Digits below the threshold's last 1 cannot matter, so keep 0.5 costs one word for 64 draws.
+
+    Args:
+        streams: int64 (rows, words), or (rows, 1) for one site.
+        number: of each word among those of its site, from 1: int64 (words,).
+        words: number of words of the site; int64 (words,) for several sites.
+        threshold: of the bits.
     """
-    words = -(-draws // 64)
     digits = [(threshold >> bit) & 1 for bit in range(_PRECISION)]
     digits = digits[digits.index(1) :]
-    counters = torch.arange(1, words + 1, device=stream.device, dtype=torch.int64) * _signed(_GAMMA)
-    bits = _mix64(stream[:, None] + counters)  # (rows, words)
+    counters = number * _signed(_GAMMA)
+    bits = _mix64(streams + counters)
     for plane, digit in enumerate(digits[1:], start=1):
-        word = _mix64(stream[:, None] + (counters + _signed(plane * words * _GAMMA)))
+        if isinstance(words, Tensor):
+            before: int | Tensor = words * _signed(plane * _GAMMA)
+        else:
+            before = _signed(plane * words * _GAMMA)
+        word = _mix64(streams + (counters + before))
         bits = bits | word if digit else bits & word
     return bits
+
+
+class _Layout(NamedTuple):
+    """The words of several sites side by side.
+
+    Attributes:
+        keys: of the sites, int64 (sites,).
+        site: position of each word's site, int64 (words,).
+        number: of each word among those of its site, from 1: int64 (words,).
+        words: number of words of its site, int64 (words,).
+        widths: bits of each site, those of a last word in part included.
+    """
+
+    keys: Tensor
+    site: Tensor
+    number: Tensor
+    words: Tensor
+    widths: list[int]
+
+
+@lru_cache(maxsize=32)  # copying it in every step would keep a GPU waiting
+def _layout_on(device: torch.device, spec: MaskSpec, units: tuple[tuple[str, int], ...]) -> _Layout:
+    keys = [_signed(spec._site_key(site, width)) for site, width in units]
+    counts = [-(-spec.draws(width) // 64) for _, width in units]
+    site = [index for index, count in enumerate(counts) for _ in range(count)]
+    number = [one for count in counts for one in range(1, count + 1)]
+    words = [counts[index] for index in site]
+
+    def moved(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
+
+    with torch.inference_mode(False):
+        widths = [count * (128 if spec.balanced else 64) for count in counts]
+        return _Layout(moved(keys), moved(site), moved(number), moved(words), widths)
 
 
 def _make_table(bits: int, *, paired: bool) -> Tensor:

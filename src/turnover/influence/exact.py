@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.batches import Batch
+from turnover.dropout.modules import device_of
 from turnover.errors import check_whole
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
@@ -92,6 +93,7 @@ class ExactEstimator(Estimator):
 
     def _scored(self, engine: Engine, batches: Sequence[Batch], ids: Tensor) -> Tensor:
         moved = [engine.moved(batch) for batch in batches]
+        ids = ids.to(device_of(engine.network.model))  # once, and not for each block of them
         scores = self._forwards(engine).scores(moved, ids, partial(engine.counts.advance, "exact"))
         return finite(scores, "influence")
 

@@ -101,9 +101,16 @@ def finite(values: Tensor, what: str) -> Tensor:
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero().flatten()
         raise InputError(
             f"{what} is NaN or infinite for rows {rows[:5].tolist()} of a batch: the network or the "
-            f"objective diverged on them"
+            f"objective diverged on them, or (on a GPU) their labels are no classes of the network"
         )
     return values
+
+
+def all_finite(values: Sequence[Tensor], what: str) -> None:
+    """As :func:`finite` of each, waiting for the device once."""
+    if values and not bool(torch.stack([torch.isfinite(one).all() for one in values]).all()):
+        for one in values:
+            finite(one, what)
 
 
 def check_reached(wanted: Sequence[str], reached: Collection[str]) -> None:

@@ -22,6 +22,7 @@ from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, over_networks, to_numpy
 from turnover.influence.gradients import Run, finite, mask_gradients
 from turnover.influence.plan import PILOT_IDS, Pilot
+from turnover.influence.products import CodeProduct, usable
 from turnover.influence.protocol import Estimator, Method, register
 
 Floats = NDArray[np.float64]
@@ -34,6 +35,8 @@ _BYTES = 2**22
 """Packed draws of one pass by tables."""
 _PRODUCT_IDS = 512
 """Ids in one matrix product; more of them would fall out of the cache."""
+_GPU_BYTES = 2**29
+"""Masks and sums of one product on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ class LinearScorer:
     """Rows of coefficients, ready to be multiplied by (hidden mask - exposed mask) of any ids.
 
     Masks are expanded to numbers for a block of ids that fits the cache. Few rows take even less: eight
-    draws at a time are looked up in tables of their sums.
+    draws at a time are looked up in tables of their sums. On a GPU the numbers are integers
+    (:mod:`turnover.influence.products`).
 
     Args:
         coefficients: float32 (rows, mask units): derivatives by the mask entries.
@@ -197,7 +201,8 @@ class LinearScorer:
         sites = torch.split(step, list(self._units.values()), dim=1)
         self._steps = torch.cat([self._by_draw(part) for part in sites], dim=1)
         self._tables: list[Tensor] = []
-        if len(coefficients) <= _FEW_ROWS:
+        self._product = CodeProduct(self._steps) if usable(self._steps) else None
+        if len(coefficients) <= _FEW_ROWS and coefficients.device.type == "cpu":
             self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
 
     def scores(self, ids: Tensor) -> Tensor:
@@ -213,18 +218,24 @@ class LinearScorer:
         return scores
 
     def _fill(self, scores: Tensor, ids: Tensor) -> None:
-        size = _PRODUCT_IDS
-        if self._tables:
-            size = max(_PRODUCT_IDS, _BYTES * 8 // self._steps.shape[1])
+        size, ids = self._ids_at_once(), ids.to(self._steps.device)
         parts = zip(torch.split(ids, size), torch.split(scores, size), strict=True)
         for part, block in parts:
-            packed = self._packed(part.to(self._steps.device))
-            if self._tables:
+            packed = self._packed(part)
+            if self._product is not None:
+                self._product.into(packed, block.T)
+            elif self._tables:
                 block.copy_(self._looked_up(packed))
             else:
                 torch.mm(_signs(packed), self._steps.T, out=block)
         if self._spec.keep != 0.5:
             scores.add_(self._base)
+
+    def _ids_at_once(self) -> int:
+        rows, draws = self._steps.shape
+        if self._steps.device.type != "cpu":
+            return max(_PRODUCT_IDS, _GPU_BYTES // (4 * draws + 24 * rows))
+        return max(_PRODUCT_IDS, _BYTES * 8 // draws) if self._tables else _PRODUCT_IDS
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""

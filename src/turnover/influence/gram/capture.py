@@ -25,7 +25,7 @@ from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.row_order import out_of_order, reversed_rows
 from turnover.dropout.torch_private import has_reentrant, may_rearrange
 from turnover.errors import InputError
-from turnover.influence.gradients import finite
+from turnover.influence.gradients import all_finite, finite
 from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit, Factors
 from turnover.influence.gram.general import RowGradients
@@ -136,10 +136,8 @@ class Capture:
             rows = self._verified_rows(batch, self._directions if training else 0)
         self._warn_general()
         finite(rows.costs, "objective")
-        for factors in rows.parts.values():
-            for values in factors.tensors().values():
-                if values.is_floating_point():
-                    finite(values, "gradient of the objective")
+        found = [v for f in rows.parts.values() for v in f.tensors().values()]
+        all_finite([v for v in found if v.is_floating_point()], "gradient of the objective")
         return rows
 
     def _verified_rows(self, batch: Batch, count: int = 0) -> Rows:
