@@ -88,7 +88,7 @@ check-gpu: ## Compare results on a CUDA GPU with the CPU's; skips without one
 		-p no:cacheprovider --confcutdir=tests/gpu tests/gpu
 
 bench-gpu: ## Time masks, training and estimators on a CUDA GPU
-	PYTHONPATH=$(CURDIR)/src $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m benchmarks.gpu
 
 clean: ## Remove the environments and runs/
 	rm -rf $(VENV) $(PYDVL) runs

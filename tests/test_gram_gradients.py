@@ -231,7 +231,8 @@ def test_batches_of_different_lengths_are_one_training_set():
     np.testing.assert_allclose(out / expected.max(), expected / expected.max(), atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:turnover. gram knows no rule")  # bfloat16 is too coarse for some
+# bfloat16 is too coarse for the rules of some layers.
+@pytest.mark.filterwarnings("ignore:turnover. gram knows no rule")
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
 def test_batch_norms_in_other_precisions(dtype, most):
     """Their statistics are not float32 as the recorded inputs are."""
