@@ -82,7 +82,7 @@ bench-effort: $(VENV)/.bench $(PYDVL)/.done ## Compare what each tool asks of it
 	$(BIN)/python -m benchmarks.effort.run
 
 # PYTHON=: an interpreter with torch, numpy, tqdm and pytest, as it is; transformers, peft, safetensors and msgspec if
-# it has them. Both within seven minutes on an H200.
+# it has them. Sized for seven minutes together on an H200.
 check-gpu: ## Compare results on a CUDA GPU with the CPU's; skips without one
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=$(CURDIR)/src $(PYTHON) -m pytest -o addopts=--strict-markers -rs \
 		-p no:cacheprovider --confcutdir=tests/gpu tests/gpu

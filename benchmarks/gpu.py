@@ -501,10 +501,8 @@ def measure(names: Sequence[str], sizes: Sizes, device: torch.device, out: Path)
         begin = time.perf_counter()
         try:
             part = PARTS[name](sizes, device)
-        except ImportError as error:
-            part = {"skipped": f"needs {error.name}, which is not installed"}
-        except torch.OutOfMemoryError as error:
-            part = {"skipped": str(error).splitlines()[0]}
+        except (ImportError, torch.OutOfMemoryError) as error:
+            part = {"skipped": str(error).strip().splitlines()[0]}
         if device.type == "cuda":
             part["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         part["part_s"] = time.perf_counter() - begin
