@@ -1,4 +1,4 @@
-# Every target sets up .venv first, unless it is up to date. `make help` lists the targets.
+# Every target but those of a GPU sets up .venv first, unless it is up to date. `make help` lists the targets.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-scale bench-effort clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,15 @@ bench-scale: $(VENV)/.dev ## Time results on several nodes: docs/scale.md
 
 bench-effort: $(VENV)/.bench $(PYDVL)/.done ## Compare what each tool asks of its user: docs/compare.md
 	$(BIN)/python -m benchmarks.effort.run
+
+# PYTHON=: an interpreter with torch, numpy, tqdm and pytest, as it is; transformers, peft, safetensors and msgspec if
+# it has them. Sized for seven minutes together on an H200.
+check-gpu: ## Compare results on a CUDA GPU with the CPU's; skips without one
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=$(CURDIR)/src $(PYTHON) -m pytest -o addopts=--strict-markers -rs \
+		-p no:cacheprovider --confcutdir=tests/gpu tests/gpu
+
+bench-gpu: ## Time masks, training and estimators on a CUDA GPU
+	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m benchmarks.gpu
 
 clean: ## Remove the environments and runs/
 	rm -rf $(VENV) $(PYDVL) runs

@@ -229,3 +229,18 @@ def test_batches_of_different_lengths_are_one_training_set():
     out = torch.empty(9, 9)
     gram_of(made, out)
     np.testing.assert_allclose(out / expected.max(), expected / expected.max(), atol=2e-5)
+
+
+# bfloat16 is too coarse for the rules of some layers.
+@pytest.mark.filterwarnings("ignore:turnover. gram knows no rule")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+def test_batch_norms_in_other_precisions(dtype, most):
+    """Their statistics are not float32 as the recorded inputs are."""
+    found = []
+    for kind in (torch.float32, dtype):
+        model = tiny.randomise(tiny.ConvNet()).eval().to(kind)
+        batch = Batch(tiny.features(ROWS, 1, 8, 8).to(kind), tiny.labels(ROWS))
+        capture = Capture(model, objectives.cross_entropy, residuals=False)
+        found.append(torch.zeros(ROWS, ROWS))
+        gram_of([block_of([capture.rows(batch)])], found[-1])
+    assert (found[1] - found[0]).abs().max() < most * found[0].abs().max()

@@ -41,7 +41,10 @@ def _standardized(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(inputs, module.num_groups, eps=module.eps)
     assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-    mean, variance = module.running_mean, module.running_var
+    mean, variance = (
+        None if one is None else one.to(inputs.dtype)
+        for one in (module.running_mean, module.running_var)
+    )
     return functional.batch_norm(inputs, mean, variance, eps=module.eps)
 
 
