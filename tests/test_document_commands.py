@@ -12,6 +12,8 @@ from documents import PAGES, ROOT, blocks, commands, name_of
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 from test_cli import encoder, sentences, turnover, write_csv  # noqa: F401 - a fixture
 from turnover.runs.run import Run
 
@@ -43,6 +45,10 @@ def run_page(page: Path, encoder: Path) -> None:  # noqa: F811
 def after_quickstart(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:  # noqa: F811
     """A folder with the files that the guides name, and what the quickstart makes of them."""
     desk = tmp_path_factory.mktemp("desk")
+    names = {0: "neg", 1: "pos"}
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, id2label=names)
+    model.save_pretrained(desk / "my-bert")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(desk / "my-bert")
     rows = [(*row, f"vendor {i % 8}") for i, row in enumerate(sentences(120))]
     write_csv(desk / "train.csv", rows, header="id,text,label,source")
     for number, name in enumerate(("test", "validation", "other_domain"), start=1):

@@ -157,10 +157,31 @@ MODELS = {
     "gpt2": (tiny.gpt2, lambda: tiny.texts(ROWS)),
     "rule from outside": (lambda: gained(Scale), lambda: tiny.features(ROWS, 5, 6)),
 }
+
+
+class _NormOfChannels(nn.LayerNorm):
+    """As ConvNeXt's: rows are (channels, height, width)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsFirst(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(2, 6, 3),
+            _NormOfChannels(6),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(54, tiny.CLASSES),
+        )
+
+
 GENERAL = {
     "shared weights": (Recurring, tokens),
     "attention": (Attention, lambda: tiny.features(ROWS, 5, 6)),
     "wrong rule": (lambda: gained(WrongScale), lambda: tiny.features(ROWS, 5, 6)),
+    "subclass that takes other inputs": (ChannelsFirst, lambda: tiny.features(ROWS, 2, 5, 5)),
     "rows second": (Sequential, lambda: tiny.features(ROWS, ROWS, 5)),
 }
 

@@ -4,6 +4,11 @@ Influence of training instances by turn-over dropout (Kobayashi et al. 2020, arX
 the noise floor of every number.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from turnover import objectives
 from turnover.batches import Batch, WithIds
 from turnover.dropout.head import WideHead
@@ -21,6 +26,9 @@ from turnover.influence.linear import Linear
 from turnover.influence.rerank import Rerank
 from turnover.results.reader import open_result
 from turnover.results.result import Result
+
+if TYPE_CHECKING:
+    from turnover.tasks.attribute import attribute
 
 __version__ = "0.1.0"
 
@@ -42,6 +50,7 @@ __all__ = [
     "WideHead",
     "WithIds",
     "attach",
+    "attribute",
     "content_ids",
     "ghost_ids",
     "hidden_predictions",
@@ -49,3 +58,11 @@ __all__ = [
     "open_result",
     "string_ids",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if (
+        name == "attribute"
+    ):  # reads files and models, which scoring a network in memory does not need
+        return importlib.import_module("turnover.tasks.attribute").attribute
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ except InputError as error:
     sys.stderr.write(f"turnover: {error}\n")
     sys.exit(2)  # bad input, as everywhere
 
+from turnover.cli.attribute import attribute
 from turnover.cli.doctor import doctor
 from turnover.cli.labels import cleanse, predict, review
 from turnover.cli.output import visible
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 
 EXAMPLES: dict[Callable[..., None], str] = {
+    attribute: "turnover attribute --model my-bert --train train.csv --test test.csv --out runs/mine",
     fit: "turnover fit train.csv --model bert-base-uncased --test test.csv --out runs/mine",
     plan: "turnover plan train.csv --model bert-base-uncased --pilot",
     influence: "turnover influence runs/mine --method auto --seconds 600",
@@ -114,7 +116,7 @@ def _show(
 ) -> None:
     """Print our own warnings in one line, as errors; those of libraries with their origin."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        _write(str(message))
+        _write(str(message).removeprefix("turnover: "))
     else:
         _SHOW(message, category, filename, lineno, file, line)
 

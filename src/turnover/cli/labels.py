@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
@@ -102,10 +102,15 @@ def review(
     flagged = review_task.review(loaded, budget=budget)
     path = out or in_results(run, name)
     review_task.write_review(flagged, path)
+    doubted = "whose label differs from the prediction of the network that never learned them"
+    if loaded.masks is None:
+        doubted = (
+            "whose label is the least probable by the model less what each row itself added, by gram "
+            "(predictions of networks that never learned a row need turn-over training)"
+        )
     output.say(
-        f"{len(flagged)} training rows whose label differs from the prediction of the network that never "
-        f"learned them: {path}\nfill in the column decision (keep, remove or a class), then: turnover "
-        f"review {run} --decisions {path} --out cleaned.csv",
+        f"{len(flagged)} training rows {doubted}: {path}\nfill in the column decision (keep, remove or a "
+        f"class), then: turnover review {run} --decisions {path} --out cleaned.csv",
         highlight=False,
     )
     listed = [asdict(one) for one in flagged]
@@ -123,6 +128,7 @@ def cleanse(
     ranking: Literal["gram", "turn-over", "self"] | None = None,
     scores: Path | None = None,
     fraction: list[float] | None = None,
+    second_column: Annotated[str | None, typer.Option(rich_help_panel=DATA)] = None,
     seeds: Positive = 3,
     split: Annotated[str, typer.Option(rich_help_panel=DATA)] = "validation",
     device: Device = "auto",
@@ -139,6 +145,7 @@ def cleanse(
             memorization, by self-influence.
         scores: your own ranking: CSV with key and score, positive = helpful.
         fraction: share to remove, between 0 and 1 (repeatable); default: 0.01 0.02 0.05 0.1 0.2.
+        second_column: column of the second texts, for a classifier of pairs.
         seeds: heads trained without each share.
         split: split of a Hugging Face data set.
     """
@@ -148,6 +155,7 @@ def cleanse(
     loaded = Run.load(run, device)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
+    columns = replace(columns, second=second_column)
     held = loaded.pipeline.reader()(validation, columns, classes=loaded.train.classes, split=split)
     say_rows(output, validation=held)
     found = cleanse_task.cleanse(

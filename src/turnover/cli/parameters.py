@@ -26,7 +26,7 @@ from turnover.runs.remote import mirrored
 
 RUN = "Run and output"
 _JSON_HELP = "Print one JSON document on stdout; tables, notes and progress go to stderr."
-_OTHER_NAMES = {"size": "image_size", "sites": "site"}
+_OTHER_NAMES = {"size": "image_size", "sites": "site", "classes": "class_name"}
 """Options that are not called like their field."""
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "head_units", "lora_rank", "max_tokens"), 1),

@@ -150,7 +150,7 @@ def groups(
     path = in_results(run, "groups.json")
     document = found.to_dict() | {"device": device}
     write_json(path, document)
-    _print_groups(output, found)
+    _print_groups(output, found, show)
     output.say(f"all groups: {path}")
     output.document(document)
 
@@ -209,11 +209,18 @@ def print_influence(output: Output, metrics: dict[str, Any]) -> None:
     if not metrics["errors_explained"]:
         output.say("no misclassified test rows")
         return
+    seconds = f"{metrics['seconds']['influence']:.0f} s"
+    if found["method"] == "gram":
+        output.say(
+            f"{metrics['errors_explained']} targets x {metrics['n_train']} training instances by gram: "
+            f"median standard error {found['median_standard_error']:.2g} nats; {seconds}"
+        )
+        return
     output.say(
         f"{metrics['errors_explained']} errors x {metrics['n_train']} training instances: "
         f"{metrics['significant_pairs']} pairs with q <= 0.05, on "
         f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
-        f"{metrics['ghost_false_positive_rate']:.4f}; {metrics['seconds']['influence']:.0f} s"
+        f"{metrics['ghost_false_positive_rate']:.4f}; {seconds}"
     )
 
 
@@ -230,7 +237,23 @@ def explain_errors(
     return explanations[:show]
 
 
-def _print_groups(output: Output, found: groups_task.Groups) -> None:
+def _print_groups(output: Output, found: groups_task.Groups, show: int) -> None:
+    if found.accuracy_spread is None:
+        ends = found.groups
+        if len(ends) > 2 * show:
+            ends = (*ends[:show], *ends[len(ends) - show :])
+        output.table(
+            ("group", "rows", "nats", "standard error"),
+            (
+                (one.key, str(one.rows), f"{one.score:+.4f}", f"{one.standard_error:.2g}")
+                for one in ends
+            ),
+        )
+        output.say(
+            f"by gram: sums over the rows of each group; accuracies with and without a group need "
+            f"turn-over training (turnover fit); accuracy of the model {found.accuracy:.3f}"
+        )
+        return
     listed = [
         (one, f"{one.accuracy_with:.3f}", f"{one.accuracy_without:.3f}")
         for one in found.groups
@@ -254,18 +277,31 @@ def _print_groups(output: Output, found: groups_task.Groups) -> None:
 def _print_explanations(output: Output, explanations: list[Explanation]) -> None:
     for one in explanations:
         said = f"{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})"
+        title = f"{one.text}\n{said}"
+        if one.is_gram:
+            _print_gram(output, one, title=title)
+            continue
         output.table(
             ("", "label", "nats", "z", "q", "training instance"),
             _rows(one, lambda item: (f"{item.z:+.1f}", _q(item))),
-            title=f"{one.text}\n{said}",
+            title=title,
         )
         if one.gram is not None:
-            output.table(
-                ("gram", "label", "nats", "standard error", "training instance"),
-                _rows(one.gram, lambda item: (f"{item.standard_error:.3f}",)),
-            )
+            _print_gram(output, one.gram)
     if any(one.gram for one in explanations):
         output.say(f"{explain_task.TURNOVER_MEANS}\n{explain_task.GRAM_MEANS}", highlight=False)
+    elif any(one.is_gram for one in explanations):
+        output.say(explain_task.GRAM_MEANS, highlight=False)
+
+
+def _print_gram(
+    output: Output, sides: Explanation | GramExplanation, *, title: str | None = None
+) -> None:
+    output.table(
+        ("gram", "label", "nats", "standard error", "training instance"),
+        _rows(sides, lambda item: (f"{item.standard_error:.2g}",)),
+        title=title,
+    )
 
 
 def _rows(

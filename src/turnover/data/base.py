@@ -97,7 +97,11 @@ class Data:
             for row, key in enumerate(self.keys):
                 label = self.classes[self.labels[row]]
                 line = {"key": key, "id": int(self.ids[row]), "label": label}
-                file.write(json.dumps(line | {self.kind: self.shown(row)}) + "\n")
+                file.write(json.dumps(line | self.content(row)) + "\n")
+
+    def content(self, row: int) -> dict[str, str]:
+        """Content of a row, as a run's file has it."""
+        return {self.kind: self.shown(row)}
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,13 @@ Reader = Callable[..., Data]
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the text or image, the label, and (optionally) ids or groups."""
+    """Names of the columns that hold the text or image, the label, and any ids, groups or second texts."""
 
     input: str = "text"
     label: str = "label"
     id: str | None = None
     group: str | None = None
+    second: str | None = None
 
     def __post_init__(self) -> None:
         if self.id is not None and self.group is not None:
@@ -136,8 +141,8 @@ class Columns:
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
     """Refuse a table without the columns; an absent id or group column is dropped if not needed."""
     if not ids_needed and {columns.id, columns.group}.isdisjoint(names):
-        columns = Columns(columns.input, columns.label)
-    for column in (columns.input, columns.label, columns.id, columns.group):
+        columns = replace(columns, id=None, group=None)
+    for column in (columns.input, columns.second, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
             raise InputError(
                 f"{source}: no column {column!r}; it has {', '.join(names)}{closest(column, names)}"

@@ -6,8 +6,8 @@ Nothing is repaired or dropped silently.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,36 @@ class TextData(Data):
 
 
 @dataclass(frozen=True)
+class PairData(TextData):
+    """Labeled pairs of texts.
+
+    Attributes:
+        seconds: the second text of each instance.
+    """
+
+    seconds: list[str]
+
+    _per_row: ClassVar[tuple[str, ...]] = ("texts", "seconds", "labels", "keys")
+
+    def shown(self, row: int) -> str:
+        """Both texts of a row."""
+        return f"{self.texts[row]} | {self.seconds[row]}"
+
+    def contents(self) -> list[str]:
+        """Both texts of each row."""
+        return [f"{one}\0{two}" for one, two in zip(self.texts, self.seconds, strict=True)]
+
+    def table(self) -> dict[str, list[Any]]:
+        """Columns for a file: key, both texts, and label."""
+        labels = [self.classes[label] for label in self.labels]
+        return {"key": self.keys, "text": self.texts, "second": self.seconds, "label": labels}
+
+    def content(self, row: int) -> dict[str, str]:
+        """Both texts of a row, as a run's file has them."""
+        return {"text": self.texts[row], "second": self.seconds[row]}
+
+
+@dataclass(frozen=True)
 class TextRow(Row):
     """A row of a run's texts."""
 
@@ -61,24 +91,46 @@ class TextRow(Row):
 
 
 @dataclass(frozen=True)
+class PairRow(TextRow):
+    """A row of a run's pairs of texts."""
+
+    second: str
+
+
+@dataclass(frozen=True)
 class Tokens(Encoded):
-    """Tokenized texts: token ids, class indices, int64 instance ids (rows,) and the padding token."""
+    """Tokenized texts: token ids, class indices, int64 instance ids (rows,) and the padding token.
+
+    Attributes:
+        more: other inputs by name, one number for each token: their values, and their padding.
+        left: whether the padding comes before the tokens.
+    """
 
     tokens: list[list[int]]
     labels: list[int]
     ids: Tensor
     padding: int
+    more: dict[str, tuple[list[list[int]], int]] = field(default_factory=dict)
+    left: bool = False
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Some rows, padded: int64 ``input_ids`` and ``attention_mask`` (rows, tokens)."""
+        """Some rows, padded: int64 ``input_ids``, ``attention_mask`` and others, (rows, tokens) each."""
+        width = max(len(self.tokens[row]) for row in rows)
+
+        def padded(values: Sequence[list[int]], padding: int) -> Tensor:
+            filled = torch.full((len(values), width), padding)
+            for line, one in zip(filled, values, strict=True):
+                place = slice(width - len(one), None) if self.left else slice(len(one))
+                line[place] = torch.tensor(one)
+            return filled
+
         texts = [self.tokens[row] for row in rows]
-        width = max(len(text) for text in texts)
-        input_ids = torch.full((len(texts), width), self.padding)
-        attention_mask = torch.zeros((len(texts), width), dtype=torch.int64)
-        for index, text in enumerate(texts):
-            input_ids[index, : len(text)] = torch.tensor(text)
-            attention_mask[index, : len(text)] = 1
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {
+            "input_ids": padded(texts, self.padding),
+            "attention_mask": padded([[1] * len(text) for text in texts], 0),
+        }
+        for name, (values, padding) in self.more.items():
+            inputs[name] = padded([values[row] for row in rows], padding)
         return Batch(inputs, torch.tensor([self.labels[row] for row in rows]), self.ids[list(rows)])
 
     def chunks(self, rows: Sequence[int], size: int = EVALUATION_ROWS) -> list[list[int]]:
@@ -124,25 +176,32 @@ def read(
             classes, two that differ in blanks alone, or a label column that is a regression or multi-label
             target.
     """
-    needed = (columns.input, columns.label)
+    needed = [name for name in (columns.input, columns.second, columns.label) if name is not None]
     wanted = [name for name in (columns.id, columns.group) if name is not None]
     table = load_table(source, split, needed, wanted)
     columns = present(table.column_names, columns, source, ids_needed=ids_needed)
     if not len(table):
         raise InputError(f"{source}: the file has no rows")
-    texts = column_of(table, columns.input, source)
+    texts = _texts(table, columns.input, source)
+    seconds = None if columns.second is None else _texts(table, columns.second, source)
+    names = label_names(table, columns.label, source, classes)
+    labels, known = indexed(names, classes, source, f"column {columns.label!r}")
+    whole = texts if seconds is None else map("\0".join, zip(texts, seconds, strict=True))
+    keys, ids = keys_and_ids(table, columns, source) or (
+        [str(row + 1) for row in range(len(texts))],
+        content_ids(f"{text}\0{name}" for text, name in zip(whole, names, strict=True)),
+    )
+    if seconds is not None:
+        return PairData(texts, labels, ids, keys, known, seconds)
+    return TextData(texts, labels, ids, keys, known)
+
+
+def _texts(table: Any, column: str, source: str) -> list[str]:
+    texts: list[str] = column_of(table, column, source)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             held = ""
             if text is not None and not isinstance(text, str):
                 held = f", but {str(text)[:50]!r} of the type {type(text).__name__}: write it as a text"
-            raise InputError(
-                f"{source}: row {row + 1} has no text in column {columns.input!r}{held}"
-            )
-    names = label_names(table, columns.label, source, classes)
-    labels, known = indexed(names, classes, source, f"column {columns.label!r}")
-    keys, ids = keys_and_ids(table, columns, source) or (
-        [str(row + 1) for row in range(len(texts))],
-        content_ids(f"{text}\0{name}" for text, name in zip(texts, names, strict=True)),
-    )
-    return TextData(texts, labels, ids, keys, known)
+            raise InputError(f"{source}: row {row + 1} has no text in column {column!r}{held}")
+    return texts

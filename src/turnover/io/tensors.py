@@ -105,7 +105,8 @@ def read_model(path: Path, build: Callable[[], _Model]) -> _Model:
     """
     with torch.device("meta"):
         check_shapes(path, distinct(build()))
-    model = build()
+    with torch.random.fork_rng(devices=[]):
+        model = build()
     model.load_state_dict(read_weights(path, distinct(model)), strict=False)
     return model.eval()
 

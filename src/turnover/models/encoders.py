@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 def load_pretrained(source: str) -> tuple[nn.Module, Any, str]:
     """Load an encoder of texts as :func:`load_encoder`, its tokenizer, and the type of its stored numbers."""
     encoder, stored = load_encoder(source, _some_tokens)
-    return encoder, _load_tokenizer(source), stored
+    return encoder, load_tokenizer(source), stored
 
 
 def load_encoder(source: str, inputs: Callable[[Any], dict[str, Tensor]]) -> tuple[nn.Module, str]:
@@ -50,26 +50,27 @@ def load_encoder(source: str, inputs: Callable[[Any], dict[str, Tensor]]) -> tup
         source: folder or Hugging Face name.
         inputs: makes inputs of one row for the encoder, on which all its weights must be known.
     """
-    with _loading(source):
+    with loading(source):
         config = config_of(source)
-        _check_weights(config, source)
-        stored = _stored_dtype(source)
-        return _load_encoder(_transformers(), source, config, inputs), stored
+        check_weights(config, source)
+        stored = stored_dtype(source)
+        return _load_encoder(transformers_library(), source, config, inputs), stored
 
 
 def config_of(source: str) -> Any:
     """Load the config of a model, without its weights, and refuse one that could run code."""
-    transformers = _transformers()
-    _check_folder(source)
-    with _loading(source):
+    transformers = transformers_library()
+    check_folder(source)
+    with loading(source):
         _check_no_adapter(source)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_attention(config, source)
+        check_attention(config, source)
         return config
 
 
 @contextmanager
-def _loading(source: str) -> Iterator[None]:
+def loading(source: str) -> Iterator[None]:
+    """Convert whatever transformers raises to an error of one line."""
     try:
         yield
     except InputError:
@@ -81,21 +82,23 @@ def _loading(source: str) -> Iterator[None]:
 def load_saved(folder: Path, *, tensors: int) -> tuple[Any, Any]:
     """Load the config of a run's encoder of texts as :func:`load_config`, and its tokenizer."""
     config = load_config(folder, tensors=tensors)
-    return config, _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return config, transformers_library().AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
 
 
 def load_config(folder: Path, *, tensors: int) -> Any:
     """Load the config of a run's encoder; ``tensors`` bounds its layers."""
-    transformers = _transformers()
-    _check_lengths(folder / "config.json", tensors)
+    transformers = transformers_library()
+    check_lengths(folder / "config.json", tensors)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _check_attention(config, folder)
+    check_attention(config, folder)
     return config
 
 
 def new_encoder(config: Any) -> nn.Module:
     """Build an encoder with new weights, in float32."""
-    kind = _auto_class(_transformers(), config)
+    kind = _auto_class(transformers_library(), config)
     encoder: nn.Module = _encoder_of(kind.from_config(config, trust_remote_code=False), kind)
     return encoder.float()
 
@@ -109,8 +112,6 @@ def first_line(error: BaseException) -> str:
 def _load_encoder(
     transformers: Any, source: str, config: Any, inputs: Callable[[Any], dict[str, Tensor]]
 ) -> nn.Module:
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    in_float32 = {"dtype" if release >= _DTYPE_SINCE else "torch_dtype": torch.float32}
     kind = _auto_class(transformers, config)
     # A missing safetensors file is an error; a pickle never replaces it.
     model, found = kind.from_pretrained(
@@ -119,12 +120,18 @@ def _load_encoder(
         config=config,
         use_safetensors=True,
         output_loading_info=True,
-        **in_float32,
+        **float32_argument(),
     )
     encoder: nn.Module = _encoder_of(model, kind).float().eval()
     if found["missing_keys"]:
         _check_complete(encoder, model, found["missing_keys"], source, inputs(encoder))
     return encoder
+
+
+def float32_argument() -> dict[str, torch.dtype]:
+    """Keyword of ``from_pretrained`` for weights in float32."""
+    release = tuple(int(part) for part in transformers_library().__version__.split(".")[:2])
+    return {"dtype" if release >= _DTYPE_SINCE else "torch_dtype": torch.float32}
 
 
 def _check_complete(
@@ -183,11 +190,11 @@ def _encoder_of(model: Any, kind: Any) -> Any:
     return encoder
 
 
-def _stored_dtype(source: str) -> str:
+def stored_dtype(source: str) -> str:
     """Type of real numbers in a checkpoint, ``"float32"`` by default."""
     from safetensors import safe_open
 
-    path = _file(source, next(iter(_listed_weights(source)), "model.safetensors"))
+    path = hub_file(source, next(iter(_listed_weights(source)), "model.safetensors"))
     if path is None:
         return "float32"
     with safe_open(path, framework="pt") as tensors:
@@ -197,20 +204,22 @@ def _stored_dtype(source: str) -> str:
 
 def _listed_weights(source: str, index: str = f"model{_INDEX}") -> list[str]:
     """Files of weights that a model's index lists, if it has one."""
-    path = _file(source, index)
+    path = hub_file(source, index)
     return [] if path is None else list(json.loads(Path(path).read_text())["weight_map"].values())
 
 
-def _file(source: str, name: str) -> str | None:
+def hub_file(source: str, name: str) -> str | None:
+    """Path of a model's file; ``None`` if the model has no such file."""
     from transformers.utils import cached_file
 
     path: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return path
 
 
-def _load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """Load a tokenizer without code."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return transformers_library().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that are not its own
         hint = ""
         if importlib.util.find_spec("sentencepiece") is None:
@@ -252,7 +261,7 @@ def _are_words(tokens: Iterable[object]) -> bool:
     return any(str(token).strip(_SPACES) for token in tokens)
 
 
-def _check_folder(source: str) -> None:
+def check_folder(source: str) -> None:
     """Refuse a folder that does not exist, or whose weights are pickles alone."""
     path = Path(source)
     if not path.is_dir():
@@ -280,7 +289,7 @@ def _check_no_adapter(source: str) -> None:
         )
 
 
-def _check_attention(config: Any, source: str | Path) -> None:
+def check_attention(config: Any, source: str | Path) -> None:
     """Refuse attentions other than torch's: transformers runs code of a repository named as one."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
@@ -292,7 +301,7 @@ def _check_attention(config: Any, source: str | Path) -> None:
             )
 
 
-def _check_weights(config: Any, source: str) -> None:
+def check_weights(config: Any, source: str) -> None:
     """Refuse weights that are not safetensors: the model's files may name pickles."""
     own = getattr(config, "transformers_weights", None)
     index = str(own) if str(own).endswith(_INDEX) else f"model{_INDEX}"
@@ -303,7 +312,7 @@ def _check_weights(config: Any, source: str) -> None:
             )
 
 
-def _check_lengths(path: Path, tensors: int) -> None:
+def check_lengths(path: Path, tensors: int) -> None:
     """Refuse a config with more layers than the file has tensors, or labels by the million."""
     values = [read_object(path)]
     while values:
@@ -320,7 +329,8 @@ def _check_lengths(path: Path, tensors: int) -> None:
                 raise InputError(f"{path}: {name} is {value}; remove it: this head is not used")
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """Import transformers, and PEFT, which adapters need."""
     with needing("a pretrained encoder", "turnover[text]"):
         import peft  # noqa: F401
         import transformers

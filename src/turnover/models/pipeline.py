@@ -11,10 +11,10 @@ from turnover.data.base import Data
 from turnover.data.image_sources import holds_images
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
-from turnover.models import image, text, vision
+from turnover.models import image, text, trained, vision
 from turnover.models.base import Config, Pipeline
 
-KINDS: dict[str, Any] = {"text": text, "image": image, "image encoder": vision}
+KINDS: dict[str, Any] = {"text": text, "image": image, "image encoder": vision, "trained": trained}
 """Module that builds and loads each kind of models. To add a kind, add its module here."""
 _TEXTS = (".csv", ".tsv", ".json", ".jsonl")
 

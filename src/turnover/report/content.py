@@ -105,6 +105,7 @@ class ReportContent:
         objective: what the scores are differences of.
         deploy: a sentence on which model to deploy.
         commands: shell commands that make this report again.
+        by_gram: whether scores are those of gram alone, of a model that was trained without masks.
         train_images: `data:` links by the training instances' keys; empty for texts.
         test_images: `data:` links by the targets' keys.
     """
@@ -120,6 +121,7 @@ class ReportContent:
     noise: NoiseSummary
     facts: tuple[Fact, ...]
     commands: tuple[str, ...]
+    by_gram: bool = False
     train_images: Mapping[str, str] = field(default_factory=dict)
     test_images: Mapping[str, str] = field(default_factory=dict)
 

@@ -22,6 +22,10 @@ from turnover.runs.run import Run
 from turnover.tasks.explain import explain_errors, influential, rows_by_id
 
 _OVERALL = 50
+_NOT_OURS = (
+    "The model was trained elsewhere, and is explained as it is. Predictions of networks that never learned "
+    "an instance, and noise floors from ghosts, need turn-over training (turnover fit)."
+)
 _OBJECTIVES = {
     "margin": "the margin (minus the log-odds of the true class, in nats)",
     "cross_entropy": "the cross entropy of the true class (in nats)",
@@ -39,14 +43,15 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         title=title,
         objective=_OBJECTIVES.get(found["objective"], found["objective"]),
         classes=tuple(run.train.classes),
-        curves=_curves(run.folder / "metrics.json", metrics["curves"]),
+        curves=_curves(run.folder / "metrics.json", metrics["curves"]) if run.masks else (),
         accuracy=_accuracy(metrics),
-        deploy=_deploy(metrics),
+        deploy=_deploy(metrics) if run.masks else _NOT_OURS,
         errors=errors,
         harmful_overall=overall,
         noise=_noise(metrics, found),
-        facts=_facts(metrics, found),
+        facts=_facts(metrics, found) if run.masks else _facts_of_trained(metrics, found),
         commands=commands,
+        by_gram=run.masks is None,
         train_images=thumbnails(run.train, [one.key for one in listed]),
         test_images=thumbnails(run.test, [error.key for error in errors]),
     )
@@ -66,6 +71,7 @@ def _accuracy(metrics: dict[str, Any]) -> tuple[AccuracyRow, ...]:
     accuracy, interval = metrics["accuracy"], metrics["accuracy_interval"]
     named = {
         "turnover": ("turn-over dropout (mean network)", "the network explained here"),
+        "model": ("the model", "as it was trained"),
         "without_turnover": (
             "same model, ordinary dropout",
             "trained with the same settings; cannot be explained this way",
@@ -187,6 +193,24 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
             f"noise of {values['noise']:.3f} nats"
         )
         facts.append(Fact(f"Learning at {site}", f"{values['signal']:+.3f} nats", how))
+    return tuple(facts)
+
+
+def _facts_of_trained(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
+    loss, half, seconds = metrics["loss"], metrics["loss_half_width"], metrics["seconds"]
+    both = {name: f"{loss[name]:.3f} ± {half[name]:.3f}" for name in ("train", "test")}
+    tuned = f"{metrics['parameters']:,}"
+    facts = [
+        Fact(
+            "Training instances", f"{metrics['n_train']:,}", "their gradients explain the targets"
+        ),
+        Fact("Test instances", f"{metrics['n_test']:,}", "never trained on"),
+        Fact("Parameters", tuned, "whose gradients are taken"),
+        Fact("Loss, train", both["train"], "all training rows, in nats"),
+        Fact("Loss, test", both["test"], "all test rows, in nats"),
+        Fact("Influence", f"{seconds['influence']:.0f} s", "everything this page shows"),
+        Fact("Estimator", found["method"], f"objective: {found['objective']}, in nats"),
+    ]
     return tuple(facts)
 
 

@@ -5,7 +5,7 @@
   const LONG_TEXT = 480;
   const FREQUENT = 0.1;
   const FEW = 20;
-  const { errors, instances } = JSON.parse(document.getElementById("data").textContent);
+  const { errors, instances, floor } = JSON.parse(document.getElementById("data").textContent);
 
   // Everything goes through textContent, never innerHTML: training texts may hold markup.
   function element(tag, className, ...children) {
@@ -93,7 +93,8 @@
       influential(
         error,
         item,
-        error.floor_at,
+        item.error_at ?? error.floor_at,
+        item.error ? figure("standard error", item.error, "nats") : null,
         figure("z", item.z),
         figure("q", item.q),
         item.noise ? element("span", "verdict", "not distinguishable from noise") : null,
@@ -132,7 +133,7 @@
       error.image ? picture(error.image, error.text, "picture") : textBlock(error.text),
     );
     if (error.gram) body.append(element("h3", "method", "By turn-over"));
-    body.append(columns(error, error, byTurnover(error)), key("the noise floor"));
+    body.append(columns(error, error, byTurnover(error)), key(floor === "noise floor" ? "the noise floor" : "its standard error"));
     if (error.gram) {
       body.append(element("h3", "method", "By gram"));
       body.append(columns(error, error.gram, byGram(error)), key("its standard error"));
@@ -163,7 +164,7 @@
       figure("confidence", error.confidence),
       figure("largest |z|", error.largest_z),
       figure("significant", error.significant),
-      figure("noise floor", error.noise_floor, "nats"),
+      figure(floor, error.noise_floor, "nats"),
     );
     const node = element("details", "error", element("summary", "", labels, excerpt, numbers));
     if (!error.sort.significant) node.classList.add("quiet");

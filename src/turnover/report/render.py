@@ -28,6 +28,8 @@ from turnover.tasks.explain import (
 
 _MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"
+_FLOORS = ("noise floor", "typical standard error")
+"""What scores are compared with: by turn-over, and by gram alone."""
 
 
 def render(content: ReportContent) -> str:
@@ -59,9 +61,11 @@ def render(content: ReportContent) -> str:
         texts_left_out=any(one.text is None for one in listed),
         threshold=SIGNIFICANT_Q,
         turnover_means=TURNOVER_MEANS,
-        gram_means=GRAM_MEANS if any(error.gram for error in content.errors) else None,
+        gram_means=GRAM_MEANS
+        if content.by_gram or any(error.gram for error in content.errors)
+        else None,
         sort_keys=_sort_keys,
-        data=_json({**_error_data(content), "curves": curves}),
+        data=_json({**_error_data(content), "curves": curves, "floor": _FLOORS[content.by_gram]}),
         css=_asset("colours.css") + _asset("style.css"),
         page_js=_asset("page.js"),
         curves_js=_asset("curves.js"),
@@ -110,9 +114,11 @@ def _error_data(content: ReportContent) -> dict[str, Any]:
         number = instances.setdefault(key, len(instances))
         found = {"instance": number, "score": _signed(item.score), "bar": _bar(item.score, scale)}
         if isinstance(item, Influential):
-            return {**found, "z": _z(item.z), "q": _q(item.q), "noise": _is_noise(item.q)}
-        error = item.standard_error
-        return {**found, "error": _nats(error), "error_at": _bar(error, scale)}
+            found |= {"z": _z(item.z), "q": _q(item.q), "noise": _is_noise(item.q)}
+        if item.standard_error is not None:
+            error = item.standard_error
+            found |= {"error": _nats(error), "error_at": _bar(error, scale)}
+        return found
 
     def sides(listed: Explanation | GramExplanation) -> dict[str, Any]:
         scale = _largest(item.score for item in (*listed.helpful, *listed.harmful))

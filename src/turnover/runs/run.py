@@ -1,7 +1,8 @@
 """A run: one folder with a trained classifier, its data and its influence results. Data, never code.
 
-``config.json``, ``fit.toml`` (command-line options that make the run again), ``masks.json``,
-``classifier.json``, ``model.safetensors``, ``encoder/`` (shape and tokenizer of text models),
+``config.json``, ``fit.toml`` (command-line options that make the run again), ``masks.json`` (of a network
+trained with turn-over dropout) or ``trained.json`` (of any other), ``classifier.json``,
+``model.safetensors``, ``encoder/`` (shape and tokenizer or processor of pretrained models),
 ``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: pixels of images), ``metrics.json``,
 ``digests.json`` (of the files that a run is loaded from), ``results/``.
 """
@@ -15,7 +16,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import nn
 
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
-from turnover.dropout.modules import choose_device
+from turnover.dropout.modules import choose_device, weights_digest
 from turnover.dropout.network import Network
 from turnover.errors import InputError, WriteError
 from turnover.io.files import alone, check_links, replace_folder, writing_to
@@ -37,6 +38,8 @@ from turnover.results.result import Result
 from turnover.results.store import save
 
 DIGESTS = "digests.json"
+MASKS, TRAINED = "masks.json", "trained.json"
+"""One of them is in every run, and in no other tool's model folder."""
 CHECKPOINT = ".checkpoint"
 """Ending of files that a fit resumes from, and deletes when the run is complete."""
 _UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
@@ -46,12 +49,16 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded run."""
+    """A loaded run.
+
+    Attributes:
+        masks: the model with its masks; ``None``: it was trained without.
+    """
 
     folder: Path
     config: dict[str, Any]
     model: nn.Module
-    network: Network
+    masks: Network | None
     pipeline: Pipeline
     train: Data
     test: Data
@@ -75,7 +82,8 @@ class Run:
         chosen = choose_device(device)
         if not _is_run(folder):
             raise InputError(
-                f"{folder} is not a run: it has no masks.json (make one: turnover fit)"
+                f"{folder} is not a run: it has no {MASKS} or {TRAINED} (make one: turnover fit, or "
+                f"turnover attribute for a trained model)"
             )
         check_links(folder)
         fitted = _fitted(folder)
@@ -89,7 +97,8 @@ class Run:
         where = folder / "config.json"
         config = read_json(where)
         pipeline, model = load(folder)
-        network = _masked(model.to(chosen), folder / "masks.json")
+        model.to(chosen)
+        masks = _masked(model, folder / MASKS) if (folder / MASKS).is_file() else None
         classes = convert(config.get("classes"), list[str], f"{where}: classes")
         known = read_object(folder / "classifier.json").get("classes")
         if len(classes) != known or len(set(classes)) < len(classes):
@@ -98,7 +107,31 @@ class Run:
                 f"{', '.join(classes[:_SHOWN])}"
             )
         train, test = (pipeline.read(folder, name, classes) for name in ("train", "test"))
-        return cls(folder, config, model, network, pipeline, train, test, fitted)
+        return cls(folder, config, model, masks, pipeline, train, test, fitted)
+
+    @property
+    def network(self) -> Network:
+        """The model with its masks.
+
+        Raises:
+            InputError: it was trained without.
+        """
+        if self.masks is None:
+            raise InputError(
+                f"this needs turn-over training, and the model of {self.folder} was trained without: train "
+                f"one with `turnover fit`"
+            )
+        return self.masks
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Context: the model predicts as a whole."""
+        return nullcontext() if self.masks is None else self.masks.mean()
+
+    def digest(self) -> str:
+        """Digest of the network, which its results have."""
+        return (
+            weights_digest(self.model.state_dict()) if self.masks is None else self.masks.digest()
+        )
 
     def encode(self, data: Data) -> Encoded:
         """Encode data for this run's model."""
@@ -187,7 +220,7 @@ class Run:
         if not path.exists():
             raise InputError(f"{path} does not exist: run `turnover influence {self.folder}` first")
         result = open_result(path)
-        own, network = self.network.digest(), result.attributes["network"]
+        own, network = self.digest(), result.attributes["network"]
         if network != own:
             raise InputError(
                 f"{path} belongs to another model or mask spec: it was computed on network "
@@ -258,8 +291,7 @@ def _lock(folder: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    # No other tool's model folder has this file.
-    return (folder / "masks.json").is_file()
+    return any((folder / name).is_file() for name in (MASKS, TRAINED))
 
 
 def check_new_run(folder: Path, *, overwrite: bool) -> None:
@@ -269,7 +301,11 @@ def check_new_run(folder: Path, *, overwrite: bool) -> None:
     if not _is_run(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not a run; choose another folder")
     if not overwrite and _is_run(folder):
-        raise InputError(f"{folder} exists; pass --overwrite to replace it")
+        unscored = (folder / TRAINED).is_file() and not (
+            folder / "results" / "targets.json"
+        ).is_file()
+        hint = f"; its scores are missing: `turnover influence {folder}`" if unscored else ""
+        raise InputError(f"{folder} exists; pass --overwrite to replace it{hint}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ without the rows of the highest loss. The run's own network is not trained again
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,6 +149,13 @@ def cleanse(
             the run, or a fraction that removes all rows of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
+    if not getattr(run.pipeline, "keeps_pretrained", True):
+        warnings.warn(
+            f"the heads that measure removals are trained on features of {run.folder}'s model as it is, "
+            f"which has learned the removed rows: gains come out too small; train it again on the cleaned "
+            f"rows to know them",
+            stacklevel=2,
+        )
     known = _known(run, ranking, scores)
     train, held, test = (frozen(run, data) for data in (run.train, validation, run.test))
     heads = ranking_heads(train)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,13 @@ class Influential(Instance):
         score: influence in the objective's units (nats).
         z: the score in units of the noise floor.
         q: adjusted p-value, from 0 to 1.
+        standard_error: of the score by gram, in nats; ``None`` where scores have a noise floor alone.
     """
 
     score: float
     z: float
     q: float
+    standard_error: float | None = field(default=None, kw_only=True)
 
     @property
     def significant(self) -> bool:
@@ -106,6 +108,11 @@ class Explanation:
     gram: GramExplanation | None = None
 
     @property
+    def is_gram(self) -> bool:
+        """Whether its own scores are those of gram, as for models trained without masks."""
+        return any(one.standard_error is not None for one in (*self.helpful, *self.harmful))
+
+    @property
     def instances(self) -> tuple[Instance, ...]:
         """All training instances listed."""
         by_gram = () if self.gram is None else (*self.gram.helpful, *self.gram.harmful)
@@ -135,9 +142,12 @@ def influential(
     """List the training instances of some columns of a result, for a target (or of a (train,) result)."""
     at = (slice(None),) if target is None else (target,)
     numbers = (values[at][columns].tolist() for values in (result.scores, result.z, result.q))
+    errors: list[float | None] = [None] * len(columns)
+    if result.method == "gram" and result.standard_error is not None:
+        errors = result.standard_error[at][columns].tolist()
     return tuple(
-        Influential(*described(train, rows[column]), *measured)
-        for column, *measured in zip(columns, *numbers, strict=True)
+        Influential(*described(train, rows[column]), *measured, standard_error=error)
+        for column, error, *measured in zip(columns, errors, *numbers, strict=True)
     )
 
 

@@ -24,7 +24,14 @@ from turnover.ids import ghost_ids
 from turnover.io.parsing import write_json
 from turnover.models.base import Config, Pipeline
 from turnover.models.pipeline import build
-from turnover.runs.run import CHECKPOINT, data_digest, versions, write_digests, writing_run
+from turnover.runs.run import (
+    CHECKPOINT,
+    MASKS,
+    data_digest,
+    versions,
+    write_digests,
+    writing_run,
+)
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.rehearsal import rehearse
@@ -112,7 +119,7 @@ def fit(
             folder = draft / "without_turnover"
             folder.mkdir(exist_ok=True)
             pipeline.save(folder, plain, len(train_data.classes))
-        write_json(draft / "masks.json", network.to_dict())
+        write_json(draft / MASKS, network.to_dict())
         train_data.save(draft, "train")
         test_data.save(draft, "test")
         metrics["device"] = str(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from turnover import objectives
-from turnover.data.encoded import batches
+from turnover.data.encoded import Encoded, batches
 from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.estimator import Influence
@@ -20,6 +20,7 @@ from turnover.io.bars import tqdm
 from turnover.objectives import Objective
 from turnover.runs.run import Run
 from turnover.tasks.explain import SIGNIFICANT_Q
+from turnover.tasks.score_trained import by_ids, fitted
 from turnover.tasks.training import evaluate
 
 _BATCH = 32
@@ -41,6 +42,7 @@ class GroupInfluence:
         q: adjusted p-value over the groups.
         accuracy_with: of the group's exposed network on the test rows; ``None``: not measured.
         accuracy_without: of its hidden network, which never learned the group and is as wide.
+        standard_error: of the score by gram, in nats; ``None`` where scores have a noise floor alone.
     """
 
     key: str
@@ -50,6 +52,7 @@ class GroupInfluence:
     q: float
     accuracy_with: float | None = None
     accuracy_without: float | None = None
+    standard_error: float | None = None
 
     @property
     def significant(self) -> bool:
@@ -64,12 +67,13 @@ class Groups:
     Attributes:
         groups: all groups.
         accuracy: of the whole network on the test rows.
-        accuracy_spread: standard deviation of (without - with) over ghosts, that is, by chance.
+        accuracy_spread: standard deviation of (without - with) over ghosts, that is, by chance; ``None`` for
+            a model that was trained without masks.
     """
 
     groups: tuple[GroupInfluence, ...]
     accuracy: float
-    accuracy_spread: float
+    accuracy_spread: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -84,21 +88,24 @@ def groups(
     Args:
         run: a run with groups.
         objective: cost of a prediction.
-        method: ``"linear"`` or ``"exact"``.
+        method: ``"linear"`` or ``"exact"``; a model that was trained without masks is scored by gram.
         predict: number of most harmful and of most helpful groups with and without which the test rows are
             also predicted, in two passes over them for each.
 
     Raises:
-        InputError: the run's training rows have ids of their own.
+        InputError: the run's training rows have ids of their own, or another method than the default for a
+            model that was trained without masks.
     """
     sizes = Counter(run.train.ids.tolist())
     if len(sizes) == len(run.train):
         raise InputError(
             f"{run.folder} has no groups: every training row has an id of its own; "
-            f"train with `turnover fit --group-column`"
+            f"make one with --group-column"
         )
     keys = dict(zip(run.train.ids.tolist(), run.train.keys, strict=True))
     test = run.encode(run.test)
+    if run.masks is None:
+        return _by_gram(run, objective, method, sizes, keys, test)
     influence = Influence(run.network, objective, method, ghosts=_GHOSTS, progress=True)
     result = influence.aggregate(
         batches(test, range(len(test)), _BATCH), torch.tensor(sorted(sizes))
@@ -131,3 +138,32 @@ def groups(
         accuracy(lambda _: network.mean()),
         float(np.std(differences, ddof=1)) if differences else 0.0,
     )
+
+
+def _by_gram(
+    run: Run,
+    objective: Objective,
+    method: str,
+    sizes: Mapping[int, int],
+    keys: Mapping[int, str],
+    test: Encoded,
+) -> Groups:
+    """Sums over the rows of each group, whose standard errors are at most the sums of theirs."""
+    if method != "linear":
+        raise InputError(
+            f"--method {method} is for networks with turn-over masks, and the model of {run.folder} was "
+            f"trained without: it is scored by gram; leave it out"
+        )
+    every = batches(test, range(len(test)), _BATCH)
+    result = by_ids(fitted(run, run.encode(run.train), objective).aggregate(every), run)
+    assert result.standard_error is not None
+    found = []
+    for column in np.argsort(result.scores, kind="stable").tolist():
+        group = int(result.train_ids[column])
+        score, z, q, error = (
+            float(values[column])
+            for values in (result.scores, result.z, result.q, result.standard_error)
+        )
+        found.append(GroupInfluence(keys[group], sizes[group], score, z, q, standard_error=error))
+    predictions = evaluate(run.model, test, range(len(test)), lambda _: run.whole())
+    return Groups(tuple(found), float(predictions.correct.float().mean()), None)

@@ -76,7 +76,7 @@ def frozen(run: Run, data: Data) -> Frozen:
     with (
         torch.no_grad(),
         autocast(device, bfloat16=False),
-        run.network.mean(),
+        run.whole(),
         run.pipeline.pretrained(run.model) as encoder,
     ):
         found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in chunks]

@@ -56,7 +56,7 @@ def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]
     train_id = None if without is None else id_of(run.train, without)
 
     def bind(_: Sequence[int]) -> AbstractContextManager[Any]:
-        return run.network.mean() if train_id is None else run.network.without(train_id)
+        return run.whole() if train_id is None else run.network.without(train_id)
 
     encoded = run.encode(run.test)
     logits = logits_of_rows(run.model, encoded, range(len(encoded)), bind)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from turnover import objectives
 from turnover.data.base import Data
@@ -18,10 +19,13 @@ from turnover.data.delimited import read_table
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
+from turnover.io.parsing import read_json
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
 from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.predict import predict_training
+from turnover.tasks.score_trained import by_ids, fitted
+from turnover.tasks.training import logits_of_rows
 
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10
@@ -42,6 +46,7 @@ _ESCAPED = re.compile(rf"'+(?:{_BEGINNING}|\.?\d)")
 _INTEGER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
 """An integer as a spreadsheet may write it; three zeros would follow a thousands separator."""
 _UNKNOWN = (None, None)
+_SMALLEST = 1e-12
 _NAMES = {"key", "label", "suggested", "decision"}
 
 
@@ -53,7 +58,7 @@ class Flagged:
         key: of the row.
         text: of the row.
         label: of the row.
-        suggested: class predicted by the hidden network.
+        suggested: class predicted by the hidden network (see :func:`review` for models without masks).
         probability_of_label: by the hidden network, calibrated.
         probability_of_suggested: likewise.
         self_influence_z: memorization of the row, in units of the noise floor; ``None`` where the run has
@@ -77,20 +82,35 @@ class Flagged:
 def review(run: Run, *, budget: int = 100) -> list[Flagged]:
     """List the training rows whose labels are doubtful, the most doubtful first.
 
+    A model that was trained without masks has no prediction of the network that never learned a row. In its
+    place is the model's own prediction less the self-influence of the row by gram, and the ``budget`` rows
+    with the lowest probability of their label are listed, each with the most probable other class.
+
     Args:
         run: a run without groups.
         budget: most rows to list.
 
     Raises:
-        InputError: rows share ids (groups), or a budget below 1.
+        InputError: rows share ids (groups), a budget below 1, or a run of a model without masks that was not
+            scored.
     """
     if budget < 1:
         raise InputError(f"the budget must be at least 1 row, got {budget}")
     check_rows(run)
-    train, probabilities = run.train, predict_training(run).probabilities
-    labels, predicted = np.array(train.labels), probabilities.argmax(axis=1)
-    of_label = probabilities[np.arange(len(labels)), labels]
-    doubtful = np.flatnonzero(predicted != labels)
+    train, labels = run.train, np.array(run.train.labels)
+    every = np.arange(len(labels))
+    probabilities: NDArray[np.floating]
+    if run.masks is None:
+        probabilities = without_themselves(run)
+        others = probabilities.copy()
+        others[every, labels] = -1
+        # A model agrees with most of the rows that it was trained on, wrong ones included.
+        predicted, doubtful = others.argmax(axis=1), every
+    else:
+        probabilities = predict_training(run).probabilities
+        predicted = probabilities.argmax(axis=1)
+        doubtful = np.flatnonzero(predicted != labels)
+    of_label = probabilities[every, labels]
     chosen = doubtful[np.argsort(of_label[doubtful], kind="stable")][:budget].tolist()
     if not chosen:
         return []
@@ -255,9 +275,34 @@ def check_rows(run: Run) -> None:
     """Refuse training rows that share ids or keys (groups)."""
     if min(len(torch.unique(run.train.ids)), len(set(run.train.keys))) < len(run.train):
         raise InputError(
-            f"{run.folder} has groups, and rows are judged one by one: train with an id column "
+            f"{run.folder} has groups, and rows are judged one by one: make a run with an id column "
             f"instead of the group column"
         )
+
+
+def without_themselves(run: Run) -> NDArray[np.float64]:
+    """Estimate what a model would predict for its training rows without each of them: (rows, classes).
+
+    The probability of a row's label falls by the row's self-influence.
+    """
+    check_scored(run)
+    objective = read_json(run.folder / "metrics.json").get("influence", {}).get("objective")
+    result = run.read_result("self")
+    at = {train_id: column for column, train_id in enumerate(result.train_ids.tolist())}
+    own = result.scores[[at[one] for one in run.train.ids.tolist()]].astype(np.float64)
+    encoded, rows = run.encode(run.train), np.arange(len(run.train))
+    logits = logits_of_rows(run.model, encoded, range(len(encoded)), lambda _: run.whole())
+    probabilities: NDArray[np.float64] = logits.double().softmax(dim=1).numpy()
+    label = np.array(run.train.labels)
+    before = probabilities[rows, label]
+    if objective == "cross_entropy":
+        after = before * np.exp(-own)
+    else:  # minus the log-odds
+        after = before / (before + (1 - before) * np.exp(own))
+    after = np.clip(after, 0, 1)
+    probabilities *= ((1 - after) / np.maximum(1 - before, _SMALLEST))[:, None]
+    probabilities[rows, label] = after
+    return probabilities
 
 
 def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
@@ -272,10 +317,13 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
     """Count the labels of the strongest influencers of each row, without the row itself."""
     encoded = run.encode(run.train)
-    sites = run.scored_sites()
-    influence = Influence(run.network, objectives.margin, "linear", sites=sites, progress=True)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
-    result = influence.estimate(batches, run.train.ids)
+    if run.masks is None:
+        result = by_ids(fitted(run, encoded, objectives.margin).estimate(batches), run)
+    else:
+        sites = run.scored_sites()
+        influence = Influence(run.masks, objectives.margin, "linear", sites=sites, progress=True)
+        result = influence.estimate(batches, run.train.ids)
     first = rows_by_id(result.train_ids, run.train)
     votes = []
     for scores, row in zip(result.scores, rows, strict=True):

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from turnover.ids import ghost_ids
 from turnover.influence.auto import Auto
 from turnover.influence.estimator import Influence
 from turnover.influence.gradients import mask_gradients
+from turnover.influence.gram.forecast import Forecast
 from turnover.influence.halving import Halving
 from turnover.influence.linear import LinearScorer
 from turnover.influence.plan import Plan
 from turnover.influence.protocol import METHODS
 from turnover.io.parsing import convert, read_json, write_json
-from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
 from turnover.results.location import ROOT
 from turnover.results.result import Result
@@ -36,10 +36,10 @@ from turnover.runs.targets import EXPLANATIONS, rows_digest
 from turnover.runs.targets import FILE as TARGETS
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
+from turnover.tasks.score_trained import BATCH, by_ids, expected, fitted, score_trained
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
-_BATCH = 32
 _P_CHECKED = 0.01
 _SITE_ROWS = 256
 _OWN_GHOSTS = 1000
@@ -97,6 +97,10 @@ def score(run: Run, config: ScoreConfig, *, engine: str = "process") -> dict[str
             process scores.
     """
     with run.scoring():
+        if run.masks is None:
+            if engine != "process":
+                raise InputError("gram scores in this process: leave --engine out")
+            return score_trained(run, config, OBJECTIVES)
         return _score(run, config, engine)
 
 
@@ -117,7 +121,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
         if wrong:
             influence = scoring.influence(config.method)
             if config.method == "auto":
-                plan = influence.plan(batches(test, wrong, _BATCH), ids)
+                plan = influence.plan(batches(test, wrong, BATCH), ids)
                 influence = scoring.influence(plan.chosen)
                 found["plan"] = plan.to_dict()
             found["method"] = influence.method
@@ -126,7 +130,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
             settings = json.dumps([kept, influence.method, *of])
             draft = stack.enter_context(run.draft("errors", settings))
             errors = influence.estimate(
-                batches(test, wrong, _BATCH), ids, out=draft, engine=engine
+                batches(test, wrong, BATCH), ids, out=draft, engine=engine
             ).load()
             found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
             found |= agreement(run, influence, test, wrong, ids, errors)
@@ -161,11 +165,11 @@ def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:
     """Influence on the mean of all test rows, and self-influence of every training row."""
     test, training = scoring.test, scoring.training
     mean = scoring.influence(config.method if config.method in ("exact", "linear") else "linear")
-    results = {"aggregate": mean.aggregate(batches(test, range(len(test)), _BATCH), scoring.ids)}
+    results = {"aggregate": mean.aggregate(batches(test, range(len(test)), BATCH), scoring.ids)}
     # Fewer ghosts suffice: every row has its own, and the null is pooled over the rows.
     own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
     if len(scoring.ids) == len(training):
-        rows = batches(training, range(len(training)), _BATCH)
+        rows = batches(training, range(len(training)), BATCH)
         results["self"] = own.self_influence(rows)
     return results
 
@@ -177,12 +181,14 @@ def _metrics(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def explain_plan(run: Run, config: ScoreConfig) -> Plan | None:
-    """Cost of scoring the errors by each method; ``None`` if there are no errors."""
+def explain_plan(run: Run, config: ScoreConfig) -> Plan | Forecast | None:
+    """Cost of scoring the errors by each method, or by gram without masks; ``None`` without errors."""
+    if run.masks is None:
+        return expected(run, config, OBJECTIVES)
     scoring = _Scoring(run, config)
     if not scoring.wrong:
         return None
-    return scoring.influence("auto").plan(batches(scoring.test, scoring.wrong, _BATCH), scoring.ids)
+    return scoring.influence("auto").plan(batches(scoring.test, scoring.wrong, BATCH), scoring.ids)
 
 
 class _Scoring:
@@ -206,7 +212,7 @@ class _Scoring:
         predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
         # Errors are listed in the order of their batches, which results keep.
         misclassified = [row for row in everything if not predictions.correct[row]]
-        chunks = self.test.chunks(misclassified, _BATCH)
+        chunks = self.test.chunks(misclassified, BATCH)
         self.wrong = [row for chunk in chunks for row in chunk]
         self.targets = {
             "rows": self.wrong,
@@ -283,39 +289,34 @@ def explain_input(
         raise InputError(f"unknown label {label!r}; the classes are {', '.join(classes)}")
     data = run.pipeline.one(given, 0 if label is None else classes.index(label), classes)
     encoded = run.encode(data)
-    prediction = evaluate(run.model, encoded, [0], lambda _: run.network.mean())
+    prediction = evaluate(run.model, encoded, [0], lambda _: run.whole())
     predicted = int(prediction.predicted[0])
     if label is None:
         data = data.relabeled([predicted])
         encoded = run.encode(data)
-    sites = run.scored_sites()
-    influence = Influence(run.network, objectives.margin, "linear", sites=sites)
-    result = influence.estimate([encoded.batch([0])], torch.unique(run.train.ids))
     confidence = [float(prediction.confidence[0])]
-    beside = None
-    if gram:
-        fitted = _fitted_gram(run, run.encode(run.train), objectives.margin)
-        beside = fitted.estimate([encoded.batch([0])], top=top)
+    target, beside = [encoded.batch([0])], None
+    if run.masks is None:
+        by_gram = fitted(run, run.encode(run.train), objectives.margin)
+        result = by_ids(by_gram.estimate(target), run)
+    else:
+        influence = Influence(run.masks, objectives.margin, "linear", sites=run.scored_sites())
+        result = influence.estimate(target, torch.unique(run.train.ids))
+        if gram:
+            by_gram = fitted(run, run.encode(run.train), objectives.margin)
+            beside = by_gram.estimate(target, top=top)
     explained = explain(
         result, run.train, data, [0], [predicted], confidence, top=top, among=among, gram=beside
     )
     return explained[0], data
 
 
-def _fitted_gram(run: Run, training: Encoded, objective: Objective) -> Influence:
-    """Gram fitted on the training rows, with row numbers as ids, because rows of a group share ids."""
-    numbered = [
-        replace(training.batch(chunk), ids=torch.tensor(chunk))
-        for chunk in training.chunks(range(len(training)), _BATCH)
-    ]
-    return Influence(run.network, objective, "gram", progress=True).fit(numbered)
-
-
 def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> tuple[Result, dict[str, Any]]:
     """Extremes of the errors by gram, and the agreement of their signs with turn-over's."""
     start = time.perf_counter()
-    fitted = _fitted_gram(run, scoring.training, scoring.objective)
-    result = fitted.estimate(batches(scoring.test, scoring.wrong, _BATCH), top=_GRAM_TOP)
+    result = fitted(run, scoring.training, scoring.objective).estimate(
+        batches(scoring.test, scoring.wrong, BATCH), top=_GRAM_TOP
+    )
     each = min(_GRAM_COMPARED, result.scores.shape[1] // 2)
     ends = np.r_[0:each, result.scores.shape[1] - each : result.scores.shape[1]]
     ids = run.train.ids.numpy()[result.train_ids[:, ends]]
@@ -338,7 +339,7 @@ def _fresh(
     fresh = ghost_ids(count, start=count)
     if influence.method == "exact":
         fresh = fresh[:EXACT_GHOSTS]
-    return influence.estimate(batches(test, wrong, _BATCH), fresh).p
+    return influence.estimate(batches(test, wrong, BATCH), fresh).p
 
 
 def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -372,7 +373,7 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
     variance: dict[str, list[float]] = {site: [] for site in network.sites}
     units_of, halving = network.known_units(), Halving()
-    for batch in batches(training, rows.tolist(), _BATCH):
+    for batch in batches(training, rows.tolist(), BATCH):
         moved = batch.to(device_of(network.model))
         gradients = mask_gradients(network, objective, moved, halving=halving)
         assert batch.ids is not None

@@ -27,6 +27,7 @@ from turnover.io.bars import tqdm
 from turnover.io.files import replacing
 from turnover.io.parsing import checksum, damage, parse_json
 from turnover.io.tensors import check_finite, opened
+from turnover.objectives import logits_of
 from turnover.tasks.class_weights import ClassWeights, check_class_weights
 from turnover.training import mean_cross_entropy
 
@@ -142,7 +143,7 @@ def logits_of_rows(model: nn.Module, data: Encoded, rows: Sequence[int], bind: B
     with torch.no_grad():
         for chunk in chunks:
             with bind(chunk), autocast(device, bfloat16=False):
-                found.append(data.batch(chunk).to(device).call(model).float())
+                found.append(logits_of(data.batch(chunk).to(device).call(model)).float())
     return in_order(found, chunks, rows).cpu()
 
 

@@ -97,10 +97,16 @@ class Contents:
             "gram": self._gram is not None,
             "significant_q": explain.SIGNIFICANT_Q,
             "not_significant": explain.NOT_SIGNIFICANT,
-            "meanings": [explain.TURNOVER_MEANS] + [explain.GRAM_MEANS] * (self._gram is not None),
+            "meanings": self._meanings(),
+            "floor": "noise floor" if run.masks else "typical standard error",
             "keep": KEEP,
             "remove": REMOVE,
         }
+
+    def _meanings(self) -> list[str]:
+        if self._run.masks is None:
+            return [explain.GRAM_MEANS]
+        return [explain.TURNOVER_MEANS] + [explain.GRAM_MEANS] * (self._gram is not None)
 
     def errors(self, wanted: ErrorFilter) -> dict[str, Any]:
         """Count the errors that pass a filter, and list a page of them."""

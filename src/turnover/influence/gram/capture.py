@@ -218,7 +218,13 @@ class Capture:
                     by_part.setdefault(name, []).append(Call(inputs, together))
             for name, made in by_part.items():
                 part = self._parts[name]
-                parts[name] = part.rule.factors(part.module, frozenset(part.names), made)
+                try:
+                    parts[name] = part.rule.factors(part.module, frozenset(part.names), made)
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, IndexError) as error:
+                    # A subclass of a layer that has a rule may take other inputs than its own.
+                    raise UnknownLayoutError(name) from error
         if self.general:
             backs = []
             for gradients in found:

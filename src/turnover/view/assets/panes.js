@@ -163,7 +163,7 @@ export function fillError(pane, run, error, view, act) {
     chip("wrong", "predicted", error.predicted),
   );
   const figures = errorNumbers(error);
-  figures.append(figure("noise floor", nats(error.noise_floor), "nats"));
+  figures.append(figure(run.floor, nats(error.noise_floor), "nats"));
   const classes = [["", "any"], ...run.classes.map((name) => [name, name])];
   const choices = element("div", "choices");
   if (run.gram) {
@@ -177,7 +177,7 @@ export function fillError(pane, run, error, view, act) {
     helpful: ["Helpful", `to “${error.true}”`],
     harmful: ["Harmful", `pushed toward “${error.predicted}”`],
   };
-  const tick = view.by === "gram" ? "its standard error" : "the noise floor";
+  const tick = view.by === "gram" ? "its standard error" : `the ${run.floor}`;
   pane.replaceChildren(
     title("#/errors", "Error", error.key),
     whole,
@@ -264,7 +264,7 @@ export function fillInstance(pane, run, instance, back, act) {
     decisionControl(run, instance, act),
     tiles,
     sides(run, instance, titles, "turnover", target(run, instance)),
-    element("p", "note", "The tick on each bar marks that error's noise floor."),
+    element("p", "note", `The tick on each bar marks that error's ${run.floor}.`),
   );
   const more = moreButton(instance, act.more);
   if (more) pane.append(more);
