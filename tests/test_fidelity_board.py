@@ -15,7 +15,7 @@ import torch
 from turnover.evaluation import subsets as evaluation_subsets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.fidelity import mislabels, table
+from benchmarks.fidelity import finetuned, mislabels, plain_bert, table
 from benchmarks.fidelity.problems import Problem, Recipe, Split
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,17 @@ def test_the_grid_is_averaged_over_seeds():
     (cell,) = mislabels.table(runs).values()
     assert cell["loss, standard"] == {"mean": 0.9, "sd": 0.1, "seeds": 3}
     assert "| loss, standard |" in table.mislabel_table(mislabels.table(runs))
+
+
+def test_the_fine_tuned_bert_is_trained_by_plain_code():
+    text = Path(plain_bert.__file__).read_text()
+    assert "import turnover" not in text and "from turnover" not in text
+
+
+def test_committed_figures_of_fine_tuned_berts_are_those_of_the_page():
+    found = json.loads(finetuned.RESULTS.read_text())
+    page = table.DOCS.read_text()
+    assert table.finetuned_table("The last two blocks themselves", found["whole"]) in page
 
 
 def test_what_lies_between_markers_is_replaced():

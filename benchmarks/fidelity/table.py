@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import board, mislabels
+from . import board, finetuned, mislabels
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
 
 _NETWORKS = {"turnover": "turn-over", "head": "wide head"}
+_FINE_TUNED = {"adapter": "LoRA in the last two blocks", "whole": "The last two blocks themselves"}
 _GROUPS = {"ours": 0, "peer": 1, "trivial": 2}
 
 
@@ -124,6 +125,27 @@ def ghost_table(problems: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def finetuned_table(title: str, found: dict[str, Any]) -> str:
+    """Methods on a fine-tuned BERT, the best first."""
+    ceiling = found["ceiling"]
+    lines = [
+        f"**{title}.** Halves: {found['accuracy_of_halves']:.0%} of the targets right. Ceilings: "
+        f"{ceiling['raw']:.2f} / {ceiling['class_removed']:.2f}.",
+        "",
+        "| method | raw | class-removed | seconds |",
+        "|---|---|---|---|",
+    ]
+    methods = found["methods"].items()
+    for name, one in sorted(methods, key=lambda item: -item[1]["class_removed"][0]):
+        cells = (
+            f"{mean:.3f} ({low:.2f} to {high:.2f})"
+            for mean, low, high in (one["raw"], one["class_removed"])
+        )
+        name = name.replace("*", "\\*")
+        lines.append(f"| {name} | {' | '.join(cells)} | {one['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
 def replaced(text: str, marker: str, content: str) -> str:
     """The text with what lies between a marker's two comments replaced."""
     begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
@@ -144,6 +166,10 @@ def main() -> None:
     if mislabels.RESULTS.exists():
         found = json.loads(mislabels.RESULTS.read_text())["auc"]
         text = replaced(text, "mislabels", mislabel_table(found))
+    if finetuned.RESULTS.exists():
+        found = json.loads(finetuned.RESULTS.read_text())
+        tables = [finetuned_table(title, found[kind]) for kind, title in _FINE_TUNED.items()]
+        text = replaced(text, "finetuned", "\n\n".join(tables))
     DOCS.write_text(text)
 
 
