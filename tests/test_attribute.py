@@ -428,6 +428,8 @@ def test_the_plan_is_printed_before_anything_is_written(files: Path, tmp_path: P
     )
     plan = json.loads(said.stdout)["plan"]
     assert plan["seconds"] > 0 and plan["memory"] > 0 and not out.exists()
+    command("attribute", "--model", files / "model", *given, "--out", out)
+    assert plan["written"] == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.2)
 
 
 def test_what_an_interruption_leaves_is_completed_by_influence(

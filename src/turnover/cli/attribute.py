@@ -110,9 +110,10 @@ def attribute(
     expected = made.forecast(device)
     layers = made.pipeline.config.layers
     trained = sum(one.numel() for one in made.classifier.model.parameters() if one.requires_grad)
+    written = sum(one.numel() * 4 for one in made.classifier.model.state_dict().values())
     output.say(
         f"gradients of {trained:,} parameters in {len(layers)} tensors ({layers[0]}, ...); expected: "
-        f"{expected}",
+        f"{expected}; the run holds a copy of the model, {written / 2**30:.2f} GiB",
         highlight=False,
     )
     if expected.seconds > _LONG and config.layers != "head":
@@ -120,7 +121,7 @@ def attribute(
             "quicker, and further from retraining: --layers head, or a pattern of fewer layers"
         )
     if plan:
-        output.document({"plan": expected.to_dict(), "device": device})
+        output.document({"plan": expected.to_dict() | {"written": written}, "device": device})
         return
     run = attribute_task.write(made, out, overwrite=overwrite, device=device)
     _say_accuracy(output, run)
