@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,13 @@ def test_what_an_interruption_leaves_is_completed_by_influence(
             explained(files, out)
     assert "turnover influence" in command("explain", out, expect=2).stderr
     command("influence", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["turnover.cli.attribute"], "score", stop)
+        data = ("--train", files / "train.csv", "--test", files / "test.csv")
+        given = ("attribute", "--model", files / "model", *data, "--out", tmp_path / "cut")
+        assert f"turnover influence {tmp_path / 'cut'}" in command(*given, expect=130).stdout
+    said = command(*given, expect=2).stderr
+    assert f"its scores are missing: `turnover influence {tmp_path / 'cut'}`" in said
     whole = explained(files, tmp_path / "whole")
     for name in ("errors", "aggregate", "self"):
         found = Run.load(out).read_result(name)

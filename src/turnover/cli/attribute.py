@@ -125,7 +125,11 @@ def attribute(
         return
     run = attribute_task.write(made, out, overwrite=overwrite, device=device)
     _say_accuracy(output, run)
-    metrics = score(run, ScoreConfig(objective=config.objective))
+    try:
+        metrics = score(run, ScoreConfig(objective=config.objective))
+    except KeyboardInterrupt:
+        output.say(f"the run is written: turnover influence {out} computes its scores")
+        raise
     print_influence(output, metrics)
     shown = explain_errors(output, run, show=_SHOWN, top=5, among=None)
     output.say(f"run: {out}; next: turnover view {out}, turnover report {out}")
