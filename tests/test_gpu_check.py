@@ -100,6 +100,7 @@ def test_every_check_skips_without_a_gpu(tmp_path):
     assert "skipped" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_the_checks_hold_on_the_cpu(tmp_path):
     done = make("check-gpu", tmp_path, TURNOVER_GPU_TESTS="cpu")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
@@ -124,6 +125,7 @@ def numbers(found):
             yield value
 
 
+@pytest.mark.long
 def test_every_part_of_the_benchmark_runs(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
