@@ -22,6 +22,7 @@ from test_cli import turnover as command
 from turnover import Batch, Influence, InputError, attribute, objectives
 from turnover.data.base import Columns
 from turnover.io.parsing import read_json
+from turnover.models.classifiers import load_classifier
 from turnover.runs.run import Run
 from viewing import serving
 
@@ -138,6 +139,38 @@ def test_an_adapter_may_have_another_number_of_classes_than_its_base(
     assert run.read_result("aggregate").scores.any()
     found = json.loads(command("predict", run.folder, "--json").stdout)
     assert found["accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("kind", ["biases", "dora", "ia3", "prompt"])
+def test_other_adapters_predict_as_peft_has_them_or_are_refused(
+    files: Path, tmp_path: Path, kind: str
+) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    settings = {
+        "biases": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=4, bias="all"),
+        "dora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=4, use_dora=True),
+        "ia3": lambda: peft.IA3Config(
+            task_type="SEQ_CLS", target_modules=["key", "value"], feedforward_modules=[]
+        ),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+    }[kind]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(files / "model")
+        model = peft.get_peft_model(base, settings)
+        if kind != "prompt":
+            trained.train(model, encoders.tokenizer(), TRAIN, steps=5)
+    model.save_pretrained(tmp_path / "adapter")
+    if kind == "prompt":
+        with pytest.raises(InputError, match="PROMPT_TUNING"):
+            load_classifier(str(tmp_path / "adapter"))
+        return
+    batch = encoders.tokenizer()([text for text, _ in TRAIN[:5]], padding=True, return_tensors="pt")
+    found = load_classifier(str(tmp_path / "adapter")).model
+    with torch.no_grad():
+        assert torch.equal(found(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_every_command_takes_the_run(run: Path, tmp_path: Path) -> None:
