@@ -155,6 +155,7 @@ def test_an_architecture_is_masked_trained_and_scored(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_bert_is_trained_by_the_trainer_and_scored(tmp_path):
     """MiniLM, frozen under LoRA and a wide head, on sentences: nothing leaks, estimates agree."""
     peft = pytest.importorskip("peft", reason="pip install 'turnover[text]'")

@@ -218,6 +218,7 @@ def test_review_finds_rows_whose_label_is_not_that_of_their_words(run: Path) -> 
     assert all(one["suggested"] != one["label"] for one in rows)
 
 
+@pytest.mark.long
 def test_cleanse_ranks_rows_by_a_validation_file(files: Path, run: Path, tmp_path: Path) -> None:
     known = {text for text, _ in TRAIN + TEST}
     held = [one for one in trained.rows(60, 7) if one[0] not in known]

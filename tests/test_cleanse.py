@@ -74,7 +74,7 @@ def keys_of(path: Path) -> list[str]:
         return [row["key"] for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("ranking", ["gram", "turn-over"])
+@pytest.mark.parametrize("ranking", ["gram", pytest.param("turn-over", marks=pytest.mark.long)])
 def test_harmful_rows_are_taken_out_and_the_test_rows_are_predicted_better(
     ranking: str, run: Path, validation: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +161,7 @@ def test_where_no_removal_helps_nothing_is_taken_out(
     assert len(keys_of(out)) == ROWS
 
 
+@pytest.mark.long
 def test_the_same_call_gives_the_same_bits_and_leaves_the_run_alone(
     run: Path, validation: Path, tmp_path: Path
 ) -> None:

@@ -501,6 +501,7 @@ def test_a_real_process_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert len(finished.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(
     encoder: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def test_quickstart_makes_what_it_promises(after_quickstart: Path) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page.stem == "cleanse" else ())
+        pytest.param(page, marks=pytest.mark.long if page.stem == "cleanse" else ())
         for page in PAGES
         if any(one not in commands(QUICKSTART) for one in commands(page, to_run=True))
     ],

@@ -410,6 +410,7 @@ def test_pretrained_convolutions_stay_frozen_below_a_wide_head(
     assert json.loads((out / "metrics.json").read_text())["errors_explained"] > 0
 
 
+@pytest.mark.long
 def test_a_set_of_images_is_cleansed_for_a_validation_set(
     run: Path, folders: tuple[Path, Path], weights: Path, tmp_path: Path
 ) -> None:
