@@ -201,7 +201,7 @@ def steps_of(
 
 def perceptron_step(sizes: Sizes, device: torch.device) -> Found:
     """Training steps of a perceptron under masks, beside the same with ``nn.Dropout``."""
-    rows, width, found = sizes.step_rows, sizes.width, Found()
+    rows, width = sizes.step_rows, sizes.width
     batch = Batch(torch.randn(rows, 1024), torch.randint(CLASSES, (rows,))).to(device)
     ids = torch.arange(rows)
     plain = perceptron(1024, width, CLASSES, nn.Dropout).to(device)
@@ -209,6 +209,23 @@ def perceptron_step(sizes: Sizes, device: torch.device) -> Found:
     network = turnover.attach(masked, ["2", "7"])
     first, *others = (p.numel() for p in plain.parameters() if p.dim() == 2)
     flops = rows * (4 * first + 6 * sum(others))  # the inputs have no gradient
+    return steps_compared(network, plain, batch, ids, flops, sizes)
+
+
+def steps_compared(
+    network: turnover.Network,
+    plain: nn.Module,
+    batch: Batch,
+    ids: torch.Tensor,
+    flops: int,
+    sizes: Sizes,
+) -> Found:
+    """Training steps under masks beside those of a plain model, by type of number.
+
+    Args:
+        flops: operations of a step.
+    """
+    found, device = Found(), next(plain.parameters()).device
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         half = dtype == torch.bfloat16
         multiply, operations = product(sizes.product, device, dtype)
@@ -216,7 +233,7 @@ def perceptron_step(sizes: Sizes, device: torch.device) -> Found:
             device,
             sizes.rounds,
             masked=steps_of(
-                masked, batch, sizes.steps, lambda: network.exposed(ids), bfloat16=half
+                network.model, batch, sizes.steps, lambda: network.exposed(ids), bfloat16=half
             ),
             plain=steps_of(plain, batch, sizes.steps, nullcontext, bfloat16=half),
             product=multiply,
@@ -432,27 +449,10 @@ def bert_step(sizes: Sizes, device: torch.device) -> Found:
     layers = plain.get_submodule("bert.encoder").modules()
     weights = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear))
     flops = 4 * sizes.text_rows * sizes.tokens * weights
-    found = Found()
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        half = dtype == torch.bfloat16
-        multiply, operations = product(sizes.product, device, dtype)
-        with ordinary_dropout(plain, ["lora", "head"], 0.5):
-            times = Times(
-                device,
-                sizes.rounds,
-                masked=steps_of(
-                    masked, batch, sizes.steps, lambda: network.exposed(ids), bfloat16=half
-                ),
-                plain=steps_of(plain, batch, sizes.steps, nullcontext, bfloat16=half),
-                product=multiply,
-            )
-        found[name] = {
-            "step_s": times["masked"] / sizes.steps,
-            "tokens_per_s": sizes.steps * sizes.text_rows * sizes.tokens / times["masked"],
-            "time_over_nn_dropout": times.ratio("masked", "plain"),
-            "share_of_product_rate": (sizes.steps * flops / times["masked"])
-            / (operations / times["product"]),
-        }
+    with ordinary_dropout(plain, ["lora", "head"], 0.5):
+        found = steps_compared(network, plain, batch, ids, flops, sizes)
+    for one in found.values():
+        one["tokens_per_s"] = sizes.text_rows * sizes.tokens / one["step_s"]
     return found
 
 

@@ -18,8 +18,8 @@ from turnover.dropout.modules import device_of
 STANDARDIZED_ROWS = 1000
 
 
-class Config(Protocol):
-    """Shape of a model that a run trains."""
+class Described(Protocol):
+    """What is known of every model of a run."""
 
     @property
     def kind(self) -> str:
@@ -32,6 +32,10 @@ class Config(Protocol):
     @property
     def model(self) -> str:
         """Name or folder of the model."""
+
+
+class Config(Described, Protocol):
+    """Shape of a model that a run trains."""
 
     @property
     def epochs(self) -> int:
@@ -53,8 +57,8 @@ class Pipeline(Protocol):
     """Takes data of one kind to a model's batches, and both to files."""
 
     @property
-    def config(self) -> Config:
-        """Shape of the model."""
+    def config(self) -> Described:
+        """What is known of the model."""
 
     def reader(self) -> Reader:
         """Function that reads labeled data to compare with the run's training data."""

@@ -13,18 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from turnover.data.base import Reader
+from turnover.data.text import read
 from turnover.errors import InputError
 from turnover.io.parsing import read_object
 from turnover.io.tensors import shapes
 from turnover.models.encoders import (
     check_weights,
     config_of,
+    first_line,
     float32_argument,
     hub_file,
     loading,
     stored_dtype,
     transformers_library,
 )
+from turnover.models.processors import image_reader
 
 Takes = Literal["text", "image"]
 ADAPTER = "adapter_config.json"
@@ -55,6 +59,10 @@ class Classifier:
     stored: str
     base: str
     adapter: Any = None
+
+    def reader(self) -> Reader:
+        """Function that reads labeled data as its tokenizer or image processor takes them."""
+        return read if self.takes == "text" else image_reader(self.base)
 
 
 def load_classifier(source: str) -> Classifier:
@@ -295,7 +303,7 @@ def _adapted(source: str, adapter_file: Path) -> Classifier:
         adapted = _with_adapter(model.float(), settings, weights)
     except Exception as error:  # PEFT raises many kinds
         raise InputError(
-            f"adapter {source!r} cannot be loaded on its base {base!r}: {_said(error)}"
+            f"adapter {source!r} cannot be loaded on its base {base!r}: {first_line(error)}"
         ) from error
     if hasattr(settings, "init_lora_weights"):
         settings.init_lora_weights = True  # what it was initialized by is in its weights
@@ -309,11 +317,6 @@ def _adapted(source: str, adapter_file: Path) -> Classifier:
     return Classifier(
         adapted.float().eval(), takes, names, stored, source if own else base, settings
     )
-
-
-def _said(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or repr(error)
 
 
 def adapter_settings(values: Mapping[str, Any]) -> Any:

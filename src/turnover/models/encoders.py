@@ -104,9 +104,11 @@ def new_encoder(config: Any) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's message."""
+    """First line of an exception's message, and the second if the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else repr(error)
+    if not lines:
+        return repr(error)
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _load_encoder(

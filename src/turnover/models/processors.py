@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.data.decoding import load_pillow
-from turnover.data.images import resized, standardized
+from turnover.data.images import Framing, ImageReader, resized, standardized
 from turnover.errors import InputError, check_whole, needing
 from turnover.models.encoders import first_line
+from turnover.models.image import Images
 
 FILE = "preprocessor_config.json"
 _LARGEST_SIDE = 4096
@@ -83,6 +84,38 @@ class Processor:
     def encode(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Standardize images, uint8 (size, size, 3) each, as float32 (images, 3, size, size)."""
         return standardized(pixels, self.mean, self.deviation)
+
+
+class ProcessedImages(Images):
+    """Takes images to a model's batches as its image processor does."""
+
+    processor: Processor
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images."""
+        return self.processor.size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Colors that become 0."""
+        return self.processor.mean
+
+    @property
+    def deviation(self) -> tuple[float, ...]:
+        """Differences of colors that become 1."""
+        return self.processor.deviation
+
+    @property
+    def framing(self) -> Framing:
+        """How an image becomes pixels."""
+        return self.processor.pixels
+
+
+def image_reader(source: str) -> ImageReader:
+    """Function that reads labeled images as the image processor of a pretrained model frames them."""
+    processor = load_processor(source)
+    return ImageReader(processor.size, framing=processor.pixels)
 
 
 def load_processor(source: str) -> Processor:

@@ -117,22 +117,44 @@ class TextClassifier(nn.Module):
                 f"a text encoder gives a last_hidden_state for every token, of "
                 f"{tuple(input_ids.shape)}; that of {type(self.encoder).__name__} is {shape}"
             )
-        weights = attention_mask[..., None].to(hidden.dtype)
-        pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-        return pooled
+        return mean_of_tokens(hidden, attention_mask)
+
+
+def mean_of_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of each text's tokens (rows, tokens, width) without the padding, float (rows, width)."""
+    weights = attention_mask[..., None].to(hidden.dtype)
+    mean: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return mean
+
+
+class Texts:
+    """Takes texts to a model's batches, and from a run's files."""
+
+    def reader(self) -> Reader:
+        """Function that reads labeled texts."""
+        return read
+
+    def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
+        """Make one row of a text."""
+        if isinstance(given, Path):
+            raise InputError(f"{given}: this run's model takes texts: use --text")
+        if not given.strip():
+            raise InputError("the text to explain is empty")
+        return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
+
+    def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
+        """Read texts of a run."""
+        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, TextRow)
+        return TextData([row.text for row in rows], labels, ids, keys, classes)
 
 
 @dataclass(frozen=True)
-class TextPipeline:
+class TextPipeline(Texts):
     """Takes texts through a tokenizer, within the limits of the encoder."""
 
     config: ClassifierConfig
     tokenizer: Any
     limits: Limits = Limits()  # noqa: RUF009 - frozen
-
-    def reader(self) -> Reader:
-        """Function that reads labeled texts."""
-        return read
 
     def encode(self, data: TextData) -> Tokens:
         """Tokenize texts, or refuse those that the encoder cannot take."""
@@ -164,19 +186,6 @@ class TextPipeline:
         saved = _Saved(asdict(self.config), classes, model.limits.positions)
         (folder / "classifier.json").write_text(json.dumps(asdict(saved), indent=2) + "\n")
         write_model(folder / "model.safetensors", model)
-
-    def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
-        """Make one row of a text."""
-        if isinstance(given, Path):
-            raise InputError(f"{given}: this run's model takes texts: use --text")
-        if not given.strip():
-            raise InputError("the text to explain is empty")
-        return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
-
-    def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
-        """Read texts of a run."""
-        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, TextRow)
-        return TextData([row.text for row in rows], labels, ids, keys, classes)
 
 
 def build(config: ClassifierConfig, train_data: Data) -> tuple[TextPipeline, TextClassifier]:

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from turnover.data.base import Data, Reader, read_rows
+from turnover.data.base import Data, read_rows
 from turnover.data.decoding import Ranges
 from turnover.data.encoded import Encoded
-from turnover.data.images import Framing, ImageReader
-from turnover.data.text import PairData, PairRow, TextData, TextRow, Tokens, read
+from turnover.data.text import PairData, PairRow, TextData, Tokens
 from turnover.errors import InputError, check_whole
 from turnover.io.parsing import convert, read_object
 from turnover.io.tensors import read_model, shapes, write_model
@@ -29,9 +28,10 @@ from turnover.models.classifiers import (
     set_layers,
 )
 from turnover.models.encoders import check_tokenizer, load_config, load_tokenizer
-from turnover.models.image import Images
 from turnover.models.limits import Limits, limits_of
-from turnover.models.processors import Processor, load_processor
+from turnover.models.processors import ProcessedImages, Processor, load_processor
+from turnover.models.text import Texts, mean_of_tokens
+from turnover.models.vision import pooled
 from turnover.objectives import logits_of
 
 _MOST_TOKENS = 512
@@ -51,9 +51,6 @@ class TrainedConfig:
     """
 
     saved_as: ClassVar[str] = "trained"
-    epochs: ClassVar[int] = 0
-    head_units: ClassVar[int] = 0
-    sites: ClassVar[tuple[str, ...]] = ()
     augment: ClassVar[bool] = False
     model: str
     kind: Literal["text", "image"]
@@ -63,13 +60,6 @@ class TrainedConfig:
 
     def __post_init__(self) -> None:
         check_whole("max_tokens", self.max_tokens, 1)
-
-    def reader(self) -> Reader:
-        """Function that reads labeled data as the model's tokenizer or image processor takes them."""
-        if self.kind == "text":
-            return read
-        processor = load_processor(self.model)
-        return ImageReader(processor.size, framing=processor.pixels)
 
 
 @dataclass(frozen=True)
@@ -110,13 +100,10 @@ class _Files:
             )
 
         def features(inputs: Any) -> Tensor:
-            given = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
-            hidden: Tensor = encoder(**given).last_hidden_state
-            if "attention_mask" not in given:
-                return hidden.mean(dim=1 if hidden.dim() == 3 else (2, 3))
-            weights = given["attention_mask"][..., None].to(hidden.dtype)
-            pooled: Tensor = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-            return pooled
+            if self.config.kind == "image":
+                return pooled(encoder, inputs)
+            hidden: Tensor = encoder(**inputs).last_hidden_state
+            return mean_of_tokens(hidden, inputs["attention_mask"])
 
         if self.adapter is None:
             yield features
@@ -137,17 +124,13 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class TrainedTexts(_Files):
+class TrainedTexts(_Files, Texts):
     """Takes texts, or pairs of texts, through the model's own tokenizer."""
 
     config: TrainedConfig
     tokenizer: Any
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     adapter: Any = None
-
-    def reader(self) -> Reader:
-        """Function that reads labeled texts."""
-        return read
 
     def encode(self, data: TextData) -> Tokens:
         """Tokenize texts, or refuse those that the model cannot take."""
@@ -157,8 +140,7 @@ class TrainedTexts(_Files):
             raise InputError(
                 f"the model takes {wanted if self.config.pairs else 'single texts, not pairs'}"
             )
-        seconds = [list(data.seconds)] if isinstance(data, PairData) else []
-        encoded = tokenizer(list(data.texts), *seconds, truncation=True, max_length=longest)
+        encoded = tokenizer(*_columns(data), truncation=True, max_length=longest)
         tokens = list(encoded["input_ids"])
         self.limits.check(tokens, data.keys, longest, tokenizer)
         more = {
@@ -170,11 +152,14 @@ class TrainedTexts(_Files):
         left = tokenizer.padding_side == "left"
         return Tokens(tokens, data.labels, data.ids, int(padding or 0), more, left)
 
-    def cut(self, data: TextData) -> int:
+    def cut(self, data: TextData, encoded: Tokens) -> int:
         """Number of texts that have more tokens than the model is given."""
-        seconds = [list(data.seconds)] if isinstance(data, PairData) else []
-        whole = self.tokenizer(list(data.texts), *seconds, verbose=False)["input_ids"]
-        return sum(len(tokens) > self.config.max_tokens for tokens in whole)
+        longest = self.config.max_tokens
+        full = [row for row, tokens in enumerate(encoded.tokens) if len(tokens) >= longest]
+        if not full:
+            return 0
+        whole = self.tokenizer(*_columns(data.take(full)), verbose=False)["input_ids"]
+        return sum(len(tokens) > longest for tokens in whole)
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors), shapes (JSON) and tokenizer."""
@@ -183,54 +168,28 @@ class TrainedTexts(_Files):
         self.tokenizer.save_pretrained(folder / "encoder")
 
     def one(self, given: str | Path, label: int, classes: list[str]) -> TextData:
-        """Make one row of a text."""
-        if isinstance(given, Path):
-            raise InputError(f"{given}: this run's model takes texts: use --text")
-        if self.config.pairs:
+        """Make one row of a text; refuse it where pairs are needed."""
+        if self.config.pairs and not isinstance(given, Path):
             raise InputError("this run's model takes pairs of texts: put the pair into a test file")
-        if not given.strip():
-            raise InputError("the text to explain is empty")
-        return TextData([given], [label], torch.zeros(1, dtype=torch.int64), ["text"], classes)
+        return super().one(given, label, classes)
 
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
-        """Read texts of a run."""
-        path = folder / f"{name}.jsonl"
-        if self.config.pairs:
-            pairs, labels, ids, keys = read_rows(path, classes, PairRow)
-            texts, seconds = [row.text for row in pairs], [row.second for row in pairs]
-            return PairData(texts, labels, ids, keys, classes, seconds)
-        rows, labels, ids, keys = read_rows(path, classes, TextRow)
-        return TextData([row.text for row in rows], labels, ids, keys, classes)
+        """Read texts, or pairs of texts, of a run."""
+        if not self.config.pairs:
+            return super().read(folder, name, classes)
+        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, PairRow)
+        texts, seconds = [row.text for row in rows], [row.second for row in rows]
+        return PairData(texts, labels, ids, keys, classes, seconds)
 
 
 @dataclass(frozen=True)
-class TrainedImages(_Files, Images):
+class TrainedImages(_Files, ProcessedImages):
     """Brings images to the model as its own image processor does."""
 
     config: TrainedConfig
     processor: Processor
     ranges: Ranges = field(default_factory=dict)
     adapter: Any = None
-
-    @property
-    def size(self) -> int:
-        """Height and width of the images."""
-        return self.processor.size
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Colors that become 0."""
-        return self.processor.mean
-
-    @property
-    def deviation(self) -> tuple[float, ...]:
-        """Differences of colors that become 1."""
-        return self.processor.deviation
-
-    @property
-    def framing(self) -> Framing:
-        """How an image becomes pixels."""
-        return self.processor.pixels
 
     def save(self, folder: Path, model: nn.Module, classes: int) -> None:
         """Write weights (safetensors), shapes and the image processor (JSON)."""
@@ -320,6 +279,10 @@ def check_rows_apart(model: nn.Module, data: Encoded, rows: Sequence[int], name:
             f"model {name!r} gives a row another output beside a longer one: it ignores the padding mask, or "
             f"pads at the wrong side"
         )
+
+
+def _columns(data: TextData) -> list[list[str]]:
+    return [data.texts, data.seconds] if isinstance(data, PairData) else [data.texts]
 
 
 def _padding_of(tokenizer: Any, name: str) -> int:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from turnover.data.base import Data, Reader
 from turnover.data.decoding import Ranges
 from turnover.data.encoded import Encoded
-from turnover.data.images import Framing, ImageData, ImageReader
+from turnover.data.images import ImageData
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError, check_whole
 from turnover.io.parsing import convert, read_object
@@ -33,8 +33,12 @@ from turnover.models.encoders import (
     load_encoder,
     new_encoder,
 )
-from turnover.models.image import Images
-from turnover.models.processors import Processor, load_processor
+from turnover.models.processors import (
+    ProcessedImages,
+    Processor,
+    image_reader,
+    load_processor,
+)
 
 _ATTENTION = ("query", "value", "q_proj", "v_proj")
 """Ends of the names of layers that LoRA is usually added to."""
@@ -73,8 +77,7 @@ class ImageEncoderConfig:
 
     def reader(self) -> Reader:
         """Function that reads labeled images as the encoder's image processor frames them."""
-        processor = load_processor(self.model)
-        return ImageReader(processor.size, framing=processor.pixels)
+        return image_reader(self.model)
 
 
 class ImageEncoderClassifier(nn.Module):
@@ -107,7 +110,7 @@ class ImageEncoderClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Mean of the last layer's tokens, or over its map, float (rows, width)."""
-        return _pooled(self.encoder, images)
+        return pooled(self.encoder, images)
 
 
 @dataclass(frozen=True)
@@ -123,33 +126,13 @@ class _Saved:
 
 
 @dataclass(frozen=True)
-class ImageEncoderPipeline(Images):
+class ImageEncoderPipeline(ProcessedImages):
     """Brings images to an encoder as its own image processor does."""
 
     config: ImageEncoderConfig
     processor: Processor
     targets: tuple[str, ...]
     ranges: Ranges = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Height and width of the images."""
-        return self.processor.size
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Colors that become 0."""
-        return self.processor.mean
-
-    @property
-    def deviation(self) -> tuple[float, ...]:
-        """Differences of colors that become 1."""
-        return self.processor.deviation
-
-    @property
-    def framing(self) -> Framing:
-        """How an image becomes pixels."""
-        return self.processor.pixels
 
     def prepare(self, model: nn.Module, training: Encoded) -> None:
         """Standardize the head's input by the pretrained encoder's features of some instances."""
@@ -257,7 +240,8 @@ def _assemble(
     return ImageEncoderClassifier(encoder, WideHead(width, config.head_units, classes), stored)
 
 
-def _pooled(encoder: nn.Module, images: Tensor) -> Tensor:
+def pooled(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Mean of an encoder's last layer over the places of each image, float (rows, width)."""
     hidden = getattr(encoder(pixel_values=images), "last_hidden_state", None)
     if hidden is None or hidden.dim() not in (3, 4) or len(hidden) != len(images):
         shape = "none" if hidden is None else f"of shape {tuple(hidden.shape)}"
@@ -265,8 +249,8 @@ def _pooled(encoder: nn.Module, images: Tensor) -> Tensor:
             f"an image encoder gives a last_hidden_state (rows, tokens, width) or (rows, width, height, "
             f"width); that of {type(encoder).__name__} is {shape}"
         )
-    pooled: Tensor = hidden.mean(dim=1 if hidden.dim() == 3 else (2, 3))
-    return pooled
+    mean: Tensor = hidden.mean(dim=1 if hidden.dim() == 3 else (2, 3))
+    return mean
 
 
 def _traced(encoder: nn.Module, images: Tensor) -> tuple[dict[str, bool], int]:
@@ -291,7 +275,7 @@ def _traced(encoder: nn.Module, images: Tensor) -> tuple[dict[str, bool], int]:
     ]
     try:
         with torch.enable_grad():
-            features = _pooled(encoder, images)
+            features = pooled(encoder, images)
             given = list(outputs.values())
             found = torch.autograd.grad(features.sum(), given, allow_unused=True) if given else ()
     finally:

@@ -18,15 +18,14 @@ import torch
 from turnover.data.base import Columns, Data
 from turnover.data.delimited import read_table
 from turnover.data.encoded import Encoded
-from turnover.data.images import COLUMNS, ImageReader
-from turnover.data.text import TextData, read
+from turnover.data.images import COLUMNS
+from turnover.data.text import TextData, Tokens
 from turnover.dropout.modules import choose_device
 from turnover.errors import InputError
 from turnover.influence.gram.forecast import Forecast
 from turnover.io.parsing import write_json
 from turnover.models.base import Pipeline
 from turnover.models.classifiers import Classifier, load_classifier
-from turnover.models.processors import load_processor
 from turnover.models.trained import TrainedImages, TrainedTexts, check_rows_apart, pipeline_of
 from turnover.runs.run import (
     TRAINED,
@@ -85,6 +84,7 @@ class Prepared:
         test: rows to explain.
         notes: what was assumed, one line each.
         targets: as trained.json has them: ``"errors"``, ``"all"``, or rows.
+        encoded: the training and the test data as the model takes them.
     """
 
     classifier: Classifier
@@ -94,12 +94,7 @@ class Prepared:
     notes: tuple[str, ...]
     targets: str | list[int]
     config: AttributeConfig
-
-    @cached_property
-    def encoded(self) -> tuple[Encoded, Encoded]:
-        """The training and the test data as the model takes them."""
-        pipeline: Pipeline = self.pipeline
-        return pipeline.encode(self.train), pipeline.encode(self.test)
+    encoded: tuple[Encoded, Encoded]
 
     @cached_property
     def predictions(self) -> Evaluation:
@@ -216,10 +211,7 @@ def prepare(
         InputError: as :func:`attribute`.
     """
     classifier = classifier or load_classifier(model)
-    reader: Any = read
-    if classifier.takes == "image":
-        processor = load_processor(classifier.base)
-        reader = ImageReader(processor.size, framing=processor.pixels)
+    reader = classifier.reader()
     columns = columns or (Columns() if classifier.takes == "text" else COLUMNS)
     if columns.second is not None and classifier.takes == "image":
         raise InputError("a second column is for texts, and this model takes images")
@@ -236,19 +228,21 @@ def prepare(
     else:
         assert one is not None
         test_data, targets = _single(classifier, pipeline, one, label, names), ALL
+    encoder: Pipeline = pipeline
+    training, held = encoder.encode(train_data), encoder.encode(test_data)
     if isinstance(pipeline, TrainedTexts):
-        for name, data in (("training", train_data), ("test", test_data)):
+        for name, data, rows in (("training", train_data, training), ("test", test_data, held)):
             assert isinstance(data, TextData)
-            if cut := pipeline.cut(data):
+            assert isinstance(rows, Tokens)
+            if cut := pipeline.cut(data, rows):
                 longest = pipeline.config.max_tokens
                 notes += (f"{cut} {name} texts are cut to {longest} tokens (--max-tokens)",)
     if classifier.stored != "float32":
         notes += (f"its {classifier.stored} weights are computed with in float32",)
-    made = Prepared(classifier, pipeline, train_data, test_data, notes, targets, config)
-    training, _ = made.encoded
     order = [row for chunk in training.chunks(range(len(training))) for row in chunk]
     check_rows_apart(classifier.model, training, [order[0], order[-1]], model)
-    return made
+    encoded = training, held
+    return Prepared(classifier, pipeline, train_data, test_data, notes, targets, config, encoded)
 
 
 def write(
