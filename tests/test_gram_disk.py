@@ -10,14 +10,14 @@ from scipy import stats
 import tiny
 from test_gram import cut, problem
 from test_gram_gradients import build
-from turnover import Influence
+from turnover import Influence, objectives
 from turnover.influence.gram import iterative
 from turnover.influence.gram import kernel as kernel_module
 from turnover.influence.gram.disk import Limits
 
 
-def limited(model, **limits):
-    influence = Influence(model, method="gram")
+def limited(model, objective=objectives.margin, **limits):
+    influence = Influence(model, objective, "gram")
     influence._driver._limits = Limits(**limits)
     return influence
 

@@ -7,7 +7,9 @@ each training instance, multiplied by a power of 1 minus the probability of its 
 (:class:`turnover.Gram`). With an objective of the user's own, an instance has the gradient of the objective
 only. The inverse holds what retraining without an instance changes through the other instances. Gradients
 are not projected, and those of a large layer are never explicit: see
-:mod:`turnover.influence.gram.factors`.
+:mod:`turnover.influence.gram.factors`. Those of language models are whitened
+(:mod:`turnover.influence.gram.whitening`), and gradients of labels that the model draws can take the place of
+the training set's in the inverse (:mod:`turnover.influence.gram.samples`).
 
 Related: influence functions with the generalized Gauss-Newton matrix (Koh and Liang 2017; Martens 2020),
 here with the square root of its curvature; TRAK (Park et al. 2023): the margin's gradient only, projected,

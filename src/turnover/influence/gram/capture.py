@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +32,16 @@ from turnover.influence.gram.general import RowGradients
 from turnover.influence.gram.hooks import (
     REENTRANT,
     Calls,
+    LayerCall,
     UnknownLayoutError,
     gradients_at,
     inputs_by_row,
     interleaved,
     recorded,
 )
-from turnover.influence.gram.parts import Part, check_model, parts_of
+from turnover.influence.gram.parts import Part, check_model, parts_of, tolerance_of
 from turnover.influence.gram.rules import Call
+from turnover.influence.gram.samples import sampled_costs
 from turnover.objectives import Objective, costs, cross_entropy, logits_and_labels, logits_of
 
 GENERAL = "other parameters"
@@ -56,8 +58,9 @@ class Rows:
             gradient for each of its directions, next to one another.
         costs: objective, float32 (rows,).
         residuals: 1 minus the probability of the label, float32 (rows,), if wanted.
-        weights: float32 (rows, directions): the gradient of the margin is the sum of those along the
-            directions, multiplied by these; ``None``: the gradient is that of the objective.
+        weights: float32 (rows, directions): the gradient of the margin, or of the objective where the
+            others are those of drawn labels, is the sum of those along the directions, multiplied by
+            these; ``None``: the gradient is that of the objective.
     """
 
     parts: dict[str, Factors]
@@ -70,9 +73,13 @@ class Rows:
         """Number of gradients."""
         return len(self.costs) if self.weights is None else self.weights.numel()
 
+    def cheapest(self) -> Rows:
+        """The same, in the form that holds the fewest numbers."""
+        return replace(self, parts={name: one.cheapest() for name, one in self.parts.items()})
 
-_Layout = tuple[bool, frozenset[tuple[str, tuple[bool, ...]]]]
-"""Whether there are several rows; each part that ran, and which of its calls were broadcast."""
+
+_Layout = tuple[bool, frozenset[tuple[str, tuple[int, ...]]]]
+"""Whether there are several rows; each part that ran, and how each of its calls has the rows."""
 
 
 class Capture:
@@ -83,6 +90,7 @@ class Capture:
         objective: callable (outputs, batch) -> (rows,).
         residuals: whether to compute 1 minus the probability of every label.
         directions: of a training instance; 0: its gradient is that of the objective.
+        samples: labels that are drawn for a training instance.
         within: makes a context that every forward runs in.
     """
 
@@ -93,6 +101,7 @@ class Capture:
         *,
         residuals: bool,
         directions: int = 0,
+        samples: int = 0,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._within = within
@@ -100,6 +109,7 @@ class Capture:
         self._objective = objective
         self._residuals = residuals
         self._directions = directions
+        self._samples = samples
         check_model(self._model)
         self._parts, self._without_rule = parts_of(self._model)
         self._rejected: dict[str, Part] = {}
@@ -121,7 +131,8 @@ class Capture:
 
         Args:
             batch: rows.
-            training: whether they are training instances, which have directions.
+            training: whether they are training instances, which have directions or drawn labels, these
+                by their ids.
         """
         batch = batch.to(device_of(self._model))
         with (
@@ -133,18 +144,18 @@ class Capture:
             if not self._independent:
                 self._check_independent(batch)
                 self._independent = True
-            rows = self._verified_rows(batch, self._directions if training else 0)
+            rows = self._verified_rows(batch, training=training)
         self._warn_general()
         finite(rows.costs, "objective")
         found = [v for f in rows.parts.values() for v in f.tensors().values()]
         all_finite([v for v in found if v.is_floating_point()], "gradient of the objective")
         return rows
 
-    def _verified_rows(self, batch: Batch, count: int = 0) -> Rows:
+    def _verified_rows(self, batch: Batch, *, training: bool = False) -> Rows:
         """The rows, once every part agrees with autograd, or is rejected, in their layout."""
         while True:
             try:
-                rows, layout, calls = self._captured(batch, count)
+                rows, layout, calls = self._captured(batch, training=training)
                 new = layout not in self._verified
                 bad = self._reordered(batch, calls) if new or self._may_rearrange else []
                 bad = bad or (self._disagreeing(batch) if new else [])
@@ -157,7 +168,7 @@ class Capture:
             _logger.debug("without their rules, by their %s: %s", reason, bad)
             self._rejected |= {name: self._parts.pop(name) for name in bad}
 
-    def _captured(self, batch: Batch, count: int = 0) -> tuple[Rows, _Layout, Calls]:
+    def _captured(self, batch: Batch, *, training: bool = False) -> tuple[Rows, _Layout, Calls]:
         outputs, calls = self._forward(batch)
         values = costs(self._objective, outputs, batch)
         if not values.requires_grad:
@@ -171,13 +182,16 @@ class Capture:
         with torch.no_grad():
             residuals = label_residuals(outputs, batch) if self._residuals else None
         weights, sums = None, [values.sum()]
-        if count:
-            along, weights = directions(*logits_and_labels(outputs, batch), count)
+        if training and self._directions:
+            along, weights = directions(*logits_and_labels(outputs, batch), self._directions)
             logits = logits_of(outputs).float()
             sums = [(logits * direction).sum() for direction in along.unbind(dim=2)]
+        elif training and self._samples:
+            sums += sampled_costs(self._objective, outputs, batch, self._samples)
+            weights = values.detach().new_zeros((len(values), len(sums)))
+            weights[:, 0] = 1
         parts = self._gradients(batch, outputs, calls, sums)
-        broadcasts = {name: tuple(c.broadcast for c in every) for name, every in calls.items()}
-        layout = (len(batch) > 1, frozenset(broadcasts.items()))
+        layout = _layout_of(batch, calls)
         if layout not in self._verified:
             # The objective gathers the logits of labels, which reorders no rows.
             ends = tensors([outputs]) or [values]
@@ -202,7 +216,7 @@ class Capture:
         self, batch: Batch, outputs: Any, calls: Calls, sums: Sequence[Tensor]
     ) -> dict[str, Factors]:
         """Gradients of each of the sums, row by row, for each part."""
-        flat = [(name, call) for name, every in calls.items() for call in every]
+        flat, count = [(name, call) for name, every in calls.items() for call in every], len(sums)
         ends = dict(enumerate(tensors([outputs]))) if self.general else {}
         ends = {number: value for number, value in ends.items() if value.requires_grad}
         edges = [call.edge for _, call in flat] + [get_gradient_edge(v) for v in ends.values()]
@@ -211,18 +225,20 @@ class Capture:
         with torch.no_grad():
             by_part: dict[str, list[Call]] = {}
             for (name, call), back in zip(flat, zip(*found, strict=True), strict=False):
-                together = interleaved(back)
+                together = interleaved([call.by_row(value) for value in back])
                 if together is not None:
-                    inputs = call.inputs.repeat_interleave(len(sums), dim=0)
+                    inputs = call.inputs
                     inputs = inputs.float() if inputs.is_floating_point() else inputs
-                    by_part.setdefault(name, []).append(Call(inputs, together))
-            for name, made in by_part.items():
+                    inputs = inputs if count == 1 else inputs.repeat_interleave(count, dim=0)
+                    made = Call(inputs, together, call.dtype, call.makes(outputs))
+                    by_part.setdefault(name, []).append(made)
+            for name, every in by_part.items():
                 part = self._parts[name]
                 try:
-                    parts[name] = part.rule.factors(part.module, frozenset(part.names), made)
+                    parts[name] = part.rule.factors(part.module, frozenset(part.names), every)
                 except torch.OutOfMemoryError:
                     raise
-                except (RuntimeError, ValueError, IndexError) as error:
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
                     # A subclass of a layer that has a rule may take other inputs than its own.
                     raise UnknownLayoutError(name) from error
         if self.general:
@@ -277,13 +293,16 @@ class Capture:
         """Parts whose gradients of some rows are not autograd's for the row alone."""
         if not self._parts:
             return []
-        rows, *_ = self._captured(batch)
+        rows, _, calls = self._captured(batch)
+        tolerance = tolerance_of(self._model, (c.dtype for every in calls.values() for c in every))
         last = len(batch) - 1
         checked = sorted({0, last // 2, last})
-        bad = [name for row in checked for name in self._disagreeing_for(batch, rows, row)]
+        bad = [n for row in checked for n in self._disagreeing_for(batch, rows, row, tolerance)]
         return list(dict.fromkeys(bad))
 
-    def _disagreeing_for(self, batch: Batch, rows: Rows, row: int) -> Iterator[str]:
+    def _disagreeing_for(
+        self, batch: Batch, rows: Rows, row: int, tolerance: float
+    ) -> Iterator[str]:
         alone = batch.rows(row, row + 1)
         # Hooks check the layout of the row alone too: in a batch it may have matched by chance.
         with recorded(self._parts, 1):
@@ -299,7 +318,7 @@ class Capture:
         for name, part in self._parts.items():
             factors = rows.parts.get(name)
             gradient = None if factors is None else factors.rows(row, row + 1).explicit()[0]
-            if not part.agrees(gradient, truth, scale):
+            if not part.agrees(gradient, truth, scale, tolerance):
                 yield name
 
     def _warn_general(self) -> None:
@@ -315,6 +334,18 @@ class Capture:
             UserWarning,
             stacklevel=2,
         )
+
+
+def _layout_of(batch: Batch, calls: Calls) -> _Layout:
+    """As long as every row has all its tokens on the first axis, their number does not matter."""
+    texts = [v for v in tensors(batch.inputs) if v.dim() > 1 and not v.is_floating_point()]
+    lengths = {value.shape[1] for value in texts}
+
+    def place(call: LayerCall) -> int:
+        return -1 if call.broadcast else 0 if call.folded in lengths else call.folded
+
+    places = {name: tuple(map(place, every)) for name, every in calls.items()}
+    return len(batch) > 1, frozenset(places.items())
 
 
 def label_residuals(outputs: Any, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turnover.influence.gram.kernel import Block
+from turnover.influence.gram.kernel import Block, Piece
 from turnover.io.files import mapped, write_array, write_header, writing_temporary
 
 
@@ -68,28 +68,41 @@ class Scratch:
         return self._folder / f"{self._files}.npy"
 
 
-class _Stored:
-    """A block whose tensors are on disk."""
+class _Stored(Block):
+    """A block whose tensors are on disk, and are read part by part."""
 
     def __init__(self, block: Block, scratch: Scratch) -> None:
-        self.rows = block.rows
-        self._device = block.device
-        self._pieces = []
+        pieces, paths = [], []
         for piece in block.pieces:
             tensors = piece.factors.tensors()
-            paths = {field: scratch.save(values) for field, values in tensors.items()}
+            paths.append({field: scratch.save(values) for field, values in tensors.items()})
             empty = {field: values.new_empty(0) for field, values in tensors.items()}
-            self._pieces.append((replace(piece, factors=replace(piece.factors, **empty)), paths))
+            pieces.append(replace(piece, factors=replace(piece.factors, **empty)))
+        super().__init__(pieces, block.rows)
+        self._sizes = block.sizes
+        self._paths = paths
 
-    def load(self) -> Block:
-        pieces = []
-        for piece, paths in self._pieces:
-            tensors = {
-                field: torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
-                for field, path in paths.items()
-            }
-            pieces.append(replace(piece, factors=replace(piece.factors, **tensors)))
-        return Block(pieces, self.rows)
+    def delete(self) -> None:
+        """Delete the files."""
+        for paths in self._paths:
+            for path in paths.values():
+                path.unlink()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self._sizes
+
+    def of(self, part: str) -> list[Piece]:
+        """See :class:`Block`."""
+        found = []
+        for piece, paths in zip(self.pieces, self._paths, strict=True):
+            if piece.part == part:
+                tensors = {
+                    field: torch.from_numpy(np.load(path, allow_pickle=False)).to(self.device)
+                    for field, path in paths.items()
+                }
+                found.append(replace(piece, factors=replace(piece.factors, **tensors)))
+        return found
 
 
 class Blocks(Sequence[Block]):
@@ -103,12 +116,23 @@ class Blocks(Sequence[Block]):
     def __init__(self, memory: int, scratch: Scratch) -> None:
         self._left = memory
         self._scratch = scratch
-        self._blocks: list[Block | _Stored] = []
+        self._blocks: list[Block] = []
 
     def append(self, block: Block) -> None:
         """Add a block."""
         self._left -= block.nbytes
         self._blocks.append(block if self._left >= 0 else _Stored(block, self._scratch))
+
+    def replace(self, change: Callable[[Piece], Piece]) -> None:
+        """Replace all pieces by what is made of them; those on disk stay there."""
+        for i, block in enumerate(self._blocks):
+            pieces = [change(piece) for part in block.sizes for piece in block.of(part)]
+            made = Block(pieces, block.rows)
+            if isinstance(block, _Stored):
+                self._blocks[i] = _Stored(made, self._scratch)
+                block.delete()
+            else:
+                self._blocks[i] = made
 
     @property
     def sizes(self) -> list[int]:
@@ -119,5 +143,4 @@ class Blocks(Sequence[Block]):
         return len(self._blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        block = self._blocks[index]
-        return block.load() if isinstance(block, _Stored) else block
+        return self._blocks[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -20,17 +21,20 @@ from turnover.ids import check_ids, check_scored_ids, repeated
 from turnover.influence.engine import to_numpy
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
+from turnover.influence.gram.fisher import SampledFitted
 from turnover.influence.gram.fitted import Fitted
 from turnover.influence.gram.kernel import block_of, is_full
 from turnover.influence.gram.options import (
     Gram,
     capture_of,
+    damping_of,
     digest,
     directions_of,
     measure,
     residual_of,
 )
 from turnover.influence.gram.uncertainty import moderated
+from turnover.influence.gram.whitening import Whitening
 from turnover.influence.halving import Halving
 from turnover.influence.plan import Plan
 from turnover.influence.progress import Progress, counting
@@ -67,6 +71,8 @@ class GramDriver:
             capture_of(one, objective, method, residuals=residual > 0 or self._own_residual)
             for one, residual in zip(models, self._residual, strict=True)
         ]
+        self._damping = damping_of(objective, method)
+        self._whitenings: list[Whitening] = []
         self._fitted: list[Fitted] = []
         self._digests: list[str] = []
         self._pair_seconds = 0.0
@@ -85,13 +91,15 @@ class GramDriver:
             InputError: no batches, ids in some batches and not in others, or twice; two networks that
                 are the same.
         """
-        ids: list[Tensor | None] = []
+        given: list[Tensor | None] = []
         sizes: list[int] = []
         every: list[list[Rows]] = [[] for _ in self._captures]
         scratch = Scratch()
         share = self._limits.memory // len(self._captures)
         blocks = [Blocks(share, scratch) for _ in self._captures]
         networks = len(self._captures)
+        damping = self._damping
+        whitenings = [] if damping is None else [Whitening(damping) for _ in self._captures]
         progress = Progress(
             "gram (gradients)", {"row": networks}, unit="instance", shown=self._shown
         )
@@ -101,10 +109,16 @@ class GramDriver:
             ):
                 if not sizes:
                     measure(self._models, batch)
-                ids.append(None if batch.ids is None else check_ids(batch.ids).cpu())
+                given.append(None if batch.ids is None else check_ids(batch.ids).cpu())
+                if batch.ids is None:  # labels are drawn by ids
+                    numbers = torch.arange(sum(sizes), sum(sizes) + len(batch))
+                    batch = replace(batch, ids=numbers)
                 sizes.append(len(batch))
-                for rows, capture in zip(every, self._captures, strict=True):
-                    rows += self._halving.by_rows(batch, partial(capture.rows, training=True))
+                for number, (rows, capture) in enumerate(zip(every, self._captures, strict=True)):
+                    found = self._halving.by_rows(batch, partial(capture.rows, training=True))
+                    if whitenings:
+                        whitenings[number].add(found)
+                    rows += [one.cheapest() for one in found]
                 for rows, made in zip(every, blocks, strict=True):
                     _close(rows, made, full=True)
                 progress.advance("row", len(batch) * networks)
@@ -112,20 +126,23 @@ class GramDriver:
             raise InputError("no training batches given")
         for rows, made in zip(every, blocks, strict=True):
             _close(rows, made, full=False)
-        self._ids = _train_ids(ids, sizes)
-        if len(self._ids) < 4:
-            raise InputError(f"gram needs at least 4 training instances, got {len(self._ids)}")
-        self._digests = [digest(model) for model in self._models]
-        if len(set(self._digests)) < len(self._digests):
+        ids = _train_ids(given, sizes)
+        if len(ids) < 4:
+            raise InputError(f"gram needs at least 4 training instances, got {len(ids)}")
+        digests = [digest(model) for model in self._models]
+        if len(set(digests)) < len(digests):
             raise InputError(
                 "two networks have the same masks and weights: one is given twice, and would count double "
                 "in the mean over networks"
             )
+        for one, made in zip(whitenings, blocks, strict=False):
+            one.finish(made)
         entries = sum(sum(made.sizes) ** 2 for made in blocks)
+        kind = SampledFitted if self._options.samples else Fitted
         start = time.perf_counter()
         with closing(counting("gram (kernel)", entries, "pairs", shown=self._shown)) as progress:
-            self._fitted = [
-                Fitted(
+            fitted = [
+                kind(
                     made,
                     rows,
                     self._options.ridge,
@@ -138,7 +155,9 @@ class GramDriver:
                 )
                 for made, rows, residual in zip(blocks, every, self._residual, strict=True)
             ]
+        # All at once, so that a fit that fails leaves the one before as it was.
         self._pair_seconds = (time.perf_counter() - start) / entries
+        self._fitted, self._whitenings, self._digests, self._ids = fitted, whitenings, digests, ids
 
     def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
         """Influence of the fitted instances, or of some of them, on every target."""
@@ -266,7 +285,8 @@ class GramDriver:
                 seen += len(batch)
                 pending.append(batch)
                 for every, capture in zip(rows, self._captures, strict=True):
-                    every += self._halving.by_rows(batch, capture.rows)
+                    found = self._halving.by_rows(batch, capture.rows)
+                    every += [one.cheapest() for one in found]
                 progress.advance("row", len(batch) * networks)
                 if any(map(is_full, rows)):
                     yield from block()
@@ -295,7 +315,10 @@ class GramDriver:
         )
 
     def _crosses(self, rows: Sequence[Sequence[Rows]]) -> list[Tensor]:
-        return [one.cross(block_of(r)) for one, r in zip(self._fitted, rows, strict=True)]
+        blocks = [block_of(one) for one in rows]
+        for i, whitening in enumerate(self._whitenings):
+            blocks[i] = whitening.whitened(blocks[i])
+        return [one.cross(block) for one, block in zip(self._fitted, blocks, strict=True)]
 
     def _scored(self, crosses: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
         """Scores and standard errors (targets, train), and the degrees of freedom of these."""

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from turnover.influence.gram.sides import Maps, Moments, Numbers, Sides, mapped, second_moment
+
+_ROUNDING = 1e-5
+"""Share of a row's largest gradient of an output up to which a token's may be rounding error."""
 _CHUNK = 2**24
 """Elements of a temporary: 64 MB."""
+_SUM = 2**15
+"""Numbers in a sum."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,44 @@ class Factors(ABC):
     def explicit(self) -> Tensor:
         """The gradients themselves: float32 (rows, parameters)."""
 
+    def cheapest(self) -> Factors:
+        """The form of these gradients that holds the fewest numbers."""
+        return self
+
+    @abstractmethod
+    def moments(self) -> Moments:
+        """Second moments of the inputs and of the gradients of the outputs."""
+
+    @abstractmethod
+    def whitened(self, maps: Maps) -> Factors:
+        """The gradients after linear maps of both sides."""
+
+    def joins(self, other: Factors) -> bool:  # noqa: ARG002
+        """Whether :func:`join` may make one of both, though explicit gradients are large."""
+        return True
+
     def add_gram(self, other: Factors, out: Tensor) -> None:
         """Add the inner products with other rows of the same layer to ``out`` (rows, other rows)."""
         if isinstance(other, type(self)):
             self._add_products(other, out)
         else:
-            out.addmm_(self.explicit(), other.explicit().T)
+            add_product(out, self.explicit(), other.explicit())
 
     def _add_products(self, other: Self, out: Tensor) -> None:
         """:meth:`add_gram` for two factors of one form."""
-        out.addmm_(self.explicit(), other.explicit().T)
+        add_product(out, self.explicit(), other.explicit())
+
+
+def add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add ``one other'`` to ``out``.
+
+    A product that begins with what is there, or is a long sum, loses the numbers that are small beside it:
+    up to 5e-4 of the diagonal of a language model's words.
+    """
+    total = torch.zeros_like(out)
+    for left, right in zip(torch.split(one, _SUM, 1), torch.split(other, _SUM, 1), strict=True):
+        total.add_(left @ right.T)
+    out.add_(total)
 
 
 def join(parts: Sequence[Factors]) -> Factors:
@@ -92,6 +126,24 @@ class Explicit(Factors):
         """See :class:`Factors`."""
         return self.matrix
 
+    def moments(self) -> Moments:
+        """See :class:`Factors`: the parameters' own, as there are no sides."""
+        return Numbers(self.matrix.square().sum(dim=0))
+
+    def whitened(self, maps: Maps) -> Factors:
+        """See :class:`Factors`."""
+        if maps.inputs is None:
+            return Explicit(self.matrix * maps.back)
+        rows, groups = len(self.matrix), len(maps.back)
+        inputs, outputs = maps.inputs.shape[1], maps.back.shape[1]
+        matrix = self.matrix
+        if maps.bias:  # from behind the weight to a column of it
+            weight, bias = matrix.tensor_split([groups * outputs * (inputs - 1)], dim=1)
+            weight = weight.view(rows, groups, outputs, inputs - 1)
+            matrix = torch.cat([weight, bias.view(rows, groups, outputs, 1)], dim=3)
+        turned = mapped(matrix.view(rows, groups, outputs, inputs), maps.inputs)
+        return Explicit(mapped(turned.mT, maps.back).mT.flatten(1))
+
 
 @dataclass(frozen=True)
 class Outer(Factors):
@@ -111,6 +163,17 @@ class Outer(Factors):
         """See :class:`Factors`: the weight (outputs, inputs), then the bias."""
         weight = (self.back[:, :, None] * self.inputs[:, None, :]).flatten(1)
         return torch.cat([weight, self.back], dim=1) if self.bias else weight
+
+    def moments(self) -> Moments:
+        """See :class:`Factors`."""
+        return self._as_tokens().moments()
+
+    def whitened(self, maps: Maps) -> Factors:
+        """See :class:`Factors`: with a bias, its input becomes one of the others."""
+        return self._as_tokens().whitened(maps).cheapest()
+
+    def _as_tokens(self) -> Tokens:
+        return Tokens(self.inputs[:, None, None], self.back[:, None, None], self.bias)
 
     def _add_products(self, other: Self, out: Tensor) -> None:
         inputs = self.inputs @ other.inputs.T
@@ -143,8 +206,29 @@ class Tokens(Factors):
         weight = self._weight(0, self.back.shape[3])
         return torch.cat([weight, self._sums()], dim=1) if self.bias else weight
 
+    def moments(self) -> Moments:
+        """See :class:`Factors`: of the tokens that have a gradient, beyond rounding."""
+        sizes = self.back.abs().amax(dim=3)  # (rows, groups, tokens)
+        seen = sizes > _ROUNDING * sizes.amax(dim=(1, 2), keepdim=True)
+        inputs = (self._inputs_with_bias() * seen[..., None]).transpose(0, 1).flatten(1, 2)
+        back = self.back.transpose(0, 1).flatten(1, 2)
+        count = int(seen.any(dim=1).sum())
+        return Sides(second_moment(inputs), second_moment(back), count, bias=self.bias)
+
+    def whitened(self, maps: Maps) -> Factors:
+        """See :class:`Factors`: with a bias, its input becomes one of the others."""
+        if maps.inputs is None:
+            return Explicit(self.explicit()).whitened(maps)
+        inputs = mapped(self._inputs_with_bias(), maps.inputs)
+        return Tokens(inputs, mapped(self.back, maps.back), bias=False)
+
+    def _inputs_with_bias(self) -> Tensor:
+        if not self.bias:
+            return self.inputs
+        return torch.cat([self.inputs, torch.ones_like(self.inputs[..., :1])], dim=3)
+
     def cheapest(self) -> Factors:
-        """The form of these gradients that holds the fewest numbers."""
+        """See :class:`Factors`."""
         if self.back.shape[2] == 1 and self.back.shape[1] == 1:
             return Outer(self.inputs[:, 0, 0], self.back[:, 0, 0], self.bias)
         kept = (self.inputs.numel() + self.back.numel()) // max(len(self.back), 1)
@@ -167,9 +251,9 @@ class Tokens(Factors):
             stop = min(start + step, outputs)
             one = self._weight(start, stop)
             two = one if other is self else other._weight(start, stop)
-            out.addmm_(one, two.T)
+            add_product(out, one, two)
         if self.bias:
-            out.addmm_(self._sums(), other._sums().T)
+            add_product(out, self._sums(), other._sums())
 
     def _add_by_pairs(self, other: Self, out: Tensor) -> None:
         """Over pairs of tokens, some rows at a time."""
@@ -217,6 +301,23 @@ class Lookup(Factors):
         index = (self.tokens % (self.entries + 1))[..., None].expand_as(self.back)
         return table.scatter_add_(1, index, self.back)[:, :-1].flatten(1)
 
+    def cheapest(self) -> Factors:
+        """See :class:`Factors`."""
+        return Explicit(self.explicit()) if self.entries <= self.tokens.shape[1] else self
+
+    def moments(self) -> Moments:
+        """See :class:`Factors`: of each number alone, as entries differ in how often they are met."""
+        entries, _, sums = self._summed()
+        squares = sums.new_zeros((self.entries, sums.shape[1]))
+        return Numbers(squares.index_add_(0, entries, sums.square()).flatten())
+
+    def whitened(self, maps: Maps) -> Factors:
+        """See :class:`Factors`."""
+        if maps.inputs is not None:
+            return Explicit(self.explicit()).whitened(maps)
+        factor = maps.back[0].view(self.entries, -1)
+        return replace(self, back=self.back * factor[self.tokens.clamp_min(0)])
+
     def _add_products(self, other: Self, out: Tensor) -> None:
         found = other._by_entry()
         for entry, (rows, back) in self._by_entry().items():
@@ -226,6 +327,14 @@ class Lookup(Factors):
 
     def _by_entry(self) -> dict[int, tuple[Tensor, Tensor]]:
         """The rows that looked up an entry, and the sums of their gradients by it."""
+        every, rows, sums = self._summed()
+        entries, sizes = torch.unique_consecutive(every, return_counts=True)
+        lengths: list[int] = sizes.tolist()
+        parts = zip(torch.split(rows, lengths), torch.split(sums, lengths), strict=True)
+        return dict(zip(entries.tolist(), parts, strict=True))
+
+    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the gradients by each entry and row: the entries, ascending, the rows, the sums."""
         count = len(self.tokens)
         row = torch.arange(count, device=self.tokens.device)[:, None].expand_as(self.tokens)
         present = self.tokens >= 0
@@ -233,7 +342,4 @@ class Lookup(Factors):
         unique, position = torch.unique(keys, return_inverse=True)
         sums = self.back.new_zeros((len(unique), self.back.shape[2]))
         sums.index_add_(0, position, self.back[present])
-        entries, sizes = torch.unique_consecutive(unique // count, return_counts=True)
-        lengths: list[int] = sizes.tolist()
-        parts = zip(torch.split(unique % count, lengths), torch.split(sums, lengths), strict=True)
-        return dict(zip(entries.tolist(), parts, strict=True))
+        return unique // count, unique % count, sums

@@ -73,7 +73,6 @@ class Fitted:
         known = [rows.residuals for rows in every if rows.residuals is not None]
         self.factor = torch.cat(known) ** residual if residual else torch.ones_like(costs)
         self._own_factor = torch.cat(known) if own_residual else torch.ones_like(costs)
-        self.ridge = ridges.choose(ridge, k, costs)
         self.k = k
         self.device = costs.device
         self.freedom = resamples // 2 - 1
@@ -83,6 +82,7 @@ class Fitted:
         self._directions = self.weights.shape[1]
         self._whole: Solver | None = None
         self._halves: list[tuple[Tensor, Solver]] = []
+        self.ridge = self._lambda(ridge, costs)
 
     def solve(self) -> None:
         """Factor the matrix now, and not when it is first needed."""
@@ -146,6 +146,9 @@ class Fitted:
         """Positions in ``k`` of the directions of instances."""
         inside = torch.arange(self._directions, device=rows.device)
         return (rows[:, None] * self._directions + inside).flatten()
+
+    def _lambda(self, ridge: float | str, costs: Tensor) -> float:
+        return ridges.choose(ridge, self.k, costs)
 
     def _solver(self) -> Solver:
         if self._whole is None:

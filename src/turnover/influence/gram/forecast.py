@@ -75,7 +75,7 @@ def forecast(
     capture.rows(sample[0], training=True)  # checks that rows do not mix, once
     found, start, tried = [], time.perf_counter(), 0
     for batch in sample:
-        found += [capture.rows(batch, training=True)]
+        found += [capture.rows(batch, training=True).cheapest()]
         tried += len(batch)
         if time.perf_counter() - start > _PILOT_SECONDS or is_full(found):
             break

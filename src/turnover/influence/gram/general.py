@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from turnover.batches import Batch, named, tensors
 
 _ELEMENTS = 2**24
 """Numbers in the gradients of the rows that are computed at once: 64 MB."""
+_FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
+"""Torch says so for each operation; :class:`~turnover.influence.gram.capture.Capture` warns once."""
 _logger = logging.getLogger(__name__)
 
 
@@ -45,7 +48,9 @@ class RowGradients:
         size = len(batch)
         try:
             starts = range(0, size, self._step)
-            return torch.cat([self._vectorized(batch, back, i, i + self._step) for i in starts])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=_FALLBACK)
+                return torch.cat([self._vectorized(batch, back, i, i + self._step) for i in starts])
         except (RuntimeError, ValueError, TypeError) as error:
             # A forward that looks at its values or its batch size.
             _logger.debug("row gradients one by one, as vmap failed: %r", error)

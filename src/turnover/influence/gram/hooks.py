@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from turnover.batches import tensors
 from turnover.dropout.modules import in_this_thread
 from turnover.dropout.torch_private import is_reentrant
 from turnover.errors import InputError
@@ -37,12 +38,28 @@ class LayerCall:
     Attributes:
         inputs: its first input, rows first.
         edge: of its output in the autograd graph.
+        dtype: of its output.
         broadcast: whether one call was made for all rows (position embeddings).
+        folded: for each row, the number of tokens that follow one another on the first axis; 1: that
+            axis has the rows.
     """
 
     inputs: Tensor
     edge: GradientEdge
+    dtype: torch.dtype
     broadcast: bool
+    folded: int
+
+    def by_row(self, back: Tensor | None) -> Tensor | None:
+        """A gradient of the output, rows first."""
+        if back is None or self.folded == 1:
+            return back
+        return back.reshape(-1, self.folded, *back.shape[1:])
+
+    def makes(self, outputs: Any) -> bool:
+        """Whether the layer's output is one of the model's, as it is."""
+        ends = (get_gradient_edge(v) for v in tensors([outputs]) if v.requires_grad)
+        return any(end[:2] == self.edge[:2] for end in ends)
 
 
 Calls = dict[str, list[LayerCall]]
@@ -67,9 +84,13 @@ def recorded(parts: Mapping[str, Part], rows: int) -> Iterator[Calls]:
             if broadcast:  # a gradient for each row
                 output = output.expand(rows, *output.shape[1:])
                 inputs = inputs.expand(rows, *inputs.shape[1:])
-            if len(output) != rows or len(inputs) != rows:
+            folded, rest = divmod(len(output), rows)
+            if rest or not folded or len(inputs) != len(output):
                 raise UnknownLayoutError(name)
-            call = LayerCall(inputs.detach(), get_gradient_edge(output), broadcast)
+            if folded > 1:
+                inputs = inputs.reshape(rows, folded, *inputs.shape[1:])
+            edge = get_gradient_edge(output)
+            call = LayerCall(inputs.detach(), edge, output.dtype, broadcast, folded)
             calls.setdefault(name, []).append(call)
             return output if broadcast else None
 
@@ -79,7 +100,8 @@ def recorded(parts: Mapping[str, Part], rows: int) -> Iterator[Calls]:
     try:
         for name, part in parts.items():
             hook = in_this_thread(hook_of(name))
-            handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+            modules = part.module, *part.also
+            handles += [one.register_forward_hook(hook, with_kwargs=True) for one in modules]
         yield calls
     finally:
         for handle in handles:
@@ -114,5 +136,7 @@ def interleaved(values: Sequence[Tensor | None]) -> Tensor | None:
     found = next((value for value in values if value is not None), None)
     if found is None:
         return None
+    if len(values) == 1:
+        return found.detach().float()
     full = [torch.zeros_like(found) if value is None else value for value in values]
     return torch.stack([value.detach().float() for value in full], dim=1).flatten(0, 1)

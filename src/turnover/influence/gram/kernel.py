@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ _ROWS = 1024
 """Rows of a block: enough for matrix products at full speed."""
 _BYTES = 2**28
 """Bytes of a block; several are in memory at once."""
+_PANEL = 4096
+"""Rows whose inner products are summed over all parts before they are written."""
+_GROUP = 2**29
+"""Bytes of the gradients by one part that are in memory at once, twice."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Piece:
     part: str
     start: int
     factors: Factors
+
+    @property
+    def rows(self) -> slice:
+        """All of its rows."""
+        return slice(self.start, self.start + len(self.factors))
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,23 @@ class Block:
         """Bytes of all tensors."""
         return sum(piece.factors.nbytes for piece in self.pieces)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by part."""
+        found: dict[str, int] = {}
+        for piece in self.pieces:
+            found[piece.part] = found.get(piece.part, 0) + piece.factors.nbytes
+        return found
+
+    def of(self, part: str) -> list[Piece]:
+        """The pieces of one part."""
+        return [piece for piece in self.pieces if piece.part == part]
+
     def add_gram(self, other: Block, out: Tensor) -> None:
         """Add the inner products with the gradients of another block to ``out`` (rows, other rows)."""
         for one in self.pieces:
-            for two in other.pieces:
-                if one.part == two.part:
-                    rows = slice(one.start, one.start + len(one.factors))
-                    columns = slice(two.start, two.start + len(two.factors))
-                    one.factors.add_gram(two.factors, out[rows, columns])
+            for two in other.of(one.part):
+                one.factors.add_gram(two.factors, out[one.rows, two.rows])
 
 
 def is_full(rows: Sequence[Rows]) -> bool:
@@ -61,19 +80,27 @@ def is_full(rows: Sequence[Rows]) -> bool:
 
 
 def block_of(every: Sequence[Rows]) -> Block:
-    """One block of the rows of several batches; neighboring pieces are joined."""
-    runs: dict[str, list[tuple[int, list[Factors]]]] = {}
+    """One block of the rows of several batches; neighboring pieces are joined where they can be."""
+    pieces: dict[str, list[Piece]] = {}
     row = 0
     for rows in every:
         for name, factors in rows.parts.items():
-            parts = runs.setdefault(name, [])
-            if parts and row == parts[-1][0] + sum(map(len, parts[-1][1])):
-                parts[-1][1].append(factors)
-            else:
-                parts.append((row, [factors]))
+            pieces.setdefault(name, []).append(Piece(name, row, factors))
         row += rows.gradients
-    found = ((name, start, run) for name, parts in runs.items() for start, run in parts)
-    return Block([Piece(name, start, join(run)) for name, start, run in found], row)
+    return Block([one for parts in pieces.values() for one in _joined(parts)], row)
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces of one part, with neighbors as one."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        last = runs[-1][-1] if runs else None
+        neighbors = last is not None and piece.start == last.start + len(last.factors)
+        if last is not None and neighbors and last.factors.joins(piece.factors):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return [replace(run[0], factors=join([one.factors for one in run])) for run in runs]
 
 
 def gram_of(
@@ -86,27 +113,84 @@ def gram_of(
         out: is filled.
         done: called with the number of entries just filled.
     """
-    row = 0
-    for i in range(len(blocks)):
-        one = blocks[i]
-        column = 0
-        for j in range(i + 1):
-            other = one if j == i else blocks[j]
-            tile = torch.zeros((one.rows, other.rows), device=one.device)
-            one.add_gram(other, tile)
-            out[row : row + one.rows, column : column + other.rows] = tile
-            out[column : column + other.rows, row : row + one.rows] = tile.T
-            column += other.rows
-            done(one.rows * other.rows * (1 if j == i else 2))
-        row += one.rows
+    panels = _panels(blocks)
+    for i, (rows, one) in enumerate(panels):
+        for columns, other in panels[: i + 1]:
+            tile = _products(one, other, done)
+            out[rows, columns] = tile
+            out[columns, rows] = tile.T
 
 
 def cross_of(block: Block, blocks: Sequence[Block], rows: int) -> Tensor:
     """Inner products of the rows of a block with all ``rows`` of some blocks: float32."""
     out = torch.zeros((block.rows, rows), device=block.device)
-    start = 0
-    for i in range(len(blocks)):  # one block from disk at a time
-        other = blocks[i]
-        block.add_gram(other, out[:, start : start + other.rows])
-        start += other.rows
+    for columns, other in _panels(blocks):
+        out[:, columns] = _products([block], other)
     return out
+
+
+def _panels(blocks: Sequence[Block]) -> list[tuple[slice, list[Block]]]:
+    """Neighboring blocks with all of their rows."""
+    found: list[tuple[slice, list[Block]]] = []
+    row = 0
+    for block in blocks:
+        last, many = found[-1] if found else (slice(0, 0), [])
+        stop = row + block.rows
+        if found and stop - last.start <= _PANEL:
+            found[-1] = slice(last.start, stop), [*many, block]
+        else:
+            found.append((slice(row, stop), [block]))
+        row = stop
+    return found
+
+
+def _products(
+    one: Sequence[Block], other: Sequence[Block], done: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Inner products of the rows of some blocks with those of others, one part after the other.
+
+    Of a part many more rows fit into memory than of all of them, and the explicit gradients that products
+    are made of are made once for all of these rows.
+    """
+    same = one is other
+    shape = sum(block.rows for block in one), sum(block.rows for block in other)
+    tile = torch.zeros(shape, device=one[0].device)
+    parts = dict.fromkeys(part for block in one for part in block.sizes)
+    entries = shape[0] * shape[1] * (1 if same else 2)
+    for number, part in enumerate(parts):
+        groups = _groups(other, part)
+        for index, group in enumerate(groups if same else _groups(one, part)):
+            ours = _loaded(group, part)
+            for count, across in enumerate(groups[: index + 1] if same else groups):
+                theirs = ours if same and count == index else _loaded(across, part)
+                for left, right in product(ours, theirs):
+                    rows, columns = left.rows, right.rows
+                    left.factors.add_gram(right.factors, tile[rows, columns])
+                    if same and count < index:
+                        tile[columns, rows] = tile[rows, columns].T
+        done(entries * (number + 1) // len(parts) - entries * number // len(parts))
+    return tile
+
+
+_Placed = tuple[int, Block]
+"""A block and its first row."""
+
+
+def _groups(blocks: Sequence[Block], part: str) -> list[list[_Placed]]:
+    """Blocks whose gradients by one part are in memory together."""
+    found: list[list[_Placed]] = []
+    row, size = 0, _GROUP
+    for block in blocks:
+        if part in block.sizes:
+            size += block.sizes[part]
+            if size > _GROUP:
+                found.append([])
+                size = block.sizes[part]
+            found[-1].append((row, block))
+        row += block.rows
+    return found
+
+
+def _loaded(group: Sequence[_Placed], part: str) -> list[Piece]:
+    pieces = [replace(one, start=row + one.start) for row, block in group for one in block.of(part)]
+    return _joined(pieces)

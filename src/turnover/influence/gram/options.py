@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from turnover.errors import InputError, check_number, check_whole
 from turnover.influence.gram import ridge as ridges
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.masks import MaskCapture
+from turnover.influence.gram.samples import OBJECTIVES
 from turnover.influence.protocol import Method
-from turnover.objectives import Objective, cross_entropy, margin
+from turnover.objectives import Objective, completion, cross_entropy, margin
 
 Model = Network | nn.Module
 
@@ -27,6 +29,7 @@ _BUILT_IN = (margin, cross_entropy)
 _RESIDUAL = 0.5
 _MASKED_RESIDUAL = 0.25
 _DIRECTIONS = 2
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Gram(Method):
             entries, a few numbers for each instance, which forget the inputs below the site.
         resamples: halves of the training set that standard errors of one network are made of: even,
             4 at least.
+        whiten: how far directions that many instances share are held back
+            (:mod:`turnover.influence.gram.whitening`): the damping in mean eigenvalues of a layer's second
+            moments, less is stronger; ``True``: 0.1; ``False``: not at all. ``None``: 0.1 with
+            ``objectives.completion``, otherwise not at all (docs/fidelity.md).
+        samples: labels that are drawn from the model for each training instance. Their gradients, and not
+            those of the labels in the data, then hold the network: with each of them another gradient
+            of every instance, and better scores of language models (docs/language-models.md). Needs
+            ``objectives.completion`` or ``cross_entropy``, and no directions.
 
     Raises:
         InputError: a value that is none of these.
@@ -76,6 +87,8 @@ class Gram(Method):
     directions: int | None = None
     features: str = "gradients"
     resamples: int = 8
+    whiten: float | bool | None = None
+    samples: int = 0
 
     def __post_init__(self) -> None:
         ridges.check(self.ridge)
@@ -83,6 +96,10 @@ class Gram(Method):
             raise InputError(
                 f"unknown features {self.features!r}; there are {', '.join(map(repr, FEATURES))}"
             )
+        if self.whiten is not None and not isinstance(self.whiten, bool):
+            check_number("whiten", self.whiten, also=" or True, False or None")
+            if not self.whiten:
+                raise InputError("whiten is a damping above 0; whiten=False does not whiten")
         if self.residual is not None and not isinstance(self.residual, bool):
             check_number("residual", self.residual, also=" or True, False or None")
         if self.directions is not None:
@@ -91,6 +108,15 @@ class Gram(Method):
             raise InputError(
                 f"ridge={self.ridge!r} fits the objective of the training instances, which directions "
                 f"do not have: give a number, or directions=0"
+            )
+        check_whole("samples", self.samples, 0)
+        if self.samples and (self.directions or self.features == "masks"):
+            raise InputError(
+                'samples= takes the gradients of drawn labels: leave directions= and features="masks" out'
+            )
+        if self.samples and isinstance(self.ridge, str):
+            raise InputError(
+                f"ridge={self.ridge!r} knows no drawn labels: give a number, or samples=0"
             )
         check_whole("resamples", self.resamples, 4)
         if self.resamples % 2:
@@ -112,8 +138,22 @@ def measure(models: Sequence[Model], batch: Batch) -> None:
                 batch.rows(0, 1).to(device_of(one.model)).call(one.model)
 
 
+def damping_of(objective: Objective, options: Gram) -> float | None:
+    """Damping of the whitening; ``None``: gradients stay as they are."""
+    given = options.whiten
+    if given is None:
+        given = objective is completion
+    return (_DAMPING if given else None) if isinstance(given, bool) else float(given)
+
+
 def directions_of(objective: Objective, options: Gram) -> int:
     """Directions of a training instance."""
+    if options.samples:
+        if objective not in OBJECTIVES:
+            raise InputError(
+                "samples= draws labels: take turnover.objectives.completion or cross_entropy, or samples=0"
+            )
+        return 0
     known = objective in _BUILT_IN
     if options.directions is not None:
         if options.directions and not known:
@@ -155,7 +195,7 @@ def capture_of(
                 'from turnover.attach, or take features="gradients"'
             )
         return MaskCapture(model, objective, residuals=residuals, directions=count)
+    make = partial(Capture, residuals=residuals, directions=count, samples=options.samples)
     if isinstance(model, Network):
-        within = model.mean
-        return Capture(model.model, objective, residuals=residuals, directions=count, within=within)
-    return Capture(model, objective, residuals=residuals, directions=count)
+        return make(model.model, objective, within=model.mean)
+    return make(model, objective)

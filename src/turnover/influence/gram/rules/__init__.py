@@ -12,6 +12,9 @@ To add a layer, write one module in this folder; nothing else changes. For a lay
 form has another order than the weight, then the bias. Register a type from a library that turnover does
 not import by its qualified name. A module outside this folder can register a rule too, once imported.
 
+A layer of any other type whose only parameter, ``weight`` (features,), scales its outputs needs no rule of
+its own (:mod:`turnover.influence.gram.rules.scaling`).
+
 Gram checks every rule against autograd, and computes the gradients of a layer without its rule where they
 differ. A rule may therefore ignore rare options of its layer.
 """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from turnover.influence.gram.factors import Factors
@@ -14,14 +15,23 @@ from turnover.influence.gram.factors import Factors
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: its first input, and the gradients of its output. Rows first, float32."""
+    """One call of a layer: its first input, and the gradients of its output. Rows first, float32.
+
+    ``dtype`` is that of the output as the layer computed it; ``last``: it is an output of the model as it is.
+    """
 
     inputs: Tensor
     back: Tensor
+    dtype: torch.dtype = torch.float32
+    last: bool = False
 
 
 class Rule(ABC):
     """Gradients of the rows of a batch by the parameters of one kind of layer."""
+
+    def fits(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Whether the rule is for this layer, which is of a type it is registered for."""
+        return True
 
     @abstractmethod
     def factors(self, module: nn.Module, trained: frozenset[str], calls: Sequence[Call]) -> Factors:
@@ -66,5 +76,5 @@ def rule_of(module: nn.Module) -> Rule | None:
     for kind in type(module).__mro__:
         rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if rule is not None:
-            return rule
+            return rule if rule.fits(module) else None
     return None
