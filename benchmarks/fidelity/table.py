@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import board, finetuned, mislabels
+from . import board, finetuned, language_board, mislabels
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
 
@@ -137,13 +137,37 @@ def finetuned_table(title: str, found: dict[str, Any]) -> str:
     ]
     methods = found["methods"].items()
     for name, one in sorted(methods, key=lambda item: -item[1]["class_removed"][0]):
-        cells = (
-            f"{mean:.3f} ({low:.2f} to {high:.2f})"
-            for mean, low, high in (one["raw"], one["class_removed"])
-        )
+        cells = (_interval(one["raw"]), _interval(one["class_removed"]))
         name = name.replace("*", "\\*")
         lines.append(f"| {name} | {' | '.join(cells)} | {one['seconds']:.0f} |")
     return "\n".join(lines)
+
+
+def language_table(found: dict[str, Any]) -> str:
+    """Methods on a fine-tuned language model, the best first, and those that failed."""
+    references = [one for one in language_board.REFERENCES if one in found["methods"]]
+    lines = [
+        f"**{found['title']}.** Ceiling of the halves: {found['ceiling']:.2f}.",
+        "",
+        f"| method | halves | without 5% | {' | '.join(f'minus {one}' for one in references)} | seconds |",
+        "|---" * (len(references) + 4) + "|",
+    ]
+    methods = found["methods"].items()
+    for name, one in sorted(methods, key=lambda item: -item[1].get("halves", [-2])[0]):
+        if "error" in one:
+            lines.append(f"| {name} | failed: {one['error']} {'| ' * (len(references) + 3)}|")
+            continue
+        cells = [_interval(one["halves"]), _interval(one["leave_5%"])]
+        cells += [_interval(one["minus"].get(other, {}).get("halves")) for other in references]
+        lines.append(f"| {name} | {' | '.join(cells)} | {one['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def _interval(found: list[float] | None) -> str:
+    if found is None:
+        return ""
+    mean, low, high = found
+    return f"{mean:.3f} ({low:.2f} to {high:.2f})"
 
 
 def replaced(text: str, marker: str, content: str) -> str:
@@ -170,6 +194,9 @@ def main() -> None:
         found = json.loads(finetuned.RESULTS.read_text())
         tables = [finetuned_table(title, found[kind]) for kind, title in _FINE_TUNED.items()]
         text = replaced(text, "finetuned", "\n\n".join(tables))
+    if language_board.RESULTS.exists():
+        found = json.loads(language_board.RESULTS.read_text())
+        text = replaced(text, "language", "\n\n".join(map(language_table, found.values())))
     DOCS.write_text(text)
 
 

@@ -30,6 +30,8 @@ class Correlation:
         ceiling: correlation that the expected outputs would reach, since the truth is a mean of few
             noisy trainings: by the agreement of halves of the seeds; nan with one seed.
         per_target: float64 (targets,).
+        resamples: means of the bootstrap's resamples, float64 (500,). Two methods that are judged by the
+            same truth with the same seed see the same resamples, so their difference is paired.
     """
 
     mean: float
@@ -37,6 +39,7 @@ class Correlation:
     high: float
     ceiling: float
     per_target: Floats
+    resamples: Floats
 
 
 def correlate(predicted: Floats, runs: Floats, *, seed: int = 0) -> Correlation:
@@ -51,7 +54,7 @@ def correlate(predicted: Floats, runs: Floats, *, seed: int = 0) -> Correlation:
     means = _bootstrap(predicted, truth, of_targets, of_cases)
     low, high = np.quantile(means, [0.025, 0.975])
     return Correlation(
-        float(per_target.mean()), float(low), float(high), _ceiling(runs), per_target
+        float(per_target.mean()), float(low), float(high), _ceiling(runs), per_target, means
     )
 
 
