@@ -313,7 +313,7 @@ def test_a_damping_that_is_none_is_refused(whiten):
 def test_scores_with_drawn_labels_are_those_of_the_fisher_matrix():
     """With many draws, those of the exact one."""
     model, train, targets = problem(train=30)
-    method = Gram(0.5, samples=400)
+    method = Gram(0.5, samples=100)
     influence = Influence(model, objective=objectives.cross_entropy, method=method)
     scores = influence.fit(cut(train, 7)).estimate(cut(targets, 2)).scores
     own, others = (
@@ -331,10 +331,10 @@ def test_scores_with_drawn_labels_are_those_of_the_fisher_matrix():
         fisher, size = fisher + rows.T @ rows, size + np.square(rows).sum() / len(train)
     system = fisher + 0.5 * size * np.eye(len(fisher))
     expected = others @ np.linalg.solve(system, own.T)
-    np.testing.assert_allclose(scores, expected, atol=0.05 * np.abs(expected).max())
+    np.testing.assert_allclose(scores, expected, atol=0.08 * np.abs(expected).max())
     itself = influence.self_influence().scores
     diagonal = np.einsum("np,pn->n", own, np.linalg.solve(system, own.T))
-    np.testing.assert_allclose(itself, diagonal, atol=0.05 * diagonal.max())
+    np.testing.assert_allclose(itself, diagonal, atol=0.08 * diagonal.max())
 
 
 def test_drawn_labels_depend_on_ids_alone():
