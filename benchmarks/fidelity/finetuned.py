@@ -29,6 +29,7 @@ from turnover.io.files import write_csv
 from turnover.io.parsing import read_json
 
 from . import features, plain_bert
+from .peers import kronfluence_
 
 RESULTS = Path(__file__).parent.parent / "results" / "finetuned.json"
 _TRAIN, _TARGETS, _SUBSETS = 300, 100, 40
@@ -162,8 +163,6 @@ def same_class(problem: Problem) -> Floats:
 
 def ekfac(problem: Problem, model: nn.Module, tokenizer: Any) -> Floats:
     """EK-FAC (Grosse et al. 2023) by kronfluence on the layers that were trained."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
     from torch.utils.data import TensorDataset
 
@@ -196,35 +195,9 @@ def ekfac(problem: Problem, model: nn.Module, tokenizer: Any) -> Floats:
         labels = torch.from_numpy(problem.labels[name])
         return TensorDataset(found["input_ids"], found["attention_mask"], labels)
 
-    ready = prepare_model(model, Classification())
-    analyzer = Analyzer(
-        "finetuned",
-        ready,
-        Classification(),
-        cpu=True,
-        output_dir=str(problem.folder / "kronfluence"),
-        disable_tqdm=True,
-        disable_model_save=True,
-    )
-    analyzer.fit_all_factors(
-        "ekfac",
-        rows("train"),
-        per_device_batch_size=_ROWS,
-        factor_args=FactorArguments(strategy="ekfac"),
-        overwrite_output_dir=True,
-    )
-    analyzer.compute_pairwise_scores(
-        "pairs",
-        "ekfac",
-        rows("test"),
-        rows("train"),
-        per_device_query_batch_size=_ROWS,
-        per_device_train_batch_size=_ROWS,
-        score_args=ScoreArguments(damping_factor=None),
-        overwrite_output_dir=True,
-    )
-    pairs = analyzer.load_pairwise_scores("pairs")["all_modules"]
-    return np.asarray(pairs.float().numpy())
+    folder = problem.folder / "kronfluence"
+    train, test = rows("train"), rows("test")
+    return kronfluence_.pairs("finetuned", model, Classification(), train, test, folder, _ROWS)
 
 
 def board(kind: str, folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import turnover
 from turnover import Batch, objectives
 
 from . import language
+from .peers import kronfluence_
 
 _ROWS = 50
 _TRAK_SEEDS = 3
@@ -68,8 +69,6 @@ def _batches(tokens: Tensor) -> list[Batch]:
 
 def ekfac(given: Attribution, *, head: bool = True) -> Floats:
     """EK-FAC (Grosse et al. 2023) by kronfluence on the linear layers that were trained."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
     from torch.utils.data import TensorDataset
 
@@ -98,34 +97,9 @@ def ekfac(given: Attribution, *, head: bool = True) -> Floats:
             return names
 
     train, test = TensorDataset(given.problem.train), TensorDataset(given.problem.test)
-    analyzer = Analyzer(
-        "language",
-        prepare_model(model, Completion()),
-        Completion(),
-        cpu=True,
-        output_dir=str(given.folder / "kronfluence"),
-        disable_tqdm=True,
-        disable_model_save=True,
-    )
     torch.manual_seed(0)  # of the sampled labels
-    analyzer.fit_all_factors(
-        "ekfac",
-        train,
-        per_device_batch_size=_ROWS,
-        factor_args=FactorArguments(strategy="ekfac"),
-        overwrite_output_dir=True,
-    )
-    analyzer.compute_pairwise_scores(
-        "pairs",
-        "ekfac",
-        test,
-        train,
-        per_device_query_batch_size=_ROWS,
-        per_device_train_batch_size=_ROWS,
-        score_args=ScoreArguments(damping_factor=None),
-        overwrite_output_dir=True,
-    )
-    return np.asarray(analyzer.load_pairwise_scores("pairs")["all_modules"].float().numpy())
+    folder = given.folder / "kronfluence"
+    return kronfluence_.pairs("language", model, Completion(), train, test, folder, _ROWS)
 
 
 def linear(model: nn.Module) -> nn.Module:

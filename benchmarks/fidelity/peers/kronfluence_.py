@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ..methods import Attribution, Scored
 
@@ -83,3 +86,45 @@ def ekfac(task: Attribution) -> Scored:
     stored = sum(file.stat().st_size for file in factors.rglob("*") if file.is_file())
     pairs = analyzer.load_pairwise_scores("pairs")["all_modules"]
     return Scored(pairs.float().numpy(), own, fitted - start, scored - fitted, stored)
+
+
+def pairs(
+    name: str,
+    model: nn.Module,
+    task: Any,
+    train: Dataset[Any],
+    test: Dataset[Any],
+    folder: Path,
+    rows: int,
+) -> NDArray[np.floating[Any]]:
+    """Scores (test, train) of a model that a task describes, so many rows at a time, kept in a folder."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+
+    analyzer = Analyzer(
+        name,
+        prepare_model(model, task),
+        task,
+        cpu=True,
+        output_dir=str(folder),
+        disable_tqdm=True,
+        disable_model_save=True,
+    )
+    analyzer.fit_all_factors(
+        "ekfac",
+        train,
+        per_device_batch_size=rows,
+        factor_args=FactorArguments(strategy="ekfac"),
+        overwrite_output_dir=True,
+    )
+    analyzer.compute_pairwise_scores(
+        "pairs",
+        "ekfac",
+        test,
+        train,
+        per_device_query_batch_size=rows,
+        per_device_train_batch_size=rows,
+        score_args=ScoreArguments(damping_factor=None),
+        overwrite_output_dir=True,
+    )
+    return np.asarray(analyzer.load_pairwise_scores("pairs")["all_modules"].float().numpy())
