@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from turnover import objectives
 from turnover.batches import Batch, WithIds
+from turnover.dropout.blocks import Blocks
 from turnover.dropout.head import WideHead
 from turnover.dropout.hidden import HiddenPredictions, hidden_predictions
 from turnover.dropout.masks import MaskSpec
@@ -36,6 +37,7 @@ __all__ = [
     "Auto",
     "Batch",
     "BindingError",
+    "Blocks",
     "Exact",
     "Gram",
     "HiddenPredictions",

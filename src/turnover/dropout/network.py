@@ -295,7 +295,8 @@ def attach(
         model: any ``torch.nn.Module`` whose batches have their rows on axis 0.
         sites: what to mask: module names, glob patterns, module types, :class:`Site` objects, or
             presets: ``"head"`` (wide heads), ``"mlp"`` (activations after linear layers), ``"lora"``
-            (LoRA rank components), ``"channels"`` (activations after convolutions).
+            (LoRA rank components), ``"channels"`` (activations after convolutions), ``"blocks"`` (the
+            networks of :class:`turnover.Blocks`).
         spec: the masks; default ``MaskSpec()``.
 
     Returns:

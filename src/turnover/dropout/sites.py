@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from turnover.dropout import lora
+from turnover.dropout.blocks import BlockOutputs, Blocks
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError
 
@@ -194,7 +195,8 @@ def _is_certain(name: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _has_channels(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
+    kinds = nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | BlockOutputs
+    return isinstance(module, kinds)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -269,6 +271,15 @@ def _channels(modules: dict[str, nn.Module]) -> Iterable[str]:
     return _activations_after(modules, _has_channels)
 
 
+def _blocks(modules: dict[str, nn.Module]) -> Iterable[str]:
+    """the blocks of every turnover.Blocks."""
+    return [
+        f"{name}.each_output".removeprefix(".")
+        for name, module in modules.items()
+        if isinstance(module, Blocks)
+    ]
+
+
 def _activations_after(
     modules: dict[str, nn.Module], accepts: Callable[[nn.Module], bool]
 ) -> list[str]:
@@ -283,5 +294,6 @@ PRESETS: dict[str, Callable[[dict[str, nn.Module]], Iterable[str]]] = {
     "mlp": _mlp,
     "lora": _lora,
     "channels": _channels,
+    "blocks": _blocks,
 }
 """Rules that find sites: preset name to a function of ``named_modules``."""
