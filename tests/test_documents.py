@@ -27,7 +27,16 @@ from documents import (
 WITH_PYTHON = [page for page in PAGES if python_of(page)]
 
 
-OPTIONAL = {"cleanlab", "dattri", "lightning", "opendataval", "quanda", "skorch"}
+OPTIONAL = {
+    "cleanlab",
+    "dattri",
+    "gymnasium",
+    "lightning",
+    "opendataval",
+    "quanda",
+    "skorch",
+    "stable_baselines3",
+}
 """Packages whose blocks are left out where they are not installed."""
 
 

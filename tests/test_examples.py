@@ -14,6 +14,7 @@ NEEDED = {
     "lightning_trainer": ("lightning", "sklearn"),
     "peft_lora": ("accelerate", "datasets", "peft", "transformers"),
     "pytorch": ("sklearn",),
+    "sb3_agent": ("stable_baselines3", "gymnasium"),
     "several_nodes": ("sklearn",),
     "sklearn_classifier": ("sklearn",),
     "transformers_trainer": ("accelerate", "datasets", "transformers"),

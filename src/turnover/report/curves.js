@@ -1,26 +1,14 @@
 "use strict";
 
 (() => {
-  const HEIGHT = 420;
   const LABEL_GAP = 16;
-  const plot = document.getElementById("plot");
+  const { HEIGHT, narrow, token, translucent, axis, react, redrawn } = charts;
   const { curves } = JSON.parse(document.getElementById("data").textContent);
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const narrow = matchMedia("(max-width: 640px)");
 
   // Colour tells the sub-network, dash tells train from test: either can be read without the other.
   function look(name) {
     const kind = ["exposed", "hidden", "mean"].find((word) => name.includes(word)) || "mean";
     return { colour: `--curve-${kind}`, dash: name.startsWith("test") ? "dash" : "solid" };
-  }
-
-  function token(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
-  function translucent(hex, alpha) {
-    const part = (at) => parseInt(hex.slice(at, at + 2), 16);
-    return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
   }
 
   // Set rather than automatic, which would make room for the labels inside the axes.
@@ -65,7 +53,7 @@
   }
 
   function draw() {
-    const size = narrow.matches ? 11 : 13;
+    const size = charts.size();
     const margin = { l: narrow.matches ? 44 : 60, r: narrow.matches ? 92 : 116, t: 12, b: 52 };
     const yRange = lossRange();
     const bands = curves.map((curve) => ({
@@ -89,39 +77,15 @@
       line: { color: token(look(curve.name).colour), dash: look(curve.name).dash, width: 2.5 },
       hovertemplate: "%{y:.3f} ± %{customdata:.3f}",
     }));
-    const axis = {
-      color: token("--muted"),
-      gridcolor: token("--line"),
-      zeroline: false,
-      automargin: false,
-      fixedrange: narrow.matches,
-    };
-    const layout = {
-      height: HEIGHT,
+    react("plot", [...bands, ...lines], {
       margin,
       showlegend: false,
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size, color: token("--text") },
       hovermode: "x unified",
-      hoverlabel: { bgcolor: token("--card"), bordercolor: token("--line") },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: token("--muted"), activecolor: token("--accent") },
-      dragmode: narrow.matches ? false : "zoom",
-      xaxis: { ...axis, title: { text: "Optimizer steps", standoff: 10 }, range: xRange() },
-      yaxis: { ...axis, title: { text: "Loss (nats)", standoff: 8 }, range: yRange },
+      xaxis: { ...axis("Optimizer steps", 10), range: xRange() },
+      yaxis: { ...axis("Loss (nats)", 8), range: yRange },
       annotations: labels(yRange, HEIGHT - margin.t - margin.b, size),
-    };
-    const config = {
-      responsive: true,
-      displaylogo: false,
-      displayModeBar: narrow.matches ? false : "hover",
-      // Named one by one, so that no version of plotly adds a button that leaves this page.
-      modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]],
-    };
-    Plotly.react(plot, [...bands, ...lines], layout, config);
+    });
   }
 
-  draw();
-  dark.addEventListener("change", draw);
-  narrow.addEventListener("change", draw);
+  redrawn(draw);
 })();

@@ -34,18 +34,6 @@ _FLOORS = ("noise floor", "typical standard error")
 
 def render(content: ReportContent) -> str:
     """Render the complete HTML page, with all styles, scripts and data inside."""
-    jinja2 = _need("jinja2")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        nats=_nats, signed=_signed, q=_q, z=_z, percent=_percent, number=_number, count=_count
-    )
-    environment.tests["noise"] = _is_noise
     curves = [drawn for curve in content.curves if (drawn := _curve_data(curve))["steps"]]
     noise = content.noise
     listed: list[Instance | Explanation] = [
@@ -53,7 +41,14 @@ def render(content: ReportContent) -> str:
         *content.errors,
         *(one for error in content.errors for one in error.instances),
     ]
-    page = environment.get_template("template.html.j2").render(
+    scripts = [asset("page.js")]
+    if curves:
+        scripts += [plotly_js(), asset("charts.js") + asset("curves.js")]
+    return page(
+        "template.html.j2",
+        content.title,
+        {**_error_data(content), "curves": curves, "floor": _FLOORS[content.by_gram]},
+        scripts,
         content=content,
         curves=curves,
         with_significant=sum(error.n_significant > 0 for error in content.errors),
@@ -65,13 +60,39 @@ def render(content: ReportContent) -> str:
         if content.by_gram or any(error.gram for error in content.errors)
         else None,
         sort_keys=_sort_keys,
-        data=_json({**_error_data(content), "curves": curves, "floor": _FLOORS[content.by_gram]}),
-        css=_asset("colours.css") + _asset("style.css"),
-        page_js=_asset("page.js"),
-        curves_js=_asset("curves.js"),
-        plotly_js=_need("plotly.offline").get_plotlyjs() if curves else None,
     )
-    return str(page)
+
+
+def page(template: str, title: str, data: object, scripts: Iterable[str], **values: Any) -> str:
+    """Render a template of this package that extends the base, which loads nothing from elsewhere.
+
+    Args:
+        template: its file name.
+        title: of the browser's window.
+        data: JSON values for the scripts, without NaN and infinities.
+        scripts: sources of scripts, in their order.
+        values: what the template names; texts are escaped.
+    """
+    jinja2 = _need("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        nats=_nats, signed=_signed, q=_q, z=_z, percent=_percent, number=_number, count=_count
+    )
+    environment.tests["noise"] = _is_noise
+    rendered = environment.get_template(template).render(
+        title=title,
+        data=_json(data),
+        css=asset("colours.css") + asset("style.css"),
+        scripts=scripts,
+        **values,
+    )
+    return str(rendered)
 
 
 def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> None:
@@ -82,22 +103,32 @@ def write(content: ReportContent, path: str | Path, *, texts: bool = True) -> No
         path: HTML file.
         texts: whether to write the texts and images of targets and training instances.
     """
+    save(render(content if texts else content.without_texts()), path)
+
+
+def save(html: str, path: str | Path) -> None:
+    """Write a page to a file, atomically; its folder must exist."""
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"cannot write the report: there is no folder {path.parent}")
-    # A lone surrogate in a text does not stop the report.
-    page = render(content if texts else content.without_texts()).encode("utf-8", "replace")
     with replacing(path) as draft:
-        draft.write_bytes(page)
+        # A lone surrogate in a text does not stop the report.
+        draft.write_bytes(html.encode("utf-8", "replace"))
+
+
+def asset(name: str) -> str:
+    """Read a file of this package."""
+    return resources.files("turnover.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def plotly_js() -> str:
+    """Return plotly's source, for a page with charts."""
+    return str(_need("plotly.offline").get_plotlyjs())
 
 
 def _need(module: str) -> ModuleType:
     with needing("the report", "turnover[report]"):
         return importlib.import_module(module)
-
-
-def _asset(name: str) -> str:
-    return resources.files("turnover.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(value: object) -> str:

@@ -19,6 +19,7 @@ PURPOSES = {
     "ray": "computations on several machines or GPUs",
     "report": "reports as HTML",
     "results": "results and runs on disk",
+    "rl": "agents of Stable-Baselines3",
     "s3": "runs and results on S3",
     "sklearn": "a scikit-learn classifier for tables",
     "text": "the command line for texts, and pretrained encoders of images",
