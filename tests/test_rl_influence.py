@@ -228,6 +228,8 @@ def test_settings_out_of_range_are_refused_before_any_roll_out():
     ):
         with pytest.raises(InputError, match=words):
             agent.influence(**{"env": Reach, "progress": False, **settings})
+    with agent.without("source 1"), pytest.raises(InputError, match="outside of agent"):
+        agent.influence(lambda: Reach(discrete=False), progress=False)
     fresh = sb3.attach(DQN("MlpPolicy", Reach(), buffer_size=10))
     with pytest.raises(InputError, match="no group"):
         fresh.influence(Reach)

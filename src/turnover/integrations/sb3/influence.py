@@ -176,6 +176,8 @@ def influence(
 ) -> ExperienceInfluence:
     """Roll out and compare sub-networks: see ``Agent.influence``."""
     labels, blocks = list(buffer.labels), buffer.blocks
+    if buffer.without:
+        raise InputError("influence is of all blocks: call it outside of agent.without(...)")
     if not labels:
         raise InputError("no group of experiences yet: learn, or add recorded episodes")
     model.policy.set_training_mode(False)
