@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,12 @@ bench-paper: $(VENV)/.bench ## Repeat the papers' experiments: docs/paper.md
 # SEEDS=: how often the BERT is fine-tuned on every set.
 bench-paper-full: $(VENV)/.bench ## Repeat those on networks as users train them; hours
 	$(BIN)/python -m benchmarks.paper.run --full $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA))
+
+# Skips what runs/reinforcement has finished. PARTS=: "more" (harm) or "long" (HalfCheetah, hours). SEEDS=: of learning.
+bench-rl: $(VENV)/.dev ## Judge influences of experiences, and whether agents of blocks learn: docs/reinforcement.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reinforcement.run $(if $(PARTS),--parts $(PARTS)) \
+		$(if $(SEEDS),--seeds $(SEEDS))
+	$(BIN)/python -m benchmarks.reinforcement.table
 
 bench-scale: $(VENV)/.dev ## Time results on several nodes: docs/scale.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.run
