@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from turnover.integrations.sb3.buffer import ExperienceBuffer, Label, blocks_of
 from turnover.integrations.sb3.effects import Effects, regress
 from turnover.integrations.sb3.rollouts import Environment, roll_out
 from turnover.integrations.sb3.values import targets, values_of_blocks
-from turnover.io.files import replacing
-from turnover.io.parsing import finite_or_none
+from turnover.io.parsing import finite_or_none, write_json
 from turnover.results.calibration import q_values
 
 _FREE_GHOSTS = 1000
@@ -98,8 +96,7 @@ class ExperienceInfluence:
             count: at most so many.
             q: only groups that harm, with a q-value up to this.
         """
-        order = np.argsort(np.nan_to_num(self.on_return.t, nan=np.inf), kind="stable")
-        chosen = [one for one in order if np.isfinite(self.on_return.t[one])]
+        chosen = [one for one in self._by_harm() if np.isfinite(self.on_return.t[one])]
         if q is not None:
             chosen = [one for one in chosen if self.q[one] <= q and self.on_return.t[one] < 0]
         return [self.labels[one] for one in chosen[:count]]
@@ -138,11 +135,13 @@ class ExperienceInfluence:
             "ghosts_below_0.05": finite_or_none(self.false_positives()),
             "groups": self.rows(),
         }
-        with replacing(Path(path)) as draft:
-            draft.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(Path(path), found)
+
+    def _by_harm(self) -> NDArray[np.int64]:
+        """Positions of the groups, the most harmful first and those of unknown effect last."""
+        return np.argsort(np.nan_to_num(self.on_return.t, nan=np.inf), kind="stable")
 
     def __str__(self) -> str:
-        order = np.argsort(np.nan_to_num(self.on_return.t, nan=np.inf), kind="stable")[:_SHOWN]
         lines = [
             f"return of the whole agent {self.whole:.1f} ± {self.whole_se:.1f} ({self.episodes} episodes); "
             f"{len(self.labels)} groups; {self.false_positives():.1%} of {len(self.ghost_return.p):,} ghosts "
@@ -150,7 +149,7 @@ class ExperienceInfluence:
             f"{'group':>20}  {'rows':>7} {'effect on return':>20} {'t':>6} {'q':>7}   "
             f"{'return without':>14} {'with':>9} {'z':>6}",
         ]
-        for one in order:
+        for one in self._by_harm()[:_SHOWN]:
             found, sides = self.on_return, self.returns
             effect = f"{found.effect[one]:.1f} ± {found.se[one]:.1f}"
             lines.append(
@@ -181,16 +180,16 @@ def influence(
     if not labels:
         raise InputError("no group of experiences yet: learn, or add recorded episodes")
     model.policy.set_training_mode(False)
-    learned = blocks_of(buffer.spec, labels, blocks)
+    learned = buffer.exposed().T
     made = _ghosts(buffer, ghosts)
     both = np.concatenate([learned, made])
-    split = np.flatnonzero(both.any(axis=1) & ~both.all(axis=1))
+    split = np.flatnonzero(_splits(both))
     kept = np.concatenate(
         [np.ones((1, blocks), bool), np.eye(blocks, dtype=bool), both[split], ~both[split]]
     )
     found = roll_out(model, keeping, kept, env, episodes=episodes, seed=seed, progress=progress)
     free = blocks_of(buffer.spec, range(-_FREE_GHOSTS, 0), blocks)
-    free = free[free.any(axis=1) & ~free.all(axis=1)]
+    free = free[_splits(free)]
     alone = slice(1, 1 + blocks)
     on_return, ghost_return = regress(found.returns[alone].mean(axis=1), learned.T, free.T)
     on_bias, _ = regress(found.bias[alone].mean(axis=1), learned.T, free.T)
@@ -213,10 +212,15 @@ def influence(
     )
 
 
+def _splits(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which groups some blocks learned, and others not: bool (groups,)."""
+    return np.asarray(masks.any(axis=1) & ~masks.all(axis=1))
+
+
 def _ghosts(buffer: ExperienceBuffer, count: int) -> NDArray[np.bool_]:
     """Blocks of ghosts that some blocks would have learned, and some not: bool (count, blocks)."""
     drawn = blocks_of(buffer.spec, range(-4 * count - 64, 0), buffer.blocks)[::-1]
-    both = drawn[drawn.any(axis=1) & ~drawn.all(axis=1)]
+    both = drawn[_splits(drawn)]
     if len(both) < count:
         raise InputError(
             f"too few masks of {buffer.blocks} blocks at keep {buffer.spec.keep:g} hide some blocks and not "
@@ -270,10 +274,10 @@ def _losses(
     exposed, hidden, mean, spread = (np.full(groups, np.nan) for _ in range(4))
     stored = buffer.groups.reshape(-1)[: buffer.stored()]
     random = np.random.default_rng(seed)
-    whole = torch.ones(buffer.blocks, dtype=torch.bool)
+    whole, splits = torch.ones(buffer.blocks, dtype=torch.bool), _splits(learned)
     for group in range(groups):
         own = np.flatnonzero(stored == group)
-        if not len(own) or learned[group].all() or not learned[group].any():
+        if not len(own) or not splits[group]:
             continue
         rows = random.choice(own, min(_ROWS, len(own)), replace=False)
         data = buffer.at(rows, model.get_vec_normalize_env())

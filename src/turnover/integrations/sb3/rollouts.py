@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -90,19 +91,18 @@ def roll_out(
     numbers = np.tile(np.arange(episodes), policies)
     returns, bias = np.zeros(len(rows)), np.zeros(len(rows))
     made: list[gymnasium.Env[Any, Any]] = []
-    with tqdm(desc="roll out", unit=" steps", disable=not progress) as bar:
+    with tqdm(desc="roll out", unit=" steps", disable=not progress) as bar, ExitStack() as stack:
         for first in range(0, len(rows), _MOST):
             part = slice(first, first + _MOST)
             wanted = torch.from_numpy(kept[rows[part]])
             while len(made) < len(wanted):
                 made.append(make())
                 _check_like(model, made[-1])
+                stack.callback(made[-1].close)
             seeds = [seed + int(number) for number in numbers[part]]
             returns[part], bias[part] = _episodes(
                 model, keeping, wanted, made[: len(wanted)], seeds, bar
             )
-    for one in made:
-        one.close()
     return Rollouts(returns.reshape(policies, episodes), bias.reshape(policies, episodes))
 
 
