@@ -20,8 +20,7 @@ _ROWS = 250
 
 def ekfac(task: Attribution) -> Scored:
     """EK-FAC with the package's defaults: factors from sampled labels, the loss as measurement."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.arguments import ScoreArguments
     from kronfluence.task import Task
 
     class Classification(Task):  # type: ignore[misc, unused-ignore]
@@ -38,38 +37,14 @@ def ekfac(task: Attribution) -> Scored:
 
     train = TensorDataset(task.problem.train.x, task.problem.train.y)
     test = TensorDataset(task.problem.test.x, task.problem.test.y)
-    start = time.perf_counter()
-    model = prepare_model(copy.deepcopy(task.models[0]), Classification())
     folder = task.workdir / "kronfluence"
-    analyzer = Analyzer(
-        "fidelity",
-        model,
-        Classification(),
-        cpu=True,
-        output_dir=str(folder),
-        disable_tqdm=True,
-        disable_model_save=True,
+    start = time.perf_counter()
+    analyzer, fitted = _fitted(
+        "fidelity", copy.deepcopy(task.models[0]), Classification(), train, folder, _ROWS
     )
-    analyzer.fit_all_factors(
-        "ekfac",
-        train,
-        per_device_batch_size=_ROWS,
-        factor_args=FactorArguments(strategy="ekfac"),
-        overwrite_output_dir=True,
-    )
-    fitted = time.perf_counter()
     # A tenth of the mean eigenvalue, as in the paper; the package's own 1e-8 reads lower here.
     arguments = ScoreArguments(damping_factor=None)
-    analyzer.compute_pairwise_scores(
-        "pairs",
-        "ekfac",
-        test,
-        train,
-        per_device_query_batch_size=len(test),
-        per_device_train_batch_size=_ROWS,
-        score_args=arguments,
-        overwrite_output_dir=True,
-    )
+    found = _pairs(analyzer, train, test, queries=len(test), rows=_ROWS)
     scored = time.perf_counter()
     own = None
     if task.suspicions:
@@ -84,8 +59,7 @@ def ekfac(task: Attribution) -> Scored:
         own = analyzer.load_self_scores("self")["all_modules"].float().numpy()
     factors = folder / "fidelity" / "factors_ekfac"
     stored = sum(file.stat().st_size for file in factors.rglob("*") if file.is_file())
-    pairs = analyzer.load_pairwise_scores("pairs")["all_modules"]
-    return Scored(pairs.float().numpy(), own, fitted - start, scored - fitted, stored)
+    return Scored(found, own, fitted - start, scored - fitted, stored)
 
 
 def pairs(
@@ -98,8 +72,16 @@ def pairs(
     rows: int,
 ) -> NDArray[np.floating[Any]]:
     """Scores (test, train) of a model that a task describes, so many rows at a time, kept in a folder."""
+    analyzer, _ = _fitted(name, model, task, train, folder, rows)
+    return _pairs(analyzer, train, test, queries=rows, rows=rows)
+
+
+def _fitted(
+    name: str, model: nn.Module, task: Any, train: Dataset[Any], folder: Path, rows: int
+) -> tuple[Any, float]:
+    """An analyzer with its factors, and when they were there."""
     from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.arguments import FactorArguments
 
     analyzer = Analyzer(
         name,
@@ -117,12 +99,21 @@ def pairs(
         factor_args=FactorArguments(strategy="ekfac"),
         overwrite_output_dir=True,
     )
+    return analyzer, time.perf_counter()
+
+
+def _pairs(
+    analyzer: Any, train: Dataset[Any], test: Dataset[Any], *, queries: int, rows: int
+) -> NDArray[np.floating[Any]]:
+    """Scores (test, train), with a damping of a tenth of the mean eigenvalue."""
+    from kronfluence.arguments import ScoreArguments
+
     analyzer.compute_pairwise_scores(
         "pairs",
         "ekfac",
         test,
         train,
-        per_device_query_batch_size=rows,
+        per_device_query_batch_size=queries,
         per_device_train_batch_size=rows,
         score_args=ScoreArguments(damping_factor=None),
         overwrite_output_dir=True,
