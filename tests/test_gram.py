@@ -50,6 +50,11 @@ def test_scores_without_directions_are_those_of_a_plain_solve():
         np.testing.assert_allclose(
             mean.scores, expected.mean(0), atol=2e-5 * np.abs(expected).max()
         )
+        signs = np.resize([1.0, -2.0, 0.5], len(expected))
+        weighted = influence.aggregate(cut(targets, 2), weights=signs)
+        np.testing.assert_allclose(
+            weighted.scores, signs @ expected, atol=2e-5 * np.abs(signs @ expected).max()
+        )
         itself = influence.self_influence()
         leverage = np.diag(k @ np.linalg.inv(system)) * wrong
         np.testing.assert_allclose(itself.scores, leverage, atol=1e-5)

@@ -300,6 +300,43 @@ def test_aggregate_is_the_mean_over_targets(method):
     assert mean.noise_floor > 0
 
 
+@pytest.mark.parametrize("method", ["exact", "linear", "rerank"])
+def test_aggregate_with_weights_is_that_sum_over_targets(method):
+    network, batch = build("mlp")
+    influence = Influence(network, objectives.margin, method, ghosts=30)
+    parts, weights = [batch.rows(0, 2), batch.rows(2, 3)], [0.5, -1.0, 2.0]
+    pairs = influence.estimate(parts, IDS).scores
+    found = influence.aggregate(parts, IDS, weights=weights)
+    ghosts = influence.estimate(parts, turnover.ghost_ids(30, start=30)).scores
+    np.testing.assert_allclose(found.scores, weights @ pairs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.noise_floor, (weights @ ghosts).std(), rtol=0.5)
+    even = influence.aggregate(parts, IDS, weights=torch.full((3,), 1 / 3))
+    np.testing.assert_allclose(even.scores, influence.aggregate(parts, IDS).scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1.0, 1.0], "2 weights for more targets"),
+        ([1.0] * 4, "4 weights for 3 targets"),
+        ([1.0, float("nan"), 1.0], "finite numbers"),
+        (torch.ones(3, 1), "shape"),
+    ],
+)
+@pytest.mark.parametrize("method", ["linear", "gram"])
+def test_weights_are_one_finite_number_for_each_target(method, weights, said):
+    network, batch = build("mlp")
+    influence = Influence(network, objectives.margin, method, ghosts=10)
+    if method == "gram":
+        influence.fit([Batch(torch.randn(6, batch.inputs.shape[1]), torch.arange(6) % 2)])
+    with pytest.raises(InputError, match=said):
+        influence.aggregate(
+            [batch.rows(0, 2), batch.rows(2, 3)],
+            IDS[:3] if method != "gram" else None,
+            weights=weights,
+        )
+
+
 @pytest.mark.parametrize("method", ["exact", "linear"])
 def test_self_influence_is_the_diagonal(method):
     network, batch = build("bert")

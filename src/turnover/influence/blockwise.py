@@ -56,9 +56,11 @@ class Traversal:
             yield rows, [batch.own_memory() for batch in batches]
             start = rows.stop
 
-    def over_mean(self, targets: Sequence[Batch], ids: Tensor, sink: Sink) -> None:
-        """Score the mean objective of all targets."""
-        block = MeanTarget(self.estimator.engines, targets)
+    def over_mean(
+        self, targets: Sequence[Batch], ids: Tensor, sink: Sink, weights: Tensor | None
+    ) -> None:
+        """Score the mean objective of all targets, or its sum with weights, float64 (targets,)."""
+        block = MeanTarget(self.estimator.engines, targets, weights)
         columns = self.estimator.columns(1, len(ids))
         self.fill(Region(block, slice(0, 1), ids, columns, sink))
 

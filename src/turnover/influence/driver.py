@@ -75,14 +75,14 @@ class BlockDriver:
             traversal.over(batches, ids, sink)
             return sink.result(ids.numpy(), **described)
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Ids) -> Result:
+    def aggregate(self, targets: Iterable[Any], train_ids: Ids, weights: Tensor | None) -> Result:
         """See :meth:`turnover.Influence.aggregate`."""
         ids = self._checked_ids(train_ids)
         with self._scoring():
             batches = self._setup.batches.checked(targets)
             traversal, batches = self._begin(targets, batches, ids, Wanted(), mean=True)
             sink = MemorySink(len(ids))
-            traversal.over_mean(list(batches), ids, sink)
+            traversal.over_mean(list(batches), ids, sink, weights)
             result = sink.result(ids.numpy(), **self._described(traversal.estimator, ids))
         error, exact, recall = result.standard_error, result.exact, result.recall
         return replace(

@@ -154,17 +154,70 @@ class TargetBlock(Once):
         return function(self.batches)
 
 
+class TargetSum:
+    """Adds up rows of targets in float64: to their mean, or to a sum with weights.
+
+    Args:
+        weights: float64 (targets,); ``None``: 1 / targets each.
+    """
+
+    def __init__(self, weights: Tensor | None = None) -> None:
+        self._weights = weights
+        self._count = 0
+        self._sum: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add the next targets, (targets, ...)."""
+        rows, before = rows.double(), self._count
+        self._count += len(rows)
+        if self._weights is not None:
+            some = self._weights[before : self._count].to(rows.device)
+            if len(some) < len(rows):
+                raise self._misfit("more")
+            rows = rows * some.view(-1, *[1] * (rows.dim() - 1))
+        total = rows.sum(dim=0)
+        self._sum = total if self._sum is None else self._sum + total
+
+    def total(self) -> Tensor:
+        """The mean, or the sum, as one target: float32 (1, ...)."""
+        assert self._sum is not None
+        if self._weights is None:
+            return (self._sum / self._count).float()[None]
+        if len(self._weights) > self._count:
+            raise self._misfit(str(self._count))
+        return self._sum.float()[None]
+
+    def _misfit(self, targets: str) -> InputError:
+        assert self._weights is not None
+        return InputError(
+            f"{len(self._weights)} weights for {targets} targets: give one for each target"
+        )
+
+
 class MeanTarget(TargetBlock):
-    """The mean objective over all targets, as one target: the mean of every function's rows."""
+    """The mean objective over all targets, as one target: the mean of every function's rows.
+
+    Args:
+        engines: one for each network.
+        batches: the targets, in order.
+        weights: float64 (targets,), factors of a sum in place of the mean.
+    """
+
+    def __init__(
+        self, engines: Sequence[Engine], batches: Sequence[Batch], weights: Tensor | None = None
+    ) -> None:
+        super().__init__(engines, batches)
+        self._weights = weights
 
     def targets(self) -> Iterator[TargetBlock]:
         """Itself."""
         yield self
 
     def _rows(self, function: Callable[[Sequence[Batch]], Tensor]) -> Tensor:
-        total = sum(function([batch]).double().sum(dim=0) for batch in self.batches)
-        assert isinstance(total, Tensor)
-        return (total / sum(map(len, self.batches))).float()[None]
+        found = TargetSum(self._weights)
+        for batch in self.batches:
+            found.add(function([batch]))
+        return found.total()
 
 
 def measure(engines: Sequence[Engine], batch: Batch) -> None:

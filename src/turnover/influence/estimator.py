@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from turnover.batches import Adapter
 from turnover.dropout.modules import exclusive
@@ -57,6 +58,7 @@ class Influence:
     Attributes:
         method: name of the estimator.
         needs_fit: whether :meth:`fit` must come first.
+        modules: the networks' modules.
 
     Raises:
         InputError: unknown method (the registered ones are listed), unknown site, too few ghosts, one
@@ -89,11 +91,11 @@ class Influence:
             if sites is not None and (isinstance(sites, str) or not sites):
                 raise InputError(f"sites must be a list of names or patterns, got {sites!r}")
             self.sites = first.sites if sites is None else first.select(sites)
-        self._modules = [one.model if isinstance(one, Network) else one for one in models]
+        self.modules = [one.model if isinstance(one, Network) else one for one in models]
         self._batches = UserBatches(models[0], objective, adapter)
         setup = Setup(models, objective, ghosts, self.sites, self._batches, progress)
         # Another thread that scores sets the parameters' requires_grad to False meanwhile.
-        with exclusive(*self._modules):
+        with exclusive(*self.modules):
             self._driver: Driver = (options.driver or BlockDriver)(options, setup)
 
     @property
@@ -119,7 +121,7 @@ class Influence:
             InputError: another method, no batches, ids in some batches only or given twice, an
                 objective that is not finite or mixes rows.
         """
-        with exclusive(*self._modules):
+        with exclusive(*self.modules):
             self._driver.fit(train_batches)
         self._ready = True
         return self
@@ -195,16 +197,37 @@ class Influence:
         with self._scoring():
             return self._driver.estimate(targets, train_ids, wanted)
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Ids = None) -> Result:
+    def aggregate(
+        self,
+        targets: Iterable[Any],
+        train_ids: Ids = None,
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> Result:
         """Influence on the mean objective over all targets, without the pairwise matrix.
 
-        Arguments and errors as in :meth:`estimate`.
+        Args:
+            targets: as in :meth:`estimate`.
+            train_ids: as in :meth:`estimate`.
+            weights: float (targets,), of either sign: the influence is that on the objectives' sum with
+                these factors, such as a difference between two groups of targets
+                (:mod:`turnover.fairness`). ``None``: 1 / targets each.
 
         Returns:
             :class:`Result` with scores (train,) and a scalar noise floor.
+
+        Raises:
+            InputError: as :meth:`estimate`, or other than one finite weight for each target.
         """
+        factors = None
+        if weights is not None:
+            factors = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+            if factors.dim() != 1 or not bool(factors.isfinite().all()):
+                raise InputError(
+                    f"weights must be finite numbers of shape (targets,), got {tuple(factors.shape)}"
+                )
         with self._scoring():
-            return self._driver.aggregate(targets, train_ids)
+            return self._driver.aggregate(targets, train_ids, factors)
 
     def self_influence(self, train_batches: Iterable[Any] | None = None) -> Result:
         """Influence of every training instance on itself: memorization, and mislabels.
@@ -250,7 +273,7 @@ class Influence:
             raise InputError(
                 f"{self.method} looks at the training data: call fit(train_batches) before it scores"
             )
-        return exclusive(*self._modules)
+        return exclusive(*self.modules)
 
 
 def _distinct(

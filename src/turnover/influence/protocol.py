@@ -107,8 +107,8 @@ class Driver(Protocol):
     ) -> Result | StoredResult:
         """Score training ids on every target."""
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Ids) -> Result:
-        """Score training ids on the mean objective over targets."""
+    def aggregate(self, targets: Iterable[Any], train_ids: Ids, weights: Tensor | None) -> Result:
+        """Score training ids on the mean objective over targets, or its sum with weights, float64."""
 
     def self_influence(self, train_batches: Iterable[Any] | None) -> Result:
         """Score training instances on themselves."""

@@ -18,7 +18,7 @@ from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
 from turnover.ids import check_ids, check_scored_ids, repeated
-from turnover.influence.engine import to_numpy
+from turnover.influence.engine import TargetSum, to_numpy
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fisher import SampledFitted
@@ -198,16 +198,14 @@ class GramDriver:
             **self._describe(len(ids)),
         )
 
-    def aggregate(self, targets: Iterable[Any], train_ids: Ids) -> Result:
-        """Influence on the mean objective over all targets."""
+    def aggregate(self, targets: Iterable[Any], train_ids: Ids, weights: Tensor | None) -> Result:
+        """Influence on the mean objective over all targets, or its sum with weights."""
         columns, ids = self._columns(train_ids)
-        sums: list[Tensor] = []
-        count = 0
+        sums = [TargetSum(weights) for _ in self._fitted]
         for _, crosses in self._targets(targets, Numbers.UNUSED):
-            parts = [cross.double().sum(dim=0) for cross in crosses]
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-            count += len(crosses[0])
-        score, error, freedom = self._scored([(one / count).float()[None] for one in sums])
+            for one, cross in zip(sums, crosses, strict=True):
+                one.add(cross)
+        score, error, freedom = self._scored([one.total() for one in sums])
         return self._vector(score[0, columns], error[0, columns], freedom, ids, each=False)
 
     def self_influence(self, train_batches: Iterable[Any] | None) -> Result:
