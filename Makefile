@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-fairness bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,9 @@ bench-rl: $(VENV)/.dev ## Judge influences of experiences, and whether agents of
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reinforcement.run $(if $(PARTS),--parts $(PARTS)) \
 		$(if $(SEEDS),--seeds $(SEEDS))
 	$(BIN)/python -m benchmarks.reinforcement.table
+
+bench-fairness: $(VENV)/.bench ## Narrow gaps between groups by removing and relabeling rows: docs/fairness.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fairness
 
 bench-scale: $(VENV)/.dev ## Time results on several nodes: docs/scale.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.run

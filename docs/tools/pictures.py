@@ -25,6 +25,7 @@ ROOMS = {
     "models": "what a run trains",
     "evaluation": "checks by retraining",
     "integrations": "trainers and other tools",
+    "fairness": "gaps between two groups",
     "influence": "estimators: linear, exact, rerank, gram",
     "data": "texts, images, ids",
     "training": "the training loop",

@@ -23,6 +23,7 @@ except InputError as error:
 
 from turnover.cli.attribute import attribute
 from turnover.cli.doctor import doctor
+from turnover.cli.fairness import fairness
 from turnover.cli.labels import cleanse, predict, review
 from turnover.cli.output import visible
 from turnover.cli.report import demo, report, view
@@ -51,6 +52,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     predict: "turnover predict runs/mine --hidden --out out_of_sample.csv",
     review: "turnover review runs/mine --budget 50 --out doubtful.csv",
     cleanse: "turnover cleanse runs/mine --validation other.csv --out cleaned.csv",
+    fairness: "turnover fairness runs/mine --attributes people.csv --positive approved",
     report: "turnover report runs/mine --no-text --out mine.html",
     view: "turnover view runs/mine --port 8765 --no-open",
     demo: "turnover demo --out runs/demo",

@@ -138,7 +138,7 @@ def write_review(flagged: list[Flagged], out: Path) -> None:
     for one in flagged:
         said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
         rows.append({**asdict(one), "influencers": said})
-    _write_list(out, rows)
+    write_list(out, rows, _FORMATS)
 
 
 def write_decisions(
@@ -159,17 +159,23 @@ def write_decisions(
             {"key": key, "label": label, "decision": decision, "text": text}
             | {"self_influence_z": z, "self_influence_q": q}
         )
-    _write_list(out, rows)
+    write_list(out, rows, _FORMATS)
 
 
-def _write_list(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a list that people fill in, in a spreadsheet that would run a text as a formula."""
-    lines = ([_as_text(name, _cell(name, row.get(name))) for name in _FORMATS] for row in rows)
-    write_csv(out, list(_FORMATS), lines)
+def write_list(out: Path, rows: Iterable[Mapping[str, Any]], formats: Mapping[str, str]) -> None:
+    """Write a list that people fill in, in a spreadsheet that would run a text as a formula.
 
+    Args:
+        out: CSV file.
+        rows: values by column; ``None`` and missing ones are empty cells.
+        formats: the columns, and the format of each.
+    """
 
-def _cell(column: str, value: Any) -> str:
-    return "" if value is None else format(value, _FORMATS[column])
+    def cell(name: str, value: Any) -> str:
+        return "" if value is None else _as_text(name, format(value, formats[name]))
+
+    lines = ([cell(name, row.get(name)) for name in formats] for row in rows)
+    write_csv(out, list(formats), lines)
 
 
 def _as_text(column: str, cell: str) -> str:
@@ -178,7 +184,7 @@ def _as_text(column: str, cell: str) -> str:
     return f"'{cell}" if changed else cell
 
 
-def _meant(cell: str, known: Container[str]) -> str:
+def matching(cell: str, known: Container[str]) -> str:
     """Undo :func:`_as_text`, or the changes of a spreadsheet or of writing by hand."""
     bare = cell[1:] if _ESCAPED.match(cell) else cell
     number = _INTEGER.fullmatch(cell.strip())
@@ -189,7 +195,7 @@ def _meant(cell: str, known: Container[str]) -> str:
 def check_decision(written: str, classes: Sequence[str]) -> str:
     """Find the decision that a text means: ``keep``, ``remove``, or a class, in upper or lower case."""
     known = (KEEP, REMOVE, *classes)
-    found = _meant(written, known)
+    found = matching(written, known)
     exact = [one for one in known if one == found]
     meant = exact or [one for one in known if one.casefold() == found.strip().casefold()]
     if len(meant) == 1:
@@ -229,7 +235,7 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         key, value = line.get("key"), line.get(column)
         if key is None or value is None:
             raise InputError(f"{path}: line {number} lacks a column: key and {column} are needed")
-        row = row_of.get(_meant(key, row_of))
+        row = row_of.get(matching(key, row_of))
         if row is None:
             close = next((one for one in row_of if one.lstrip("0") == key.strip()), None)
             hint = "" if close is None else f"; did you mean {close!r}? Import the column as text"
