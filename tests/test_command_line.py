@@ -59,8 +59,10 @@ def test_help_and_version_end_with_0() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
+    from turnover.fairness import GAPS
     from turnover.tasks.cleanse import RANKINGS
     from turnover.tasks.explain import AMONG
+    from turnover.tasks.fairness import DECISIONS, METHODS
     from turnover.tasks.score import OBJECTIVES, PAIR_METHODS
 
     def choices(command: str, option: str) -> set[str]:
@@ -70,6 +72,9 @@ def test_choices_are_those_of_the_library() -> None:
     assert choices("influence run", "objective") == set(OBJECTIVES)
     assert choices("groups run", "objective") == set(OBJECTIVES)
     assert choices("cleanse run", "ranking") == set(RANKINGS)
+    assert choices("fairness run", "gap") == set(GAPS)
+    assert choices("fairness run", "method") == set(METHODS)
+    assert choices("fairness run", "decision") == set(DECISIONS)
     assert choices("explain run", "among") == set(AMONG)
 
 
@@ -255,6 +260,7 @@ BAD_INPUT = {
     "groups": (".",),
     "predict": (".", "--out", "p.csv"),
     "review": (".", "--out", "r.csv"),
+    "fairness": (".", "--attributes", "a.csv", "--positive", "pos"),
     "cleanse": (".", "--validation", "v.csv", "--out", "c.csv"),
     "report": (".", "--out", "r.html"),
     "view": (".", "--no-open"),
@@ -310,6 +316,7 @@ def test_what_cannot_be_parsed_is_one_line_that_says_where_help_is(
         (("predict", "--out", "."), "is a folder"),
         (("explain", "--text", "a", "--image", "b.png"), "give one of them"),
         (("cleanse", "--validation", "v.csv", "--out", "c.xls"), "cannot write that format"),
+        (("fairness", "--attributes", "a.csv", "--positive", "p", "--out", "f.tsv"), "a CSV file"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_run_is_read(

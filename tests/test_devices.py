@@ -59,6 +59,7 @@ def test_a_card_beyond_the_last_is_refused(monkeypatch):
         ("predict", "none"),
         ("review", "none"),
         ("cleanse", "none", "--validation", "none.csv", "--out", "none.csv"),
+        ("fairness", "none", "--attributes", "none.csv", "--positive", "none"),
         ("demo", "--out", "none"),
     ],
 )

@@ -61,6 +61,8 @@ def after_quickstart(tmp_path_factory: pytest.TempPathFactory, encoder: Path) ->
         patch.chdir(desk)
         run_page(QUICKSTART, encoder)
         keys = Run.load(Path("runs/mine")).train.keys
+    people = [(row, "fm"[row % 2]) for row in range(1, 25)]
+    write_csv(desk / "people.csv", people, header="key,sex")
     write_csv(desk / "mine.csv", [(key, i) for i, key in enumerate(keys)], header="key,score")
     for copy in ("review.csv", "runs/mine/results/decisions.csv"):
         shutil.copy(desk / "runs/mine/results/review.csv", desk / copy)

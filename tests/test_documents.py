@@ -172,7 +172,7 @@ def test_reference_has_every_public_name() -> None:
 
     wanted = {f"turnover.{name}" for name in turnover.__all__}
     wanted |= {f"turnover.evaluation.{name}" for name in evaluation.__all__}
-    tasks = ("cleanse", "explain", "fit", "groups", "plan", "review", "score")
+    tasks = ("cleanse", "explain", "fairness", "fit", "groups", "plan", "review", "score")
     wanted |= {f"turnover.tasks.{task}.{task}" for task in tasks}
     assert wanted <= shown
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from turnover import objectives
+from turnover import fairness, objectives
 from turnover.batches import Batch, WithIds
 from turnover.dropout.blocks import Blocks
 from turnover.dropout.head import WideHead
@@ -54,6 +54,7 @@ __all__ = [
     "attach",
     "attribute",
     "content_ids",
+    "fairness",
     "ghost_ids",
     "hidden_predictions",
     "objectives",
