@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+import trained
 from test_cli import (
     GOOD,
     encoder,  # noqa: F401 - a fixture
@@ -141,6 +142,21 @@ def test_groups_of_a_run_are_listed_without_decisions(
 def _predictions(run: Path) -> Path:
     turnover("predict", run)
     return run / "results" / "predictions.csv"
+
+
+def test_a_model_that_was_trained_without_masks_is_scored_by_gram(tmp_path: Path) -> None:
+    train = trained.write(tmp_path / "train.csv", trained.rows(60, 0))
+    test = trained.write(tmp_path / "test.csv", trained.rows(40, 1))
+    model, run = trained.texts(tmp_path / "model", trained.rows(60, 0)), tmp_path / "run"
+    given = ("--train", train, "--test", test, "--id-column", "id", "--out", run)
+    turnover("attribute", "--model", model, *given)
+    people = [(f"r{row}", "ab"[row % 2]) for row in range(40)]
+    attributes = write_csv(tmp_path / "a.csv", people, "key,attribute")
+    asked = ("fairness", run, "--attributes", attributes, "--positive", "pos")
+    turnover(*asked, "--budget", 5)
+    assert len(lines_of(run / "results" / "fairness.csv")) == 5
+    refused = turnover(*asked, "--method", "linear", expect=2).stderr
+    assert "needs turn-over training" in refused
 
 
 def test_what_cannot_be_meant_is_refused_in_one_line(desk: Path, run: Path, tmp_path: Path) -> None:
