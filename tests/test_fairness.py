@@ -213,6 +213,7 @@ def test_what_cannot_be_meant_is_refused(unfair):
     refused("unknown gap 'parity'; there are demographic_parity, ", gap="parity")
     refused("no targets", targets=())
     refused("needs labels", targets=[unlabeled])
+    refused("needs labels", targets=[Batch(batch.inputs, batch.labels[:, None])])
     refused("must be a class of the logits", positive=2)
     refused("no row of group '0' is labeled positive", [one_label], gap="equal_opportunity")
     cost = Influence(unfair.model.network_, objectives.cross_entropy, ghosts=10)

@@ -122,9 +122,9 @@ def gap_influence(
 ) -> Result:
     """Estimate the influence of training instances, or groups of them, on a gap.
 
-    The gap is that of mean probabilities, which can be differentiated; probabilities follow log-odds to first
-    order. A positive score narrows it: without the instance it would be wider by so much. The most negative
-    scores belong to the instances that widen it most.
+    The gap is that of mean probabilities, which has a derivative. A positive score says that the instance
+    narrows it, a negative one that it widens it. Scores by gram are half to all of the change when instances
+    are left out; those of turn-over are many times larger, and only rank (docs/fairness.md).
 
     Args:
         influence: of :func:`turnover.objectives.margin`, the default; by gram after its ``fit``.
@@ -135,7 +135,7 @@ def gap_influence(
         positive: index of the class whose rates are compared.
 
     Returns:
-        :class:`turnover.Result` with scores (train,), differences of probabilities.
+        :class:`turnover.Result` with scores (train,), in differences of probabilities.
 
     Raises:
         InputError: an unknown gap, another objective, targets without labels, an attribute as in
@@ -154,8 +154,8 @@ def gap_influence(
     batches = [influence.adapter(one) if not isinstance(one, Batch) else one for one in targets]
     if not batches:
         raise InputError("no targets given")
-    if any(batch.labels is None for batch in batches):
-        raise InputError("a gap needs labels: give batches (inputs, labels)")
+    if any(batch.labels is None or batch.labels.dim() != 1 for batch in batches):
+        raise InputError("a gap needs labels (rows,): give batches (inputs, labels)")
     labels = torch.cat([batch.labels.cpu() for batch in batches if batch.labels is not None])
     names, members = _groups(attribute, len(labels))
     probabilities = _probabilities(influence, batches, positive)
