@@ -57,6 +57,8 @@ def test_corrupted_instances_have_low_values(fetcher, digits, train, values):
     evaluator = TurnoverEvaluator(values=values, **given)
     assert isinstance(evaluator, DataEvaluator)
     evaluator.train(fetcher, model, **({} if train else FIT))
+    for before, after in zip(model.parameters(), evaluator.pred_model.parameters(), strict=True):
+        assert torch.equal(before, after)  # remove_high_low begins from it
     found = evaluator.data_values
     assert found.shape == (data.ROWS,) and found.dtype == np.float32
     assert mislabel(-found, digits.wrong.numpy(), at=[24]).auc > 0.7

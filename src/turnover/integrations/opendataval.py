@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,16 @@ class _LogProbabilities(nn.Module):
 
 
 def gram(pred_model: Any, x: Any, y: Tensor, *args: Any, **kwargs: Any) -> Influence:
-    """Train OpenDataVal's own network by its own ``fit``, and explain it by gram."""
+    """Train a copy of OpenDataVal's own network by its own ``fit``, and explain it by gram."""
     if not isinstance(pred_model, nn.Module):
         raise InputError(
             f"gram needs a torch model, and pred_model is a {type(pred_model).__name__}: use one of "
             f"opendataval's torch models, or pass train="
         )
-    pred_model.fit(x, y, *args, **kwargs)  # type: ignore[operator]
-    return Influence(_LogProbabilities(pred_model), method="gram")
+    # Experiments such as remove_high_low begin every training from the evaluator's own network.
+    trained: Any = copy.deepcopy(pred_model)
+    trained.fit(x, y, *args, **kwargs)
+    return Influence(_LogProbabilities(trained), method="gram")
 
 
 class TurnoverEvaluator(DataEvaluator, ModelMixin):  # type: ignore[misc]
@@ -50,8 +53,8 @@ class TurnoverEvaluator(DataEvaluator, ModelMixin):  # type: ignore[misc]
 
     Args:
         train: trains a network on ``(pred_model, x_train, y_train, *args, **kwargs)``, with OpenDataVal's
-            labels, and returns its estimator; under masks the id of a row is its position in the training
-            data. Default: ``pred_model.fit`` and gram.
+            labels, and returns its estimator; ``pred_model`` itself stays untrained. Under masks the id of
+            a row is its position in the training data. Default: a copy's ``fit``, and gram.
         values: ``"validation"``, influence on the mean objective of the validation data; or ``"self"``,
             minus the influence of an instance on itself, low for memorized instances.
         random_state: OpenDataVal's; not used.
