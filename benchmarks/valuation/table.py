@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.fidelity.table import replaced
 
 from .methods import METHODS
-from .run import BINS, NOISE, RESULTS, SIZES
+from .run import BINS, ON_CLEAN, RESULTS, SIZES
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "valuation.md"
 NAMES = {
@@ -70,6 +70,18 @@ def found_table(results: Json, noise: str) -> str:
     return _lines([*header, "precision", "k-means F1", "seconds"], rows)
 
 
+def clean_table(results: Json) -> str:
+    """AUC with noise in the validation labels, and without."""
+    rows = []
+    for method in ON_CLEAN:
+        cells = [method]
+        for data in SIZES:
+            noisy, clean = (_mean(of(results, n, method, data), "auc") for n in ("labels", "clean"))
+            cells.append(f"{noisy:.3f}, {clean:.3f}")
+        rows.append(cells)
+    return _lines(["method", *(f"{name}: noisy, clean" for name in NAMES.values())], rows)
+
+
 def curves_table(results: Json) -> str:
     """Test accuracy after training without, or with, the rows at one end."""
     kept = {method: _accuracies(of(results, "labels", method)) for method in METHODS}
@@ -94,8 +106,11 @@ def _accuracies(runs: list[Json]) -> list[Floats]:
 
 def tables(results: Json) -> dict[str, str]:
     """Content of the page by marker."""
-    return {noise: found_table(results, noise) for noise in NOISE} | {
-        "curves": curves_table(results)
+    return {
+        "labels": found_table(results, "labels"),
+        "clean": clean_table(results),
+        "features": found_table(results, "features"),
+        "curves": curves_table(results),
     }
 
 
