@@ -78,6 +78,6 @@ METHODS = {
     "DVRL": _theirs("DVRL", "500 small trainings", rl_epochs=500),
     "influence by subsets": _theirs("InfluenceSubsample", "100 trainings", num_models=100),
     "Data Banzhaf": _theirs("DataBanzhaf", "100 trainings", num_models=100),
-    "Beta-Shapley": _here("beta_shapley", "400 trainings", "OpenDataVal's", trainings=400),
+    "Beta-Shapley": _here("beta_shapley", "1 to 3 permutations", "OpenDataVal's", trainings=400),
     "random": _theirs("RandomEvaluator", "no training"),
 }

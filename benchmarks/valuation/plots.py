@@ -1,4 +1,4 @@
-"""The curves of point removal for ``docs/``: ``python -m benchmarks.valuation.plots``."""
+"""The curves of wrong labels and of point removal for ``docs/``: ``python -m benchmarks.valuation.plots``."""
 
 from __future__ import annotations
 
@@ -21,28 +21,32 @@ _STYLES = {
     "LossVal, 30 epochs": ("#8e44ad", "-"),
     "random": ("#8a94a6", "-"),
 }
-_ENDS = {"without_low": "lowest values removed", "without_high": "highest values removed"}
+_ROWS = {
+    "found": "wrong labels among the lowest",
+    "without_low": "test accuracy, lowest removed",
+    "without_high": "test accuracy, highest removed",
+}
 
 
 def curves(results: Json) -> Figure:
-    """Test accuracy without a share of the rows, by method, data set and end."""
+    """What OpenDataVal's experiments say at every share of the rows, by method and data set."""
     figure: Figure
-    figure, axes = plt.subplots(2, len(SIZES), figsize=(12, 5.6), sharex=True, sharey=True)
-    for row, (key, end) in zip(axes, _ENDS.items(), strict=True):
+    figure, axes = plt.subplots(3, len(SIZES), figsize=(12, 8), sharex=True, sharey=True)
+    for row, (key, said) in zip(axes, _ROWS.items(), strict=True):
         for one, data in zip(row, SIZES, strict=True):
             for method, (colour, line) in _STYLES.items():
                 runs = [run[key] for run in of(results, "labels", method, data)]
-                removed = np.arange(BINS) / BINS
-                one.plot(removed, np.mean(runs, axis=0), line, color=colour, lw=1.5, label=method)
-            one.set_title(f"{NAMES[data]}: {end}", fontsize=8)
+                shares = np.arange(len(runs[0])) / BINS
+                one.plot(shares, np.mean(runs, axis=0), line, color=colour, lw=1.5, label=method)
+            one.set_title(NAMES[data], fontsize=9)
             one.tick_params(labelsize=8)
             one.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel("test accuracy", fontsize=8)
-    for one in axes[1]:
-        one.set_xlabel("share removed", fontsize=8)
+        row[0].set_ylabel(said, fontsize=8)
+    for one in axes[-1]:
+        one.set_xlabel("share of the rows", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
 
