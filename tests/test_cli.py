@@ -681,13 +681,14 @@ def test_wrong_labels_are_listed_decided_on_and_written(noisy_run: Path, tmp_pat
     turnover("review", noisy_run, "--out", listed, "--budget", 10)
     with listed.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert 4 <= len(rows) <= 10
-    doubts = [float(row["probability_of_label"]) for row in rows]
-    assert doubts == sorted(doubts)
+    assert len(rows) == 10
+    doubts = [float(row["probability_wrong"]) for row in rows]
+    assert doubts == sorted(doubts, reverse=True)
     assert {row["key"] for row in rows[:4]} == {"7", "20", "33", "46"}
     for row in rows:
         assert row["suggested"] != row["label"] and row["decision"] == ""
-        assert float(row["probability_of_suggested"]) > float(row["probability_of_label"])
+        # Of two classes, the other one is right where the label is wrong.
+        assert row["probability_of_suggested"] == row["probability_wrong"]
         votes = dict(vote.split(" ")[::-1] for vote in row["influencers"].split(", "))
         assert sum(map(int, votes.values())) == 10
     for row, decision in zip(rows, (rows[0]["suggested"], "remove", "keep", ""), strict=False):
@@ -706,6 +707,30 @@ def test_wrong_labels_are_listed_decided_on_and_written(noisy_run: Path, tmp_pat
         assert cleaned.classes[labels[rows[0]["key"]]] == rows[0]["suggested"]
         assert cleaned.classes[labels[rows[2]["key"]]] == rows[2]["label"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("way", "labels"), [("relabel", 160), ("remove", 156)])
+def test_what_is_sure_is_relabeled_or_removed_and_measured(
+    noisy_run: Path, tmp_path: Path, way: str, labels: int
+) -> None:
+    from turnover.runs.run import Run
+
+    run, out = Path(shutil.copytree(noisy_run, tmp_path / "run")), tmp_path / "applied.csv"
+    loaded = Run.load(run).train
+    before = dict(zip(loaded.keys, (loaded.classes[one] for one in loaded.labels), strict=True))
+    found = json.loads(turnover("review", run, "--apply", way, "--out", out, "--json").stdout)
+    with out.open(newline="") as file:
+        after = {row["key"]: row["label"] for row in csv.DictReader(file)}
+    wrong = {"7", "20", "33", "46"}
+    assert len(after) == labels
+    changed = {key for key, label in before.items() if after.get(key) != label}
+    assert changed == wrong
+    assert found["removed"] + found["relabelled"] == 4 and set(found["accuracy"]) == {
+        *("keep", "relabel", "remove")
+    }
+    again = tmp_path / "again.csv"
+    turnover("review", run, "--decisions", found["decisions_file"], "--out", again)
+    assert again.read_text() == out.read_text()
 
 
 @pytest.mark.parametrize(
@@ -733,6 +758,10 @@ def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: P
         (("--out", tmp_path / "no" / "review.csv"), "does not exist"),
         (("--budget", 0), "'--budget'"),
         (("--decisions", tmp_path / "none.csv", "--out", tmp_path / "o.csv"), "cannot be read"),
+        (("--decisions", tmp_path / "n.csv", "--apply", "remove"), "give one of the two"),
+        (("--least", 0.5), "give both"),
+        (("--apply", "remove", "--least", 1.5), "above 0 and below 1, got 1.5"),
+        (("--apply", "remove", "--least", 0.9999999999), "no label of"),
     ):
         assert said in turnover("review", noisy_run, *arguments, expect=2).stderr
     assert not list(tmp_path.iterdir())

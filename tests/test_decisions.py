@@ -154,7 +154,7 @@ def test_lists_that_are_written_are_read_again(tmp_path: Path) -> None:
     # What a spreadsheet would take for a number or a date has an apostrophe; other keys are bare.
     assert shown["0007"] == "'0007" and shown["1e5"] == "'1e5" and shown["1-2"] == "'1-2"
     assert shown["7"] == "7" and shown["100000"] == "100000" and shown["-5"] == "-5"
-    assert rows[0]["probability_of_label"] == "0.1000"
+    assert rows[0]["probability_wrong"] == "0.1000"
     text = (tmp_path / "review.csv").read_bytes().decode()
     assert written(run, text) == {}
     for row in rows:

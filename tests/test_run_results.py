@@ -161,7 +161,7 @@ def test_self_influence_of_other_labels_is_refused_by_review_and_cleanse(copy: P
     with pytest.raises(InputError, match="other training or test rows than the run has now"):
         cleanse._known(run, "self", None)
     score(run, ScoreConfig(**BASE))
-    assert review(Run.load(copy))
+    assert review(Run.load(copy)).rows
     assert cleanse._known(Run.load(copy), "self", None) is not None
 
 

@@ -298,3 +298,19 @@ def test_sparse_rows_are_refused_by_name_and_labels_of_any_kind_are_found_again(
         right = turnover.Influence(model.network_).estimate(targets, np.arange(len(X))).scores
         found = model.influence_on(X[:5], labels[:5]).score.to_numpy().reshape(right.shape)
         np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_wrong_labels_are_found_without_those_of_weight_0():
+    y = Y.copy()
+    wrong = X.index[[3, 40, 77, 110]]
+    y[wrong] = np.where(Y[wrong] == "setosa", "virginica", "setosa")
+    weights = np.ones(len(X))
+    weights[3] = 0
+    found = clone(small).fit(X, y, sample_weight=weights).label_errors()
+    assert wrong[0] not in found.index and len(found) == len(X) - 1
+    assert set(wrong[1:]) <= set(found.nlargest(5, "suspicion").index)
+    assert (found.loc[wrong[1:], "label"] == y[wrong[1:]]).all()
+    assert (found["label"] != found["suggested"]).all()
+    setosa = wrong[1:][(Y[wrong[1:]] == "setosa").to_numpy()]
+    assert (found.loc[setosa, "suggested"] == "setosa").all()
+    assert 2 < found["probability"].sum() < 25

@@ -29,6 +29,7 @@ ROOMS = {
     "influence": "estimators: linear, exact, rerank, gram",
     "data": "texts, images, ids",
     "training": "the training loop",
+    "labels": "which labels are wrong",
     "dropout": "masks, sites, the masked network, the audit",
     "objectives": "costs of a prediction",
     "results": "z, p and q; results in memory and on disk",

@@ -25,6 +25,7 @@ from turnover.influence.exact import Exact
 from turnover.influence.gram import Gram
 from turnover.influence.linear import Linear
 from turnover.influence.rerank import Rerank
+from turnover.labels import LabelErrors, label_errors
 from turnover.results.reader import open_result
 from turnover.results.result import Result
 
@@ -43,6 +44,7 @@ __all__ = [
     "HiddenPredictions",
     "Influence",
     "InputError",
+    "LabelErrors",
     "Linear",
     "MaskSpec",
     "Network",
@@ -57,6 +59,7 @@ __all__ = [
     "fairness",
     "ghost_ids",
     "hidden_predictions",
+    "label_errors",
     "objectives",
     "open_result",
     "string_ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.runs.run import Run
 from turnover.tasks import cleanse as cleanse_task
+from turnover.tasks import label_errors as label_errors_task
+from turnover.tasks import relabel as relabel_task
 from turnover.tasks import review as review_task
 from turnover.tasks.predict import predict_test, predict_training, write_predictions
 
@@ -76,45 +79,82 @@ def review(
     out: Path | None = None,
     budget: Positive = 100,
     decisions: Path | None = None,
+    apply: Literal["relabel", "remove"] | None = None,
+    least: float | None = None,
     device: Device = "auto",
 ) -> None:
     """List training rows with doubtful labels, or write the data set after the decisions on them.
 
     Args:
-        out: CSV file for the list; with --decisions the file for the decided data set. Default: in the
-            run's results.
+        out: CSV file for the list; with --decisions or --apply the file for the decided data set. Default:
+            in the run's results.
         budget: most rows to list.
         decisions: the list with its decision column filled in: keep, remove or a class.
+        apply: decide by itself: relabel or remove rows whose label is probably wrong, and measure what
+            either does to the predictions of new heads.
+        least: of --apply: the probability of being wrong from which on it does so; default: 0.9.
     """
-    name = "review.csv" if decisions is None else "decided.csv"
+    if decisions is not None and apply is not None:
+        raise InputError("--decisions are yours, --apply decides by itself: give one of the two")
+    if least is not None and apply is None:
+        raise InputError("--least is the probability from which on --apply changes rows: give both")
+    lists = decisions is None and apply is None
     if out is not None:
         check_writable(out, ".npz")
-        if decisions is None and out.suffix != ".csv":
+        if lists and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
     loaded = Run.load(run, device)
+    path = out or in_results(run, "review.csv" if lists else "decided.csv")
     if decisions is not None:
-        path = out or in_results(run, name)
         counts = review_task.apply_decisions(loaded, decisions, path)
-        said = ", ".join(f"{count} {name}" for name, count in counts.items())
-        output.say(f"{said}: {path}")
+        output.say(f"{_counted(counts)}: {path}")
         output.document({"file": str(path), **counts})
         return
-    flagged = review_task.review(loaded, budget=budget)
-    path = out or in_results(run, name)
-    review_task.write_review(flagged, path)
-    doubted = "whose label differs from the prediction of the network that never learned them"
-    if loaded.masks is None:
-        doubted = (
-            "whose label is the least probable by the model less what each row itself added, by gram "
-            "(predictions of networks that never learned a row need turn-over training)"
-        )
+    found = label_errors_task.doubts(loaded)
+    if apply is not None:
+        _apply(loaded, output, found, apply, least, path, device)
+        return
+    reviewed = review_task.listed(loaded, found, budget)
+    review_task.write_review(reviewed.rows, path)
     output.say(
-        f"{len(flagged)} training rows {doubted}: {path}\nfill in the column decision (keep, remove or a "
-        f"class), then: turnover review {run} --decisions {path} --out cleaned.csv",
+        f"about {reviewed.expected:.0f} of {len(loaded.train)} labels are wrong, {reviewed.likely} of them "
+        f"more probably than not, by {reviewed.source}\n"
+        f"the {len(reviewed.rows)} most doubtful rows: {path}\n"
+        f"fill in the column decision (keep, remove or a class), then: turnover review {run} --decisions "
+        f"{path} --out cleaned.csv",
         highlight=False,
     )
-    listed = [asdict(one) for one in flagged]
-    output.document({"file": str(path), "rows": listed, "device": device})
+    output.document({"file": str(path), **asdict(reviewed), "device": device})
+
+
+def _apply(
+    run: Run,
+    output: Output,
+    found: label_errors_task.Doubts,
+    way: str,
+    least: float | None,
+    path: Path,
+    device: str,
+) -> None:
+    sure = relabel_task.SURE if least is None else least
+    applied = relabel_task.apply(run, found, way, least=sure)
+    counts = review_task.write_decided(run.train, applied.decisions, path)
+    reviewed = review_task.listed(run, found, len(applied.decisions))
+    said = {run.train.keys[row]: decision for row, decision in applied.decisions.items()}
+    listed = in_results(run.folder, "review.csv")
+    review_task.write_review(reviewed.rows, listed, said)
+    output.table(
+        ("doubtful rows", f"accuracy on {applied.test_rows} test rows"),
+        ((name, _over_seeds(values)) for name, values in applied.accuracy.items()),
+        title=f"heads on the pretrained encoder's features, trained after {len(said)} decisions",
+    )
+    output.say(f"{_counted(counts)}: {path}; the decisions: {listed}")
+    document = {"file": str(path), "decisions_file": str(listed), **counts}
+    output.document(document | {"accuracy": applied.accuracy, "device": device})
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 @command(

@@ -27,6 +27,7 @@ from turnover.integrations.table_rows import (
     index_of,
     weights_of_rows,
 )
+from turnover.labels import label_errors
 from turnover.training import mean_cross_entropy, shuffled, train
 
 if TYPE_CHECKING:
@@ -230,6 +231,30 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         kept = Batch(batch.inputs[learned], batch.labels[learned], batch.ids[learned])
         index = pandas.Index(self.train_index_[learned], name="train")
         return _frame(self.influence_.self_influence(_parts(kept)), index)
+
+    def label_errors(self) -> pandas.DataFrame:
+        """Estimate which labels are wrong, from the encoded columns alone (:func:`turnover.label_errors`).
+
+        Returns:
+            A data frame indexed by training row, in its order: ``label``, ``suggested`` (the most probable
+            other class), ``probability`` (that the label is wrong) and ``suspicion`` (its log-odds).
+            The sum of the probabilities is the expected number of wrong labels.
+        """
+        import pandas
+
+        check_is_fitted(self)
+        batch, learned = self.train_batch_, np.flatnonzero(self.weights_)
+        assert batch.labels is not None
+        labels = batch.labels[learned]
+        found = label_errors(batch.inputs[learned], labels, classes=len(self.classes_))
+        columns = {
+            "label": self.classes_[labels.numpy()],
+            "suggested": self.classes_[found.suggested],
+            "probability": found.probability,
+            "suspicion": found.suspicion,
+        }
+        index = pandas.Index(self.train_index_[learned], name="train")
+        return pandas.DataFrame(columns, index=index)
 
     def _check_parameters(self) -> None:
         for name in ("units", "epochs", "batch_size"):

@@ -60,6 +60,10 @@ class Pipeline(Protocol):
     def config(self) -> Described:
         """What is known of the model."""
 
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether the encoder as it was before training is there."""
+
     def reader(self) -> Reader:
         """Function that reads labeled data to compare with the run's training data."""
 

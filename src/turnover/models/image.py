@@ -217,6 +217,11 @@ class ImagePipeline(Images):
         if isinstance(model, ImageClassifier):
             standardize(model, model.head, training, model.features)
 
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether the convolutions were trained on other images, and stay frozen."""
+        return self.config.weights is not None
+
     @contextmanager
     def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
         """Means of the frozen convolutions' last channels."""

@@ -169,6 +169,11 @@ class TextPipeline(Texts):
         assert isinstance(model, TextClassifier)
         standardize(model, model.head, training, lambda inputs: model.features(**inputs))
 
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether the encoder as it was before training is there: below LoRA."""
+        return True
+
     @contextmanager
     def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
         """Mean-pooled features without the LoRA components."""

@@ -139,6 +139,11 @@ class ImageEncoderPipeline(ProcessedImages):
         assert isinstance(model, ImageEncoderClassifier)
         standardize(model, model.head, training, model.features)
 
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether the encoder as it was before training is there: below LoRA."""
+        return True
+
     @contextmanager
     def pretrained(self, model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
         """Mean features without the LoRA components."""

@@ -32,6 +32,7 @@ from turnover.io.files import write_csv
 from turnover.results.result import Result
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
+from turnover.tasks.label_errors import check_rows
 from turnover.tasks.linear_probe import (
     Calibrated,
     Frozen,
@@ -40,7 +41,7 @@ from turnover.tasks.linear_probe import (
     train_head,
     train_masked_head,
 )
-from turnover.tasks.review import check_rows, read_column
+from turnover.tasks.review import read_column
 
 RANKINGS = ("gram", "turn-over", "self")
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -149,7 +150,7 @@ def cleanse(
             the run, or a fraction that removes all rows of a class.
     """
     _check(run, validation, ranking, scores, fractions, seeds)
-    if not getattr(run.pipeline, "keeps_pretrained", True):
+    if run.masks is None and not run.pipeline.keeps_pretrained:
         warnings.warn(
             f"the heads that measure removals are trained on features of {run.folder}'s model as it is, "
             f"which has learned the removed rows: gains come out too small; train it again on the cleaned "

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from turnover import objectives
 from turnover.data.base import Data
@@ -19,20 +17,18 @@ from turnover.data.delimited import read_table
 from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
-from turnover.io.parsing import read_json
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
 from turnover.tasks.explain import described, rows_by_id
-from turnover.tasks.predict import predict_training
+from turnover.tasks.label_errors import Doubts, check_rows, doubts
 from turnover.tasks.score_trained import by_ids, fitted
-from turnover.tasks.training import logits_of_rows
 
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10
 _BATCH = 32
 _FORMATS = {
     **dict.fromkeys(("key", "label", "suggested"), ""),
-    **dict.fromkeys(("probability_of_label", "probability_of_suggested"), ".4f"),
+    **dict.fromkeys(("probability_wrong", "probability_of_suggested"), ".4f"),
     "self_influence_z": ".2f",
     "self_influence_q": ".3g",
     **dict.fromkeys(("influencers", "decision", "text"), ""),
@@ -46,21 +42,20 @@ _ESCAPED = re.compile(rf"'+(?:{_BEGINNING}|\.?\d)")
 _INTEGER = re.compile(r"(-?\d+)[.,]0{1,2}", re.ASCII)
 """An integer as a spreadsheet may write it; three zeros would follow a thousands separator."""
 _UNKNOWN = (None, None)
-_SMALLEST = 1e-12
 _NAMES = {"key", "label", "suggested", "decision"}
 
 
 @dataclass(frozen=True)
 class Flagged:
-    """A training row whose label differs from the prediction of the network that never learned it.
+    """A training row whose label is doubtful.
 
     Attributes:
         key: of the row.
         text: of the row.
         label: of the row.
-        suggested: class predicted by the hidden network (see :func:`review` for models without masks).
-        probability_of_label: by the hidden network, calibrated.
-        probability_of_suggested: likewise.
+        suggested: the most probable other class.
+        probability_wrong: that the label is wrong.
+        probability_of_suggested: that this class is the right one.
         self_influence_z: memorization of the row, in units of the noise floor; ``None`` where the run has
             no self-influence.
         self_influence_q: adjusted p-value of that, over all training rows.
@@ -72,72 +67,78 @@ class Flagged:
     text: str
     label: str
     suggested: str
-    probability_of_label: float
+    probability_wrong: float
     probability_of_suggested: float
     self_influence_z: float | None
     self_influence_q: float | None
     influencers: dict[str, int]
 
 
-def review(run: Run, *, budget: int = 100) -> list[Flagged]:
-    """List the training rows whose labels are doubtful, the most doubtful first.
+@dataclass(frozen=True)
+class Review:
+    """The most doubtful rows first, and what is thought of all.
 
-    A model that was trained without masks has no prediction of the network that never learned a row. In its
-    place is the model's own prediction less the self-influence of the row by gram, and the ``budget`` rows
-    with the lowest probability of their label are listed, each with the most probable other class.
+    Attributes:
+        rows: as many as asked for.
+        expected: expected number of wrong labels among all training rows.
+        likely: number of rows whose labels are more probably wrong than right.
+        source: predictions that this is by (:class:`~turnover.tasks.label_errors.Doubts`).
+    """
+
+    rows: list[Flagged]
+    expected: float
+    likely: int
+    source: str
+
+
+def review(run: Run, *, budget: int = 100) -> Review:
+    """Rank all training rows by the probability that their label is wrong, and list the first.
 
     Args:
         run: a run without groups.
         budget: most rows to list.
 
     Raises:
-        InputError: rows share ids (groups), a budget below 1, or a run of a model without masks that was not
-            scored.
+        InputError: a budget below 1, or as :func:`~turnover.tasks.label_errors.doubts`.
     """
     if budget < 1:
         raise InputError(f"the budget must be at least 1 row, got {budget}")
-    check_rows(run)
-    train, labels = run.train, np.array(run.train.labels)
-    every = np.arange(len(labels))
-    probabilities: NDArray[np.floating]
-    if run.masks is None:
-        probabilities = without_themselves(run)
-        others = probabilities.copy()
-        others[every, labels] = -1
-        # A model agrees with most of the rows that it was trained on, wrong ones included.
-        predicted, doubtful = others.argmax(axis=1), every
-    else:
-        probabilities = predict_training(run).probabilities
-        predicted = probabilities.argmax(axis=1)
-        doubtful = np.flatnonzero(predicted != labels)
-    of_label = probabilities[every, labels]
-    chosen = doubtful[np.argsort(of_label[doubtful], kind="stable")][:budget].tolist()
-    if not chosen:
-        return []
+    return listed(run, doubts(run), budget)
+
+
+def listed(run: Run, found: Doubts, budget: int) -> Review:
+    """List the most doubtful rows, at most ``budget``."""
+    train, errors = run.train, found.errors
+    chosen = errors.order()[:budget].tolist()
     own = _self_influence(run)
     numbers = [own.get(int(train.ids[row]), _UNKNOWN) for row in chosen]
-    return [
+    suggested, wrong = errors.suggested, errors.probability
+    rows = [
         Flagged(
             train.keys[row],
             train.shown(row),
-            train.classes[labels[row]],
-            train.classes[predicted[row]],
-            float(of_label[row]),
-            float(probabilities[row, predicted[row]]),
+            train.classes[train.labels[row]],
+            train.classes[suggested[row]],
+            float(wrong[row]),
+            float(errors.posterior[row, suggested[row]]),
             z,
             q,
             influencers,
         )
         for row, (z, q), influencers in zip(chosen, numbers, _influencers(run, chosen), strict=True)
     ]
+    return Review(rows, errors.expected, errors.likely, found.described())
 
 
-def write_review(flagged: list[Flagged], out: Path) -> None:
-    """Write the list as CSV, atomically, with an empty column ``decision``."""
+def write_review(
+    flagged: list[Flagged], out: Path, decisions: Mapping[str, str] | None = None
+) -> None:
+    """Write the list as CSV, atomically, with a column ``decision``: those by key, or empty."""
     rows = []
     for one in flagged:
         said = ", ".join(f"{count} {label}" for label, count in one.influencers.items())
-        rows.append({**asdict(one), "influencers": said})
+        decision = (decisions or {}).get(one.key)
+        rows.append({**asdict(one), "influencers": said, "decision": decision})
     write_list(out, rows, _FORMATS)
 
 
@@ -246,7 +247,7 @@ def read_column(run: Run, path: Path, column: str) -> Iterator[tuple[int, int, s
         yield number, row, value
 
 
-def decided(train: Data, decisions: dict[int, str]) -> Data:
+def decided(train: Data, decisions: Mapping[int, str]) -> Data:
     """Apply decisions by row to the training data."""
     kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
     made = ((row, decisions.get(row, KEEP)) for row in kept)
@@ -268,47 +269,17 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
     Raises:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
-    train, made = run.train, read_decisions(run, decisions)
+    return write_decided(run.train, read_decisions(run, decisions), out)
+
+
+def write_decided(train: Data, made: Mapping[int, str], out: Path) -> Counter[str]:
+    """Write training data after decisions by row, and count rows kept, removed and relabelled."""
     decided(train, made).export(out)
     counts = Counter({"kept": len(train) - len(made), "removed": 0, "relabelled": 0})
     for row, decision in made.items():
         same = decision in (KEEP, train.classes[train.labels[row]])
         counts["removed" if decision == REMOVE else "kept" if same else "relabelled"] += 1
     return counts
-
-
-def check_rows(run: Run) -> None:
-    """Refuse training rows that share ids or keys (groups)."""
-    if min(len(torch.unique(run.train.ids)), len(set(run.train.keys))) < len(run.train):
-        raise InputError(
-            f"{run.folder} has groups, and rows are judged one by one: make a run with an id column "
-            f"instead of the group column"
-        )
-
-
-def without_themselves(run: Run) -> NDArray[np.float64]:
-    """Estimate what a model would predict for its training rows without each of them: (rows, classes).
-
-    The probability of a row's label falls by the row's self-influence.
-    """
-    check_scored(run)
-    objective = read_json(run.folder / "metrics.json").get("influence", {}).get("objective")
-    result = run.read_result("self")
-    at = {train_id: column for column, train_id in enumerate(result.train_ids.tolist())}
-    own = result.scores[[at[one] for one in run.train.ids.tolist()]].astype(np.float64)
-    encoded, rows = run.encode(run.train), np.arange(len(run.train))
-    logits = logits_of_rows(run.model, encoded, range(len(encoded)), lambda _: run.whole())
-    probabilities: NDArray[np.float64] = logits.double().softmax(dim=1).numpy()
-    label = np.array(run.train.labels)
-    before = probabilities[rows, label]
-    if objective == "cross_entropy":
-        after = before * np.exp(-own)
-    else:  # minus the log-odds
-        after = before / (before + (1 - before) * np.exp(own))
-    after = np.clip(after, 0, 1)
-    probabilities *= ((1 - after) / np.maximum(1 - before, _SMALLEST))[:, None]
-    probabilities[rows, label] = after
-    return probabilities
 
 
 def _self_influence(run: Run) -> dict[int, tuple[float, float]]:

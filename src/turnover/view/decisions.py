@@ -7,7 +7,8 @@ from pathlib import Path
 
 from turnover.errors import InputError
 from turnover.runs.run import Run
-from turnover.tasks.review import check_decision, check_rows, read_decisions, write_decisions
+from turnover.tasks.label_errors import check_rows
+from turnover.tasks.review import check_decision, read_decisions, write_decisions
 
 _WAIT_SECONDS = 10.0
 

@@ -1,0 +1,94 @@
+"""Training data after the most doubtful labels are changed or their rows removed, and what that gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from turnover.errors import InputError, check_whole
+from turnover.io.bars import tqdm
+from turnover.runs.run import Run
+from turnover.tasks.label_errors import Doubts
+from turnover.tasks.linear_probe import Frozen, frozen, logits_of, train_head
+from turnover.tasks.review import KEEP, REMOVE, decided
+
+SURE = 0.9
+WAYS = ("relabel", "remove")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What is done to the doubtful rows, and how heads that were trained on the rest predict test rows.
+
+    Attributes:
+        decisions: class, or ``"remove"``, by training row.
+        accuracy: on the test rows, with the labels that they have: of heads trained on the data as they are
+            (``"keep"``), with the rows relabeled and without them, one for each seed.
+        test_rows: number of the test rows.
+    """
+
+    decisions: Mapping[int, str]
+    accuracy: Mapping[str, tuple[float, ...]]
+    test_rows: int
+
+
+def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int = 3) -> Applied:
+    """Relabel or remove the training rows whose labels are wrong with some probability or more.
+
+    Heads on the pretrained encoder's features are trained on the data as they are, with the rows
+    relabeled, and without them; the run stays as it is.
+
+    Args:
+        run: a run without groups.
+        found: doubts about its labels.
+        way: ``"relabel"`` or ``"remove"``: what the decisions say.
+        least: probability of being wrong from which on a row is changed, above 0 and below 1.
+        seeds: heads for each.
+
+    Raises:
+        InputError: another way, a probability outside of (0, 1), seeds below 1, no row that doubtful, or a
+            class that would lose all rows.
+    """
+    if way not in WAYS:
+        raise InputError(f"unknown way {way!r}: {' or '.join(WAYS)}")
+    check_whole("seeds", seeds, 1)
+    if not 0 < least < 1:
+        raise InputError(f"the least probability must be above 0 and below 1, got {least}")
+    errors, classes = found.errors, run.train.classes
+    chosen = np.flatnonzero(errors.probability >= least).tolist()
+    if not chosen:
+        raise InputError(
+            f"no label of {run.folder} is wrong with a probability of {least:g} or more: the most doubtful "
+            f"is at {errors.probability.max():.2f}; lower it, or decide on the listed rows yourself"
+        )
+    suggested = {row: classes[int(errors.suggested[row])] for row in chosen}
+    made = {"relabel": suggested, "remove": dict.fromkeys(chosen, REMOVE)}
+    for name, decisions in made.items():
+        left = set(decided(run.train, decisions).labels)
+        if len(left) < len(classes):
+            lost = ", ".join(one for at, one in enumerate(classes) if at not in left)
+            raise InputError(f"to {name} the doubtful rows would leave none of class {lost}")
+    train, test = frozen(run, run.train), frozen(run, run.test)
+    sets: dict[str, dict[int, str]] = {KEEP: {}} | made
+    accuracy: dict[str, list[float]] = {name: [] for name in sets}
+    with tqdm(total=len(sets) * seeds, desc="heads", unit="head") as bar:
+        for seed in range(seeds):
+            for name, decisions in sets.items():
+                accuracy[name].append(_accuracy(train, test, decisions, classes, seed))
+                bar.update()
+    return Applied(made[way], {name: tuple(values) for name, values in accuracy.items()}, len(test))
+
+
+def _accuracy(
+    train: Frozen, test: Frozen, decisions: Mapping[int, str], classes: list[str], seed: int
+) -> float:
+    labels = train.labels.clone()
+    kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
+    for row, decision in decisions.items():
+        if decision != REMOVE:
+            labels[row] = classes.index(decision)
+    changed = Frozen(train.features, labels, train.classes, train.weights)
+    predicted = logits_of(train_head(changed, kept, seed), test).argmax(dim=1)
+    return float((predicted == test.labels).float().mean())
