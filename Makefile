@@ -64,8 +64,9 @@ bench-fidelity: $(VENV)/.bench $(PYDVL)/.done ## Compare every method with retra
 		$(if $(DATA),--data $(DATA))
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.fidelity.plots && $(BIN)/python -m benchmarks.fidelity.table)
 
-bench-mislabel: $(VENV)/.bench $(PYDVL)/.done ## Rank wrong labels by every method: docs/fidelity.md
+bench-mislabel: $(VENV)/.bench $(PYDVL)/.done ## Rank wrong labels, and mend them: docs/fidelity.md, docs/labels.md
 	$(BIN)/python -m benchmarks.fidelity.mislabels
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fidelity.relabel
 	$(BIN)/python -m benchmarks.fidelity.table
 
 # Keeps what was retrained in runs/finetuned.

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.fidelity.mislabels`` writes ``benchmarks/results/mislabels.json``: AUC of every
 method on problems B, C and D, with uniform and class-dependent noise, over seeds. Networks, noise and
-orders differ from seed to seed; what is finished is not done again.
+orders differ from seed to seed; what is finished is not done again. Methods that attribute (``pairs``)
+take most of the time, those that follow a training or need features alone (``followed``) little.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from turnover import evaluation
 
+from . import followed
 from .board import machine, task_of
 from .methods import attempt
 from .problems import Problem, Split, load
@@ -36,6 +38,8 @@ RATES = (0.05, 0.1, 0.2, 0.4)
 _INSTANCES = 1000  # of each problem, drawn anew for every seed
 _TARGETS = 10  # pairs are not looked at here
 _SHOWN = 100
+_PARTS = {"pairs": "turn-over, turnover", "followed": "AUM, standard"}
+"""Parts of a cell, and a row that each of them has."""
 
 # What a user would run on one network; on the others the same methods read alike, and so do the two
 # packages' EK-FAC.
@@ -142,11 +146,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, each by one thread")
     parser.add_argument("--folder", type=Path, default=Path("runs/fidelity"))
     parser.add_argument("--write", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=list(_PARTS), help="methods; default: all, part by part")
     parser.add_argument("--cell", help="problem/noise/rate/seed: this one alone, to the folder")
     arguments = parser.parse_args()
     if arguments.cell:
         torch.set_num_threads(1)
-        one_cell(arguments.cell, arguments.folder)
+        one_cell(arguments.cell, arguments.part or "pairs", arguments.folder)
         return
     kept = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
     runs: dict[str, Any] = kept.get("runs", {})
@@ -154,39 +159,48 @@ def main() -> None:
         "/".join(map(str, one)) for one in cells(arguments.problems.split(","), arguments.seeds)
     ]
 
-    def run(key: str) -> tuple[str, Any]:
-        path = cell_file(key, arguments.folder)
+    def run(key: str, part: str) -> tuple[str, Any]:
+        path = cell_file(key, part, arguments.folder)
         if not path.exists():
             command = [sys.executable, "-m", "benchmarks.fidelity.mislabels", "--cell", key]
-            command += ["--folder", str(arguments.folder)]
+            command += ["--part", part, "--folder", str(arguments.folder)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return key, json.loads(path.read_text())
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        missing = [key for key in keys if key not in runs]
-        for done in as_completed([pool.submit(run, key) for key in missing]):
-            key, found = done.result()
-            runs[key] = found
-            best = sorted(found.items(), key=lambda item: -item[1]["auc"])
-            said = "  ".join(f"{row} {figures['auc']:.3f}" for row, figures in best[:4])
-            print(f"{len(runs)} of {len(keys)} {key}: {said}", flush=True)
-            arguments.write.parent.mkdir(parents=True, exist_ok=True)
-            made = {"machine": machine(), "auc": table(runs), "runs": runs}
-            arguments.write.write_text(json.dumps(made, indent=1) + "\n")
+    for part in [arguments.part] if arguments.part else list(_PARTS):
+        missing = [key for key in keys if _PARTS[part] not in runs.get(key, {})]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            waiting = [pool.submit(run, key, part) for key in missing]
+            for count, done in enumerate(as_completed(waiting), 1):
+                key, found = done.result()
+                runs[key] = runs.get(key, {}) | found
+                best = sorted(found.items(), key=lambda item: -item[1]["auc"])
+                said = "  ".join(f"{row} {figures['auc']:.3f}" for row, figures in best[:4])
+                print(f"{part}, {count} of {len(missing)} {key}: {said}", flush=True)
+                _write(arguments.write, runs)
 
 
-def cell_file(key: str, folder: Path) -> Path:
-    """Where the figures of a cell are kept."""
-    return folder / "mislabels" / f"{key.replace('/', '-')}.json"
+def _write(path: Path, runs: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"machine": machine(), "auc": table(runs), "runs": runs}
+    path.write_text(json.dumps(made, indent=1) + "\n")
 
 
-def one_cell(key: str, folder: Path) -> None:
-    """Find the figures of a cell, and keep them."""
+def cell_file(key: str, part: str, folder: Path) -> Path:
+    """Where the figures of a part of a cell are kept."""
+    return folder / "mislabels" / f"{key.replace('/', '-')}-{part}.json"
+
+
+def one_cell(key: str, part: str, folder: Path) -> None:
+    """Find the figures of a part of a cell, and keep them."""
     name, kind, rate, seed = key.split("/")
     problem = noisy(load(name, cache=folder), kind, float(rate), int(seed))
-    path = cell_file(key, folder)
+    path = cell_file(key, part, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = found_in(problem, path.with_suffix(".files"), int(seed))
+    if part == "followed":
+        found = followed.found_in(problem, int(seed))
+    else:
+        found = found_in(problem, path.with_suffix(".files"), int(seed))
     shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
     begun = path.with_suffix(".begun")
     begun.write_text(json.dumps(found))

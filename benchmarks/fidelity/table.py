@@ -1,4 +1,4 @@
-"""Puts the board and the grid of mislabels into ``docs/fidelity.md``, between its markers."""
+"""Puts the board and its neighbors into ``docs/fidelity.md`` and ``docs/labels.md``, between markers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import board, finetuned, language_board, mislabels
+import numpy as np
+
+from . import board, finetuned, language_board, mislabels, relabel
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "fidelity.md"
+LABELS = DOCS.parent / "labels.md"
 
 _NETWORKS = {"turnover": "turn-over", "head": "wide head"}
 _FINE_TUNED = {"adapter": "LoRA in the last two blocks", "whole": "The last two blocks themselves"}
+_DEFAULT = "label errors, features"
+_OURS_TOO = ("left-out margin, features",)
+_SHOWN = (
+    _DEFAULT,
+    "AUM, standard",
+    "early loss, standard",
+    "5-fold logistic regression (cleanlab), features",
+)
 _GROUPS = {"ours": 0, "peer": 1, "trivial": 2}
 
 
@@ -107,6 +118,47 @@ def mislabel_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def standing_table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The default against the best other row of every cell, paired by seed, and precisions."""
+    cells: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for key, found in runs.items():
+        if _DEFAULT in found:
+            cell, _, seed = key.rpartition("/")
+            cells.setdefault(cell, {})[seed] = found
+    shown = ", ".join(name.partition(",")[0] for name in _SHOWN)
+    lines = [
+        f"| problem, noise | label errors | best other row | difference ± standard error | precision at 1%: "
+        f"{shown} | at 5% |",
+        "|---|---|---|---|---|---|",
+    ]
+    held: dict[str, list[bool]] = {}
+    for cell, seeds in sorted(cells.items()):
+        auc = {
+            name: np.array([found[name]["auc"] for found in seeds.values()])
+            for name in next(iter(seeds.values()))
+            if name not in _OURS_TOO and all(name in found for found in seeds.values())
+        }
+        own = auc.pop(_DEFAULT)
+        best = max(auc, key=lambda name: float(auc[name].mean()))
+        gaps = own - auc[best]
+        error = float(gaps.std(ddof=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        problem, kind, rate = cell.split("/")
+        held.setdefault(problem, []).append(bool(gaps.mean() >= -error))
+        precisions = [
+            " / ".join(
+                f"{np.mean([found[name][f'precision_at_{at}'] for found in seeds.values()]):.2f}"
+                for name in _SHOWN
+            )
+            for at in (10, 50)
+        ]
+        lines.append(
+            f"| {problem}, {kind} {float(rate):.0%} | {own.mean():.3f} | {best} {auc[best].mean():.3f} "
+            f"| {gaps.mean():+.3f} ± {error:.3f} | {' | '.join(precisions)} |"
+        )
+    said = ", ".join(f"{sum(one)} of {len(one)} on {name}" for name, one in sorted(held.items()))
+    return "\n".join([*lines, "", f"First, or within one standard error of the first: {said}."])
+
+
 def ghost_table(problems: dict[str, Any]) -> str:
     """Rates of fresh ghosts, and their share of the lists they are mixed into."""
     lines = [
@@ -170,13 +222,13 @@ def _interval(found: list[float] | None) -> str:
     return f"{mean:.3f} ({low:.2f} to {high:.2f})"
 
 
-def replaced(text: str, marker: str, content: str) -> str:
+def replaced(text: str, marker: str, content: str, page: Path = DOCS) -> str:
     """The text with what lies between a marker's two comments replaced."""
     begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{DOCS} has no markers {begin} and {end}")
+        raise ValueError(f"{page} has no markers {begin} and {end}")
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
@@ -188,8 +240,9 @@ def main() -> None:
         text = replaced(text, "board", "\n\n".join(tables))
         text = replaced(text, "ghosts", ghost_table(problems))
     if mislabels.RESULTS.exists():
-        found = json.loads(mislabels.RESULTS.read_text())["auc"]
-        text = replaced(text, "mislabels", mislabel_table(found))
+        found = json.loads(mislabels.RESULTS.read_text())
+        text = replaced(text, "mislabels", mislabel_table(found["auc"]))
+        text = replaced(text, "standing", standing_table(found["runs"]))
     if finetuned.RESULTS.exists():
         found = json.loads(finetuned.RESULTS.read_text())
         tables = [finetuned_table(title, found[kind]) for kind, title in _FINE_TUNED.items()]
@@ -198,6 +251,10 @@ def main() -> None:
         found = json.loads(language_board.RESULTS.read_text())
         text = replaced(text, "language", "\n\n".join(map(language_table, found.values())))
     DOCS.write_text(text)
+    if relabel.RESULTS.exists():
+        found = json.loads(relabel.RESULTS.read_text())["accuracy"]
+        content = relabel.page_table(found)
+        LABELS.write_text(replaced(LABELS.read_text(), "relabel", content, LABELS))
 
 
 if __name__ == "__main__":

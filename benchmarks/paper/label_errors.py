@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import turnover
+from benchmarks.fidelity.followed import along
 from benchmarks.fidelity.problems import mlp
 from turnover import evaluation, objectives
 from turnover.evaluation import Build, Recipe
 
 from . import images, patches
-from .networks import HEAD, attached, predictions, wide_head
+from .networks import HEAD, attached, outputs, predictions, wide_head
 
 Json = dict[str, Any]
 Floats = NDArray[np.floating]
@@ -39,12 +40,14 @@ TURNOVER = Recipe(epochs=8, learning_rate=3e-4, batch_size=100, optimizer="adam"
 STANDARD = Recipe(epochs=10, learning_rate=1e-3, batch_size=100, optimizer="adam")
 REMOVED = (
     "random",
+    "label errors of the features",
     "turn-over self-influence",
     "turn-over hidden",
     "turn-over hidden, calibrated",
     "loss of the turn-over mean network",
     "loss",
     "early loss",
+    "AUM",
     "5-fold, probability of the label",
     "cleanlab, 5-fold",
 )
@@ -171,8 +174,16 @@ def _with_masks(
 ) -> tuple[dict[str, Floats], Floats]:
     """Suspicions from one turn-over network, and its calibrated hidden predictions."""
     x, y = train
-    (state,) = evaluation.train(build, x, y, recipe, [seed], masked=HEAD).states
+    epochs = list(range(1, recipe.epochs + 1))
+    trained = evaluation.train(build, x, y, recipe, [seed], masked=HEAD, checkpoints=epochs)
+    (state,) = trained.states
     ids = torch.arange(len(y))
+    whole, unlearned = [], []
+    for epoch in epochs:
+        with attached(build, trained.checkpoints[epoch][0], HEAD, seed) as network:
+            whole.append(outputs(network, x, None, hidden=False))
+            unlearned.append(outputs(network, x, ids, hidden=True))
+    followed = along(whole, y, _EARLY), along(unlearned, y, _EARLY)
     batches = list(zip(*(torch.split(part, 500) for part in (x, y, ids)), strict=True))
     with attached(build, state, HEAD, seed) as network:
         own = turnover.Influence(network, objectives.cross_entropy, method="exact")
@@ -181,6 +192,11 @@ def _with_masks(
         hidden = turnover.hidden_predictions(network, batches).probabilities
         loss = _loss(network.model, x, y)
     return {
+        "label errors of the features": turnover.label_errors(x, y, seed=seed).suspicion,
+        "AUM of the turn-over mean network": followed[0]["AUM"],
+        "early AUM of the turn-over mean network": followed[0]["early AUM"],
+        "AUM of the turn-over hidden networks": followed[1]["AUM"],
+        "early AUM of the turn-over hidden networks": followed[1]["early AUM"],
         "turn-over self-influence": influence,
         "turn-over hidden": 1 - hidden[ids, y],
         "turn-over hidden, calibrated": 1 - calibrated[ids, y],
@@ -194,9 +210,14 @@ def _without_masks(
 ) -> tuple[dict[str, Floats], Floats]:
     """Suspicions from one standard network, and from cleanlab on five; its out-of-sample predictions."""
     x, y = train
-    trained = evaluation.train(build, x, y, recipe, [seed], checkpoints=[_EARLY])
-    early = build(seed).eval()
-    early.load_state_dict(trained.checkpoints[_EARLY][0])
+    epochs = list(range(1, recipe.epochs + 1))
+    trained = evaluation.train(build, x, y, recipe, [seed], checkpoints=epochs)
+    logits = []
+    for epoch in epochs:
+        model = build(seed).eval()
+        model.load_state_dict(trained.checkpoints[epoch][0])
+        logits.append(predictions(model, x))
+    followed = along(logits, y, _EARLY)
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % _FOLDS)
     outside = torch.empty(len(y), trained.logits(x[:1]).shape[2])
     for one in range(_FOLDS):
@@ -204,8 +225,8 @@ def _without_masks(
         outside[fold == one] = predictions(model, x[fold == one]).softmax(dim=1)
     probabilities = outside.numpy()
     return {
-        "loss": _loss(trained.models()[0], x, y),
-        "early loss": _loss(early, x, y),
+        **{name: followed[name] for name in ("loss", "early loss", "AUM", "early AUM")},
+        "cartography": followed["cartography"],
         "5-fold, probability of the label": 1 - probabilities[torch.arange(len(y)), y],
         "cleanlab, 5-fold": _cleanlab(y, probabilities),
     }, probabilities

@@ -15,7 +15,15 @@ RESULTS = Path(__file__).parent.parent / "results" / "paper.json"
 DOCS = Path(__file__).parent.parent.parent / "docs" / "paper.md"
 Json = dict[str, Any]
 
-_OURS = ("turn-over", "loss of the turn-over", "cleanlab on turn-over", "gram")
+_OURS = (
+    "turn-over",
+    "label errors",
+    "loss of the turn-over",
+    "AUM of the turn-over",
+    "early AUM of the turn-over",
+    "cleanlab on turn-over",
+    "gram",
+)
 _NOT_METHODS = ("nothing", "what is wrong (oracle)", "random")
 
 

@@ -65,6 +65,20 @@ class LossVal(DataEvaluator, ModelMixin):  # type: ignore[misc]
         return self._weights.detach().numpy()
 
 
+class LabelErrors(DataEvaluator):  # type: ignore[misc]
+    """Minus the log-odds that a label is wrong, from inputs and labels alone."""
+
+    def train_data_values(self, *_: Any, **__: Any) -> LabelErrors:
+        """Judge the labels; nothing is trained by gradients."""
+        found = turnover.label_errors(self.x_train, self.y_train.argmax(dim=1))
+        self._values = -found.suspicion
+        return self
+
+    def evaluate_data_values(self) -> NDArray[np.float64]:
+        """Return the values: float64 (train,)."""
+        return self._values
+
+
 class MeanMargin(DataEvaluator, ModelMixin):  # type: ignore[misc]
     """Margin of the label, averaged over the epochs of a training (AUM; Pleiss et al. 2020)."""
 

@@ -69,6 +69,7 @@ METHODS = {
     "gram, self": _gram("self"),
     "turn-over, validation": _turn_over("validation"),
     "turn-over, self": _turn_over("self"),
+    "label errors": _here("LabelErrors", "no training", "ours"),
     "mean margin (AUM)": _here("MeanMargin", "1 training"),
     "LossVal, 5 epochs": _here("LossVal", "1 training", epochs=5),
     "LossVal, 30 epochs": _here("LossVal", "1 training", epochs=30),
