@@ -82,10 +82,12 @@ def serving(run: Path) -> Iterator[Server]:
     from turnover.view.application import application
     from turnover.view.contents import Contents
     from turnover.view.decisions import Decisions
+    from turnover.view.effect import Effect
 
     loaded = Run.load(run)
     contents = Contents(loaded)
-    app = application(contents, Decisions(loaded, contents.self_influence), "token", "once")
+    decisions = Decisions(loaded, contents.self_influence)
+    app = application(contents, decisions, Effect(loaded), "token", "once")
     config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -21,10 +21,11 @@ from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.runs.run import Run
 from turnover.tasks import cleanse as cleanse_task
-from turnover.tasks import label_errors as label_errors_task
 from turnover.tasks import relabel as relabel_task
 from turnover.tasks import review as review_task
+from turnover.tasks.label_errors import Doubts
 from turnover.tasks.predict import predict_test, predict_training, write_predictions
+from turnover.tasks.stored_doubts import open_doubts
 
 
 @command()
@@ -110,7 +111,7 @@ def review(
         output.say(f"{_counted(counts)}: {path}")
         output.document({"file": str(path), **counts})
         return
-    found = label_errors_task.doubts(loaded)
+    found = open_doubts(loaded)
     if apply is not None:
         _apply(loaded, output, found, apply, least, path, device)
         return
@@ -130,7 +131,7 @@ def review(
 def _apply(
     run: Run,
     output: Output,
-    found: label_errors_task.Doubts,
+    found: Doubts,
     way: str,
     least: float | None,
     path: Path,

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turnover.errors import InputError
 from turnover.view.contents import Contents
 from turnover.view.decisions import Decisions
+from turnover.view.effect import Effect
 from turnover.view.filters import ErrorFilter, InstanceFilter
 
 _HOSTS = ("127.0.0.1", "localhost")
@@ -36,6 +37,7 @@ _ASSETS = {
     "view.css": ("view/assets/view.css", "text/css"),
     "colours.css": ("report/colours.css", "text/css"),
     "view.js": ("view/assets/view.js", "text/javascript"),
+    "cleaning.js": ("view/assets/cleaning.js", "text/javascript"),
     "panes.js": ("view/assets/panes.js", "text/javascript"),
     "elements.js": ("view/assets/elements.js", "text/javascript"),
     "icon.svg": ("view/assets/icon.svg", "image/svg+xml"),
@@ -57,12 +59,15 @@ _MOST_LISTED = 500
 _BODY_BYTES = 4096
 
 
-def application(contents: Contents, decisions: Decisions, token: str, once: str) -> Starlette:
+def application(
+    contents: Contents, decisions: Decisions, effect: Effect, token: str, once: str
+) -> Starlette:
     """Make the web application, with everything under ``/token/``.
 
     Args:
         contents: what is read.
         decisions: what is written.
+        effect: what the decisions do.
         token: the secret that every address begins with.
         once: another secret, which redirects there the first time it is asked for.
     """
@@ -75,7 +80,7 @@ def application(contents: Contents, decisions: Decisions, token: str, once: str)
     return Starlette(
         routes=[
             Route(f"/{once}", enter),
-            Mount(f"/{token}", routes=_routes(contents, decisions)),
+            Mount(f"/{token}", routes=_routes(contents, decisions, effect)),
         ],
         middleware=[
             Middleware(_Guard, known=(token, once)),
@@ -85,9 +90,10 @@ def application(contents: Contents, decisions: Decisions, token: str, once: str)
     )
 
 
-def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
+def _routes(contents: Contents, decisions: Decisions, effect: Effect) -> list[Route]:
     def about(_: Request) -> Any:
         state = {"path": str(decisions.path), "refusal": decisions.refusal}
+        state |= {"no_effect": decisions.refusal or effect.refusal}
         return contents.about() | state | {"decisions": _named(decisions.all())}
 
     def error(request: Request) -> Any:
@@ -112,6 +118,7 @@ def _routes(contents: Contents, decisions: Decisions) -> list[Route]:
         "/about": about,
         "/errors": lambda request: contents.errors(_query(request, ErrorFilter)),
         "/errors/{number:int}": error,
+        "/effect": lambda _: effect.of(decisions.all()),
         "/train": lambda request: contents.instances(
             _query(request, InstanceFilter), decisions.all()
         ),

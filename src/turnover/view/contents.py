@@ -26,6 +26,7 @@ from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.review import KEEP, REMOVE
 from turnover.view import filters
 from turnover.view.columns import open_columns, open_errors
+from turnover.view.doubtful import Doubtful
 from turnover.view.filters import ErrorFilter, InstanceFilter
 from turnover.view.numbers import Ranked, by_gram, ends_of, measured
 
@@ -64,6 +65,7 @@ class Contents:
         self._column = np.array([column[value] for value in run.train.ids.tolist()], dtype=np.int64)
         self._overall = self._ranked("aggregate", 1)
         self._own = self._ranked("self", -1) if run.has_result("self") else None
+        self._doubtful = Doubtful(run)
         names = ("significant", "smallest_q", "largest_z", "helped", "hurt")
         self._counts = {name: self._pairs.part(name) for name in names}
 
@@ -101,6 +103,8 @@ class Contents:
             "floor": "noise floor" if run.masks else "typical standard error",
             "keep": KEEP,
             "remove": REMOVE,
+            "doubts": self._doubtful.about(),
+            "undoubted": self._doubtful.refusal,
         }
 
     def _meanings(self) -> list[str]:
@@ -169,6 +173,8 @@ class Contents:
         }
         if self._own is not None:
             keys["self"] = -self._own.scores[column]
+        if self._doubtful.order is not None:
+            keys["doubt"] = self._doubtful.order
         found = filters.containing(passes, wanted.words, lambda: self._instance_words)
         return self._page(filters.ordered(found, wanted.sort, keys), wanted.start, self._instance)
 
@@ -247,6 +253,7 @@ class Contents:
             "self_score": None if self._own is None else finite_or_none(self._own.scores[column]),
             "helped": int(self._counts["helped"][column]),
             "hurt": int(self._counts["hurt"][column]),
+            **self._doubtful.of(row),
         }
 
     def _influential(

@@ -50,8 +50,8 @@ class InstanceFilter:
         label: name of their class, empty for any.
         decision: ``any``, ``none``, ``made``, ``keep``, ``remove`` or ``relabel``.
         words: words that must all be in the text, the key or the class name.
-        sort: ``harmful`` (to the whole test set, most harmful first), ``self`` (most memorized first),
-            ``errors`` (significant on the most errors first), or ``row``.
+        sort: ``doubt`` (most doubtful label first), ``harmful`` (to the whole test set, most harmful first),
+            ``self`` (most memorized first), ``errors`` (significant on the most errors first), or ``row``.
         start: how many to skip.
     """
 

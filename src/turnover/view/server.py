@@ -13,6 +13,7 @@ from turnover.errors import InputError, needing
 from turnover.runs.run import Run
 from turnover.view.contents import Contents
 from turnover.view.decisions import Decisions
+from turnover.view.effect import Effect
 
 _HOST = "127.0.0.1"
 
@@ -42,7 +43,7 @@ def open_view(
         decisions = Decisions(run, contents.self_influence)
         token, once = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(contents, decisions, token, once),
+            application(contents, decisions, Effect(run), token, once),
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -1,6 +1,7 @@
 // The two panes: an error with the training instances behind it, and a training instance with the
 // errors that it helps and hurts.
 
+import { doubtTile, suggestion } from "./cleaning.js";
 import {
   bar, button, chip, count, counted, element, excerpt, figure, inQ, inZ, link, nats, percent, picture,
   sharedWords, signed, wholeText,
@@ -66,6 +67,9 @@ export function instanceEntry(run, one) {
   const numbers = element("span", "numbers", figure("test set", signed(one.overall_score), "nats"));
   if (one.self_score !== null) numbers.append(figure("itself", signed(one.self_score), "nats"));
   numbers.append(figure("helps", count(one.helped)), figure("hurts", count(one.hurt)));
+  if (one.wrong !== null) {
+    numbers.append(figure("label wrong", percent(one.wrong)), figure("suggested", one.suggested));
+  }
   return [instanceWhat(run, one), numbers];
 }
 
@@ -211,10 +215,13 @@ function decisionControl(run, instance, act) {
   }
   const others = run.classes.filter((name) => name !== instance.label);
   const few = others.length <= FEW_CLASSES;
-  const words = [run.keep, run.remove, ...(few ? others : [])];
+  const rest = others.filter((name) => few && name !== instance.suggested);
+  const suggested = instance.suggested === null ? [] : [instance.suggested];
+  const words = [run.keep, run.remove, ...suggested, ...rest];
   const buttons = words.map((word) => {
     const plain = word === run.keep || word === run.remove;
-    const node = button("", plain ? word : `relabel: ${word}`);
+    const relabel = word === instance.suggested ? suggestion(instance) : `relabel: ${word}`;
+    const node = button("", plain ? word : relabel);
     node.addEventListener("click", () => {
       act.decide(instance.row, run.decisions.get(instance.row) === word ? null : word);
     });
@@ -249,6 +256,7 @@ export function fillInstance(pane, run, instance, back, act) {
   const tiles = element(
     "div",
     "tiles",
+    doubtTile(run, instance),
     measured("Influence on itself", instance.own, own),
     measured("Influence on the whole test set", instance.overall, overall),
   );

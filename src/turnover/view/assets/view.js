@@ -1,5 +1,6 @@
 // The page: routes, lists, keys and decisions. Numbers come from the server on demand.
 
+import { cleaning } from "./cleaning.js";
 import { count, counted, element, link } from "./elements.js";
 import { errorEntry, errorNumbers, fillBadge, fillError, fillInstance, instanceEntry } from "./panes.js";
 
@@ -13,6 +14,7 @@ const run = { decisions: new Map() };
 const shown = { list: null, error: null, instance: null };
 const view = { by: "turnover", label: "", errors: FIRST_INSTANCES, instances: FIRST_ERRORS };
 let redecide = () => {};
+const cleaner = cleaning(run, { ask, put, route });
 
 async function ask(path, options) {
   let response;
@@ -134,7 +136,7 @@ async function showInstance(row) {
   const { list, error } = route();
   const back = list === "errors" ? `#/errors/${error}` : "#/train";
   fillInstance(get("instance-pane"), run, instance, back, {
-    decide,
+    decide: cleaner.decide,
     onDecision: (change) => {
       redecide = change;
       change();
@@ -142,6 +144,7 @@ async function showInstance(row) {
     more: () => extend("instance-pane", () => showInstance(row), () => (view.instances += MORE)),
   });
   get("instance-pane").dataset.shown = String(row);
+  cleaner.see(instance);
   markCurrent();
 }
 
@@ -158,7 +161,8 @@ async function extend(pane, again, grow) {
   }
 }
 
-async function decide(row, decision) {
+async function put(row, decision) {
+  let saved = false;
   try {
     const { decisions } = await ask(`train/${row}/decision`, {
       method: "PUT",
@@ -167,10 +171,12 @@ async function decide(row, decision) {
     });
     calm();
     takeDecisions(decisions);
+    saved = true;
   } catch (error) {
     complain(error);
   }
   redecide();
+  return saved;
 }
 
 function takeDecisions(decisions) {
@@ -196,6 +202,7 @@ async function go(moved) {
   const tasks = [];
   if (wanted.list !== before.list) {
     for (const list of ["errors", "train"]) get(`${list}-filter`).hidden = list !== wanted.list;
+    get("cleaning").hidden = wanted.list !== "train";
     get("list-pane").setAttribute("aria-label", wanted.list === "errors" ? "Errors" : "Training instances");
     tasks.push(fillList());
   }
@@ -270,6 +277,8 @@ function onKey(event) {
   } else if (STEPS.has(event.key) && target.matches?.("a.entry")) {
     event.preventDefault();
     step(target, event.key)?.focus();
+  } else {
+    cleaner.onKey(event).catch(complain);
   }
 }
 
@@ -303,6 +312,7 @@ async function begin() {
   const about = await ask("about");
   Object.assign(run, about);
   takeDecisions(about.decisions);
+  cleaner.begin();
   document.title = `${run.name}: turnover view`;
   get("run").textContent = run.name;
   get("to-errors").querySelector("small").textContent = count(run.errors);

@@ -1,0 +1,108 @@
+"""The effect of the decisions so far, in seconds: small heads on the pretrained encoder's features."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnover.data.base import Data
+from turnover.errors import InputError
+from turnover.runs.run import Run
+from turnover.tasks.linear_probe import Frozen, frozen, logits_of, train_head
+from turnover.tasks.review import KEEP, REMOVE
+
+_TRAINING_ROWS = 2_000
+_TEST_ROWS = 1_000
+_SEED = 0
+
+
+class Effect:
+    """Compares a head that was trained with the decisions with one that was trained without them.
+
+    Features are computed at the first question and kept, of at most 2,000 training rows, those decided on
+    besides, and 1,000 test rows, drawn at random.
+
+    Attributes:
+        refusal: why this run has no effect to show; ``None``: it has.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.refusal: str | None = None
+        if not run.pipeline.keeps_pretrained:
+            self.refusal = "The effect needs the encoder as it was before training, which this run does not keep."
+        self._alone = threading.Lock()
+        self._at: dict[int, int] = {}
+        self._train: Frozen | None = None
+        self._test: Frozen | None = None
+        self._before: Tensor | None = None
+
+    def of(self, decisions: Mapping[int, str]) -> dict[str, Any]:
+        """Measure the effect of decisions by training row on the accuracy on the test rows.
+
+        Raises:
+            InputError: a run without a pretrained encoder, or decisions that remove every row.
+        """
+        if self.refusal is not None:
+            raise InputError(self.refusal)
+        with self._alone:
+            began = time.perf_counter()
+            train, test = self._features(decisions)
+            if self._before is None:
+                self._before = self._right(train, test, {})
+            before, after = self._before, self._right(train, test, decisions)
+            return {
+                "decisions": len(decisions),
+                "before": float(before.float().mean()),
+                "after": float(after.float().mean()),
+                "gained": int((after & ~before).sum()),
+                "lost": int((before & ~after).sum()),
+                "test_rows": len(test),
+                "training_rows": len(train),
+                "seconds": time.perf_counter() - began,
+            }
+
+    def _features(self, decided: Iterable[int]) -> tuple[Frozen, Frozen]:
+        run = self._run
+        if self._train is None or self._test is None:
+            rows = _drawn(run.train, _TRAINING_ROWS)
+            self._train = frozen(run, run.train.take(rows))
+            self._test = frozen(run, run.test.take(_drawn(run.test, _TEST_ROWS)))
+            self._at = {row: at for at, row in enumerate(rows)}
+        if new := [row for row in decided if row not in self._at]:
+            more, known = frozen(run, run.train.take(new)), self._train
+            self._train = replace(
+                known,
+                features=torch.cat([known.features, more.features]),
+                labels=torch.cat([known.labels, more.labels]),
+            )
+            self._at |= {row: len(known) + at for at, row in enumerate(new)}
+            self._before = None
+        return self._train, self._test
+
+    def _right(self, train: Frozen, test: Frozen, decisions: Mapping[int, str]) -> Tensor:
+        """Whether a head predicts the label of each test row, bool (test rows,)."""
+        labels, kept = train.labels.clone(), []
+        for row, at in self._at.items():
+            decision = decisions.get(row, KEEP)
+            if decision == REMOVE:
+                continue
+            kept.append(at)
+            if decision != KEEP:
+                labels[at] = self._run.train.classes.index(decision)
+        if not kept:
+            raise InputError("the decisions remove every row: there is nothing to train on")
+        head = train_head(replace(train, labels=labels), kept, _SEED)
+        return logits_of(head, test).argmax(dim=1) == test.labels
+
+
+def _drawn(data: Data, most: int) -> list[int]:
+    rows = np.random.default_rng(_SEED).permutation(len(data))[:most]
+    return sorted(rows.tolist())
