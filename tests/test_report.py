@@ -14,7 +14,15 @@ import pytest
 
 from turnover.errors import InputError
 from turnover.report import ReportContent, render, write
-from turnover.report.content import AccuracyRow, Curve, Fact, HarmfulOverall, NoiseSummary
+from turnover.report.content import (
+    AccuracyRow,
+    Curve,
+    DoubtfulLabel,
+    Fact,
+    HarmfulOverall,
+    LabelSummary,
+    NoiseSummary,
+)
 from turnover.tasks.explain import Explanation, GramExplanation, GramInfluential, Influential
 
 HOSTILE = "</script><script>alert('from a text')</script><!-- <b>bold</b> & \u2028"
@@ -218,6 +226,25 @@ def test_gram_stands_beside_with_its_errors_and_what_it_means(tmp_path: Path) ->
     assert "Gram:" not in Page(render(make_content(2))).visible
     write(content, tmp_path / "bare.html", texts=False)
     assert "by gram 1 0" not in (tmp_path / "bare.html").read_text(encoding="utf-8")
+
+
+def test_doubtful_labels_are_listed_where_they_were_estimated(tmp_path: Path, html: str) -> None:
+    rows = tuple(
+        DoubtfulLabel(f"doubt-{i}", "positive", HOSTILE, 0.9 - 0.2 * i, "negative", 0.8 - 0.2 * i)
+        for i in range(3)
+    )
+    labels = LabelSummary(rows, 41.6, 2, 3000, "left-out predictions")
+    content = replace(make_content(1), labels=labels)
+    page = Page(render(content))
+    words = " ".join(page.visible.split())
+    assert "About 42 of the 3,000 training labels are wrong, 2 of them more probably" in words
+    assert words.index("doubt-0") < words.index("90.0%") < words.index("doubt-1")
+    assert HOSTILE in page.visible, "a text stays a text"
+    assert ("section", "id", "labels") in page.attributes
+    write(content, tmp_path / "bare.html", texts=False)
+    bare = (tmp_path / "bare.html").read_text(encoding="utf-8")
+    assert "doubt-0" in bare and "from a text" not in bare
+    assert "Doubtful labels" not in html
 
 
 @pytest.mark.parametrize(

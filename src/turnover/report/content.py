@@ -72,6 +72,40 @@ class HarmfulOverall(Influential):
 
 
 @dataclass(frozen=True)
+class DoubtfulLabel(Instance):
+    """A training instance whose label is doubtful.
+
+    Attributes:
+        wrong: the probability that the label is wrong.
+        suggested: the most probable other class.
+        probability_of_suggested: that this class is the right one.
+    """
+
+    wrong: float
+    suggested: str
+    probability_of_suggested: float
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """The most doubtful labels first, and what is thought of all.
+
+    Attributes:
+        rows: the most doubtful ones.
+        expected: expected number of wrong labels among all training rows.
+        likely: number of labels that are more probably wrong than right.
+        training_rows: number of all training rows.
+        source: predictions that this is by.
+    """
+
+    rows: tuple[DoubtfulLabel, ...]
+    expected: float
+    likely: int
+    training_rows: int
+    source: str
+
+
+@dataclass(frozen=True)
 class NoiseSummary:
     """How large scores are by chance.
 
@@ -105,6 +139,7 @@ class ReportContent:
         objective: what the scores are differences of.
         deploy: a sentence on which model to deploy.
         commands: shell commands that make this report again.
+        labels: doubts about the training labels; ``None`` where they were not estimated.
         by_gram: whether scores are those of gram alone, of a model that was trained without masks.
         train_images: `data:` links by the training instances' keys; empty for texts.
         test_images: `data:` links by the targets' keys.
@@ -121,23 +156,23 @@ class ReportContent:
     noise: NoiseSummary
     facts: tuple[Fact, ...]
     commands: tuple[str, ...]
+    labels: LabelSummary | None = None
     by_gram: bool = False
     train_images: Mapping[str, str] = field(default_factory=dict)
     test_images: Mapping[str, str] = field(default_factory=dict)
 
     def without_texts(self) -> ReportContent:
         """Copy the content without the texts and images of targets and training instances."""
-        errors, overall = _without_texts(self.errors), _without_texts(self.harmful_overall)
-        return replace(
-            self, errors=errors, harmful_overall=overall, train_images={}, test_images={}
-        )
+        names = ("errors", "harmful_overall", "labels")
+        bare = {name: _without_texts(getattr(self, name)) for name in names}
+        return replace(self, **bare, train_images={}, test_images={})
 
 
 def _without_texts(value: Any) -> Any:
     """Set every field `text` to None, in values within one another."""
     if isinstance(value, tuple):
         return tuple(map(_without_texts, value))
-    if isinstance(value, Instance | Explanation | GramExplanation):
+    if isinstance(value, Instance | Explanation | GramExplanation | LabelSummary):
         values = {name: _without_texts(one) for name, one in vars(value).items()}
         return replace(value, **values | ({"text": None} if "text" in values else {}))
     return value

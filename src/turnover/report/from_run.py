@@ -12,16 +12,20 @@ from turnover.io.parsing import read_json
 from turnover.report.content import (
     AccuracyRow,
     Curve,
+    DoubtfulLabel,
     Fact,
     HarmfulOverall,
+    LabelSummary,
     NoiseSummary,
     ReportContent,
 )
 from turnover.report.pictures import thumbnails
 from turnover.runs.run import Run
-from turnover.tasks.explain import explain_errors, influential, rows_by_id
+from turnover.tasks.explain import described, explain_errors, influential, rows_by_id
+from turnover.tasks.stored_doubts import read_doubts
 
 _OVERALL = 50
+_DOUBTFUL = 50
 _NOT_OURS = (
     "The model was trained elsewhere, and is explained as it is. Predictions of networks that never learned "
     "an instance, and noise floors from ghosts, need turn-over training (turnover fit)."
@@ -37,8 +41,9 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
     metrics = read_json(run.folder / "metrics.json")
     errors = tuple(explain_errors(run))  # first: it names a run that was not scored
     found = metrics["influence"]
-    overall = _harmful_overall(run)
-    listed = [*overall, *(one for error in errors for one in error.instances)]
+    overall, labels = _harmful_overall(run), _labels(run)
+    doubtful = () if labels is None else labels.rows
+    listed = [*overall, *doubtful, *(one for error in errors for one in error.instances)]
     return ReportContent(
         title=title,
         objective=_OBJECTIVES.get(found["objective"], found["objective"]),
@@ -51,6 +56,7 @@ def content(run: Run, *, title: str, commands: tuple[str, ...]) -> ReportContent
         noise=_noise(metrics, found),
         facts=_facts(metrics, found) if run.masks else _facts_of_trained(metrics, found),
         commands=commands,
+        labels=labels,
         by_gram=run.masks is None,
         train_images=thumbnails(run.train, [one.key for one in listed]),
         test_images=thumbnails(run.test, [error.key for error in errors]),
@@ -136,6 +142,24 @@ def _harmful_overall(run: Run) -> tuple[HarmfulOverall, ...]:
         for one, train_id in instances
         for score, q in [own.get(train_id, (None, None))]
     )
+
+
+def _labels(run: Run) -> LabelSummary | None:
+    found = read_doubts(run)
+    if found is None:
+        return None
+    errors, train = found.errors, run.train
+    wrong, suggested = errors.probability, errors.suggested
+    rows = tuple(
+        DoubtfulLabel(
+            *described(train, row),
+            float(wrong[row]),
+            train.classes[suggested[row]],
+            float(errors.posterior[row, suggested[row]]),
+        )
+        for row in errors.order()[:_DOUBTFUL].tolist()
+    )
+    return LabelSummary(rows, errors.expected, errors.likely, len(train), found.described())
 
 
 def _noise(metrics: dict[str, Any], found: dict[str, Any]) -> NoiseSummary:

@@ -38,6 +38,7 @@ def render(content: ReportContent) -> str:
     noise = content.noise
     listed: list[Instance | Explanation] = [
         *content.harmful_overall,
+        *(() if content.labels is None else content.labels.rows),
         *content.errors,
         *(one for error in content.errors for one in error.instances),
     ]

@@ -37,7 +37,7 @@ class Effect:
         self._run = run
         self.refusal: str | None = None
         if not run.pipeline.keeps_pretrained:
-            self.refusal = "The effect needs the encoder as it was before training, which this run does not keep."
+            self.refusal = "The effect needs the encoder as it was before training, and this run does not keep it."
         self._alone = threading.Lock()
         self._at: dict[int, int] = {}
         self._train: Frozen | None = None
