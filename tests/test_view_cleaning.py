@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.nn import functional
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -24,6 +25,7 @@ from test_view_browser import until, visit  # noqa: F401 - a fixture
 from turnover.errors import InputError
 from turnover.runs.run import Run
 from turnover.tasks.label_errors import doubts
+from turnover.tasks.linear_probe import frozen
 from turnover.tasks.review import read_decisions
 from turnover.tasks.stored_doubts import open_doubts, read_doubts
 from turnover.view.effect import Effect
@@ -145,13 +147,37 @@ def test_rows_beyond_those_drawn_count_once_they_are_decided_on(
     assert sum(one["after"] for one in found) == pytest.approx(1), "each predicts its one class"
 
 
+def test_neighbors_are_the_rows_with_the_most_similar_features(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Run.load(run)
+    features = frozen(loaded, loaded.train).features
+    features = functional.normalize(features - features.mean(dim=0))
+    row = 7
+    similar = features @ features[row]
+    similar[row] = -2
+    with serving(run) as server:
+        found = server.get(f"train/{row}/neighbors")["neighbors"]
+        assert server.ask(f"/{server.token}/train/{ROWS}/neighbors").status == 400
+    assert len(found) == 5
+    values, order = similar.topk(5)
+    assert [one["similarity"] for one in found] == pytest.approx(values.tolist(), abs=1e-5)
+    assert found[0]["key"] == loaded.train.keys[int(order[0])]
+    monkeypatch.setattr("turnover.view.effect._TRAINING_ROWS", 100)
+    few = Effect(loaded)
+    drawn = {one for one, _ in few.nearest(0, 200)}
+    outside = next(one for one in range(1, ROWS) if one not in drawn)
+    nearest = few.nearest(outside, 200)
+    assert len(nearest) == 100 and outside not in dict(nearest), "of the rows that were drawn"
+
+
 def test_a_run_without_its_pretrained_encoder_has_no_effect_to_show(
     image_run: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     with serving(Path(shutil.copytree(image_run, tmp_path / "run"))) as server:
         said = server.get("about")["no_effect"]
-        assert "does not keep it" in said and "\n" not in said
+        assert "does not keep" in said and "\n" not in said
         answer = server.ask(f"/{server.token}/effect")
         assert answer.status == 400 and answer.json["error"] == said
 
@@ -186,6 +212,10 @@ def test_fifty_decisions_by_keys_undone_counted_and_their_effect_seen(
         tile = page.locator("#instance-pane .tile").first.inner_text()
         assert "Probability that the label is wrong" in tile
         page.locator("#effect[data-decisions='0']").wait_for()
+        near = server.get(f"train/{likely[0]}/neighbors")["neighbors"]
+        page.locator("#nearest .entry").first.wait_for()
+        keys = page.locator("#nearest code").all_inner_texts()
+        assert keys == [one["key"] for one in near]
         made: dict[int, str] = {}
         for at, row in enumerate(likely[:DECIDED]):
             key = "k" if at % 10 == 3 else "x" if at % 10 == 7 else "r"

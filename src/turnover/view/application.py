@@ -57,6 +57,7 @@ _HEADERS = {
 _ELSEWHERE = "open the address that `turnover view` printed: it ends with a secret"
 _MOST_LISTED = 500
 _BODY_BYTES = 4096
+_NEIGHBORS = 5
 
 
 def application(
@@ -101,6 +102,12 @@ def _routes(contents: Contents, decisions: Decisions, effect: Effect) -> list[Ro
         by, label = asked.get("by", "turnover"), asked.get("label", "")
         return contents.error(number, by=by, label=label, top=_top(request))
 
+    def neighbors(request: Request) -> Any:
+        own = contents.training_row(request.path_params["row"])
+        found = effect.nearest(own["row"], _NEIGHBORS)
+        listed = [contents.training_row(row) | {"similarity": one} for row, one in found]
+        return {"neighbors": listed}
+
     def image(request: Request) -> Response:
         return Response(contents.image(**request.path_params), media_type="image/png")
 
@@ -125,6 +132,7 @@ def _routes(contents: Contents, decisions: Decisions, effect: Effect) -> list[Ro
         "/train/{row:int}": lambda request: contents.instance(
             request.path_params["row"], top=_top(request)
         ),
+        "/train/{row:int}/neighbors": neighbors,
     }
     return [
         *(Route(f"/{name}", partial(_asset, name=name)) for name in _ASSETS),

@@ -180,9 +180,7 @@ class Contents:
 
     def instance(self, row: int, *, top: int) -> dict[str, Any]:
         """Describe a training instance with the ``top`` errors that it helps and hurts the most."""
-        rows = len(self._run.train)
-        if not 0 <= row < rows:
-            raise InputError(f"there are {rows} training rows, none is number {row}")
+        instance = self._instance(row)
         column = int(self._column[row])
         at = slice(column, column + 1)
         scores, q = (self._pairs.part(name, at)[0] for name in ("score", "q"))
@@ -197,13 +195,21 @@ class Contents:
             for side, ends in sides.items()
         }
         return {
-            **self._instance(row),
+            **instance,
             **listed,
             "text": self._run.train.shown(row),
             "more": more,
             "overall": self._overall.at(column),
             "own": None if self._own is None else self._own.at(column),
         }
+
+    def training_row(self, row: int) -> dict[str, Any]:
+        """Describe a training row shortly."""
+        rows = len(self._run.train)
+        if not 0 <= row < rows:
+            raise InputError(f"there are {rows} training rows, none is number {row}")
+        key, label, text = described(self._run.train, row)
+        return {"row": row, "key": key, "label": label, "text": text[:_EXCERPT]}
 
     def image(self, side: str, row: int) -> bytes:
         """Encode a training (``train``) or test (``test``) image as PNG, at its size."""
@@ -241,14 +247,10 @@ class Contents:
             "noise_floor": finite_or_none(self._floor.sd[number]),
         }
 
-    def _training_row(self, row: int) -> dict[str, Any]:
-        key, label, text = described(self._run.train, row)
-        return {"row": row, "key": key, "label": label, "text": text[:_EXCERPT]}
-
     def _instance(self, row: int) -> dict[str, Any]:
-        column = int(self._column[row])
+        shortly, column = self.training_row(row), int(self._column[row])
         return {
-            **self._training_row(row),
+            **shortly,
             "overall_score": finite_or_none(self._overall.scores[column]),
             "self_score": None if self._own is None else finite_or_none(self._own.scores[column]),
             "helped": int(self._counts["helped"][column]),
@@ -261,7 +263,7 @@ class Contents:
     ) -> dict[str, Any]:
         at = 0, int(self._column[row])
         numbers = measured(result.scores[at], result.z[at], result.q[at])
-        return {**self._training_row(row), **numbers, "gram": gram.get(row)}
+        return {**self.training_row(row), **numbers, "gram": gram.get(row)}
 
     def _gram_of_error(self, number: int) -> dict[int, dict[str, float]]:
         """Score and standard error of an error's extremes by gram, by training row."""

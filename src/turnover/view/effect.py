@@ -1,4 +1,4 @@
-"""The effect of the decisions so far, in seconds: small heads on the pretrained encoder's features."""
+"""The effect of decisions, and a row's neighbors: what the pretrained encoder's features say in seconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from turnover.data.base import Data
 from turnover.errors import InputError
@@ -30,15 +31,17 @@ class Effect:
     besides, and 1,000 test rows, drawn at random.
 
     Attributes:
-        refusal: why this run has no effect to show; ``None``: it has.
+        refusal: why this run has neither effect nor neighbors to show; ``None``: it has.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.refusal: str | None = None
         if not run.pipeline.keeps_pretrained:
-            self.refusal = "The effect needs the encoder as it was before training, and this run does not keep it."
-        self._alone = threading.Lock()
+            self.refusal = (
+                "The effect needs the encoder as before training, which this run does not keep."
+            )
+        self._measuring, self._encoding = threading.Lock(), threading.Lock()
         self._at: dict[int, int] = {}
         self._train: Frozen | None = None
         self._test: Frozen | None = None
@@ -50,11 +53,11 @@ class Effect:
         Raises:
             InputError: a run without a pretrained encoder, or decisions that remove every row.
         """
-        if self.refusal is not None:
-            raise InputError(self.refusal)
-        with self._alone:
+        self._check()
+        with self._measuring:
             began = time.perf_counter()
-            train, test = self._features(decisions)
+            with self._encoding:
+                train, test = self._features(decisions)
             if self._before is None:
                 self._before = self._right(train, test, {})
             before, after = self._before, self._right(train, test, decisions)
@@ -68,6 +71,30 @@ class Effect:
                 "training_rows": len(train),
                 "seconds": time.perf_counter() - began,
             }
+
+    def nearest(self, row: int, most: int) -> list[tuple[int, float]]:
+        """Find the training rows with the most similar features, and their similarity: a cosine.
+
+        Raises:
+            InputError: a run without a pretrained encoder.
+        """
+        self._check()
+        with self._encoding:
+            train, _ = self._features(())
+            own = self._at.get(row)
+            if own is None:
+                features = frozen(self._run, self._run.train.take([row])).features
+            else:
+                features = train.features[[own]]
+            rows = list(self._at)
+        center = train.features.mean(dim=0)
+        similar = functional.cosine_similarity(train.features - center, features - center)
+        order = similar.argsort(descending=True, stable=True)[: most + 1].tolist()
+        return [(rows[at], float(similar[at])) for at in order if rows[at] != row][:most]
+
+    def _check(self) -> None:
+        if self.refusal is not None:
+            raise InputError(self.refusal)
 
     def _features(self, decided: Iterable[int]) -> tuple[Frozen, Frozen]:
         run = self._run

@@ -1,12 +1,13 @@
 // Cleaning labels: what is left, undo, keys, and the effect of the decisions so far.
 
-import { chip, count, counted, element, percent } from "./elements.js";
+import { chip, count, counted, element, link, percent } from "./elements.js";
 
 const get = (id) => document.getElementById(id);
 const SETTLED_MS = 400;
 const TYPED_IN = "input:not([type=checkbox]), select, textarea";
 
-// `page` has ask(path), put(row, decision), which resolves to whether it was saved, and route().
+// `page` has ask(path), put(row, decision), which resolves to whether it was saved, route(), and what(one), which
+// shows a training row.
 export function cleaning(run, page) {
   const undoable = [];
   let shown = null;
@@ -153,14 +154,30 @@ export function cleaning(run, page) {
   }
 
   // The first instance computes the features, while its reader still reads it.
-  function see(instance) {
+  async function see(instance) {
     shown = instance;
-    if (begun || run.no_effect !== null || page.route().list !== "train") return;
+    const tile = get("nearest");
+    tile.hidden = run.no_effect !== null || page.route().list !== "train";
+    if (tile.hidden) return;
+    if (!begun) measure();
     begun = true;
-    measure();
+    try {
+      const { neighbors } = await page.ask(`train/${instance.row}/neighbors`);
+      if (shown === instance) tile.append(nearest(page, neighbors));
+    } catch (error) {
+      tile.append(element("p", "note", error.message));
+    }
   }
 
   return { begin, decide, onKey, see, show };
+}
+
+function nearest(page, neighbors) {
+  const entries = neighbors.map((one) => {
+    const similarity = element("small", "", `similarity ${one.similarity.toFixed(2)}`);
+    return element("li", "", link("entry", `#/train/${one.row}`, page.what(one), similarity));
+  });
+  return element("ol", "entries", ...entries);
 }
 
 export function suggestion(instance) {

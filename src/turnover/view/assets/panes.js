@@ -49,7 +49,7 @@ export function errorNumbers(one) {
   );
 }
 
-function instanceWhat(run, one, shared) {
+export function instanceWhat(run, one, shared) {
   const chips = element(
     "span",
     "chips",
@@ -253,12 +253,16 @@ export function fillInstance(pane, run, instance, back, act) {
     ? `number ${count(instance.own.rank)} ${of}, from the most memorized`
     : "";
   const overall = `number ${count(instance.overall.rank)} ${of}, from the most harmful`;
+  const nearest = element("div", "tile", element("h3", "", "Nearest training rows, by the encoder"));
+  nearest.id = "nearest";
+  nearest.hidden = true;
   const tiles = element(
     "div",
     "tiles",
     doubtTile(run, instance),
     measured("Influence on itself", instance.own, own),
     measured("Influence on the whole test set", instance.overall, overall),
+    nearest,
   );
   const sure = (some) => `${counted(some, "error", "errors")} with q ≤ ${run.significant_q}`;
   const titles = {

@@ -2,7 +2,9 @@
 
 import { cleaning } from "./cleaning.js";
 import { count, counted, element, link } from "./elements.js";
-import { errorEntry, errorNumbers, fillBadge, fillError, fillInstance, instanceEntry } from "./panes.js";
+import {
+  errorEntry, errorNumbers, fillBadge, fillError, fillInstance, instanceEntry, instanceWhat,
+} from "./panes.js";
 
 const get = (id) => document.getElementById(id);
 const TYPING_MS = 80;
@@ -14,7 +16,7 @@ const run = { decisions: new Map() };
 const shown = { list: null, error: null, instance: null };
 const view = { by: "turnover", label: "", errors: FIRST_INSTANCES, instances: FIRST_ERRORS };
 let redecide = () => {};
-const cleaner = cleaning(run, { ask, put, route });
+const cleaner = cleaning(run, { ask, put, route, what: (one) => instanceWhat(run, one) });
 
 async function ask(path, options) {
   let response;
