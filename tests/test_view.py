@@ -34,6 +34,7 @@ from turnover.errors import InputError
 from turnover.runs.run import Run
 from turnover.tasks.explain import explain_errors
 from turnover.tasks.review import read_decisions
+from turnover.tasks.stored_doubts import open_doubts
 from turnover.view import open_view
 from turnover.view.columns import open_columns
 from viewing import Server, serving, serving_process
@@ -78,6 +79,7 @@ class Viewed:
 @pytest.fixture(scope="module")
 def viewed(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewed]:
     copy = Path(shutil.copytree(text_run, tmp_path_factory.mktemp("view") / "run"))
+    open_doubts(Run.load(copy))  # no tokenizer takes a lone surrogate
     with_texts(copy, "train", {3: HOSTILE, 4: "a lone surrogate \ud800 in it"})
     with serving(copy) as server:
         yield Viewed(copy, server)
@@ -91,6 +93,7 @@ def copy_of_run(text_run: Path, tmp_path: Path) -> Path:
 def test_the_page_and_its_parts_are_served_under_a_strict_policy(viewed: Viewed) -> None:
     server = viewed.server
     kinds = {"": "text/html", "view.js": "text/javascript", "panes.js": "text/javascript"}
+    kinds |= {"cleaning.js": "text/javascript"}
     kinds |= {"elements.js": "text/javascript", "view.css": "text/css", "colours.css": "text/css"}
     for name, kind in (kinds | {"icon.svg": "image/svg+xml"}).items():
         answer = server.ask(f"/{server.token}/{name}")
@@ -390,7 +393,11 @@ def test_rows_of_a_group_are_shown_and_not_decided_on(
     turnover(*fit_arguments(train, encoder, run, "--test", test, *more))
     turnover("influence", run, "--ghosts", 100)
     with serving(run) as server:
-        assert "has groups" in server.get("about")["refusal"]
+        about = server.get("about")
+        assert about["doubts"] is None
+        for why in ("refusal", "undoubted", "no_effect"):
+            assert "has groups" in about[why]
+        assert server.ask(f"/{server.token}/train?sort=doubt").status == 400
         shown = server.get("train/7")
         assert shown["key"] == "s1" and shown["own"] is None
         same = server.get("train/13")

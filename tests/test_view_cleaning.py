@@ -271,5 +271,6 @@ def test_keys_are_left_to_fields_and_can_be_turned_off(visit: Any, run: Path) ->
         assert [row for row, _ in server.get("about")["decisions"]] == [likely[0]]
         page.locator("#effect[data-decisions='1']").wait_for()
         until(page, "!document.querySelector('[aria-busy]')")
+        page.locator("#nearest .entry").first.wait_for()
         found = axe.run(page).response["violations"]
         assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
