@@ -14,7 +14,7 @@ export function cleaning(run, page) {
   let deciding = false;
   let measuring = false;
   let outdated = false;
-  let begun = false;
+  let measured = false;
   let timer;
 
   const likely = () => run.doubts?.likely ?? [];
@@ -73,7 +73,8 @@ export function cleaning(run, page) {
     show();
     if (run.no_effect !== null) return;
     clearTimeout(timer);
-    timer = setTimeout(measure, SETTLED_MS);
+    measured = page.route().list === "train";
+    if (measured) timer = setTimeout(measure, SETTLED_MS);
   }
 
   // One question at a time: what changes meanwhile is asked for afterwards.
@@ -153,14 +154,15 @@ export function cleaning(run, page) {
     show();
   }
 
-  // The first instance computes the features, while its reader still reads it.
+  // The first instance computes the features, while its reader still reads it. The effect of decisions among the
+  // errors, where it is not shown, is measured here.
   async function see(instance) {
     shown = instance;
     const tile = get("nearest");
     tile.hidden = run.no_effect !== null || page.route().list !== "train";
     if (tile.hidden) return;
-    if (!begun) measure();
-    begun = true;
+    if (!measured) measure();
+    measured = true;
     try {
       const { neighbors } = await page.ask(`train/${instance.row}/neighbors`);
       if (shown === instance) tile.append(nearest(page, neighbors));
