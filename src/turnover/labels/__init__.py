@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnover.errors import InputError
+from turnover.errors import InputError, check_whole
 from turnover.labels import noise, ridge
 
 _FEWEST = 10
@@ -87,23 +87,25 @@ def label_errors(
     Args:
         features: float (rows, width), finite.
         labels: int (rows,), in [0, classes).
-        classes: number of classes; ``None``: the largest label + 1.
+        classes: number of classes; ``None``: the largest label + 1. One without labels is not suggested.
         seed: of the random features.
 
     Returns:
         :class:`LabelErrors`, rows as given.
 
     Raises:
-        InputError: other shapes, values that are not finite, labels that are no classes, fewer than ten
-            rows, or rows of one class alone.
+        InputError: other shapes or types, values that are not finite, labels that are no classes, fewer
+            than ten rows, or rows of one class alone.
 
     Example:
         >>> found = label_errors(embeddings, labels)
         >>> f"about {found.expected:.0f} labels are wrong"
         >>> found.order()[:100], found.suggested[found.order()[:100]]
     """
-    x, y, count = _checked(features, labels, classes)
-    return _explained(ridge.leave_one_out(x, y, count, seed), y)
+    check_whole("seed", seed, 0)
+    x, y, count, used = _checked(features, labels, classes)
+    left_out = ridge.leave_one_out(x, np.searchsorted(used, y), len(used), seed)
+    return _explained(left_out, y, count, used)
 
 
 def label_errors_of(
@@ -124,24 +126,31 @@ def label_errors_of(
     Raises:
         InputError: as in :func:`label_errors`, or columns that are not the classes.
     """
-    x, y, count = _checked(predictions, labels, classes)
+    x, y, count, used = _checked(predictions, labels, classes)
     if x.shape[1] != count:
         raise InputError(f"predictions have {x.shape[1]} columns for {count} classes")
-    return _explained(x - x.mean(axis=1, keepdims=True), y)
+    x = x[:, used]
+    return _explained(x - x.mean(axis=1, keepdims=True), y, count, used)
 
 
-def _explained(predictions: NDArray[np.float64], y: NDArray[np.int64]) -> LabelErrors:
-    found = noise.fit(predictions, y)
-    return LabelErrors(
-        found.posterior.astype(np.float32), y, found.suspicion, found.transition, found.likelihood
-    )
+def _explained(
+    predictions: NDArray[np.float64], y: NDArray[np.int64], count: int, used: NDArray[np.int64]
+) -> LabelErrors:
+    """Explain labels of the used classes; no row is of another one."""
+    found = noise.fit(predictions, np.searchsorted(used, y))
+    posterior = np.zeros((len(y), count), np.float32)
+    posterior[:, used] = found.posterior
+    transition = np.eye(count, dtype=np.float32)
+    transition[np.ix_(used, used)] = found.transition
+    return LabelErrors(posterior, y, found.suspicion, transition, found.likelihood)
 
 
 def _checked(
     features: Features, labels: Classes, classes: int | None
-) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-    x, y = (np.asarray(torch.as_tensor(one).detach().cpu()) for one in (features, labels))
-    if x.ndim != 2 or y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+) -> tuple[NDArray[np.float64], NDArray[np.int64], int, NDArray[np.int64]]:
+    x, y = _array("features", features), _array("labels", labels)
+    whole = np.issubdtype(y.dtype, np.integer)
+    if x.ndim != 2 or not x.shape[1] or y.shape != x.shape[:1] or not whole:
         raise InputError(
             f"labels of rows need features (rows, width) and integer labels (rows,), got {x.shape} and "
             f"{y.dtype} {y.shape}"
@@ -152,9 +161,29 @@ def _checked(
     if not np.isfinite(x).all():
         row = int(np.flatnonzero(~np.isfinite(x).all(axis=1))[0])
         raise InputError(f"the features of row {row} are not finite")
-    count = classes or int(y.max()) + 1
+    if classes is not None:
+        check_whole("classes", classes, 2)
+    count = int(y.max()) + 1 if classes is None else int(classes)
     if not 0 <= y.min() <= y.max() < count:
         raise InputError(f"labels must lie in [0, {count}), got {y.min()} to {y.max()}")
-    if y.min() == y.max():
+    used = np.unique(y)
+    if len(used) == 1:
         raise InputError(f"all rows have label {y.min()}: no label can be told from another")
-    return x, y, count
+    return x, y, count, used
+
+
+def _array(name: str, given: Any) -> NDArray[Any]:
+    if isinstance(given, Tensor) and given.layout == torch.strided:
+        given = given.detach().cpu()
+        given = (given.double() if given.dtype == torch.bfloat16 else given).numpy()
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be a dense array of numbers: {error}") from error
+    if found.dtype.kind not in "biuf":
+        fix = {
+            "labels": "number the classes from 0, as by np.unique(labels, return_inverse=True)[1]",
+            "features": "encode other columns, and call .toarray() on sparse ones",
+        }
+        raise InputError(f"{name} must be a dense array of numbers, got {found.dtype}: {fix[name]}")
+    return found

@@ -22,7 +22,7 @@ _FOURIER = 1000
 _SAMPLE = 500
 _ROWS = 5000
 _CERTAIN = 1e-9
-_LEAST = 1e-12
+_LEAST = 1e-200
 
 
 def leave_one_out(x: Floats, y: NDArray[np.int64], classes: int, seed: int) -> Floats:
@@ -34,7 +34,7 @@ def leave_one_out(x: Floats, y: NDArray[np.int64], classes: int, seed: int) -> F
         classes: number of classes.
         seed: of the random features.
     """
-    # No class has an intercept: a class that grew by wrong labels would pull predictions to itself.
+    x = x / (np.abs(x).max() or 1.0)
     x = x - x.mean(axis=0)
     hot = np.eye(classes)[y] - 1 / classes
     fitted = [_fit(blocks, len(x), hot) for blocks in (_linear(x), _fourier(x, seed))]
@@ -82,18 +82,23 @@ def _fit(block: Block, count: int, hot: Floats) -> tuple[float, Floats]:
     values, vectors = np.linalg.eigh(square)
     values = values.clip(0)
     ridges = np.array(RIDGES) * max(float(values.sum()) / count, _LEAST)
+    mean = hot.mean(axis=0)
     weights = sum(vectors.T @ (block(rows).T @ hot[rows]) for rows in parts)
 
-    def predicted(rows: slice, one: float) -> Floats:
-        turned = block(rows) @ vectors
-        found = turned @ (weights / (values + one)[:, None])
-        leverage = (turned**2 @ (1 / (values + one)))[:, None].clip(0, 1 - _CERTAIN)
+    def predicted(rows: slice, turned: Floats, one: float) -> Floats:
+        found = mean + turned @ (weights / (values + one)[:, None])
+        leverage = (1 / count + turned**2 @ (1 / (values + one)))[:, None].clip(0, 1 - _CERTAIN)
         without: Floats = (found - leverage * hot[rows]) / (1 - leverage)
+        # No class has an intercept: a class that grew by wrong labels would pull predictions to itself. It
+        # goes only here, and as the others' mean: on columns centered with the row itself, the row is minus
+        # the sum of the others, so that classes of equal size would tell its label.
+        without -= (count * mean - hot[rows]) / (count - 1)
         return without
 
-    errors = [
-        sum(float(((predicted(rows, one) - hot[rows]) ** 2).sum()) for rows in parts)
-        for one in ridges
-    ]
+    errors = np.zeros(len(ridges))
+    for rows in parts:
+        turned = block(rows) @ vectors
+        errors += [((predicted(rows, turned, one) - hot[rows]) ** 2).sum() for one in ridges]
     best = int(np.argmin(errors))
-    return errors[best], np.concatenate([predicted(rows, ridges[best]) for rows in parts])
+    found = [predicted(rows, block(rows) @ vectors, ridges[best]) for rows in parts]
+    return float(errors[best]), np.concatenate(found)

@@ -16,7 +16,7 @@ from turnover.labels import LabelErrors
 from turnover.runs.run import Run
 from turnover.tasks.label_errors import Doubts, doubts
 
-_VERSION = 1
+_VERSION = 2
 
 
 def open_doubts(run: Run) -> Doubts:
