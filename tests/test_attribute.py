@@ -218,6 +218,22 @@ def test_review_finds_rows_whose_label_is_not_that_of_their_words(run: Path) -> 
     assert all(one["suggested"] != one["label"] for one in rows)
 
 
+def test_labels_of_a_model_that_knows_another_class_are_reviewed_and_changed(
+    files: Path, tmp_path: Path
+) -> None:
+    names = {0: "neg", 1: "pos", 2: "neutral"}
+    trained.texts(tmp_path / "model", TRAIN, num_labels=3, id2label=names)
+    explained(files, tmp_path / "run", model=tmp_path / "model", layers="head")
+    rows = json.loads(command("review", tmp_path / "run", "--json").stdout)["rows"]
+    assert {one["suggested"] for one in rows} == {"neg", "pos"}
+    least, out = rows[1]["probability_wrong"], tmp_path / "changed.csv"
+    said = command(
+        *("review", tmp_path / "run", "--apply", "relabel", "--least", least, "--out", out)
+    )
+    assert "2 relabelled" in said.stdout
+    assert "has learned the labels: gains come out too small" in said.stderr
+
+
 @pytest.mark.long
 def test_cleanse_ranks_rows_by_a_validation_file(files: Path, run: Path, tmp_path: Path) -> None:
     known = {text for text, _ in TRAIN + TEST}

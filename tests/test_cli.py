@@ -761,7 +761,8 @@ def test_reviews_that_cannot_be_written_are_refused(noisy_run: Path, tmp_path: P
         (("--decisions", tmp_path / "n.csv", "--apply", "remove"), "give one of the two"),
         (("--least", 0.5), "give both"),
         (("--apply", "remove", "--least", 1.5), "above 0 and below 1, got 1.5"),
-        (("--apply", "remove", "--least", 0.9999999999), "no label of"),
+        (("--apply", "remove", "--least", "nan"), "above 0 and below 1, got nan"),
+        (("--apply", "remove", "--least", 0.9999999999), "of 0.9999999999 or more"),
     ):
         assert said in turnover("review", noisy_run, *arguments, expect=2).stderr
     assert not list(tmp_path.iterdir())

@@ -157,6 +157,8 @@ def test_a_class_without_labels_is_not_suggested_and_changes_nothing():
     np.testing.assert_allclose(found.transition.sum(axis=1), 1, rtol=1e-5)
     predictions = np.insert(ridge.leave_one_out(x, labels, 2, 0), 1, 9.0, axis=1)
     assert (label_errors_of(predictions, 2 * labels).suggested == 2 * plain.suggested).all()
+    last = label_errors_of(predictions[:, [0, 2, 1]], labels)
+    assert last.posterior.shape == (200, 3) and (last.suggested == plain.suggested).all()
 
 
 def test_arrays_of_other_kinds_give_the_same(recwarn):
@@ -195,7 +197,7 @@ def test_predictions_of_ones_own_are_explained():
     assert mislabel(found.suspicion, labels != right, at=[10]).auc > 0.99
     worse = label_errors_of(np.random.default_rng(0).standard_normal((600, 4)), labels)
     assert found.likelihood > worse.likelihood
-    with pytest.raises(InputError, match="3 columns for 4 classes"):
+    with pytest.raises(InputError, match=r"\[0, 3\), got 0 to 3"):
         label_errors_of(left_out[:, :3], labels)
 
 

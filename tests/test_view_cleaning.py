@@ -75,8 +75,10 @@ def test_doubts_are_estimated_once_and_read_afterwards(run: Path) -> None:
         assert one.errors.likelihood == expected.errors.likelihood
         for name in ("posterior", "labels", "suspicion", "transition"):
             np.testing.assert_array_equal(getattr(one.errors, name), getattr(expected.errors, name))
-    loaded.train.labels[0] = 1 - loaded.train.labels[0]
-    assert read_doubts(loaded) is None, "those of other labels"
+    for data in (loaded.test, loaded.train):
+        data.labels[0] = 1 - data.labels[0]
+        assert read_doubts(loaded) is None, "those of other labels"
+        data.labels[0] = 1 - data.labels[0]
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"label_errors\.safetensors: missing or damaged"):
         read_doubts(loaded)

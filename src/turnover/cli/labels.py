@@ -99,6 +99,8 @@ def review(
         raise InputError("--decisions are yours, --apply decides by itself: give one of the two")
     if least is not None and apply is None:
         raise InputError("--least is the probability from which on --apply changes rows: give both")
+    sure = relabel_task.SURE if least is None else least
+    relabel_task.check_least(sure)
     lists = decisions is None and apply is None
     if out is not None:
         check_writable(out, ".npz")
@@ -113,7 +115,7 @@ def review(
         return
     found = open_doubts(loaded)
     if apply is not None:
-        _apply(loaded, output, found, apply, least, path, device)
+        _apply(loaded, output, found, apply, sure, path, device)
         return
     reviewed = review_task.listed(loaded, found, budget)
     review_task.write_review(reviewed.rows, path)
@@ -133,12 +135,11 @@ def _apply(
     output: Output,
     found: Doubts,
     way: str,
-    least: float | None,
+    least: float,
     path: Path,
     device: str,
 ) -> None:
-    sure = relabel_task.SURE if least is None else least
-    applied = relabel_task.apply(run, found, way, least=sure)
+    applied = relabel_task.apply(run, found, way, least=least)
     counts = review_task.write_decided(run.train, applied.decisions, path)
     reviewed = review_task.listed(run, found, len(applied.decisions))
     said = {run.train.keys[row]: decision for row, decision in applied.decisions.items()}
@@ -147,7 +148,7 @@ def _apply(
     output.table(
         ("doubtful rows", f"accuracy on {applied.test_rows} test rows"),
         ((name, _over_seeds(values)) for name, values in applied.accuracy.items()),
-        title=f"heads on the pretrained encoder's features, trained after {len(said)} decisions",
+        title=f"heads on the encoder's features, trained after {len(said)} decisions",
     )
     output.say(f"{_counted(counts)}: {path}; the decisions: {listed}")
     document = {"file": str(path), "decisions_file": str(listed), **counts}

@@ -108,9 +108,7 @@ def label_errors(
     return _explained(left_out, y, count, used)
 
 
-def label_errors_of(
-    predictions: Features, labels: Classes, *, classes: int | None = None
-) -> LabelErrors:
+def label_errors_of(predictions: Features, labels: Classes) -> LabelErrors:
     """Estimate which labels are wrong, from out-of-sample predictions that you have.
 
     Args:
@@ -118,17 +116,15 @@ def label_errors_of(
             model that was not trained on it, such as those of :func:`turnover.hidden_predictions` or of
             five folds; finite.
         labels: int (rows,), in [0, classes).
-        classes: ``None``: the columns.
 
     Returns:
         :class:`LabelErrors`, rows as given.
 
     Raises:
-        InputError: as in :func:`label_errors`, or columns that are not the classes.
+        InputError: as in :func:`label_errors`.
     """
-    x, y, count, used = _checked(predictions, labels, classes)
-    if x.shape[1] != count:
-        raise InputError(f"predictions have {x.shape[1]} columns for {count} classes")
+    given = _array("predictions", predictions)
+    x, y, count, used = _checked(given, labels, given.shape[1] if given.ndim == 2 else None)
     x = x[:, used]
     return _explained(x - x.mean(axis=1, keepdims=True), y, count, used)
 
@@ -181,9 +177,8 @@ def _array(name: str, given: Any) -> NDArray[Any]:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be a dense array of numbers: {error}") from error
     if found.dtype.kind not in "biuf":
-        fix = {
-            "labels": "number the classes from 0, as by np.unique(labels, return_inverse=True)[1]",
-            "features": "encode other columns, and call .toarray() on sparse ones",
-        }
-        raise InputError(f"{name} must be a dense array of numbers, got {found.dtype}: {fix[name]}")
+        fix = "encode other columns, and call .toarray() on sparse ones"
+        if name == "labels":
+            fix = "number the classes from 0, as by np.unique(labels, return_inverse=True)[1]"
+        raise InputError(f"{name} must be a dense array of numbers, got {found.dtype}: {fix}")
     return found

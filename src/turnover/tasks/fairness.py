@@ -121,7 +121,8 @@ def fairness(
     rows = range(len(encoded))
     predicted = evaluate(run.model, encoded, rows, lambda _: run.whole()).predicted
     index = classes.index(positive)
-    found = gaps(predicted.numpy(), run.test.labels, attribute, positive=index)
+    names = np.array(classes)
+    found = gaps(names[predicted.numpy()], names[run.test.labels], attribute, positive=positive)
     # Batches have the rows in an order of their own.
     order = [row for chunk in encoded.chunks(rows, BATCH) for row in chunk]
     ids = None

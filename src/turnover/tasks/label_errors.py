@@ -91,16 +91,16 @@ def without_themselves(run: Run) -> NDArray[np.float64]:
     result = run.read_result("self")
     at = {train_id: column for column, train_id in enumerate(result.train_ids.tolist())}
     own = result.scores[[at[one] for one in run.train.ids.tolist()]].astype(np.float64)
-    encoded, rows = run.encode(run.train), np.arange(len(run.train))
-    logits = logits_of_rows(run.model, encoded, range(len(encoded)), lambda _: run.whole())
-    probabilities: NDArray[np.float64] = logits.double().softmax(dim=1).numpy()
-    label = np.array(run.train.labels)
-    before = probabilities[rows, label]
+    encoded, rows = run.encode(run.train), torch.arange(len(run.train))
+    logits = logits_of_rows(run.model, encoded, range(len(encoded)), lambda _: run.whole()).double()
+    label, fall = torch.tensor(run.train.labels), torch.from_numpy(own)
+    whole, labeled = logits.logsumexp(dim=1), logits[rows, label].clone()
+    logits[rows, label] = -torch.inf
     if objective == "cross_entropy":
-        after = before * np.exp(-own)
+        after = (labeled - whole - fall).exp().clamp(max=1)
     else:  # minus the log-odds
-        after = before / (before + (1 - before) * np.exp(own))
-    after = np.clip(after, 0, 1)
-    probabilities *= ((1 - after) / np.maximum(1 - before, _SMALLEST))[:, None]
+        after = (labeled - logits.logsumexp(dim=1) - fall).sigmoid()
+    probabilities = logits.softmax(dim=1) * (1 - after)[:, None]
     probabilities[rows, label] = after
-    return probabilities
+    found: NDArray[np.float64] = probabilities.numpy()
+    return found

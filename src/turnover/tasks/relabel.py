@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,22 +55,27 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
     if way not in WAYS:
         raise InputError(f"unknown way {way!r}: {' or '.join(WAYS)}")
     check_whole("seeds", seeds, 1)
-    if not 0 < least < 1:
-        raise InputError(f"the least probability must be above 0 and below 1, got {least}")
+    check_least(least)
     errors, classes = found.errors, run.train.classes
     chosen = np.flatnonzero(errors.probability >= least).tolist()
     if not chosen:
         raise InputError(
-            f"no label of {run.folder} is wrong with a probability of {least:g} or more: the most doubtful "
+            f"no label of {run.folder} is wrong with a probability of {least} or more: the most doubtful "
             f"is at {errors.probability.max():.2f}; lower it, or decide on the listed rows yourself"
         )
     suggested = {row: classes[int(errors.suggested[row])] for row in chosen}
     made = {"relabel": suggested, "remove": dict.fromkeys(chosen, REMOVE)}
     for name, decisions in made.items():
         left = set(decided(run.train, decisions).labels)
-        if len(left) < len(classes):
-            lost = ", ".join(one for at, one in enumerate(classes) if at not in left)
-            raise InputError(f"to {name} the doubtful rows would leave none of class {lost}")
+        if lost := sorted(set(run.train.labels) - left):
+            of = ", ".join(classes[one] for one in lost)
+            raise InputError(f"to {name} the doubtful rows would leave none of class {of}")
+    if run.masks is None and not run.pipeline.keeps_pretrained:
+        warnings.warn(
+            f"the heads are trained on features of {run.folder}'s model as it is, which has learned the "
+            f"labels: gains come out too small; train it again on the data set written to know them",
+            stacklevel=2,
+        )
     train, test = frozen(run, run.train), frozen(run, run.test)
     sets: dict[str, dict[int, str]] = {KEEP: {}} | made
     accuracy: dict[str, list[float]] = {name: [] for name in sets}
@@ -79,6 +85,12 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
                 accuracy[name].append(_accuracy(train, test, decisions, classes, seed))
                 bar.update()
     return Applied(made[way], {name: tuple(values) for name, values in accuracy.items()}, len(test))
+
+
+def check_least(least: float) -> None:
+    """Refuse what is no probability between 0 and 1."""
+    if not 0 < least < 1:
+        raise InputError(f"the least probability must be above 0 and below 1, got {least}")
 
 
 def _accuracy(
