@@ -145,11 +145,17 @@ def _apply(
     said = {run.train.keys[row]: decision for row, decision in applied.decisions.items()}
     listed = in_results(run.folder, "review.csv")
     review_task.write_review(reviewed.rows, listed, said)
-    output.table(
-        ("doubtful rows", f"accuracy on {applied.test_rows} test rows"),
-        ((name, _over_seeds(values)) for name, values in applied.accuracy.items()),
-        title=f"heads on the encoder's features, trained after {len(said)} decisions",
-    )
+    if said:
+        output.table(
+            ("doubtful rows", f"accuracy on {applied.test_rows} test rows"),
+            ((name, _over_seeds(values)) for name, values in applied.accuracy.items()),
+            title=f"heads on the encoder's features, trained after {len(said)} decisions",
+        )
+    else:
+        output.say(
+            f"no label is wrong with a probability of {least} or more: the most doubtful is at "
+            f"{found.errors.probability.max():.2f}"
+        )
     output.say(f"{_counted(counts)}: {path}; the decisions: {listed}")
     document = {"file": str(path), "decisions_file": str(listed), **counts}
     output.document(document | {"accuracy": applied.accuracy, "device": device})

@@ -26,7 +26,8 @@ class Applied:
     Attributes:
         decisions: class, or ``"remove"``, by training row.
         accuracy: on the test rows, with the labels that they have: of heads trained on the data as they are
-            (``"keep"``), with the rows relabeled and without them, one for each seed.
+            (``"keep"``), with the rows relabeled and without them, one for each seed. Empty without
+            decisions.
         test_rows: number of the test rows.
     """
 
@@ -49,8 +50,8 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
         seeds: heads for each.
 
     Raises:
-        InputError: another way, a probability outside of (0, 1), seeds below 1, no row that doubtful, or a
-            class that would lose all rows.
+        InputError: another way, a probability outside of (0, 1), seeds below 1, or a class that would lose
+            all rows.
     """
     if way not in WAYS:
         raise InputError(f"unknown way {way!r}: {' or '.join(WAYS)}")
@@ -59,10 +60,7 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
     errors, classes = found.errors, run.train.classes
     chosen = np.flatnonzero(errors.probability >= least).tolist()
     if not chosen:
-        raise InputError(
-            f"no label of {run.folder} is wrong with a probability of {least} or more: the most doubtful "
-            f"is at {errors.probability.max():.2f}; lower it, or decide on the listed rows yourself"
-        )
+        return Applied({}, {}, len(run.test))
     suggested = {row: classes[int(errors.suggested[row])] for row in chosen}
     made = {"relabel": suggested, "remove": dict.fromkeys(chosen, REMOVE)}
     for name, decisions in made.items():

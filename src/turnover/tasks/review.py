@@ -293,6 +293,8 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
 
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
     """Count the labels of the strongest influencers of each row, without the row itself."""
+    if not rows:
+        return []
     encoded = run.encode(run.train)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
     if run.masks is None:
