@@ -246,3 +246,20 @@ def test_predictions_against_the_labels_are_not_turned_round():
     assert (found.transition.diagonal() >= 0.5 - 1e-6).all()
     assert found.likelihood < np.log(0.5) + 0.01
     assert found.likelihood < label_errors_of(-against, labels).likelihood
+
+
+@pytest.mark.parametrize("small", [30, 100, 200])
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_wrong_labels_are_told_from_a_small_class(small, share):
+    generator = np.random.default_rng(0)
+    right = (np.arange(1000) < small).astype(int)
+    x = generator.standard_normal((1000, 10))
+    x[:, 0] += 2.5 * right
+    wrong = np.zeros(1000, dtype=bool)
+    wrong[generator.permutation(1000)[: round(1000 * share)]] = True
+    found = label_errors(x, np.where(wrong, 1 - right, right))
+    if share:
+        assert mislabel(found.suspicion, wrong, at=[10]).auc > 0.95
+        assert found.expected < 1.2 * wrong.sum()
+    else:
+        assert found.expected < 10 and found.likely < 5

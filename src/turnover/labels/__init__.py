@@ -14,6 +14,8 @@ from turnover.errors import InputError, check_whole
 from turnover.labels import noise, ridge
 
 _FEWEST = 10
+_BETTER = 0.01
+"""Nats of a label from which on shares of classes explain more than noise with a direction could."""
 
 Features = NDArray[Any] | Tensor
 Classes = NDArray[Any] | Tensor
@@ -76,7 +78,9 @@ def label_errors(
 
     Every row is predicted without itself: by ridge regression of the labels on the features, or on random
     Fourier features of them (Rahimi and Recht 2007), whose leave-one-out predictions have a closed form.
-    Which of the two, and how much ridge, is what predicts left-out labels best. A model of the noise then
+    Which of the two, and how much ridge, is what predicts left-out labels best. The shares of the classes are
+    added where they explain the labels clearly better: elsewhere a class that grew by wrong labels would
+    vouch for them. A model of the noise then
     explains the given labels by these predictions: a right class by their softmax, the label given the
     right class by a matrix of transition, both fitted by expectation and maximization (as Dawid and Skene
     1979 do for annotators). No setting depends on a right label.
@@ -104,8 +108,11 @@ def label_errors(
     """
     check_whole("seed", seed, 0)
     x, y, count, used = _checked(features, labels, classes)
-    left_out = ridge.leave_one_out(x, np.searchsorted(used, y), len(used), seed)
-    return _explained(left_out, y, count, used)
+    of = np.searchsorted(used, y)
+    left_out = ridge.leave_one_out(x, of, len(used), seed)
+    plain = _explained(left_out, y, count, used)
+    shared = _explained(left_out + ridge.shares_of_others(of, len(used)), y, count, used)
+    return shared if shared.likelihood > plain.likelihood + _BETTER else plain
 
 
 def label_errors_of(predictions: Features, labels: Classes) -> LabelErrors:

@@ -41,6 +41,13 @@ def leave_one_out(x: Floats, y: NDArray[np.int64], classes: int, seed: int) -> F
     return min(fitted, key=lambda one: one[0])[1]
 
 
+def shares_of_others(y: NDArray[np.int64], classes: int) -> Floats:
+    """Shares of the classes among the other rows, less 1 / classes: (rows, classes)."""
+    hot = np.eye(classes)[y]
+    found: Floats = (hot.sum(axis=0) - hot) / (len(y) - 1) - 1 / classes
+    return found
+
+
 def _linear(x: Floats) -> Block:
     if x.shape[1] > len(x):  # the same inner products in fewer dimensions
         values, vectors = np.linalg.eigh(x @ x.T)

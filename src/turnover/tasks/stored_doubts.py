@@ -16,7 +16,7 @@ from turnover.labels import LabelErrors
 from turnover.runs.run import Run, data_digest
 from turnover.tasks.label_errors import Doubts, doubts
 
-_VERSION = 2
+_VERSION = 3
 
 
 def open_doubts(run: Run) -> Doubts:
