@@ -85,12 +85,16 @@ def _blocks(count: int) -> list[slice]:
 def _fit(block: Block, count: int, hot: Floats) -> tuple[float, Floats]:
     """The best ridge's mean squared error of left-out labels, and its predictions."""
     parts = _blocks(count)
-    square = sum(block(rows).T @ block(rows) for rows in parts)
+    square: Floats | float = 0.0
+    moments: Floats | float = 0.0
+    for rows in parts:
+        columns = block(rows)
+        square, moments = square + columns.T @ columns, moments + columns.T @ hot[rows]
     values, vectors = np.linalg.eigh(square)
     values = values.clip(0)
     ridges = np.array(RIDGES) * max(float(values.sum()) / count, _LEAST)
     mean = hot.mean(axis=0)
-    weights = sum(vectors.T @ (block(rows).T @ hot[rows]) for rows in parts)
+    weights = vectors.T @ moments
 
     def predicted(rows: slice, turned: Floats, one: float) -> Floats:
         found = mean + turned @ (weights / (values + one)[:, None])

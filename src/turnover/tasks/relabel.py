@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from turnover.errors import InputError, check_whole
 from turnover.io.bars import tqdm
@@ -80,7 +81,8 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
     with tqdm(total=len(sets) * seeds, desc="heads", unit="head") as bar:
         for seed in range(seeds):
             for name, decisions in sets.items():
-                accuracy[name].append(_accuracy(train, test, decisions, classes, seed))
+                right = right_after(train, test, decisions, classes, seed)
+                accuracy[name].append(float(right.float().mean()))
                 bar.update()
     return Applied(made[way], {name: tuple(values) for name, values in accuracy.items()}, len(test))
 
@@ -91,14 +93,20 @@ def check_least(least: float) -> None:
         raise InputError(f"the least probability must be above 0 and below 1, got {least}")
 
 
-def _accuracy(
+def right_after(
     train: Frozen, test: Frozen, decisions: Mapping[int, str], classes: list[str], seed: int
-) -> float:
+) -> Tensor:
+    """Whether a head trained after decisions, by row of ``train``, predicts each test row: bool (rows,).
+
+    Raises:
+        InputError: decisions that remove every row.
+    """
     labels = train.labels.clone()
     kept = [row for row in range(len(train)) if decisions.get(row) != REMOVE]
+    if not kept:
+        raise InputError("the decisions remove every row: there is nothing to train on")
     for row, decision in decisions.items():
-        if decision != REMOVE:
+        if decision not in (KEEP, REMOVE):
             labels[row] = classes.index(decision)
-    changed = Frozen(train.features, labels, train.classes, train.weights)
-    predicted = logits_of(train_head(changed, kept, seed), test).argmax(dim=1)
-    return float((predicted == test.labels).float().mean())
+    head = train_head(replace(train, labels=labels), kept, seed)
+    return logits_of(head, test).argmax(dim=1) == test.labels

@@ -16,8 +16,8 @@ from torch.nn import functional
 from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.runs.run import Run
-from turnover.tasks.linear_probe import Frozen, frozen, logits_of, train_head
-from turnover.tasks.review import KEEP, REMOVE
+from turnover.tasks.linear_probe import Frozen, frozen
+from turnover.tasks.relabel import right_after
 
 _TRAINING_ROWS = 2_000
 _TEST_ROWS = 1_000
@@ -116,18 +116,8 @@ class Effect:
 
     def _right(self, train: Frozen, test: Frozen, decisions: Mapping[int, str]) -> Tensor:
         """Whether a head predicts the label of each test row, bool (test rows,)."""
-        labels, kept = train.labels.clone(), []
-        for row, at in self._at.items():
-            decision = decisions.get(row, KEEP)
-            if decision == REMOVE:
-                continue
-            kept.append(at)
-            if decision != KEEP:
-                labels[at] = self._run.train.classes.index(decision)
-        if not kept:
-            raise InputError("the decisions remove every row: there is nothing to train on")
-        head = train_head(replace(train, labels=labels), kept, _SEED)
-        return logits_of(head, test).argmax(dim=1) == test.labels
+        made = {self._at[row]: decision for row, decision in decisions.items()}
+        return right_after(train, test, made, self._run.train.classes, _SEED)
 
 
 def _drawn(data: Data, most: int) -> list[int]:
