@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("PIL")
 
+import uvicorn
+
 from test_cli import encoder, fit_arguments, sentences, turnover, write_csv  # noqa: F401
 from test_images import folders  # noqa: F401 - a fixture
 from test_images import run as image_run  # noqa: F401 - a fixture
@@ -28,6 +31,7 @@ from turnover.tasks.label_errors import doubts
 from turnover.tasks.linear_probe import frozen
 from turnover.tasks.review import read_decisions
 from turnover.tasks.stored_doubts import open_doubts, read_doubts
+from turnover.view import open_view
 from turnover.view.effect import Effect
 from viewing import serving
 
@@ -147,6 +151,29 @@ def test_rows_beyond_those_drawn_count_once_they_are_decided_on(
     found = [effect.of(removed | {0: name, 1: name}) for name in ("pos", "neg")]
     assert {one["training_rows"] for one in found} == {ROWS}
     assert sum(one["after"] for one in found) == pytest.approx(1), "each predicts its one class"
+
+
+def test_the_effect_is_prepared_while_the_view_opens(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Effect(Run.load(run)).of({0: "remove"})
+    made: list[Effect] = []
+
+    class Watched(Effect):
+        def __init__(self, run: Run) -> None:
+            super().__init__(run)
+            made.append(self)
+
+    prepared = threading.Event()
+    prepare = Effect.prepare
+    monkeypatch.setattr(Watched, "prepare", lambda self: (prepare(self), prepared.set()))
+    monkeypatch.setattr("turnover.view.server.Effect", Watched)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    open_view(Run.load(run), show=lambda _: None, browser=False)
+    assert prepared.wait(60)
+    monkeypatch.delattr("turnover.view.effect.frozen")
+    found = made[0].of({0: "remove"})
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
 
 
 def test_neighbors_are_the_rows_with_the_most_similar_features(

@@ -27,8 +27,8 @@ _SEED = 0
 class Effect:
     """Compares a head that was trained with the decisions with one that was trained without them.
 
-    Features are computed at the first question and kept, of at most 2,000 training rows, those decided on
-    besides, and 1,000 test rows, drawn at random.
+    Features are computed once, by :meth:`prepare` or at the first question, of at most 2,000 training rows,
+    those decided on besides, and 1,000 test rows, drawn at random.
 
     Attributes:
         refusal: why this run has neither effect nor neighbors to show; ``None``: it has.
@@ -56,11 +56,8 @@ class Effect:
         self._check()
         with self._measuring:
             began = time.perf_counter()
-            with self._encoding:
-                train, test = self._features(decisions)
-            if self._before is None:
-                self._before = self._right(train, test, {})
-            before, after = self._before, self._right(train, test, decisions)
+            train, test, before = self._without(decisions)
+            after = self._right(train, test, decisions)
             return {
                 "decisions": len(decisions),
                 "before": float(before.float().mean()),
@@ -71,6 +68,16 @@ class Effect:
                 "training_rows": len(train),
                 "seconds": time.perf_counter() - began,
             }
+
+    def prepare(self) -> None:
+        """Compute what does not depend on decisions, so that the first question is answered in seconds.
+
+        Raises:
+            InputError: a run without a pretrained encoder.
+        """
+        self._check()
+        with self._measuring:
+            self._without(())
 
     def nearest(self, row: int, most: int) -> list[tuple[int, float]]:
         """Find the training rows with the most similar features, and their similarity: a cosine.
@@ -95,6 +102,14 @@ class Effect:
     def _check(self) -> None:
         if self.refusal is not None:
             raise InputError(self.refusal)
+
+    def _without(self, decided: Iterable[int]) -> tuple[Frozen, Frozen, Tensor]:
+        """Features of the rows, those decided on among them, and which test rows are right before."""
+        with self._encoding:
+            train, test = self._features(decided)
+        if self._before is None:
+            self._before = self._right(train, test, {})
+        return train, test, self._before
 
     def _features(self, decided: Iterable[int]) -> tuple[Frozen, Frozen]:
         run = self._run

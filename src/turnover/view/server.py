@@ -40,10 +40,12 @@ def open_view(
     listening = _listen(port)
     with contextlib.closing(listening):
         contents = Contents(run)
-        decisions = Decisions(run, contents.self_influence)
+        decisions, effect = Decisions(run, contents.self_influence), Effect(run)
+        if decisions.refusal is None and effect.refusal is None:
+            threading.Thread(target=_prepare, args=(effect,), daemon=True).start()
         token, once = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         config = uvicorn.Config(
-            application(contents, decisions, Effect(run), token, once),
+            application(contents, decisions, effect, token, once),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -59,6 +61,12 @@ def open_view(
             threading.Thread(target=webbrowser.open, args=address, daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _prepare(effect: Effect) -> None:
+    # The page says what is wrong once it asks.
+    with contextlib.suppress(InputError):
+        effect.prepare()
 
 
 def _listen(port: int) -> socket.socket:
