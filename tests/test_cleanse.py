@@ -281,7 +281,7 @@ def test_what_cannot_be_meant_is_refused(
     assert sorted(path.name for path in harmed.rglob("*")) == before
 
 
-def test_a_run_with_groups_is_refused(encoder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_rows_of_groups_are_cleansed_and_not_by_memorization(encoder: Path, tmp_path: Path) -> None:  # noqa: F811
     rows = [(f"source {i % 5}", text, label) for i, text, label in sentences(40)]
     path = write_csv(tmp_path / "grouped.csv", rows)
     test = write_csv(tmp_path / "test.csv", sentences(20, 500))
@@ -290,7 +290,11 @@ def test_a_run_with_groups_is_refused(encoder: Path, tmp_path: Path) -> None:  #
     turnover(*fit_arguments(path, encoder, out, *more))
     held = write_csv(tmp_path / "held.csv", sentences(20, 800))
     given = ("--validation", held, "--out", tmp_path / "o.csv")
-    assert "has groups" in turnover("cleanse", out, *given, expect=2).stderr
+    refused = turnover("cleanse", out, *given, "--ranking", "self", expect=2).stderr
+    assert "has groups, which have no self-influence" in refused
+    turnover("cleanse", out, *given, "--fraction", 0.1, "--seeds", 1)
+    keys = keys_of(out / "results" / "removed.csv")
+    assert len(set(keys)) == len(keys) and set(keys) <= {str(i + 1) for i in range(40)}
 
 
 def test_logits_that_hardly_differ_are_calibrated_to_numbers() -> None:

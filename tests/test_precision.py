@@ -18,7 +18,7 @@ from turnover.data.encoded import batches
 from turnover.runs.run import Run
 from turnover.tasks import training
 from turnover.tasks.linear_probe import frozen
-from turnover.tasks.predict import predict_test
+from turnover.tasks.predict import predict_rows
 from turnover.tasks.training import evaluate, under_masks
 
 
@@ -52,9 +52,9 @@ def test_predictions_and_features_are_float32_under_a_callers_autocast(
     run: Path,  # noqa: F811
 ) -> None:
     loaded = Run.load(run)
-    plain = predict_test(loaded), frozen(loaded, loaded.test).features
+    plain = predict_rows(loaded, loaded.test), frozen(loaded, loaded.test).features
     with torch.autocast("cpu", torch.bfloat16):
-        again = predict_test(loaded), frozen(loaded, loaded.test).features
+        again = predict_rows(loaded, loaded.test), frozen(loaded, loaded.test).features
     np.testing.assert_array_equal(plain[0], again[0])
     assert torch.equal(plain[1], again[1])
 

@@ -69,7 +69,8 @@ def test_integers_stay_the_ids_they_were(column: str, table: Table) -> None:
         f"{column},text,label\n0,a,x\n17,b,y\n{2**63 - 1},c,x\n", Columns(**{column: column})
     )
     assert data.ids.tolist() == [0, 17, 2**63 - 1]
-    assert data.keys == ["0", "17", str(2**63 - 1)]
+    assert data.groups == ["0", "17", str(2**63 - 1)]
+    assert data.keys == (data.groups if column == "id" else ["1", "2", "3"])
     with pytest.raises(InputError, match=r"id -2 .* is negative"):
         table(f"{column},text,label\n1,a,x\n-2,b,y\n", Columns(**{column: column}))
 
@@ -103,9 +104,9 @@ def test_groups_written_in_two_ways_are_pointed_out(table: Table) -> None:
         table(head + "ann,a,x\nann ,b,y\n", GROUPS)
     for other in ("Ann", "ANN"):
         with pytest.warns(UserWarning, match=f"'{other}' and 'ann' are kept apart"):
-            assert table(head + f"ann,a,x\n{other},b,y\n", GROUPS).keys == ["ann", other]
+            assert table(head + f"ann,a,x\n{other},b,y\n", GROUPS).groups == ["ann", other]
     with pytest.warns(UserWarning, match="'1' and '1.0' are kept apart"):
-        assert table(head + "1,a,x\n1.0,b,y\n", GROUPS).keys == ["1", "1.0"]
+        assert table(head + "1,a,x\n1.0,b,y\n", GROUPS).groups == ["1", "1.0"]
 
 
 @pytest.mark.parametrize(

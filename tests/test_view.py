@@ -382,7 +382,7 @@ def test_decisions_of_two_views_are_all_kept(copy_of_run: Path) -> None:
     assert one.path.read_text() == "key,decision\nnobody,keep\n"
 
 
-def test_rows_of_a_group_are_shown_and_not_decided_on(
+def test_rows_of_a_group_are_shown_and_decided_on(
     encoder: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -394,18 +394,21 @@ def test_rows_of_a_group_are_shown_and_not_decided_on(
     turnover("influence", run, "--ghosts", 100)
     with serving(run) as server:
         about = server.get("about")
-        assert about["doubts"] is None
-        for why in ("refusal", "undoubted", "no_effect"):
-            assert "has groups" in about[why]
-        assert server.ask(f"/{server.token}/train?sort=doubt").status == 400
+        assert about["doubts"] is not None
+        assert [about[why] for why in ("refusal", "undoubted", "no_effect")] == [None] * 3
+        assert len(server.get("train?sort=doubt")["items"]) == 48
         shown = server.get("train/7")
-        assert shown["key"] == "s1" and shown["own"] is None
+        assert (shown["key"], shown["group"], shown["own"]) == ("8", "s1", None)
         same = server.get("train/13")
         assert [one["score"] for one in same["helpful"]] == [
             one["score"] for one in shown["helpful"]
         ]
-        answer = server.decide(7, "remove")
-        assert answer.status == 400 and "has groups" in answer.json["error"]
+        error = server.get("errors/0")
+        assert {one["key"] for side in ("helpful", "harmful") for one in error[side]} <= {
+            f"s{i}" for i in range(6)
+        }
+        assert server.decide(7, "remove").status == 200
+    assert read_decisions(Run.load(run), run / "results" / "decisions.csv") == {7: "remove"}
 
 
 def test_images_are_served_as_they_are(image_run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -168,12 +168,17 @@ def test_the_effect_is_prepared_while_the_view_opens(
     prepare = Effect.prepare
     monkeypatch.setattr(Watched, "prepare", lambda self: (prepare(self), prepared.set()))
     monkeypatch.setattr("turnover.view.server.Effect", Watched)
-    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    waited: list[bool] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: waited.append(prepared.wait(60)))
     open_view(Run.load(run), show=lambda _: None, browser=False)
-    assert prepared.wait(60)
+    assert waited == [True]
     monkeypatch.delattr("turnover.view.effect.frozen")
     found = made[0].of({0: "remove"})
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    closed = Effect(Run.load(run))
+    closed.close()
+    with pytest.raises(InputError, match="the view is closing"):
+        closed.of({})
 
 
 def test_neighbors_are_the_rows_with_the_most_similar_features(

@@ -13,7 +13,7 @@ from turnover.cli.options import DATA, MODEL, Device, Objective, folder_or_url
 from turnover.cli.output import Output
 from turnover.cli.parameters import RUN, Fields, build, command
 from turnover.cli.reading import Source, say_rows
-from turnover.cli.scores import explain_errors, print_influence
+from turnover.cli.scores import explain_errors, next_commands, print_influence
 from turnover.data.base import Columns
 from turnover.errors import InputError
 from turnover.io.parsing import read_json
@@ -132,7 +132,7 @@ def attribute(
         raise
     print_influence(output, metrics)
     shown = explain_errors(output, run, show=_SHOWN, top=5, among=None)
-    output.say(f"run: {out}; next: turnover view {out}, turnover report {out}")
+    output.say(f"run: {out}; next: {next_commands(run.train, out, 'view', 'report')}")
     document = {"run": str(out), "metrics": metrics, "plan": expected.to_dict()}
     output.document(document | {"explanations": [one.to_dict() for one in shown]})
 

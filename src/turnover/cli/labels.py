@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from turnover.cli.config import config_option
@@ -24,7 +25,7 @@ from turnover.tasks import cleanse as cleanse_task
 from turnover.tasks import relabel as relabel_task
 from turnover.tasks import review as review_task
 from turnover.tasks.label_errors import Doubts
-from turnover.tasks.predict import predict_test, predict_training, write_predictions
+from turnover.tasks.predict import predict_rows, predict_training, write_predictions
 from turnover.tasks.stored_doubts import open_doubts
 
 
@@ -33,42 +34,50 @@ def predict(
     run: RunFolder,
     output: Output,
     hidden: Annotated[bool, typer.Option("--hidden")] = False,
+    train: Annotated[bool, typer.Option("--train")] = False,
     without: str | None = None,
     calibrate: bool = True,
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """Write predictions as CSV: of the test rows, or out of sample of the training rows.
+    """Write predictions and losses as CSV: of the test rows, or of the training rows.
 
     Args:
         hidden: predict the training rows, each by the network that never learned it, instead of the test
             rows.
-        without: predict the test rows without this training instance or group (its key).
+        train: predict the training rows, by the whole network, instead of the test rows.
+        without: predict without this training instance or group (its key or name).
         calibrate: calibrate --hidden on the test rows and their labels.
         out: CSV file to write; default: in the run's results.
     """
-    if hidden and without is not None:
+    other = "--train" if train else "--without"
+    if hidden and (train or without is not None):
         raise InputError(
-            "--hidden predicts training rows, --without test rows: give one of the two"
+            f"--hidden predicts each training row without it, and {other} by another network: give one of "
+            f"the two"
         )
-    name = "hidden_predictions.csv" if hidden else "predictions.csv"
+    name = f"{'hidden_' if hidden else 'training_' if train else ''}predictions.csv"
     check_folder(out)
     loaded = Run.load(run, device)
     mixture: dict[str, float] = {}
     if hidden:
         found = predict_training(loaded, calibrate=calibrate)
-        data, probabilities = loaded.train, found.probabilities
+        data, probabilities = loaded.train, found.probabilities.astype(np.float64)
         mixture = {"exposed_share": found.exposed_share, "temperature": found.temperature}
         output.say(
             f"share of the exposed network {found.exposed_share:.2f}, temperature "
             f"{found.temperature:.2f}"
         )
     else:
-        data, probabilities = loaded.test, predict_test(loaded, without=without)
+        data = loaded.train if train else loaded.test
+        probabilities = predict_rows(loaded, data, without=without)
     path = out or in_results(run, name)
     write_predictions(data, probabilities, path)
     accuracy = float((probabilities.argmax(axis=1) == data.labels).mean())
-    output.say(f"accuracy {accuracy:.3f}; {len(data)} rows: {path}")
+    rows = (
+        "training rows, which it learned" if train else "training rows" if hidden else "test rows"
+    )
+    output.say(f"accuracy {accuracy:.3f} on {len(data)} {rows}: {path}")
     document = {"file": str(path), "rows": len(data), "accuracy": accuracy, **mixture}
     output.document(document | {"device": device})
 

@@ -13,6 +13,7 @@ from turnover.cli.config import config_option
 from turnover.cli.options import Count, Device, Objective, Positive, RunFolder
 from turnover.cli.output import Output, in_results
 from turnover.cli.parameters import Fields, build, command
+from turnover.data.base import Data
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.report.pictures import check_sheet, write_sheet
@@ -78,7 +79,7 @@ def influence(
     with connection:
         metrics = score_task.score(loaded, task, engine=engine)
     print_influence(output, metrics)
-    output.say(f"next: turnover explain {run}, turnover report {run}")
+    output.say(f"next: {next_commands(loaded.train, run, 'explain', 'report')}")
     output.document({"run": str(run), "metrics": metrics})
 
 
@@ -203,6 +204,12 @@ def _connected(address: str | None) -> AbstractContextManager[None]:
     return connected(address)
 
 
+def next_commands(train: Data, run: Path, *commands: str) -> str:
+    """List commands to go on with, that of groups first where the training rows have them."""
+    names = ("groups", *commands) if train.grouped else commands
+    return ", ".join(f"turnover {name} {run}" for name in names)
+
+
 def print_influence(output: Output, metrics: dict[str, Any]) -> None:
     """Print a summary of an estimate."""
     found = metrics["influence"]
@@ -210,14 +217,17 @@ def print_influence(output: Output, metrics: dict[str, Any]) -> None:
         output.say("no misclassified test rows")
         return
     seconds = f"{metrics['seconds']['influence']:.0f} s"
+    groups = metrics.get("n_groups")
+    trained = f"{metrics['n_train']} training " + ("instances" if groups is None else "rows")
+    columns = trained if groups is None else f"{groups} groups of {trained}"
     if found["method"] == "gram":
         output.say(
-            f"{metrics['errors_explained']} targets x {metrics['n_train']} training instances by gram: "
+            f"{metrics['errors_explained']} targets x {columns} by gram: "
             f"median standard error {found['median_standard_error']:.2g} nats; {seconds}"
         )
         return
     output.say(
-        f"{metrics['errors_explained']} errors x {metrics['n_train']} training instances: "
+        f"{metrics['errors_explained']} errors x {columns}: "
         f"{metrics['significant_pairs']} pairs with q <= 0.05, on "
         f"{found['errors_with_significant_pairs']} errors; fresh ghosts at p < 0.01: "
         f"{metrics['ghost_false_positive_rate']:.4f}; {seconds}"

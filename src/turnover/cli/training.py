@@ -25,6 +25,7 @@ from turnover.cli.options import (
 from turnover.cli.output import Output
 from turnover.cli.parameters import RUN, Fields, build, command, option_of
 from turnover.cli.reading import Source, say_rows
+from turnover.cli.scores import next_commands
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.sites import PRESETS
 from turnover.errors import InputError
@@ -127,7 +128,7 @@ def fit(
         device=device,
     )
     print_fit(output, metrics)
-    output.say(f"run: {out}; next: turnover influence {out}")
+    output.say(f"run: {out}; next: {next_commands(train_data, out, 'influence')}")
     output.document({"run": str(out), "metrics": metrics})
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -38,6 +38,7 @@ class Data:
         ids: int64 (instances,); equal ids form a group.
         keys: the user's name for each instance.
         classes: class names, sorted.
+        groups: name of each instance's group; its key where instances have masks of their own.
     """
 
     kind: ClassVar[str]
@@ -45,10 +46,21 @@ class Data:
     ids: Tensor
     keys: list[str]
     classes: list[str]
+    groups: list[str]
     _per_row: ClassVar[tuple[str, ...]]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether instances share ids."""
+        return self.count_groups() is not None
+
+    def count_groups(self) -> int | None:
+        """Count groups; ``None`` where every instance has an id of its own."""
+        count = len(torch.unique(self.ids))
+        return count if count < len(self) else None
 
     def take(self, rows: Sequence[int]) -> Self:
         """Select rows, in that order."""
@@ -74,10 +86,14 @@ class Data:
         raise NotImplementedError
 
     def table(self) -> dict[str, list[Any]]:
-        """Columns for a file: key, content as :meth:`shown`, and label."""
+        """Columns for a file: key, any group, content as :meth:`shown`, and label."""
         shown = [self.shown(row) for row in range(len(self))]
+        return self._named({self.kind: shown})
+
+    def _named(self, contents: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        groups = {} if self.groups == self.keys else {"group": self.groups}
         labels = [self.classes[label] for label in self.labels]
-        return {"key": self.keys, self.kind: shown, "label": labels}
+        return {"key": self.keys, **groups, **contents, "label": labels}
 
     def export(self, out: Path) -> None:
         """Write the table for the user as CSV, TSV, JSON lines or Parquet, atomically."""
@@ -92,11 +108,12 @@ class Data:
                 write_texts(draft, columns, tabs=out.suffix == ".tsv")
 
     def save(self, folder: Path, name: str) -> None:
-        """Write the rows into a run's folder as JSON lines with key, id, label and content."""
+        """Write the rows into a run's folder as JSON lines with key, id, any group, label and content."""
         with (folder / f"{name}.jsonl").open("w") as file:
-            for row, key in enumerate(self.keys):
+            for row, (key, group) in enumerate(zip(self.keys, self.groups, strict=True)):
                 label = self.classes[self.labels[row]]
                 line = {"key": key, "id": int(self.ids[row]), "label": label}
+                line |= {} if group == key else {"group": group}
                 file.write(json.dumps(line | self.content(row)) + "\n")
 
     def content(self, row: int) -> dict[str, str]:
@@ -111,6 +128,7 @@ class Row:
     key: str
     id: int
     label: str
+    group: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.id <= _LARGEST_ID:
@@ -125,7 +143,10 @@ Reader = Callable[..., Data]
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the text or image, the label, and any ids, groups or second texts."""
+    """Names of the columns that hold the text or image, the label, and any ids, groups or second texts.
+
+    With a group column the rows of a group share one mask, and ids merely name the rows.
+    """
 
     input: str = "text"
     label: str = "label"
@@ -133,15 +154,14 @@ class Columns:
     group: str | None = None
     second: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.id is not None and self.group is not None:
-            raise InputError("give an id column or a group column, not both: each row has one mask")
-
 
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
     """Refuse a table without the columns; an absent id or group column is dropped if not needed."""
-    if not ids_needed and {columns.id, columns.group}.isdisjoint(names):
-        columns = replace(columns, id=None, group=None)
+    if not ids_needed:
+        there = {
+            name: value for name in ("id", "group") if (value := getattr(columns, name)) in names
+        }
+        columns = replace(columns, **{"id": None, "group": None} | there)
     for column in (columns.input, columns.second, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
             raise InputError(
@@ -159,11 +179,33 @@ def check_writable(out: Path, *others: str) -> None:
         raise InputError(f"{out.parent} does not exist: make the folder first")
 
 
-def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], Tensor] | None:
-    """Read the id or group column: the user's keys, and int64 ids (rows,); ``None`` without one."""
-    column = columns.id or columns.group
-    if column is None:
-        return None
+@dataclass(frozen=True)
+class Names:
+    """What a table calls its rows.
+
+    Attributes:
+        keys: of the rows; ``None`` without an id column.
+        groups: of the rows; ``None`` without a group column.
+        ids: int64 (rows,), of the groups, or else of the rows; ``None`` without either column.
+    """
+
+    keys: list[str] | None = None
+    groups: list[str] | None = None
+    ids: Tensor | None = None
+
+
+def names_of(table: Any, columns: Columns, source: str) -> Names:
+    """Read the id and the group column."""
+    keys = groups = ids = None
+    if columns.id is not None:
+        keys, ids = _named(table, columns.id, source, unique=True)
+    if columns.group is not None:
+        groups, ids = _named(table, columns.group, source, unique=False)
+    return Names(keys, groups, ids)
+
+
+def _named(table: Any, column: str, source: str, *, unique: bool) -> tuple[list[str], Tensor]:
+    """Read names (rows,) of rows, or of groups, and their ids, int64 (rows,)."""
     values = column_of(table, column, source)
     for row, value in enumerate(values):
         if is_missing(value) or isinstance(value, list | dict):
@@ -171,14 +213,14 @@ def keys_and_ids(table: Any, columns: Columns, source: str) -> tuple[list[str], 
     if isinstance(table, Texts):
         values = _integers(values) or values
     keys = [str(value) for value in values]
-    if columns.id is not None:
+    if unique:
         twice = [key for key, count in Counter(keys).items() if count > 1]
         if twice:
             raise InputError(
                 f"{source}: duplicate ids in column {column!r}: {', '.join(twice[:5])}; ids name one "
                 f"row each (rows that share a mask belong to a group column)"
             )
-    _check_spelling(keys, columns, source)
+    _check_spelling(keys, column, source, unique=unique)
     integers = [isinstance(value, int) and not isinstance(value, bool) for value in values]
     if not any(integers):
         return keys, string_ids(keys)
@@ -205,17 +247,17 @@ def _integers(cells: Sequence[str]) -> list[int] | None:
     return values if max(values) <= _LARGEST_ID else None
 
 
-def _check_spelling(keys: Sequence[str], columns: Columns, source: str) -> None:
+def _check_spelling(keys: Sequence[str], column: str, source: str, *, unique: bool) -> None:
     """Refuse ids or groups that look like two spellings of one."""
     known = set(keys)
-    if columns.group is not None:
-        check_alike(known, source, f"groups of column {columns.group!r}")
+    if not unique:
+        check_alike(known, source, f"groups of column {column!r}")
         return
     for key in known:
         bare = key.strip()
         if bare != key and bare in known:
             raise InputError(
-                f"{source}: the ids {bare!r} and {key!r} in column {columns.id!r} differ in blanks alone; "
+                f"{source}: the ids {bare!r} and {key!r} in column {column!r} differ in blanks alone; "
                 f"ids name one row each"
             )
 
@@ -251,8 +293,8 @@ def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
         for wanted in (False, True)
     )
     if len(set(train_data.labels)) < len(data.classes) or not len(test_data):
-        groups = len(torch.unique(data.ids))
-        few = f"{len(data)} rows" + (f" in {groups} groups" if groups < len(data) else "")
+        groups = data.count_groups()
+        few = f"{len(data)} rows" + ("" if groups is None else f" in {groups} groups")
         raise InputError(
             f"{few} are too few to hold a fifth out for testing, with every class in the rest; pass test "
             f"data (--test)"
@@ -262,8 +304,8 @@ def hold_out(data: _Data, share: float = 0.2) -> tuple[_Data, _Data]:
 
 def read_rows(
     path: Path, classes: Sequence[str], kind: type[_Row]
-) -> tuple[list[_Row], list[int], torch.Tensor, list[str]]:
-    """Read rows, their labels (indices into the run's classes), ids and keys."""
+) -> tuple[list[_Row], list[int], torch.Tensor, list[str], list[str]]:
+    """Read rows, their labels (indices into the run's classes), ids, keys and groups."""
     index = {name: position for position, name in enumerate(classes)}
     rows = []
     for number, values in enumerate(read_objects(path, own=True), start=1):
@@ -273,4 +315,5 @@ def read_rows(
     if not rows:
         raise InputError(f"{path}: missing or damaged (no rows)")
     ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
-    return rows, [index[row.label] for row in rows], ids, [row.key for row in rows]
+    groups = [row.key if row.group is None else row.group for row in rows]
+    return rows, [index[row.label] for row in rows], ids, [row.key for row in rows], groups

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from turnover.data.base import Columns, keys_and_ids, present
+from turnover.data.base import Columns, Names, names_of, present
 from turnover.data.classes import label_names
 from turnover.data.decoding import ENDINGS, Picture, decode, load_pillow
 from turnover.data.tables import is_saved, load_table, table_of, undecoded
@@ -39,14 +38,14 @@ class Source:
         names: of the images.
         labels: of the images.
         where: the folder or column of the labels, for messages.
-        given: keys and ids, if the source has them.
+        given: keys, groups and ids, where the source has them.
         read: function that returns the bytes and the picture of a row.
     """
 
     names: list[str]
     labels: list[str]
     where: str
-    given: tuple[list[str], Tensor] | None
+    given: Names
     read: Callable[[int], tuple[bytes, Picture]]
 
 
@@ -102,7 +101,7 @@ def _in_folder(
 
     names = [path.relative_to(folder).as_posix() for path in paths]
     labels = [name.partition("/")[0] for name in names]
-    return Source(names, labels, "the folder", None, read)
+    return Source(names, labels, "the folder", Names(), read)
 
 
 def _in_arrays(path: Path, columns: Columns, ids_needed: bool) -> Source:
@@ -184,7 +183,7 @@ def _labeled(
 ) -> Source:
     names = [str(row + 1) for row in range(count)]
     labels = label_names(table, columns.label, source)
-    return Source(names, labels, where, keys_and_ids(table, columns, source), read)
+    return Source(names, labels, where, names_of(table, columns, source), read)
 
 
 def _homes(source: Path) -> tuple[Path, ...]:

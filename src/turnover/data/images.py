@@ -50,10 +50,11 @@ class ImageData(Data):
         names: of the images: a file's path in its folder, or a row number.
         labels: class index of each row, into ``classes``.
         ids: int64 (rows,); equal ids form a group.
-        keys: the user's name for each row: its id or group, or its name.
+        keys: the user's name for each row: its id, or its name.
         classes: class names, sorted.
         ranges: numbers that became 0 and 255, for images of more than 8 bits, by kind (``"integers"``,
             ``"floats"``).
+        groups: name of each row's group; by default its key.
     """
 
     kind: ClassVar[str] = "image"
@@ -65,8 +66,13 @@ class ImageData(Data):
     keys: list[str]
     classes: list[str]
     ranges: Ranges = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list, kw_only=True)
 
-    _per_row: ClassVar[tuple[str, ...]] = ("rows", "names", "labels", "keys")
+    _per_row: ClassVar[tuple[str, ...]] = ("rows", "names", "labels", "keys", "groups")
+
+    def __post_init__(self) -> None:
+        # The only way to set a field of a frozen dataclass.
+        object.__setattr__(self, "groups", self.groups or self.keys)
 
     def shown(self, row: int) -> str:
         """Name of a row's image."""
@@ -264,9 +270,12 @@ def read_images(
         image = scaling.apply(found.read(row)[1])
         pixels[row] = framing(image, f"{source}: {found.names[row]}")
     _report(source, scaling)
-    keys, ids = found.given or (found.names, content_ids(contents))
-    rows = list(range(count))
-    return ImageData(pixels, rows, found.names, labels, ids, keys, known, chosen)
+    given, rows = found.given, list(range(count))
+    keys = given.keys or found.names
+    ids = content_ids(contents) if given.ids is None else given.ids
+    return ImageData(
+        *(pixels, rows, found.names, labels, ids, keys, known, chosen), groups=given.groups or keys
+    )
 
 
 def read_image(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.data.base import Columns, Data, Row, keys_and_ids, present
+from turnover.data.base import Columns, Data, Row, names_of, present
 from turnover.data.classes import indexed, label_names
 from turnover.data.encoded import EVALUATION_ROWS, Encoded
 from turnover.data.tables import column_of, load_table
@@ -31,8 +31,9 @@ class TextData(Data):
         texts: one string per instance.
         labels: class index of each, into ``classes``.
         ids: int64 (instances,); equal ids form a group.
-        keys: the user's name for each instance: its id or group, or a row number.
+        keys: the user's name for each instance: its id, or a row number.
         classes: class names, sorted.
+        groups: name of each instance's group; by default its key.
     """
 
     kind: ClassVar[str] = "text"
@@ -41,8 +42,13 @@ class TextData(Data):
     ids: Tensor
     keys: list[str]
     classes: list[str]
+    groups: list[str] = field(default_factory=list, kw_only=True)
 
-    _per_row: ClassVar[tuple[str, ...]] = ("texts", "labels", "keys")
+    _per_row: ClassVar[tuple[str, ...]] = ("texts", "labels", "keys", "groups")
+
+    def __post_init__(self) -> None:
+        # The only way to set a field of a frozen dataclass.
+        object.__setattr__(self, "groups", self.groups or self.keys)
 
     def shown(self, row: int) -> str:
         """Text of a row."""
@@ -63,7 +69,7 @@ class PairData(TextData):
 
     seconds: list[str]
 
-    _per_row: ClassVar[tuple[str, ...]] = ("texts", "seconds", "labels", "keys")
+    _per_row: ClassVar[tuple[str, ...]] = ("texts", "seconds", "labels", "keys", "groups")
 
     def shown(self, row: int) -> str:
         """Both texts of a row."""
@@ -74,9 +80,8 @@ class PairData(TextData):
         return [f"{one}\0{two}" for one, two in zip(self.texts, self.seconds, strict=True)]
 
     def table(self) -> dict[str, list[Any]]:
-        """Columns for a file: key, both texts, and label."""
-        labels = [self.classes[label] for label in self.labels]
-        return {"key": self.keys, "text": self.texts, "second": self.seconds, "label": labels}
+        """Columns for a file: key, any group, both texts, and label."""
+        return self._named({"text": self.texts, "second": self.seconds})
 
     def content(self, row: int) -> dict[str, str]:
         """Both texts of a row, as a run's file has them."""
@@ -187,13 +192,14 @@ def read(
     names = label_names(table, columns.label, source, classes)
     labels, known = indexed(names, classes, source, f"column {columns.label!r}")
     whole = texts if seconds is None else map("\0".join, zip(texts, seconds, strict=True))
-    keys, ids = keys_and_ids(table, columns, source) or (
-        [str(row + 1) for row in range(len(texts))],
-        content_ids(f"{text}\0{name}" for text, name in zip(whole, names, strict=True)),
-    )
+    given = names_of(table, columns, source)
+    keys = given.keys or [str(row + 1) for row in range(len(texts))]
+    ids, groups = given.ids, given.groups or keys
+    if ids is None:
+        ids = content_ids(f"{text}\0{name}" for text, name in zip(whole, names, strict=True))
     if seconds is not None:
-        return PairData(texts, labels, ids, keys, known, seconds)
-    return TextData(texts, labels, ids, keys, known)
+        return PairData(texts, labels, ids, keys, known, seconds, groups=groups)
+    return TextData(texts, labels, ids, keys, known, groups=groups)
 
 
 def _texts(table: Any, column: str, source: str) -> list[str]:

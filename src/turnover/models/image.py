@@ -185,7 +185,7 @@ class Images:
 
     def read(self, folder: Path, name: str, classes: list[str]) -> ImageData:
         """Read images of a run; their pixels stay on disk."""
-        found, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, ImageRow)
+        found, labels, ids, keys, groups = read_rows(folder / f"{name}.jsonl", classes, ImageRow)
         path, size, rows = folder / f"{name}.npy", self.size, list(range(len(found)))
         check_file(path)
         try:
@@ -195,7 +195,9 @@ class Images:
         if pixels.shape != (len(rows), size, size, 3) or pixels.dtype != np.uint8:
             raise InputError(f"{path}: damaged, not {len(rows)} images of {size} x {size}")
         names = [row.image for row in found]
-        return ImageData(pixels, rows, names, labels, ids, keys, classes, self.ranges)
+        return ImageData(
+            *(pixels, rows, names, labels, ids, keys, classes, self.ranges), groups=groups
+        )
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ class Texts:
 
     def read(self, folder: Path, name: str, classes: list[str]) -> TextData:
         """Read texts of a run."""
-        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, TextRow)
-        return TextData([row.text for row in rows], labels, ids, keys, classes)
+        rows, labels, ids, keys, groups = read_rows(folder / f"{name}.jsonl", classes, TextRow)
+        return TextData([row.text for row in rows], labels, ids, keys, classes, groups=groups)
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,9 @@ class TrainedTexts(_Files, Texts):
         """Read texts, or pairs of texts, of a run."""
         if not self.config.pairs:
             return super().read(folder, name, classes)
-        rows, labels, ids, keys = read_rows(folder / f"{name}.jsonl", classes, PairRow)
+        rows, labels, ids, keys, groups = read_rows(folder / f"{name}.jsonl", classes, PairRow)
         texts, seconds = [row.text for row in rows], [row.second for row in rows]
-        return PairData(texts, labels, ids, keys, classes, seconds)
+        return PairData(texts, labels, ids, keys, classes, seconds, groups=groups)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
     leaking = f"{metrics['audit']['leaking_share']:.2%}"
     leak = "share of trainable scalars that one instance reaches both exposed and hidden"
     facts = [
-        Fact("Training instances", f"{metrics['n_train']:,}", "each with its own mask"),
+        _trained_on(metrics, "each with its own mask", "which share a mask each"),
         Fact("Test instances", f"{metrics['n_test']:,}", "never trained on; run under ghost masks"),
         Fact("Mask units", f"{metrics['mask_units']:,}", "summed over the sites below"),
         Fact("Loss, train exposed", nats("train_exposed"), "all training rows, own masks"),
@@ -220,13 +220,19 @@ def _facts(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _trained_on(metrics: dict[str, Any], alone: str, together: str) -> Fact:
+    groups = metrics.get("n_groups")
+    how = alone if groups is None else f"in {groups:,} groups, {together}"
+    return Fact("Training rows", f"{metrics['n_train']:,}", how)
+
+
 def _facts_of_trained(metrics: dict[str, Any], found: dict[str, Any]) -> tuple[Fact, ...]:
     loss, half, seconds = metrics["loss"], metrics["loss_half_width"], metrics["seconds"]
     both = {name: f"{loss[name]:.3f} ± {half[name]:.3f}" for name in ("train", "test")}
     tuned = f"{metrics['parameters']:,}"
     facts = [
-        Fact(
-            "Training instances", f"{metrics['n_train']:,}", "their gradients explain the targets"
+        _trained_on(
+            metrics, "their gradients explain the targets", "whose scores are sums over rows"
         ),
         Fact("Test instances", f"{metrics['n_test']:,}", "never trained on"),
         Fact("Parameters", tuned, "whose gradients are taken"),

@@ -36,8 +36,9 @@ def thumbnails(data: Data, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _images_by_key(data: Data) -> Callable[[str], Any]:
-    """Pixels by a row's key; groups share keys, and their first row is taken."""
-    first = {key: row for row, key in reversed(list(enumerate(data.keys)))}
+    """Pixels by a row's key, or by a group's name: of its first row."""
+    first = {name: row for row, name in reversed(list(enumerate(data.groups)))}
+    first |= {key: row for row, key in enumerate(data.keys)}
     return lambda key: data.image(first[key])
 
 

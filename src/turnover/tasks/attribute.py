@@ -262,6 +262,7 @@ def write(
     majority = Counter(made.train.labels).most_common(1)[0][0]
     metrics = {
         "n_train": len(made.train),
+        "n_groups": made.train.count_groups(),
         "n_test": len(made.test),
         "loss": {name: mean for name, (mean, _) in losses.items()},
         "loss_half_width": {name: half for name, (_, half) in losses.items()},

@@ -291,6 +291,10 @@ def _check(
         )
     check_whole("seeds", seeds, 1)
     check_rows(run)
+    if ranking == "self" and scores is None and run.train.grouped:
+        raise InputError(
+            f"{run.folder} has groups, which have no self-influence: choose another ranking"
+        )
     if scores is not None and (
         np.shape(scores) != (len(run.train),) or not np.isfinite(scores).all()
     ):

@@ -146,7 +146,7 @@ def influential(
     if result.method == "gram" and result.standard_error is not None:
         errors = result.standard_error[at][columns].tolist()
     return tuple(
-        Influential(*described(train, rows[column]), *measured, standard_error=error)
+        Influential(*represented(train, rows[column]), *measured, standard_error=error)
         for column, error, *measured in zip(columns, errors, *numbers, strict=True)
     )
 
@@ -154,6 +154,11 @@ def influential(
 def described(data: Data, row: int) -> tuple[str, str, str]:
     """Key, label and text of a row."""
     return data.keys[row], data.classes[data.labels[row]], data.shown(row)
+
+
+def represented(train: Data, row: int) -> tuple[str, str, str]:
+    """Name of a row's group, or its key, and label and text of the row, which stands for the group."""
+    return train.groups[row], *described(train, row)[1:]
 
 
 def explain_errors(run: Run, *, top: int = 5, among: str | None = None) -> list[Explanation]:

@@ -19,7 +19,7 @@ from turnover.fairness import Gaps, gap_influence, gaps
 from turnover.influence.estimator import Influence
 from turnover.objectives import margin
 from turnover.runs.run import Run
-from turnover.tasks.explain import described, rows_by_id
+from turnover.tasks.explain import represented, rows_by_id
 from turnover.tasks.review import REMOVE, matching, write_list
 from turnover.tasks.score_trained import BATCH, by_ids, fitted
 from turnover.tasks.training import evaluate
@@ -142,12 +142,12 @@ def fairness(
     if method == "gram":
         result = by_ids(result, run)
     sizes = Counter(run.train.ids.tolist())
-    grouped = len(sizes) < len(run.train)
+    grouped = run.train.grouped
     first = rows_by_id(result.train_ids, run.train)
     listed = []
     for column in np.argsort(result.scores, kind="stable")[:budget].tolist():
         numbers = [float(one[column]) for one in (result.scores, result.z, result.q)]
-        key, label, text = described(run.train, first[column])
+        key, label, text = represented(run.train, first[column])
         shown = (None, None) if grouped else (label, text)
         size = sizes[int(result.train_ids[column])]
         if numbers[0] < 0:
@@ -224,5 +224,5 @@ def check_decision(run: Run, decision: str | None) -> None:
             f"relabel takes the other of two classes, and the run has {len(classes)}: fill in the column "
             f"decision yourself"
         )
-    if len(torch.unique(run.train.ids)) < len(run.train):
+    if run.train.grouped:
         raise InputError(f"{run.folder} has groups, and decisions are on rows: leave them out")

@@ -262,6 +262,7 @@ def _metrics(
     test_mean, test_half = loss["test_hidden"]
     return {
         "n_train": len(train_data),
+        "n_groups": train_data.count_groups(),
         "n_test": len(test_data),
         "mask_units": network.mask_units,
         "mask_units_by_site": network.known_units(),

@@ -97,12 +97,12 @@ def groups(
             model that was trained without masks.
     """
     sizes = Counter(run.train.ids.tolist())
-    if len(sizes) == len(run.train):
+    if not run.train.grouped:
         raise InputError(
             f"{run.folder} has no groups: every training row has an id of its own; "
             f"make one with --group-column"
         )
-    keys = dict(zip(run.train.ids.tolist(), run.train.keys, strict=True))
+    keys = dict(zip(run.train.ids.tolist(), run.train.groups, strict=True))
     test = run.encode(run.test)
     if run.masks is None:
         return _by_gram(run, objective, method, sizes, keys, test)

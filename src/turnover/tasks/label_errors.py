@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,11 +74,12 @@ def _by(probabilities: NDArray[np.floating], labels: NDArray[np.int64], source: 
 
 
 def check_rows(run: Run) -> None:
-    """Refuse training rows that share ids or keys (groups)."""
-    if min(len(torch.unique(run.train.ids)), len(set(run.train.keys))) < len(run.train):
+    """Refuse training rows that share keys."""
+    twice = [key for key, count in Counter(run.train.keys).items() if count > 1]
+    if twice:
         raise InputError(
-            f"{run.folder} has groups, and rows are judged one by one: make a run with an id column "
-            f"instead of the group column"
+            f"{run.folder}: training rows share the key {twice[0]!r}, and rows are judged one by one: fit "
+            f"again, which numbers rows, or give their column with --id-column"
         )
 
 
@@ -86,6 +88,11 @@ def without_themselves(run: Run) -> NDArray[np.float64]:
 
     The probability of a row's label falls by the row's self-influence.
     """
+    if run.train.grouped:
+        raise InputError(
+            f"{run.folder} has groups, and a model that was trained without masks, itself on its encoder, "
+            f"is judged by the self-influence of single rows: make a run without the group column"
+        )
     check_scored(run)
     objective = read_json(run.folder / "metrics.json").get("influence", {}).get("objective")
     result = run.read_result("self")

@@ -1,8 +1,9 @@
-"""Predictions of a run: training rows by their hidden networks, test rows with or without a group."""
+"""Predictions of a run: rows with or without a group, training rows by their hidden networks."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from turnover.errors import InputError
 from turnover.io.files import write_csv
 from turnover.runs.run import Run
 from turnover.tasks.training import logits_of_rows
+
+_SMALLEST = np.finfo(np.float64).tiny
 
 
 def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
@@ -42,43 +45,57 @@ def predict_training(run: Run, *, calibrate: bool = True) -> HiddenPredictions:
     return replace(found, probabilities=found.probabilities[order], train_ids=ids)
 
 
-def predict_test(run: Run, *, without: str | None = None) -> NDArray[np.float32]:
-    """Predict probabilities (rows, classes) of a run's test rows.
+def predict_rows(run: Run, data: Data, *, without: str | None = None) -> NDArray[np.float64]:
+    """Predict probabilities (rows, classes) of rows.
 
     Args:
         run: the run.
-        without: key of a training instance or group: predict by the network that never learned it;
-            ``None``: by the whole network.
+        data: its test or training rows.
+        without: key of a training instance, or name of a group: predict by the network that never learned
+            it; ``None``: by the whole network.
 
     Raises:
-        InputError: no training row has that key.
+        InputError: no training row has that key, or no group that name.
     """
     train_id = None if without is None else id_of(run.train, without)
 
     def bind(_: Sequence[int]) -> AbstractContextManager[Any]:
         return run.whole() if train_id is None else run.network.without(train_id)
 
-    encoded = run.encode(run.test)
+    encoded = run.encode(data)
     logits = logits_of_rows(run.model, encoded, range(len(encoded)), bind)
-    return np.asarray(logits.softmax(dim=1).numpy())
+    return np.asarray(logits.double().softmax(dim=1).numpy())
 
 
 def id_of(train: Data, key: str) -> int:
-    """Find the id under which the rows with a key were trained; refuse an unknown key."""
-    if key not in train.keys:
-        close = difflib.get_close_matches(key, dict.fromkeys(train.keys), n=3, cutoff=0.4)
-        hint = f"; closest: {', '.join(close)}" if close else ""
-        raise InputError(f"no training row has the key {key!r}{hint}")
-    return int(train.ids[train.keys.index(key)])
+    """Find the id of a training row's key, or of a group's name; refuse unknown ones."""
+    if key in train.groups:
+        return int(train.ids[train.groups.index(key)])
+    if key in train.keys:
+        group = train.groups[train.keys.index(key)]
+        raise InputError(
+            f"training row {key!r} shares its mask with its group {group!r}: give the group"
+        )
+    close = difflib.get_close_matches(key, dict.fromkeys(train.groups), n=3, cutoff=0.4)
+    hint = f"; closest: {', '.join(close)}" if close else ""
+    what = "no training rows are of the group" if train.grouped else "no training row has the key"
+    raise InputError(f"{what} {key!r}{hint}")
 
 
-def write_predictions(data: Data, probabilities: NDArray[np.float32], out: Path) -> None:
-    """Write probabilities (rows, classes) as CSV, atomically, beside keys, labels and predictions."""
-    columns = [f"p({name})" for name in data.classes]
+def write_predictions(data: Data, probabilities: NDArray[np.floating], out: Path) -> None:
+    """Write probabilities (rows, classes) as CSV, atomically, beside keys, groups, labels and predictions.
+
+    The loss is that of the label, in nats.
+    """
+    named = {"key": data.keys} | ({} if data.groups == data.keys else {"group": data.groups})
     lines = []
-    for row, given in enumerate(probabilities):
-        label = data.labels[row]
-        numbers = [f"{p:.6f}" for p in (given[label], *given)]
-        predicted = data.classes[int(given.argmax())]
-        lines.append([data.keys[row], data.classes[label], predicted, *numbers])
-    write_csv(out, ["key", "label", "predicted", "probability_of_label", *columns], lines)
+    for row, (names, given) in enumerate(
+        zip(zip(*named.values(), strict=True), probabilities, strict=True)
+    ):
+        label, predicted = data.labels[row], data.classes[int(given.argmax())]
+        loss = -math.log(max(float(given[label]), _SMALLEST))
+        numbers = [f"{given[label]:.6f}", f"{loss:.6g}", *(f"{p:.6f}" for p in given)]
+        lines.append([*names, data.classes[label], predicted, *numbers])
+    columns = [f"p({name})" for name in data.classes]
+    header = [*named, "label", "predicted", "probability_of_label", "loss", *columns]
+    write_csv(out, header, lines)

@@ -21,7 +21,7 @@ from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
 from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.label_errors import Doubts, check_rows, doubts
-from turnover.tasks.score_trained import by_ids, fitted
+from turnover.tasks.score_trained import fitted
 
 KEEP, REMOVE = "keep", "remove"
 _INFLUENCERS = 10
@@ -292,22 +292,26 @@ def _self_influence(run: Run) -> dict[int, tuple[float, float]]:
 
 
 def _influencers(run: Run, rows: list[int]) -> list[dict[str, int]]:
-    """Count the labels of the strongest influencers of each row, without the row itself."""
+    """Count the labels of the strongest influencers of each row, without the row itself.
+
+    By gram where masks are not those of single rows.
+    """
     if not rows:
         return []
     encoded = run.encode(run.train)
     batches = [encoded.batch(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
-    if run.masks is None:
-        result = by_ids(fitted(run, encoded, objectives.margin).estimate(batches), run)
+    if run.masks is None or run.train.grouped:
+        result = fitted(run, encoded, objectives.margin).estimate(batches)
+        of = result.train_ids.tolist()  # row numbers
     else:
         sites = run.scored_sites()
         influence = Influence(run.masks, objectives.margin, "linear", sites=sites, progress=True)
         result = influence.estimate(batches, run.train.ids)
-    first = rows_by_id(result.train_ids, run.train)
+        of = rows_by_id(result.train_ids, run.train)
     votes = []
     for scores, row in zip(result.scores, rows, strict=True):
         order = np.argsort(-np.abs(scores), kind="stable")
-        others = [first[column] for column in order[: _INFLUENCERS + 1] if first[column] != row]
+        others = [of[column] for column in order[: _INFLUENCERS + 1] if of[column] != row]
         labels = (run.train.classes[run.train.labels[one]] for one in others[:_INFLUENCERS])
         votes.append(dict(Counter(labels).most_common()))
     return votes

@@ -72,7 +72,7 @@ def score_trained(
         results["errors"] = by_ids(influence.estimate(batches(test, rows, BATCH)), run)
     every = batches(test, range(len(test)), BATCH)
     results["aggregate"] = by_ids(influence.aggregate(every), run)
-    if len(torch.unique(run.train.ids)) == len(run.train):
+    if not run.train.grouped:
         results["self"] = by_ids(influence.self_influence(), run)
     # Without it no command reads results, which an interruption would leave in a mix of settings.
     listed = run.folder / "results" / TARGETS

@@ -209,7 +209,9 @@ class Contents:
         if not 0 <= row < rows:
             raise InputError(f"there are {rows} training rows, none is number {row}")
         key, label, text = described(self._run.train, row)
-        return {"row": row, "key": key, "label": label, "text": text[:_EXCERPT]}
+        group = self._run.train.groups[row]
+        named = {"row": row, "key": key, "group": None if group == key else group}
+        return {**named, "label": label, "text": text[:_EXCERPT]}
 
     def image(self, side: str, row: int) -> bytes:
         """Encode a training (``train``) or test (``test``) image as PNG, at its size."""
@@ -263,7 +265,8 @@ class Contents:
     ) -> dict[str, Any]:
         at = 0, int(self._column[row])
         numbers = measured(result.scores[at], result.z[at], result.q[at])
-        return {**self.training_row(row), **numbers, "gram": gram.get(row)}
+        named = {"key": self._run.train.groups[row], "group": None}
+        return {**self.training_row(row), **named, **numbers, "gram": gram.get(row)}
 
     def _gram_of_error(self, number: int) -> dict[int, dict[str, float]]:
         """Score and standard error of an error's extremes by gram, by training row."""

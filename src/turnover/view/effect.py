@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from turnover.tasks.relabel import right_after
 
 _TRAINING_ROWS = 2_000
 _TEST_ROWS = 1_000
+_PART = 128
+"""Rows that are encoded before the view can close."""
 _SEED = 0
 
 
@@ -42,6 +44,7 @@ class Effect:
                 "The effect needs the encoder as before training, which this run does not keep."
             )
         self._measuring, self._encoding = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
         self._at: dict[int, int] = {}
         self._train: Frozen | None = None
         self._test: Frozen | None = None
@@ -79,6 +82,12 @@ class Effect:
         with self._measuring:
             self._without(())
 
+    def close(self) -> None:
+        """Stop within seconds: a thread that still computes would abort the process as it ends."""
+        self._closed.set()
+        with self._measuring, self._encoding:
+            pass
+
     def nearest(self, row: int, most: int) -> list[tuple[int, float]]:
         """Find the training rows with the most similar features, and their similarity: a cosine.
 
@@ -115,24 +124,34 @@ class Effect:
         run = self._run
         if self._train is None or self._test is None:
             rows = _drawn(run.train, _TRAINING_ROWS)
-            self._train = frozen(run, run.train.take(rows))
-            self._test = frozen(run, run.test.take(_drawn(run.test, _TEST_ROWS)))
+            train = self._frozen(run.train, rows)
+            self._test = self._frozen(run.test, _drawn(run.test, _TEST_ROWS))
+            self._train = train
             self._at = {row: at for at, row in enumerate(rows)}
         if new := [row for row in decided if row not in self._at]:
-            more, known = frozen(run, run.train.take(new)), self._train
-            self._train = replace(
-                known,
-                features=torch.cat([known.features, more.features]),
-                labels=torch.cat([known.labels, more.labels]),
-            )
+            known = self._train
+            self._train = _joined([known, self._frozen(run.train, new)])
             self._at |= {row: len(known) + at for at, row in enumerate(new)}
             self._before = None
         return self._train, self._test
+
+    def _frozen(self, data: Data, rows: list[int]) -> Frozen:
+        parts = []
+        for start in range(0, len(rows), _PART):
+            if self._closed.is_set():
+                raise InputError("the view is closing")
+            parts.append(frozen(self._run, data.take(rows[start : start + _PART])))
+        return _joined(parts)
 
     def _right(self, train: Frozen, test: Frozen, decisions: Mapping[int, str]) -> Tensor:
         """Whether a head predicts the label of each test row, bool (test rows,)."""
         made = {self._at[row]: decision for row, decision in decisions.items()}
         return right_after(train, test, made, self._run.train.classes, _SEED)
+
+
+def _joined(parts: Sequence[Frozen]) -> Frozen:
+    features, labels = ([getattr(one, name) for one in parts] for name in ("features", "labels"))
+    return replace(parts[0], features=torch.cat(features), labels=torch.cat(labels))
 
 
 def _drawn(data: Data, most: int) -> list[int]:

@@ -41,8 +41,6 @@ def open_view(
     with contextlib.closing(listening):
         contents = Contents(run)
         decisions, effect = Decisions(run, contents.self_influence), Effect(run)
-        if decisions.refusal is None and effect.refusal is None:
-            threading.Thread(target=_prepare, args=(effect,), daemon=True).start()
         token, once = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         config = uvicorn.Config(
             application(contents, decisions, effect, token, once),
@@ -59,7 +57,9 @@ def open_view(
             # browser in the terminal would block this thread.
             address = (f"{origin}/{once}",)
             threading.Thread(target=webbrowser.open, args=address, daemon=True).start()
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.closing(effect), contextlib.suppress(KeyboardInterrupt):
+            if decisions.refusal is None and effect.refusal is None:
+                threading.Thread(target=_prepare, args=(effect,), daemon=True).start()
             uvicorn.Server(config).run(sockets=[listening])
 
 

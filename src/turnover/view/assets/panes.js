@@ -49,6 +49,11 @@ export function errorNumbers(one) {
   );
 }
 
+function inGroup(one) {
+  const label = chip("", "class", one.label);
+  return one.group === null ? [label] : [label, chip("", "group", one.group)];
+}
+
 export function instanceWhat(run, one, shared) {
   const chips = element(
     "span",
@@ -272,7 +277,7 @@ export function fillInstance(pane, run, instance, back, act) {
   pane.replaceChildren(
     title(back, "Training instance", instance.key),
     whole,
-    element("p", "chips", chip("", "class", instance.label), badge(run, instance.row)),
+    element("p", "chips", ...inGroup(instance), badge(run, instance.row)),
     decisionControl(run, instance, act),
     tiles,
     sides(run, instance, titles, "turnover", target(run, instance)),
