@@ -231,6 +231,8 @@ def test_labels_of_a_model_that_knows_another_class_are_reviewed_and_changed(
         *("review", tmp_path / "run", "--apply", "relabel", "--least", least, "--out", out)
     )
     assert "2 relabelled" in said.stdout
+    before, after = ((path.read_text().splitlines()) for path in (files / "train.csv", out))
+    assert sum(one != other for one, other in zip(before, after, strict=True)) == 2
     assert "has learned the labels: gains come out too small" in said.stderr
 
 

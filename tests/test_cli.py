@@ -701,7 +701,7 @@ def test_wrong_labels_are_listed_decided_on_and_written(noisy_run: Path, tmp_pat
         out = tmp_path / f"cleaned.{ending}"
         said = turnover("review", noisy_run, "--decisions", listed, "--out", out).stdout
         assert "158 kept, 1 removed, 1 relabelled" in said
-        cleaned = read(str(out), Columns(id="key"))
+        cleaned = read(str(out), Columns(id="id"))
         labels = dict(zip(cleaned.keys, cleaned.labels, strict=True))
         assert len(labels) == 159 and rows[1]["key"] not in labels
         assert cleaned.classes[labels[rows[0]["key"]]] == rows[0]["suggested"]
@@ -730,7 +730,7 @@ def test_what_is_sure_is_relabeled_or_removed_and_measured(
     before = dict(zip(loaded.keys, (loaded.classes[one] for one in loaded.labels), strict=True))
     found = json.loads(turnover("review", run, "--apply", way, "--out", out, "--json").stdout)
     with out.open(newline="") as file:
-        after = {row["key"]: row["label"] for row in csv.DictReader(file)}
+        after = {row["id"]: row["label"] for row in csv.DictReader(file)}
     wrong = {"7", "20", "33", "46"}
     assert len(after) == labels
     changed = {key for key, label in before.items() if after.get(key) != label}

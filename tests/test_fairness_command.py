@@ -108,11 +108,11 @@ def test_decisions_are_applied_by_review(desk: Path, run: Path, tmp_path: Path) 
     listed = lines_of(out)
     assert all({one["label"], one["decision"]} == {"neg", "pos"} for one in listed)
     turnover("review", run, "--decisions", out, "--out", fairer)
-    labels = {one["key"]: one["label"] for one in lines_of(fairer)}
+    labels = {one["id"]: one["label"] for one in lines_of(fairer)}
     assert [labels[one["key"]] for one in listed] == [one["decision"] for one in listed]
     turnover(*given(desk, run, "--budget", 10, "--decision", "remove", "--out", out))
     turnover("review", run, "--decisions", out, "--out", fairer)
-    left = {one["key"] for one in lines_of(fairer)}
+    left = {one["id"] for one in lines_of(fairer)}
     assert len(left) == ROWS - 10 and not left & {one["key"] for one in lines_of(out)}
 
 

@@ -129,7 +129,7 @@ def test_groups_written_in_two_ways_are_pointed_out(table: Table) -> None:
         ("text,label\n ,pos\n", "row 1 has no text"),
         ("text,label\na,pos\nb, \n", "row 2 has no label"),
         ("text\tlabel\na\tpos\nb\tneg\n", r"tabs separate its cells: rename it to end in \.tsv"),
-        ("text,label\na,b\n".encode("utf-16-le"), "NUL bytes; write the file as UTF-8"),
+        ("text,label\na,b\n".encode("utf-16-le"), "NUL bytes; .* --encoding utf-16-le"),
         ("text,label\na,b\n".encode("utf-16"), "line 1: not UTF-8"),
         ("text,label\na,0.73\nb,-1\n", "column 'label' holds real numbers such as 0.73"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ from turnover.cli.output import Output
 from turnover.cli.parameters import RUN, Fields, build, command
 from turnover.cli.reading import Source, say_rows
 from turnover.cli.scores import explain_errors, next_commands, print_influence
-from turnover.data.base import Columns
 from turnover.errors import InputError
 from turnover.io.parsing import read_json
 from turnover.models.classifiers import load_classifier
@@ -38,7 +38,7 @@ _CLASS = typer.Option(
         DATA,
         (
             *("text_column", "image_column", "label_column"),
-            *("id_column", "group_column", "split", "test_split"),
+            *("id_column", "group_column", "split", "test_split", "encoding"),
         ),
     ),
     Fields(
@@ -91,7 +91,7 @@ def attribute(
     check_new_run(out, overwrite=overwrite)
     classifier = load_classifier(model)
     columns = build(Source, options).columns(classifier.takes)
-    columns = Columns(columns.input, columns.label, columns.id, columns.group, second_column)
+    columns = replace(columns, second=second_column)
     made = attribute_task.prepare(
         model,
         train,

@@ -11,6 +11,7 @@ from turnover.cli.parameters import command
 from turnover.errors import InputError
 from turnover.fairness import Gap
 from turnover.runs.run import Run
+from turnover.runs.source import usual_ending
 from turnover.tasks import fairness as fairness_task
 from turnover.tasks.explain import SIGNIFICANT_Q
 
@@ -62,7 +63,8 @@ def fairness(
     output.say(f"all listed: {path}")
     if not found.grouped:
         fill = "" if decision else "fill in the column decision (keep, remove or a class), then: "
-        output.say(f"{fill}turnover review {run} --decisions {path} --out fairer.csv")
+        fairer = f"fairer{usual_ending(loaded)}"
+        output.say(f"{fill}turnover review {run} --decisions {path} --out {fairer}")
     output.document(found.to_dict() | {"file": str(path), "device": device})
 
 

@@ -21,6 +21,7 @@ from turnover.data.base import check_writable
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.runs.run import Run
+from turnover.runs.source import usual_ending
 from turnover.tasks import cleanse as cleanse_task
 from turnover.tasks import relabel as relabel_task
 from turnover.tasks import review as review_task
@@ -116,7 +117,8 @@ def review(
         if lists and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
     loaded = Run.load(run, device)
-    path = out or in_results(run, "review.csv" if lists else "decided.csv")
+    ending = usual_ending(loaded)
+    path = out or in_results(run, "review.csv" if lists else f"decided{ending}")
     if decisions is not None:
         counts = review_task.apply_decisions(loaded, decisions, path)
         output.say(f"{_counted(counts)}: {path}")
@@ -133,7 +135,7 @@ def review(
         f"more probably than not, by {reviewed.source}\n"
         f"the {len(reviewed.rows)} most doubtful rows: {path}\n"
         f"fill in the column decision (keep, remove or a class), then: turnover review {run} --decisions "
-        f"{path} --out cleaned.csv",
+        f"{path} --out cleaned{ending}",
         highlight=False,
     )
     output.document({"file": str(path), **asdict(reviewed), "device": device})
@@ -149,7 +151,7 @@ def _apply(
     device: str,
 ) -> None:
     applied = relabel_task.apply(run, found, way, least=least)
-    counts = review_task.write_decided(run.train, applied.decisions, path)
+    counts = review_task.write_decided(run, applied.decisions, path)
     reviewed = review_task.listed(run, found, len(applied.decisions))
     said = {run.train.keys[row]: decision for row, decision in applied.decisions.items()}
     listed = in_results(run.folder, "review.csv")
@@ -171,11 +173,12 @@ def _apply(
 
 
 def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 @command(
-    Fields(Source, DATA, ("text_column", "image_column", "label_column")), config=config_option()
+    Fields(Source, DATA, ("text_column", "image_column", "label_column", "encoding")),
+    config=config_option(),
 )
 def cleanse(
     run: RunFolder,

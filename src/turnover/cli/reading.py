@@ -7,6 +7,7 @@ from typing import Any
 
 from turnover.cli.output import Output
 from turnover.data.base import Columns, Data, read_both
+from turnover.io.parsing import UTF8
 from turnover.models.base import Config
 
 _SHOWN = 10
@@ -26,6 +27,7 @@ class Source:
             share one mask.
         split: split of a Hugging Face data set.
         test_split: split for --test.
+        encoding: encoding of CSV, TSV and JSON files, such as cp1252; Parquet has its own.
     """
 
     test: str | None = None
@@ -36,11 +38,13 @@ class Source:
     group_column: str | None = None
     split: str = "train"
     test_split: str = "test"
+    encoding: str = UTF8
 
     def columns(self, kind: str) -> Columns:
         """The columns of a kind of data."""
         given: str = getattr(self, f"{kind}_column")
-        return Columns(given, self.label_column, self.id_column, self.group_column)
+        own = self.id_column, self.group_column
+        return Columns(given, self.label_column, *own, encoding=self.encoding)
 
     def read(self, data: str, shape: Config) -> tuple[Any, Any]:
         """Read training and test data for a model."""

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnover.data.classes import check_alike, closest, is_missing
-from turnover.data.delimited import Texts, write_texts
+from turnover.data.delimited import TABS, Texts, write_texts
 from turnover.data.tables import column_of, table_of
 from turnover.dropout.masks import MaskSpec
 from turnover.errors import InputError
 from turnover.ids import string_ids
 from turnover.io.files import replacing
-from turnover.io.parsing import convert, read_objects
+from turnover.io.parsing import UTF8, convert, finite_or_none, read_objects
 
-_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+ENDINGS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 _LARGEST_ID = 2**63 - 1
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 
@@ -39,6 +39,7 @@ class Data:
         keys: the user's name for each instance.
         classes: class names, sorted.
         groups: name of each instance's group; its key where instances have masks of their own.
+        provenance: where the instances were read from; ``None``: made in memory, or read from a run.
     """
 
     kind: ClassVar[str]
@@ -47,6 +48,7 @@ class Data:
     keys: list[str]
     classes: list[str]
     groups: list[str]
+    provenance: Provenance | None
     _per_row: ClassVar[tuple[str, ...]]
 
     def __len__(self) -> int:
@@ -96,16 +98,10 @@ class Data:
         return {"key": self.keys, **groups, **contents, "label": labels}
 
     def export(self, out: Path) -> None:
-        """Write the table for the user as CSV, TSV, JSON lines or Parquet, atomically."""
+        """Write the table for the user as CSV, TSV, JSON, JSON lines or Parquet, atomically."""
         check_writable(out)
-        columns = self.table()
         with replacing(out) as draft:
-            if out.suffix == ".jsonl":
-                table_of(columns).to_json(str(draft), force_ascii=False)
-            elif out.suffix == ".parquet":
-                table_of(columns).to_parquet(str(draft))
-            else:
-                write_texts(draft, columns, tabs=out.suffix == ".tsv")
+            write_columns(draft, out.suffix, self.table())
 
     def save(self, folder: Path, name: str) -> None:
         """Write the rows into a run's folder as JSON lines with key, id, any group, label and content."""
@@ -146,6 +142,7 @@ class Columns:
     """Names of the columns that hold the text or image, the label, and any ids, groups or second texts.
 
     With a group column the rows of a group share one mask, and ids merely name the rows.
+    ``encoding`` is that of a CSV, TSV or JSON file.
     """
 
     input: str = "text"
@@ -153,6 +150,22 @@ class Columns:
     id: str | None = None
     group: str | None = None
     second: str | None = None
+    encoding: str = UTF8
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where data were read from: a path, absolute, or the name of a data set; columns and split."""
+
+    source: str
+    columns: Columns
+    split: str
+
+    @classmethod
+    def of(cls, source: str, columns: Columns, split: str) -> Provenance:
+        """Note what a reader is given."""
+        path = Path(source)
+        return cls(str(path.resolve()) if path.exists() else source, columns, split)
 
 
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
@@ -172,11 +185,40 @@ def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: 
 
 def check_writable(out: Path, *others: str) -> None:
     """Refuse a path without a folder, or with an ending other than those of tables and ``others``."""
-    endings = (*_ENDINGS, *others)
+    endings = (*ENDINGS, *others)
     if out.suffix not in endings:
         raise InputError(f"{out}: cannot write that format; use {', '.join(endings)}")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist: make the folder first")
+
+
+def write_columns(
+    path: Path, ending: str, columns: dict[str, list[Any]], encoding: str = UTF8
+) -> None:
+    """Write columns in the format of an ending (:func:`check_writable`).
+
+    Raises:
+        InputError: values that the format or the encoding does not take.
+    """
+    try:
+        if ending == ".parquet":
+            table_of(columns).to_parquet(str(path))
+        elif ending in (".json", ".jsonl"):
+            how: dict[str, Any] = {"ensure_ascii": encoding != UTF8, "default": str}
+            plain = [
+                [finite_or_none(one) if isinstance(one, float) else one for one in values]
+                for values in columns.values()
+            ]
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*plain, strict=True)]
+            lines = (f"{json.dumps(row, **how)}\n" for row in rows)
+            text = "".join(lines) if ending == ".jsonl" else json.dumps(rows, **how, indent=2)
+            path.write_text(text, encoding)
+        else:
+            write_texts(path, columns, tabs=ending in TABS, encoding=encoding)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"the columns cannot be written as {ending} ({error}); write the format they were read from"
+        ) from error
 
 
 @dataclass(frozen=True)

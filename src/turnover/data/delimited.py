@@ -10,19 +10,38 @@ import re
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from turnover.errors import InputError
-from turnover.io.parsing import check_file, decoded
+from turnover.io.parsing import ENCODED, UTF8, check_file, decoded, undecodable
 
-ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+TABS = (".tsv", ".tab", ".tsv.gz", ".tab.gz")
+ENDINGS = (".csv", ".csv.gz", *TABS)
 _LONGEST = 2**28
 """Most characters of a cell."""
 _UNPACKED, _RATIO = 2**30, 200
 """A gzip file may unpack to so many bytes, or so many times its size."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file's cells are written.
+
+    Attributes:
+        separator: of the cells.
+        quoted: whether quote marks enclose cells.
+        encoding: of the file.
+        fix: what to do if the file is in another encoding.
+    """
+
+    separator: str
+    quoted: bool = True
+    encoding: str = UTF8
+    fix: str = ENCODED
 
 
 class Table:
@@ -80,8 +99,9 @@ def read_texts(
     wanted: Sequence[str] = (),
     *,
     separators: str | None = None,
+    encoding: str = UTF8,
 ) -> Texts:
-    """Read columns of a CSV file, or of a TSV file (``.tsv``).
+    """Read columns of a CSV file, or of a TSV file (``.tsv``, ``.tab``).
 
     Semicolons separate the cells of a CSV file if only then it has the columns needed. Quote marks enclose
     cells of a TSV file only if all of it can be read that way.
@@ -91,12 +111,10 @@ def read_texts(
         needed: columns that the file must have; if it lacks one, only the names are read.
         wanted: other columns to keep, if they exist; with neither all are kept.
         separators: characters that may separate the cells, whatever the file's name.
+        encoding: of the file.
     """
-    if separators is None:
-        tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
-        separators = "\t" if tabs else ",;"
-    records = _reported(_records(path, *_dialect(path, separators, needed)))
-    names = _names(next(records, (0, []))[1])
+    records = _reported(records_of(path, dialect_of(path, needed, separators, encoding)))
+    names = names_of(next(records, (0, []))[1])
     if not names:
         raise InputError(f"{path}: the file is empty")
     if not set(needed) <= set(names):  # cells cannot be told apart
@@ -123,7 +141,8 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, di
     """
     if not path.exists():
         raise InputError(f"{path}: cannot be read: no such file")
-    records = _reported(_records(path, *_dialect(path, ",;\t", needed), short=True))
+    dialect = dialect_of(path, needed, ",;\t", fix="write it as UTF-8")
+    records = _reported(records_of(path, dialect, short=True))
     names = [name.strip() for name in next(records, (0, []))[1]]
     for name in needed:
         _check_once(path, names, name)
@@ -143,10 +162,12 @@ def finite_number(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_texts(path: Path, columns: dict[str, list[Any]], *, tabs: bool = False) -> None:
+def write_texts(
+    path: Path, columns: dict[str, list[Any]], *, tabs: bool = False, encoding: str = UTF8
+) -> None:
     """Write columns as CSV, or as TSV, so that :func:`read_texts` reads the same texts."""
     separator = "\t" if tabs else ","
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding=encoding) as file:
         plain, quoted = (
             csv.writer(file, delimiter=separator, lineterminator="\n", quoting=quoting)
             for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
@@ -163,7 +184,7 @@ def _special(cell: str) -> bool:
     return any(mark in cell for mark in '\t\n\r"')
 
 
-def _names(header: list[str]) -> list[str]:
+def names_of(header: list[str]) -> list[str]:
     """Names of columns; one without a name gets its position, as in pandas."""
     return [name or f"Unnamed: {index}" for index, name in enumerate(header)]
 
@@ -173,46 +194,64 @@ def _check_once(path: Path, names: Sequence[str], name: str) -> None:
         raise InputError(f"{path}: the header has {name!r} twice: rename one of these columns")
 
 
-def _dialect(path: Path, separators: str, needed: Sequence[str]) -> tuple[str, bool]:
-    """Separator of the cells, and whether quote marks enclose cells.
+def dialect_of(
+    path: Path,
+    needed: Sequence[str],
+    separators: str | None = None,
+    encoding: str = UTF8,
+    fix: str = ENCODED,
+) -> Dialect:
+    """Find how a file's cells are written.
 
     The first separator with which the header has the columns needed, else the first of all.
+
+    Args:
+        path: the file.
+        needed: columns.
+        separators: those that are possible; ``None``: those of the file's ending.
+        encoding: of the file.
+        fix: what to do if the file is in another one.
     """
-    found = next((one for one in separators if _has(path, one, needed)), None)
+    if separators is None:
+        separators = "\t" if path.name.lower().endswith(TABS) else ",;"
+    every = {one: Dialect(one, encoding=encoding, fix=fix) for one in (*separators, *_SEPARATORS)}
+    found = next((one for one in separators if _has(path, every[one], needed)), None)
     if found is None:
-        other = next((one for one in _SEPARATORS if _has(path, one, needed)), None)
+        other = next((one for one in _SEPARATORS if _has(path, every[one], needed)), None)
         if other is not None:
             ending = ".tsv" if other == "\t" else ".csv"
             packed = ".gz" if path.suffix.lower() == ".gz" else ""
             raise InputError(
                 f"{path}: {_SEPARATORS[other]} separate its cells: rename it to end in {ending}{packed}"
             )
-    separator = found or separators[0]
-    return separator, separator != "\t" or not _holds_quotes(path) or _quoted(path)
+    dialect = every[found or separators[0]]
+    plain = dialect.separator == "\t" and _holds_quotes(path) and not _quoted(path, dialect)
+    return replace(dialect, quoted=not plain)
 
 
-def _has(path: Path, separator: str, needed: Sequence[str]) -> bool:
+def _has(path: Path, dialect: Dialect, needed: Sequence[str]) -> bool:
     try:
-        return set(needed) <= {name.strip() for name in _names(_header(path, separator))}
+        return set(needed) <= {name.strip() for name in names_of(_header(path, dialect))}
     except _MalformedError:
         return False
 
 
-def _header(path: Path, separator: str, *, quoted: bool = True) -> list[str]:
-    with closing(_records(path, separator, quoted)) as records:
+def _header(path: Path, dialect: Dialect) -> list[str]:
+    with closing(records_of(path, dialect)) as records:
         return next(records, (0, []))[1]
 
 
-def _quoted(path: Path) -> bool:
+def _quoted(path: Path, dialect: Dialect) -> bool:
     """Whether quote marks of a TSV file enclose cells.
 
     Spreadsheets write them that way, but in many data sets a text may begin with one. If the file can be
     read both ways, they enclose cells only if no cell then contains a line end.
     """
-    raw = _header(path, "\t", quoted=False)
+    marked, bare = (replace(dialect, quoted=quoted) for quoted in (True, False))
+    raw = _header(path, bare)
     if raw and all(len(name) > 1 and name[0] == name[-1] == '"' for name in raw):
         return True
-    quoted, plain = (_measured(path, quoted) for quoted in (True, False))
+    quoted, plain = (_measured(path, one) for one in (marked, bare))
     if isinstance(quoted, int) and isinstance(plain, int):
         return quoted == plain
     if isinstance(quoted, int) or isinstance(plain, int):
@@ -220,24 +259,28 @@ def _quoted(path: Path) -> bool:
     return quoted.line > plain.line  # the reading that got further
 
 
-def _measured(path: Path, quoted: bool) -> int | _MalformedError:
+def _measured(path: Path, dialect: Dialect) -> int | _MalformedError:
     """Number of records, or the error."""
     try:
-        return sum(1 for _ in _records(path, "\t", quoted))
+        return sum(1 for _ in records_of(path, dialect))
     except _MalformedError as error:
         return error
 
 
-def _records(
-    path: Path, separator: str, quoted: bool, *, short: bool = False
+def records_of(
+    path: Path, dialect: Dialect, *, short: bool = False, read: list[str] | None = None
 ) -> Generator[tuple[int, list[str]], None, None]:
-    """First line and cells of each record; rows have as many cells as the header, or fewer if ``short``."""
+    """First line and cells of each record; rows have as many cells as the header, or fewer if ``short``.
+
+    Lines are appended to ``read`` as they are read: at each record the last one is the record's.
+    """
     # The limit belongs to the process and is too low for long texts, so it is raised for good.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
+    separator, quoted = dialect.separator, dialect.quoted
     width, row, line = 0, 0, 1
-    with _reading(path) as file:
+    with _reading(path, dialect) as file:
         lines = csv.reader(
-            file,
+            file if read is None else _noted(file, read),
             delimiter=separator,
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
             strict=True,
@@ -246,9 +289,8 @@ def _records(
             for cells in lines:
                 if cells and (len(cells) > 1 or width == 1 or cells[0].strip()):
                     if not width and any("\0" in cell for cell in cells):
-                        raise InputError(
-                            f"{path}: the header holds NUL bytes; write the file as UTF-8"
-                        )
+                        fix = dialect.fix.replace("cp1252", "utf-16-le")
+                        raise InputError(f"{path}: the header holds NUL bytes; {fix}")
                     if width and (len(cells) > width or (len(cells) < width and not short)):
                         raise _MalformedError(
                             f"{_named(path, row, line)} has {len(cells)} field{'s' * (len(cells) != 1)}, the "
@@ -296,27 +338,31 @@ def _reason(error: csv.Error, line: int) -> str:
     return f"cannot be read ({said})"
 
 
+def _noted(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    for line in lines:
+        read.append(line)
+        yield line
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[Iterable[str]]:
+def _reading(path: Path, dialect: Dialect) -> Iterator[Iterable[str]]:
     """Open a file as lines of text."""
     check_file(path)
     try:
-        with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+        with opened(path) as raw, decoded(raw, dialect.encoding, "") as file:
             yield file
-    except UnicodeDecodeError as error:
-        with _opened(path) as raw:
-            for _ in decoded(raw, path):
-                pass
-        raise InputError(f"{path}: not UTF-8 ({error.reason}); write it as UTF-8") from error
+    except UnicodeError as error:
+        with opened(path) as raw:
+            raise undecodable(raw, path, dialect.encoding, dialect.fix) from error
 
 
 def _holds_quotes(path: Path) -> bool:
-    with _opened(path) as raw:
+    with opened(path) as raw:
         return any(b'"' in part for part in iter(lambda: raw.read(2**20), b""))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
     """Open the bytes of a file, unpacked."""
     try:
         packed = path.suffix.lower() == ".gz"

@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnover.batches import Batch
-from turnover.data.base import Columns, Data, Row, check_writable
+from turnover.data.base import Columns, Data, Provenance, Row, check_writable
 from turnover.data.classes import indexed
 from turnover.data.decoding import LARGEST, Ranges, Scaling, decode, load_pillow
 from turnover.data.encoded import Encoded
@@ -55,6 +55,7 @@ class ImageData(Data):
         ranges: numbers that became 0 and 255, for images of more than 8 bits, by kind (``"integers"``,
             ``"floats"``).
         groups: name of each row's group; by default its key.
+        provenance: where the images were read from; ``None``: made in memory, or read from a run.
     """
 
     kind: ClassVar[str] = "image"
@@ -67,6 +68,7 @@ class ImageData(Data):
     classes: list[str]
     ranges: Ranges = field(default_factory=dict)
     groups: list[str] = field(default_factory=list, kw_only=True)
+    provenance: Provenance | None = field(default=None, kw_only=True)
 
     _per_row: ClassVar[tuple[str, ...]] = ("rows", "names", "labels", "keys", "groups")
 
@@ -93,13 +95,8 @@ class ImageData(Data):
             return
         check_writable(out, ".npz")
         columns = {name: np.array(values) for name, values in self.table().items()}
-        with replacing(out) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as file:
-            for name, values in (columns | {"image": self.pixels[self.rows]}).items():
-                # Without the time, so that files are reproducible; zip files refuse times before 1980.
-                entry = zipfile.ZipInfo(f"{name}.npy")
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                with file.open(entry, "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, values, allow_pickle=False)
+        with replacing(out) as draft:
+            write_arrays(draft, columns | {"image": self.pixels[self.rows]})
 
     def save(self, folder: Path, name: str) -> None:
         """Write the rows as JSON lines, and the pixels beside them."""
@@ -108,6 +105,17 @@ class ImageData(Data):
         starts = range(0, len(self), _MANY)
         parts = (self.pixels[self.rows[start : start + _MANY]] for start in starts)
         write_array(folder / f"{name}.npy", shape, np.uint8, parts)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write an ``.npz`` file, compressed and the same bytes every time."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, values in arrays.items():
+            # Without the time; zip files refuse times before 1980.
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with file.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,9 @@ def read_images(
     keys = given.keys or found.names
     ids = content_ids(contents) if given.ids is None else given.ids
     return ImageData(
-        *(pixels, rows, found.names, labels, ids, keys, known, chosen), groups=given.groups or keys
+        *(pixels, rows, found.names, labels, ids, keys, known, chosen),
+        groups=given.groups or keys,
+        provenance=Provenance.of(source, columns, split),
     )
 
 

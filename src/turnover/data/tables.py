@@ -6,7 +6,9 @@ like dates or numbers, and fail on some files. What cannot be read raises an Inp
 
 from __future__ import annotations
 
+import codecs
 import glob
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +18,7 @@ from turnover.data import delimited
 from turnover.data.delimited import Table, Texts, read_texts
 from turnover.errors import InputError, needing
 from turnover.io.files import check_links
-from turnover.io.parsing import convert, read_object, read_objects
+from turnover.io.parsing import UTF8, check_encoding, convert, read_object, read_objects
 
 _OF_OBJECTS = (".json", ".jsonl")
 ENDINGS = (*delimited.ENDINGS, ".parquet", *_OF_OBJECTS)
@@ -39,7 +41,11 @@ class _State:
 
 
 def load_table(
-    source: str, split: str, needed: Sequence[str] = (), wanted: Sequence[str] = ()
+    source: str,
+    split: str,
+    needed: Sequence[str] = (),
+    wanted: Sequence[str] = (),
+    encoding: str = UTF8,
 ) -> Any:
     """Load a file, folder or Hugging Face data set as a :class:`Table` or ``datasets.Dataset``.
 
@@ -48,17 +54,25 @@ def load_table(
         split: split of a data set, or beginning of a file's name in a folder.
         needed: columns it must have, as in :func:`turnover.data.delimited.read_texts`.
         wanted: other columns to read if they exist; with neither all are read.
+        encoding: of a CSV, TSV or JSON file.
     """
     path = Path(source)
-    if path.is_dir():
-        if is_saved(path):
-            return _read_saved(path, split)
-        path = _file_of_split(path, split) or path
-    if path.is_file():
-        return _read_file(path, needed, wanted)
+    if path.is_dir() and is_saved(path):
+        return _read_saved(path, split)
+    file = file_of(source, split)
+    if file is not None:
+        return _read_file(file, needed, wanted, encoding)
     if not path.is_dir() and (_ending(path) or path.is_absolute()):
         raise InputError(f"{source}: no such file")
-    return _read_data_set(source, split, needed, wanted)
+    return _read_data_set(source, split, needed, wanted, encoding)
+
+
+def file_of(source: str, split: str) -> Path | None:
+    """The one file that a table is read from, if there is one."""
+    path = Path(source)
+    if path.is_dir():
+        return None if is_saved(path) else _file_of_split(path, split)
+    return path if path.is_file() else None
 
 
 def column_of(table: Any, name: str, source: str) -> list[Any]:
@@ -135,7 +149,7 @@ def _file_of_split(folder: Path, split: str) -> Path | None:
     return found[0] if found and not scripted else None
 
 
-def _read_file(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Any:
+def _read_file(path: Path, needed: Sequence[str], wanted: Sequence[str], encoding: str) -> Any:
     ending = _ending(path)
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
@@ -144,12 +158,18 @@ def _read_file(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Any:
             f"{path}: cannot read {path.suffix or 'files without an ending'}; use "
             f"{', '.join(ENDINGS)} or the name of a Hugging Face data set"
         )
+    if ending != ".parquet" and check_encoding(encoding) != UTF8 and _is_utf8(path):
+        warnings.warn(
+            f"{path} looks like UTF-8, and is read as {encoding}: leave --encoding out if texts come out "
+            f"wrong",
+            stacklevel=2,
+        )
     if ending in _OF_OBJECTS:
-        rows = read_objects(path)
+        rows = read_objects(path, encoding)
         names = list(dict.fromkeys(name for row in rows for name in row))
         return Table(names, {name: [row.get(name) for row in rows] for name in names})
     if ending in delimited.ENDINGS:
-        return read_texts(path, needed, wanted)
+        return read_texts(path, needed, wanted, encoding=encoding)
     library = datasets_library()
     try:
         return library.Dataset.from_parquet(str(path), keep_in_memory=True)
@@ -157,6 +177,18 @@ def _read_file(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Any:
         if "corresponds to no data" in _cause(error):
             raise InputError(f"{path}: the file has no rows") from error
         raise InputError(f"{path}: cannot be read as parquet: {_cause(error)}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a file is UTF-8 beyond ASCII, as files in other encodings hardly ever are by chance."""
+    decoder, beyond = codecs.getincrementaldecoder(UTF8)(), False
+    with delimited.opened(path) as raw:
+        try:
+            for line in raw:
+                beyond = not decoder.decode(line).isascii() or beyond
+        except UnicodeError:
+            return False
+    return beyond
 
 
 def _read_saved(folder: Path, split: str) -> Any:
@@ -180,7 +212,9 @@ def _read_saved(folder: Path, split: str) -> Any:
     return table
 
 
-def _read_data_set(source: str, split: str, needed: Sequence[str], wanted: Sequence[str]) -> Any:
+def _read_data_set(
+    source: str, split: str, needed: Sequence[str], wanted: Sequence[str], encoding: str
+) -> Any:
     """Split of a Hugging Face data set, by name, or of a folder of files.
 
     CSV files are read as texts: the library would convert ids and labels that look like numbers.
@@ -190,7 +224,7 @@ def _read_data_set(source: str, split: str, needed: Sequence[str], wanted: Seque
         builder = datasets.load_dataset_builder(source)
         _check_place(builder, source)
         if _is_plain_csv(builder):
-            return _read_csv(datasets, builder, split, needed, wanted)
+            return _read_csv(datasets, builder, split, needed, wanted, encoding)
         return datasets.load_dataset(source, split=split)
     except InputError:
         raise
@@ -232,14 +266,21 @@ def _is_plain_csv(builder: Any) -> bool:
 
 
 def _read_csv(
-    datasets: Any, builder: Any, split: str, needed: Sequence[str], wanted: Sequence[str]
+    datasets: Any,
+    builder: Any,
+    split: str,
+    needed: Sequence[str],
+    wanted: Sequence[str],
+    encoding: str,
 ) -> Texts:
     files = {str(name): list(paths) for name, paths in builder.config.data_files.items()}
     separators = "\t" if builder.config.sep == "\t" else ",;"
 
+    how = {"separators": separators, "encoding": encoding}
+
     def whole(name: str) -> Texts:
         paths = datasets.DownloadManager().download(files[name])
-        parts = [read_texts(Path(path), needed, wanted, separators=separators) for path in paths]
+        parts = [read_texts(Path(path), needed, wanted, **how) for path in paths]
         return Texts.joined(parts, files[name])
 
     if split in files:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from turnover.batches import Batch
-from turnover.data.base import Columns, Data, Row, names_of, present
+from turnover.data.base import Columns, Data, Provenance, Row, names_of, present
 from turnover.data.classes import indexed, label_names
 from turnover.data.encoded import EVALUATION_ROWS, Encoded
 from turnover.data.tables import column_of, load_table
@@ -34,6 +34,7 @@ class TextData(Data):
         keys: the user's name for each instance: its id, or a row number.
         classes: class names, sorted.
         groups: name of each instance's group; by default its key.
+        provenance: where the texts were read from; ``None``: made in memory, or read from a run.
     """
 
     kind: ClassVar[str] = "text"
@@ -43,6 +44,7 @@ class TextData(Data):
     keys: list[str]
     classes: list[str]
     groups: list[str] = field(default_factory=list, kw_only=True)
+    provenance: Provenance | None = field(default=None, kw_only=True)
 
     _per_row: ClassVar[tuple[str, ...]] = ("texts", "labels", "keys", "groups")
 
@@ -181,9 +183,10 @@ def read(
             classes, two that differ in blanks alone, or a label column that is a regression or multi-label
             target.
     """
+    origin = Provenance.of(source, columns, split)
     needed = [name for name in (columns.input, columns.second, columns.label) if name is not None]
     wanted = [name for name in (columns.id, columns.group) if name is not None]
-    table = load_table(source, split, needed, wanted)
+    table = load_table(source, split, needed, wanted, columns.encoding)
     columns = present(table.column_names, columns, source, ids_needed=ids_needed)
     if not len(table):
         raise InputError(f"{source}: the file has no rows")
@@ -198,8 +201,8 @@ def read(
     if ids is None:
         ids = content_ids(f"{text}\0{name}" for text, name in zip(whole, names, strict=True))
     if seconds is not None:
-        return PairData(texts, labels, ids, keys, known, seconds, groups=groups)
-    return TextData(texts, labels, ids, keys, known, groups=groups)
+        return PairData(texts, labels, ids, keys, known, seconds, groups=groups, provenance=origin)
+    return TextData(texts, labels, ids, keys, known, groups=groups, provenance=origin)
 
 
 def _texts(table: Any, column: str, source: str) -> list[str]:

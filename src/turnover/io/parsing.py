@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import IO, Any, TypeVar, overload
 
 from turnover.errors import InputError, needing
 from turnover.io.files import replacing
 
 DEPTH = 64
 """Most levels of nested lists and objects."""
+UTF8 = "utf-8"
+ENCODED = "write it as UTF-8, or name its encoding (such as --encoding cp1252)"
 _Value = TypeVar("_Value")
 _LARGEST_TOML = 2**20
 _CHECKSUM = "checksum"
@@ -36,20 +39,39 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: missing or damaged (not a file)")
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without its byte order mark."""
-    return "".join(_lines(path))
+def read_text(path: Path, encoding: str = UTF8, *, own: bool = True) -> str:
+    """Read a file of text, without its byte order mark (``own`` as in :func:`read_lines`)."""
+    return "".join(read_lines(path, encoding, own=own))
 
 
-def decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    """Decode the lines of a UTF-8 file, without its byte order mark."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: line {number}: not UTF-8 ({error.reason}); restore it, or write it as UTF-8"
-            ) from error
+def check_encoding(name: str) -> str:
+    """Return Python's name of an encoding of texts; refuse an unknown one."""
+    try:
+        "a".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, ValueError) as error:
+        raise InputError(
+            f"unknown encoding {name!r}: give one such as utf-8, cp1252, latin-1, utf-16 or gb18030"
+        ) from error
+
+
+def decoded(file: IO[bytes], encoding: str, newline: str) -> io.TextIOWrapper:
+    """Read bytes as text, without a byte order mark (``newline`` as in :func:`open`)."""
+    name = check_encoding(encoding)
+    return io.TextIOWrapper(file, "utf-8-sig" if name == UTF8 else name, newline=newline)
+
+
+def undecodable(file: IO[bytes], path: Path, encoding: str, fix: str) -> InputError:
+    """Make the error for bytes that are not in an encoding, with their line and the ``fix`` for it."""
+    name = check_encoding(encoding)
+    decoder, line, why = codecs.getincrementaldecoder(name)(), 1, "it ends within a character"
+    try:
+        for part in file:
+            line += decoder.decode(part).count("\n")
+    except UnicodeError as error:
+        why = getattr(error, "reason", str(error))
+    shown = name.upper() if name == UTF8 else encoding
+    return InputError(f"{path}: line {line}: not {shown} ({why}); {fix}")
 
 
 def parse_json(raw: str | bytes, where: object, *, own: bool = False) -> Any:
@@ -81,12 +103,13 @@ def read_object(path: Path, *, own: bool = False) -> dict[str, Any]:
     return _object(parse_json(read_text(path), path, own=own), path)
 
 
-def read_objects(path: Path, *, own: bool = False) -> list[dict[str, Any]]:
+def read_objects(path: Path, encoding: str = UTF8, *, own: bool = False) -> list[dict[str, Any]]:
     """Read JSON objects, one per line or in one JSON list (``own`` as in :func:`parse_json`)."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path, encoding, own=own), start=1):
         if not rows and line.lstrip().startswith("["):
-            listed = enumerate(parse_json(read_text(path), path, own=own), start=1)
+            text = read_text(path, encoding, own=own)
+            listed = enumerate(parse_json(text, path, own=own), start=1)
             return [_object(row, f"{path}: row {index}") for index, row in listed]
         if line.strip():
             where = f"{path}: line {number}"
@@ -179,11 +202,23 @@ def damage(path: Path | str, fix: str = "restore it") -> Iterator[None]:
         raise InputError(f"{path}: damaged, or of another version ({error!r}); {fix}") from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, encoding: str = UTF8, *, own: bool = True) -> Iterator[str]:
+    """Read the lines of a file of text, without its byte order mark.
+
+    Args:
+        path: the file.
+        encoding: of the file.
+        own: turnover wrote it, or reads it as UTF-8 alone; otherwise an error names ``--encoding``.
+    """
     check_file(path)
     try:
-        with path.open("rb") as file:
-            yield from decoded(file, path)
+        with path.open("rb") as raw:
+            try:
+                yield from decoded(raw, encoding, "\n")
+            except UnicodeError as error:
+                with path.open("rb") as again:
+                    fix = "restore it, or write it as UTF-8" if own else ENCODED
+                    raise undecodable(again, path, encoding, fix) from error
     except OSError as error:
         raise InputError(f"{path}: missing or damaged ({error})") from error
 

@@ -3,8 +3,8 @@
 ``config.json``, ``fit.toml`` (command-line options that make the run again), ``masks.json`` (of a network
 trained with turn-over dropout) or ``trained.json`` (of any other), ``classifier.json``,
 ``model.safetensors``, ``encoder/`` (shape and tokenizer or processor of pretrained models),
-``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: pixels of images), ``metrics.json``,
-``digests.json`` (of the files that a run is loaded from), ``results/``.
+``train.jsonl``, ``test.jsonl`` (and ``train.npy``, ``test.npy``: pixels of images), ``source.json`` (where
+the rows are from), ``metrics.json``, ``digests.json`` (of the files a run is loaded from), ``results/``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ MASKS, TRAINED = "masks.json", "trained.json"
 """One of them is in every run, and in no other tool's model folder."""
 CHECKPOINT = ".checkpoint"
 """Ending of files that a fit resumes from, and deletes when the run is complete."""
-_UNDIGESTED = frozenset({DIGESTS, "fit.toml", "metrics.json", "results", "without_turnover"})
+SOURCE = "source.json"
+_UNDIGESTED = frozenset(
+    {DIGESTS, SOURCE, "fit.toml", "metrics.json", "results", "without_turnover"}
+)
 """Files that change after the fit, or that no command loads a run from."""
 _SHOWN = 20
 

@@ -36,6 +36,7 @@ from turnover.runs.run import (
     write_digests,
     writing_run,
 )
+from turnover.runs.source import write_source
 from turnover.tasks.score import OBJECTIVES, ScoreConfig, score
 from turnover.tasks.score_trained import forecast
 from turnover.tasks.training import Evaluation, evaluate
@@ -282,6 +283,7 @@ def write(
         chosen_by = {"targets": made.targets, "objective": made.config.objective}
         write_json(draft / TRAINED, chosen_by)
         made.train.save(draft, "train")
+        write_source(draft, made.train)
         made.test.save(draft, "test")
         write_json(draft / "metrics.json", metrics, sealed=True)
         provenance = {"data": data_digest(made.train, made.test), "made_with": versions()}

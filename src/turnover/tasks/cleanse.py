@@ -31,6 +31,7 @@ from turnover.io.bars import tqdm
 from turnover.io.files import write_csv
 from turnover.results.result import Result
 from turnover.runs.run import Run
+from turnover.runs.source import write_changed
 from turnover.runs.targets import check_scored
 from turnover.tasks.label_errors import check_rows
 from turnover.tasks.linear_probe import (
@@ -209,18 +210,20 @@ def read_scores(run: Run, path: Path) -> NDArray[np.float64]:
 
 
 def write_cleansed(run: Run, found: Cleansing, out: Path, removed: Path) -> None:
-    """Write the training data without the removed rows, and a CSV file of these with the reasons.
+    """Write the training file without the removed rows, and a CSV file of these with the reasons.
+
+    As :func:`~turnover.runs.source.write_changed`: all else in the file stays as it was.
 
     Args:
-        out: file of the data; its ending is that of CSV, TSV, JSON lines or Parquet, or .npz for images.
+        out: file of the data; its ending is that of CSV, TSV, JSON, JSON lines or Parquet, or .npz for
+            images.
         removed: CSV file.
 
     Raises:
         InputError: a format that cannot be written, or a folder that does not exist.
     """
     gone, ranking = found.removed.tolist(), found.ranking
-    kept = sorted(set(range(len(run.train))) - set(gone))
-    run.train.take(kept).export(out)
+    write_changed(run, {}, gone, out)
     lines = [
         [
             run.train.keys[row],

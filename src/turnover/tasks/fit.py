@@ -32,6 +32,7 @@ from turnover.runs.run import (
     write_digests,
     writing_run,
 )
+from turnover.runs.source import write_source
 from turnover.tasks.class_weights import class_weights
 from turnover.tasks.memorize import FILE, Follower
 from turnover.tasks.rehearsal import rehearse
@@ -121,6 +122,7 @@ def fit(
             pipeline.save(folder, plain, len(train_data.classes))
         write_json(draft / MASKS, network.to_dict())
         train_data.save(draft, "train")
+        write_source(draft, train_data)
         test_data.save(draft, "test")
         metrics["device"] = str(chosen)
         write_json(draft / "metrics.json", metrics, sealed=True)

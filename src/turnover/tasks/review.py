@@ -18,6 +18,7 @@ from turnover.errors import InputError
 from turnover.influence.estimator import Influence
 from turnover.io.files import write_csv
 from turnover.runs.run import Run
+from turnover.runs.source import write_changed
 from turnover.runs.targets import check_scored
 from turnover.tasks.explain import described, rows_by_id
 from turnover.tasks.label_errors import Doubts, check_rows, doubts
@@ -256,7 +257,9 @@ def decided(train: Data, decisions: Mapping[int, str]) -> Data:
 
 
 def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
-    """Write the training data after the decisions of a file; the ending sets the format.
+    """Write the training file after the decisions of another; the ending sets the format.
+
+    As :func:`~turnover.runs.source.write_changed`: all else in the file stays as it was.
 
     Args:
         run: a run without groups.
@@ -264,21 +267,28 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
         out: file to write.
 
     Returns:
-        Numbers of rows kept, removed and relabelled.
+        Numbers of rows kept, removed and relabelled, and of any ``unchanged_test_rows`` in the file.
 
     Raises:
         InputError: as :func:`read_decisions`, or a format that cannot be written.
     """
-    return write_decided(run.train, read_decisions(run, decisions), out)
+    return write_decided(run, read_decisions(run, decisions), out)
 
 
-def write_decided(train: Data, made: Mapping[int, str], out: Path) -> Counter[str]:
-    """Write training data after decisions by row, and count rows kept, removed and relabelled."""
-    decided(train, made).export(out)
-    counts = Counter({"kept": len(train) - len(made), "removed": 0, "relabelled": 0})
-    for row, decision in made.items():
-        same = decision in (KEEP, train.classes[train.labels[row]])
-        counts["removed" if decision == REMOVE else "kept" if same else "relabelled"] += 1
+def write_decided(run: Run, made: Mapping[int, str], out: Path) -> Counter[str]:
+    """Write the training file after decisions by row, and count rows as :func:`apply_decisions` does."""
+    train = run.train
+    removed = [row for row, decision in made.items() if decision == REMOVE]
+    labels = {
+        row: train.classes.index(decision)
+        for row, decision in made.items()
+        if decision not in (KEEP, REMOVE, train.classes[train.labels[row]])
+    }
+    unchanged = write_changed(run, labels, removed, out)
+    kept = len(train) - len(removed) - len(labels)
+    counts = Counter({"kept": kept, "removed": len(removed), "relabelled": len(labels)})
+    if unchanged:
+        counts["unchanged_test_rows"] = unchanged
     return counts
 
 
