@@ -105,7 +105,7 @@ def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     message: str = error.format_message()  # type: ignore[attr-defined]
-    return f"{message.rstrip('.')}{hint}"
+    return message.replace("Value error, ", "").rstrip(".") + hint
 
 
 def _show(

@@ -11,7 +11,7 @@ import typer
 
 from turnover.cli.config import config_option
 from turnover.cli.options import DATA, MODEL, Device, Objective, folder_or_url
-from turnover.cli.output import Output
+from turnover.cli.output import Output, command_line
 from turnover.cli.parameters import RUN, Fields, build, command
 from turnover.cli.reading import Source, say_rows
 from turnover.cli.scores import explain_errors, next_commands, print_influence
@@ -128,7 +128,7 @@ def attribute(
     try:
         metrics = score(run, ScoreConfig(objective=config.objective))
     except KeyboardInterrupt:
-        output.say(f"the run is written: turnover influence {out} computes its scores")
+        output.say(f"the run is written: {command_line('influence', out)} computes its scores")
         raise
     print_influence(output, metrics)
     shown = explain_errors(output, run, show=_SHOWN, top=5, among=None)

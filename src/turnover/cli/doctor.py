@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from turnover.cli.output import Output
 from turnover.cli.parameters import command
+from turnover.data.demo import model_folder
+from turnover.errors import InputError
 from turnover.tasks.doctor import PURPOSES, diagnose
 
 
 @command()
 def doctor(output: Output) -> None:
-    """Print versions, devices, and which optional packages are missing and what they are for."""
+    """Print versions, devices, which optional packages are missing, and where the demo's model is."""
     found = diagnose()
     packages = ((name, version or "missing") for name, version in found.packages.items())
     output.table(("package", "version"), [*found.versions.items(), *packages])
@@ -24,4 +26,10 @@ def doctor(output: Output) -> None:
     lacking = [name for name, missing in found.extras.items() if missing]
     if lacking:
         output.say(f"to install what is missing: pip install 'turnover[{','.join(lacking)}]'")
-    output.document(found.to_dict())
+    try:
+        model = str(model_folder())
+        output.say(f"the demo's model, for fit --model: {model}")
+    except InputError as error:
+        model = None
+        output.say(str(error))
+    output.document(found.to_dict() | {"demo_model": model})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from turnover.cli.options import Count, Device, Positive, RunFolder
-from turnover.cli.output import Output, check_folder, in_results
+from turnover.cli.output import Cut, Output, check_folder, command_line, in_results
 from turnover.cli.parameters import command
 from turnover.errors import InputError
 from turnover.fairness import Gap
@@ -64,7 +64,7 @@ def fairness(
     if not found.grouped:
         fill = "" if decision else "fill in the column decision (keep, remove or a class), then: "
         fairer = f"fairer{usual_ending(loaded)}"
-        output.say(f"{fill}turnover review {run} --decisions {path} --out {fairer}")
+        output.say(fill + command_line("review", run, "--decisions", path, "--out", fairer))
     output.document(found.to_dict() | {"file": str(path), "device": device})
 
 
@@ -80,7 +80,7 @@ def _print_gaps(output: Output, found: fairness_task.Fairness) -> None:
         ((name, *_cells(gap, names)) for name, gap in measured.items()),
         bold=[list(measured).index(found.gap.replace("_", " "))],
     )
-    output.say(f"accuracy {found.gaps.accuracy:.3f}")
+    output.say(f"*: the gap to find training rows for; accuracy {found.gaps.accuracy:.3f}")
 
 
 def _cells(gap: Gap | None, names: list[str]) -> list[str]:
@@ -96,7 +96,7 @@ def _print_widening(output: Output, found: fairness_task.Fairness, show: int) ->
         (f"{kind} that widens the gap", "label or rows", "score", "z", "q"),
         (
             (
-                f"[{one.key}] {one.text or ''}".rstrip(),
+                Cut(f"[{one.key}] {one.text or ''}"),
                 one.label or str(one.rows),
                 *(f"{one.score:+.5f}", f"{one.z:+.1f}", f"{one.q:.2g}"),
             )
@@ -105,6 +105,7 @@ def _print_widening(output: Output, found: fairness_task.Fairness, show: int) ->
     )
     significant = sum(one.q <= SIGNIFICANT_Q for one in found.widening)
     output.say(
-        f"{len(found.widening)} {kind}s listed, {significant} with q <= {SIGNIFICANT_Q:g}, by "
-        f"{found.method}; measure the gap after retraining on other rows than these test rows"
+        f"{len(found.widening)} of {found.count} {kind}s that widen it listed, {significant} with q <= "
+        f"{SIGNIFICANT_Q:g}, by {found.method}; measure the gap after retraining on other rows than "
+        f"these test rows"
     )

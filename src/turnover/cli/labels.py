@@ -14,7 +14,7 @@ import typer
 
 from turnover.cli.config import config_option
 from turnover.cli.options import DATA, Device, Positive, RunFolder
-from turnover.cli.output import Output, check_folder, in_results
+from turnover.cli.output import Output, check_folder, command_line, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.cli.reading import Source, say_rows
 from turnover.data.base import check_writable
@@ -28,6 +28,7 @@ from turnover.tasks import review as review_task
 from turnover.tasks.label_errors import Doubts
 from turnover.tasks.predict import predict_rows, predict_training, write_predictions
 from turnover.tasks.stored_doubts import open_doubts
+from turnover.tasks.stored_hidden import open_hidden
 
 
 @command()
@@ -62,7 +63,7 @@ def predict(
     loaded = Run.load(run, device)
     mixture: dict[str, float] = {}
     if hidden:
-        found = predict_training(loaded, calibrate=calibrate)
+        found = open_hidden(loaded) if calibrate else predict_training(loaded, calibrate=False)
         data, probabilities = loaded.train, found.probabilities.astype(np.float64)
         mixture = {"exposed_share": found.exposed_share, "temperature": found.temperature}
         output.say(
@@ -131,11 +132,12 @@ def review(
     reviewed = review_task.listed(loaded, found, budget)
     review_task.write_review(reviewed.rows, path)
     output.say(
-        f"about {reviewed.expected:.0f} of {len(loaded.train)} labels are wrong, {reviewed.likely} of them "
-        f"more probably than not, by {reviewed.source}\n"
-        f"the {len(reviewed.rows)} most doubtful rows: {path}\n"
-        f"fill in the column decision (keep, remove or a class), then: turnover review {run} --decisions "
-        f"{path} --out cleaned{ending}",
+        f"about {reviewed.expected:.0f} of {len(loaded.train)} labels are wrong ({reviewed.likely} more "
+        f"probably than not), by {reviewed.source}\n"
+        f"the {len(reviewed.rows)} most doubtful rows of {len(loaded.train)}: {path}\n"
+        f"{_empty(loaded)}"
+        f"fill in the column decision (keep, remove or a class), then: "
+        + command_line("review", run, "--decisions", path, "--out", f"cleaned{ending}"),
         highlight=False,
     )
     output.document({"file": str(path), **asdict(reviewed), "device": device})
@@ -168,8 +170,19 @@ def _apply(
             f"{found.errors.probability.max():.2f}"
         )
     output.say(f"{_counted(counts)}: {path}; the decisions: {listed}")
+    if said and (empty := _empty(run)):
+        output.say(empty.rstrip(), highlight=False)
     document = {"file": str(path), "decisions_file": str(listed), **counts}
     output.document(document | {"accuracy": applied.accuracy, "device": device})
+
+
+def _empty(run: Run) -> str:
+    """Say which columns of the list are empty, and what fills them."""
+    if run.has_result("self"):
+        return ""
+    when = f"until {command_line('influence', run.folder)} has run"
+    when = "as rows of a group have no self-influence" if run.train.grouped else when
+    return f"its columns self_influence_z and self_influence_q are empty, {when}\n"
 
 
 def _counted(counts: Counter[str]) -> str:

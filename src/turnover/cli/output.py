@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +27,27 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u
 def visible(text: str) -> str:
     r"""Escape what a terminal would obey: an escape character, say, becomes ``\x1b``."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Cut:
+    """A text of the data, of which a terminal shows two lines; files have the whole."""
+
+    def __init__(self, text: str | None) -> None:
+        self._text = Text(visible(" ".join((text or "").split())))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Rich prints by this."""
+        lines = self._text.wrap(console, options.max_width)
+        first, rest = lines[0], lines[1:]
+        yield first
+        if rest:
+            second = Text(" ".join(line.plain.rstrip() for line in rest))
+            second.truncate(options.max_width, overflow="ellipsis")
+            yield second
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Rich finds the widths of columns by this."""
+        return Measurement.get(console, options, self._text)
 
 
 class _Console(Console):
@@ -46,7 +69,9 @@ class Output:
         self._as_json = as_json
         self._console = _Console(stderr=as_json, markup=False, emoji=False)
 
-    def say(self, what: str | Table, *, style: str | None = None, highlight: bool = True) -> None:
+    def say(
+        self, what: str | Table | Cut, *, style: str | None = None, highlight: bool = True
+    ) -> None:
         """Print for people; only a terminal breaks lines, so that paths stay whole in a file."""
         whole = isinstance(what, str) and not self._console.is_terminal
         self._console.print(what, style=style, highlight=highlight, soft_wrap=whole)
@@ -58,21 +83,28 @@ class Output:
     def table(
         self,
         columns: Iterable[str],
-        rows: Iterable[Iterable[str]],
+        rows: Iterable[Iterable[str | Cut]],
         *,
         title: str | None = None,
         bold: Container[int] = (),
     ) -> None:
-        """Print a table with the rows of some numbers in bold."""
+        """Print a table with the rows of some numbers in bold, and marked ``*``."""
         table = Table(*columns, title=title, title_justify="left")
-        for number, cells in enumerate(rows):
-            table.add_row(*cells, style="bold" if number in bold else None)
+        for number, (first, *cells) in enumerate(rows):
+            if number in bold:  # a file shows no bold
+                first = f"* {first}"
+            table.add_row(first, *cells, style="bold" if number in bold else None)
         self.say(table)
 
     def document(self, values: Any) -> None:
         """Print the JSON document if it was asked for; numbers that are not finite become null."""
         if self._as_json:
             sys.stdout.write(json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def command_line(name: str, *given: object) -> str:
+    """A command to paste into a shell."""
+    return shlex.join(["turnover", name, *map(str, given)])
 
 
 def in_results(run: Path, name: str) -> Path:

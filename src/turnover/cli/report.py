@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from turnover.cli.config import recipe
 from turnover.cli.options import Device, HeadUnits, RunFolder, Seed
-from turnover.cli.output import Output, check_folder
+from turnover.cli.output import Output, check_folder, command_line
 from turnover.cli.parameters import RUN, command
 from turnover.cli.scores import explain_errors, print_influence
 from turnover.cli.training import print_fit
@@ -105,13 +104,16 @@ def demo(
     shown = explain_errors(output, run, show=3, top=5, among=None)
     page = out / "report.html"
     _write_report(output, run, page, texts=True)
+    model = command_line("fit", "train.csv", "--model", task.classifier.model, "--out", "runs/mine")
+    output.say(f"run: {out}; next: {command_line('view', out)}")
+    output.say(f"this model on your own texts: {model}", highlight=False)
     document = {"run": str(out), "metrics": metrics, "file": str(page)}
     output.document(document | {"explanations": [one.to_dict() for one in shown]})
 
 
 def _write_report(output: Output, run: Run, out: Path, *, texts: bool) -> None:
-    named, made = shlex.quote(str(run.folder)), ("influence", "explain", "report")
-    commands = tuple(f"turnover {command} {named}" for command in made)
+    made = ("influence", "explain", "report")
+    commands = tuple(command_line(command, run.folder) for command in made)
     title = f"{run.folder.resolve().name}: which training instances are behind its errors"
     with damage(run.folder / "metrics.json"):
         write(content(run, title=title, commands=commands), out, texts=texts)

@@ -11,7 +11,7 @@ import typer
 
 from turnover.cli.config import config_option
 from turnover.cli.options import Count, Device, Objective, Positive, RunFolder
-from turnover.cli.output import Output, in_results
+from turnover.cli.output import Cut, Output, command_line, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.data.base import Data
 from turnover.errors import InputError
@@ -24,6 +24,7 @@ from turnover.tasks import groups as groups_task
 from turnover.tasks import score as score_task
 from turnover.tasks.explain import Explanation, GramExplanation, Influential
 from turnover.tasks.memorize import memorization, write_memorization
+from turnover.tasks.score_plan import explain_plan as plan_of_scores
 
 _METHOD = typer.Option(
     help="Estimator of the pairs: rerank is linear, then exact for the extremes; auto is the most exact "
@@ -60,7 +61,7 @@ def influence(
     If it was interrupted, the same command resumes.
 
     Args:
-        explain_plan: print estimated time, memory and noise of each method, and stop.
+        explain_plan: print estimated time and memory of all steps, and noise of each method, and stop.
         engine: where the influence on the errors is computed: in this process, or on a Ray cluster's
             workers, with the same bits. Ray's nodes share the run's folder.
         address: address of the Ray cluster, host:port; default: RAY_ADDRESS, or a cluster on this machine.
@@ -71,7 +72,7 @@ def influence(
     connection = _connected(address) if engine == "ray" else nullcontext()
     loaded = Run.load(run, device)
     if explain_plan:
-        plan = score_task.explain_plan(loaded, task)
+        plan = plan_of_scores(loaded, task)
         said = str(plan or "no misclassified test rows: nothing to score")
         output.say(said, highlight=False)
         output.document({"plan": plan and plan.to_dict(), "device": device})
@@ -152,7 +153,8 @@ def groups(
     document = found.to_dict() | {"device": device}
     write_json(path, document)
     _print_groups(output, found, show)
-    output.say(f"all groups: {path}")
+    count = len(found.groups)
+    output.say(f"{min(2 * show, count)} of {count} groups; all: {path}")
     output.document(document)
 
 
@@ -189,12 +191,12 @@ def memorize(run: RunFolder, output: Output, show: Count = 5) -> None:
     output.table(["mean loss, nats", "network", *epochs], losses)
     if rows:
         columns = ("hidden - exposed", "label", "most memorized training row")
-        texts = [f"[{one['key']}] {one['text']}" for one in rows]
+        texts = [Cut(f"[{one['key']}] {one['text']}") for one in rows]
         listed = zip(rows, texts, strict=True)
         output.table(
             columns, ([f"{one['memorization']:+.3f}", one["label"], text] for one, text in listed)
         )
-    output.say(f"all rows: {path}")
+    output.say(f"{len(rows)} of {len(train)} rows; all: {path}")
     output.document({"file": str(path), "curves": curves, "rows": rows})
 
 
@@ -207,7 +209,7 @@ def _connected(address: str | None) -> AbstractContextManager[None]:
 def next_commands(train: Data, run: Path, *commands: str) -> str:
     """List commands to go on with, that of groups first where the training rows have them."""
     names = ("groups", *commands) if train.grouped else commands
-    return ", ".join(f"turnover {name} {run}" for name in names)
+    return ", ".join(command_line(name, run) for name in names)
 
 
 def print_influence(output: Output, metrics: dict[str, Any]) -> None:
@@ -243,7 +245,7 @@ def explain_errors(
     write_json(path, {"errors": [explanation.to_dict() for explanation in explanations]})
     explanations.sort(key=lambda explanation: -explanation.n_significant)
     _print_explanations(output, explanations[:show])
-    output.say(f"all errors: {path}")
+    output.say(f"{len(explanations[:show])} of {len(explanations)} errors; all: {path}")
     return explanations[:show]
 
 
@@ -279,15 +281,15 @@ def _print_groups(output: Output, found: groups_task.Groups, show: int) -> None:
     )
     output.say(
         f"{sum(one.significant for one in found.groups)} of {len(found.groups)} groups have q <= 0.05 "
-        f"(bold); accuracy of the whole network {found.accuracy:.3f}; by chance (without - with) differs "
+        f"(*); accuracy of the whole network {found.accuracy:.3f}; by chance (without - with) differs "
         f"by {found.accuracy_spread:.3f}"
     )
 
 
 def _print_explanations(output: Output, explanations: list[Explanation]) -> None:
     for one in explanations:
-        said = f"{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})"
-        title = f"{one.text}\n{said}"
+        title = f"{one.true_label}, predicted {one.predicted_label} ({one.confidence:.0%})"
+        output.say(Cut(one.text))
         if one.is_gram:
             _print_gram(output, one, title=title)
             continue
@@ -316,10 +318,10 @@ def _print_gram(
 
 def _rows(
     sides: Explanation | GramExplanation, figures: Callable[[Any], Iterable[str]]
-) -> Iterator[list[str]]:
+) -> Iterator[list[str | Cut]]:
     for side, items in (("helpful", sides.helpful), ("harmful", sides.harmful)):
         for one in items:
-            text = f"[{one.key}] {one.text}"
+            text = Cut(f"[{one.key}] {one.text}")
             yield [side, one.label, f"{one.score:+.3f}", *figures(one), text]
 
 

@@ -108,8 +108,7 @@ def fit(
     """
     check_new_run(out, overwrite=overwrite)
     shape = _shape(data, model, options)
-    train_data, test_data = build(Source, options).read(data, shape)
-    say_rows(output, training=train_data, test=test_data)
+    train_data, test_data = _read(output, data, shape, options)
     found = digest_of(train_data, test_data)
     if data_digest not in (None, found):
         raise InputError(
@@ -164,7 +163,7 @@ def plan(
         pilot_rows: approximate number of training rows for the pilot.
     """
     shape = _shape(data, model, options)
-    train_data, test_data = build(Source, options).read(data, shape)
+    train_data, test_data = _read(output, data, shape, options)
     rows = pilot_rows if pilot else None
     found = plan_task.plan(
         _task(shape, options),
@@ -175,9 +174,20 @@ def plan(
         pilot_rows=rows,
         device=device,
     )
-    say_rows(output, training=train_data, test=test_data)
     _print_plan(output, found)
     output.document(found.to_dict() | {"device": device})
+
+
+def _read(output: Output, data: str, shape: Config, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Read training and test data, and say how many rows each has and where test rows come from."""
+    train_data, test_data = build(Source, options).read(data, shape)
+    say_rows(output, training=train_data, test=test_data)
+    if options["test"] is None:
+        output.say(
+            "no --test: about a fifth of the rows, drawn by their ids, is held out for testing and is not "
+            "trained on"
+        )
+    return train_data, test_data
 
 
 def _shape(data: str, model: str, options: dict[str, Any]) -> Any:
@@ -256,7 +266,7 @@ def _print_plan(output: Output, plan: plan_task.TrainingPlan) -> None:
     output.table(columns, rows, title=f"{plan.asked.instances} training instances", bold=asked)
     if plan.pilot is None:
         output.say(
-            "All values are relative to the requested setting (bold): how large the influences in this "
+            "All values are relative to the requested setting (*): how large the influences in this "
             "data are is unknown before training. --pilot trains on a part of it and measures."
         )
         return

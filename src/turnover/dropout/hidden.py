@@ -94,7 +94,9 @@ def hidden_predictions(
     hidden, exposed, ids, labels = [], [], [], []
     ordered = False
     with evaluating(network.model):
-        calibration = None if held_out is None else _calibrated(network, held_out, adapter)
+        calibration = (
+            None if held_out is None else _calibrated(network, held_out, adapter, progress=progress)
+        )
         total = length_of(train_batches)
         shown = tqdm(iter(train_batches), "hidden predictions", total, disable=not progress)
         for given in shown:
@@ -124,10 +126,12 @@ def hidden_predictions(
     )
 
 
-def _calibrated(network: Network, held_out: Iterable[Any], adapter: Adapter) -> tuple[float, float]:
+def _calibrated(
+    network: Network, held_out: Iterable[Any], adapter: Adapter, *, progress: bool
+) -> tuple[float, float]:
     """The temperature, and the mean loss of held-out rows at this temperature."""
     hidden, whole, labels, seen = [], [], [], 0
-    for given in held_out:
+    for given in tqdm(held_out, "calibration", length_of(held_out), disable=not progress):
         batch = adapter(given)
         ghosts = ghost_ids(len(batch), start=_CALIBRATION_GHOSTS + seen)
         seen += len(batch)

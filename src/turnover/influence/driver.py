@@ -23,6 +23,7 @@ from turnover.influence.progress import Counts, Progress
 from turnover.influence.protocol import Estimator, Ids, Method, Setup, Wanted, method_of
 from turnover.influence.sinks import MemorySink
 from turnover.influence.storing import store
+from turnover.io.bars import slowly
 from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.result import Result
 
@@ -164,7 +165,9 @@ class BlockDriver:
         pilot = Pilot(
             self._engines, batches[0], targets, len(ids), top=wanted.top, in_memory=in_memory
         )
-        costs = [one.cost(pilot) for one in self._planned()]
+        shown = self._setup.progress
+        tried = slowly(self._planned(), "trials of the methods", "method", shown=shown)
+        costs = [one.cost(pilot) for one in tried]
         return plan(costs, targets, len(ids), budget=self._budget)
 
     def _choose(

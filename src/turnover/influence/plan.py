@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,14 @@ class MethodCost:
         seconds: estimated time, masks and ghosts included.
         gib: estimated memory beyond the model and the targets.
         noise_floor: median over the pilot's targets, in the objective's units.
+        each: seconds of a piece of each kind of work, such as a pair.
     """
 
     method: str
     seconds: float
     gib: float
     noise_floor: float
+    each: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,18 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
+        return f"{self.table(self.chosen)}\n{self.chosen}: {self.reason}"
+
+    def table(self, marked: str) -> str:
+        """The costs, with an arrow at a method."""
         lines = [f"{self.targets:,} targets x {self.ids:,} training ids, estimated"]
         lines.append(f"{'method':<8} {'time':>12} {'memory':>10} {'noise floor':>12}")
         for cost in self.costs:
-            mark = " <-" if cost.method == self.chosen else ""
+            mark = " <-" if cost.method == marked else ""
             lines.append(
-                f"{cost.method:<8} {_duration(cost.seconds):>12} {cost.gib:>6.2f} GiB "
+                f"{cost.method:<8} {duration(cost.seconds):>12} {cost.gib:>6.2f} GiB "
                 f"{cost.noise_floor:>12.4g}{mark}"
             )
-        lines.append(f"{self.chosen}: {self.reason}")
         return "\n".join(lines)
 
 
@@ -151,16 +156,17 @@ def plan(costs: Sequence[MethodCost], targets: int, ids: int, *, budget: float) 
 def _choose(times: dict[str, float], budget: float) -> tuple[str, str]:
     *_, best = methods = list(times)
     if times[best] <= budget:
-        return best, f"the most exact method, and within {_duration(budget)}"
+        return best, f"the most exact method, and within {duration(budget)}"
     for method, better in zip(methods[-2::-1], methods[::-1], strict=False):
         if times[method] <= budget:
-            return method, f"{better} would take {_duration(times[better])}; this fits"
+            return method, f"{better} would take {duration(times[better])}; this fits"
     second = methods[min(1, len(methods) - 1)]
-    took, most = _duration(times[second]), _duration(budget)
+    took, most = duration(times[second]), duration(budget)
     return methods[0], f"even {second} would take {took}, and the budget is {most}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -360,6 +360,7 @@ class Estimator(ABC):
             pilot.targets * sum(count * each[kind] for kind, count in work.items()),
             size / 2**30,
             float(np.median(noise_floor(self.ghost_scores(pilot)).sd)),
+            each,
         )
 
     def variables(

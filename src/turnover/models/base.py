@@ -14,6 +14,7 @@ from turnover.data.base import Data, Reader
 from turnover.data.encoded import Encoded, batches
 from turnover.dropout.head import WideHead
 from turnover.dropout.modules import device_of
+from turnover.io.bars import slowly
 
 STANDARDIZED_ROWS = 1000
 
@@ -95,5 +96,6 @@ def standardize(
     some = batches(training, rows[:STANDARDIZED_ROWS].tolist())
     model.eval()
     with torch.no_grad():
-        found = [features(batch.to(device).inputs) for batch in some]
+        shown = slowly(some, "features that standardize the head")
+        found = [features(batch.to(device).inputs) for batch in shown]
     head.standardize(torch.cat(found))

@@ -21,6 +21,7 @@ from turnover.data.encoded import Encoded
 from turnover.data.text import TextData, TextRow, Tokens, read
 from turnover.dropout.head import WideHead
 from turnover.errors import InputError, check_whole
+from turnover.io.bars import slowly
 from turnover.io.parsing import convert, read_object
 from turnover.io.tensors import read_model, shapes, write_model
 from turnover.models.adapters import add_lora, usual_targets, without_lora
@@ -35,6 +36,7 @@ from turnover.models.encoders import (
 from turnover.models.limits import Limits, limits_of, vocabulary_of
 
 SITES = ("lora", "head")
+_TOKENIZED = 1000
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ class TextPipeline(Texts):
     def encode(self, data: TextData) -> Tokens:
         """Tokenize texts, or refuse those that the encoder cannot take."""
         longest, padding = self.config.max_tokens, self.tokenizer.pad_token_id
-        encoded = self.tokenizer(list(data.texts), truncation=True, max_length=longest)
-        tokens = list(encoded["input_ids"])
+        tokens: list[list[int]] = []
+        for at in slowly(range(0, len(data), _TOKENIZED), "tokenizing", f"{_TOKENIZED} texts"):
+            some = list(data.texts[at : at + _TOKENIZED])
+            tokens += self.tokenizer(some, truncation=True, max_length=longest)["input_ids"]
         self.limits.check(tokens, data.keys, longest, self.tokenizer)
         return Tokens(tokens, data.labels, data.ids, 0 if padding is None else int(padding))
 

@@ -15,7 +15,7 @@ from turnover.results.result import Result
 from turnover.runs.run import Run
 
 EXACT_GHOSTS = 64
-_TARGETS, _IDS = 8, 256
+TARGETS, IDS = 8, 256
 
 
 def agreement(
@@ -30,8 +30,8 @@ def agreement(
     if influence.method != "linear":
         return {}
     generator = torch.Generator().manual_seed(0)
-    targets = torch.randperm(len(wrong), generator=generator)[:_TARGETS].tolist()
-    columns = torch.randperm(len(ids), generator=generator)[:_IDS]
+    targets = torch.randperm(len(wrong), generator=generator)[:TARGETS].tolist()
+    columns = torch.randperm(len(ids), generator=generator)[:IDS]
     exact = Influence(
         run.network,
         influence.objective,

@@ -110,7 +110,8 @@ class Prepared:
         if self.targets == ERRORS:
             count = int((~self.predictions.correct).sum())
         objective = OBJECTIVES[self.config.objective]
-        return forecast(self.classifier.model, objective, training, test, count)
+        model = self.classifier.model
+        return forecast(model, objective, training, targets=count, means=len(test))
 
 
 def attribute(

@@ -315,8 +315,8 @@ def _check(
         if shared:
             raise InputError(
                 f"{len(shared)} validation rows are also among the run's {name} rows, such as "
-                f"{validation.shown(shared[0])!r}: figures on rows that chose the removal would be biased; "
-                f"remove them from the validation file"
+                f"{validation.shown(shared[0])!r:.200}: figures on rows that chose the removal would be "
+                f"biased; remove them from the validation file"
             )
 
 

@@ -70,6 +70,7 @@ class Fairness:
         positive: class whose rates are compared.
         method: estimator.
         widening: training rows or groups with negative scores, the one that widens it most first.
+        count: how many widen it, listed or not.
         grouped: whether they are groups.
     """
 
@@ -78,6 +79,7 @@ class Fairness:
     positive: str
     method: str
     widening: tuple[Widening, ...]
+    count: int
     grouped: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def fairness(
     sizes = Counter(run.train.ids.tolist())
     grouped = run.train.grouped
     first = rows_by_id(result.train_ids, run.train)
-    listed = []
+    widen, listed = int((result.scores < 0).sum()), []
     for column in np.argsort(result.scores, kind="stable")[:budget].tolist():
         numbers = [float(one[column]) for one in (result.scores, result.z, result.q)]
         key, label, text = represented(run.train, first[column])
@@ -152,7 +154,7 @@ def fairness(
         size = sizes[int(result.train_ids[column])]
         if numbers[0] < 0:
             listed.append(Widening(key, size, *shown, *numbers))
-    return Fairness(found, gap, positive, influence.method, tuple(listed), grouped)
+    return Fairness(found, gap, positive, influence.method, tuple(listed), widen, grouped)
 
 
 def read_attribute(test: Data, path: Path, column: str = "attribute") -> list[str]:

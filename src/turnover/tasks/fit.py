@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from turnover.data.base import Data
 from turnover.data.encoded import Encoded
@@ -21,6 +21,7 @@ from turnover.dropout.masks import MaskSpec
 from turnover.dropout.modules import choose_device, random_state_kept
 from turnover.dropout.network import Network, attach
 from turnover.ids import ghost_ids
+from turnover.io.bars import stages
 from turnover.io.parsing import write_json
 from turnover.models.base import Config, Pipeline
 from turnover.models.pipeline import build
@@ -112,15 +113,18 @@ def fit(
         # Draws for weights and dropout leave the caller's generator alone.
         with random_state_kept(chosen):
             torch.manual_seed(config.training.seed)
-            pipeline, model = build(config.classifier, train_data)
-            model.to(chosen)  # not before: the CPU draws the weights, the same for all devices
-            metrics, network, plain = _fit(config, pipeline, model, train_data, test_data, draft)
+            with stages("preparing", 4) as begin:
+                begin("loading the model")
+                pipeline, model = build(config.classifier, train_data)
+                model.to(chosen)  # not before: the CPU draws the weights, the same for all devices
+                prepared = _prepare(config, pipeline, model, train_data, test_data, draft, begin)
+            metrics = _fit(config, prepared, train_data, test_data, draft)
         pipeline.save(draft, model, len(train_data.classes))
-        if plain is not None:
+        if prepared.plain is not None:
             folder = draft / "without_turnover"
             folder.mkdir(exist_ok=True)
-            pipeline.save(folder, plain, len(train_data.classes))
-        write_json(draft / MASKS, network.to_dict())
+            pipeline.save(folder, prepared.plain, len(train_data.classes))
+        write_json(draft / MASKS, prepared.network.to_dict())
         train_data.save(draft, "train")
         write_source(draft, train_data)
         test_data.save(draft, "test")
@@ -137,31 +141,62 @@ def fit(
     return metrics
 
 
-def _fit(
+@dataclass(frozen=True)
+class _Prepared:
+    """What is trained: the network, the same model without masks, the rows, and the audit."""
+
+    network: Network
+    plain: nn.Module | None
+    training: Encoded
+    test: Encoded
+    bfloat16: bool
+    weights: Tensor | None
+    curve_rows: tuple[list[int], list[int]]
+    report: AuditReport
+
+
+def _prepare(
     config: FitConfig,
     pipeline: Pipeline,
     model: nn.Module,
     train_data: Data,
     test_data: Data,
     draft: Path,
-) -> tuple[dict[str, Any], Network, nn.Module | None]:
+    begin: Callable[[str], None],
+) -> _Prepared:
     weights = class_weights(config.training.class_weights, train_data)
+    begin("rows for the model, and a rehearsal on two of them")
     training, test, bfloat16 = rehearse(
         pipeline, model, config.sites, config.masks, train_data, test_data, draft
     )
+    begin("features that standardize the head")
     pipeline.prepare(model, training)
+    begin("audit")
     plain = copy.deepcopy(model) if config.compare else None
     network = attach(model, config.sites, config.masks)
     curve_train = fixed_rows(len(training), config.curve_rows)
     curve_test = fixed_rows(len(test), config.curve_rows)
     report = network.audit(training.batch(curve_train[:8]))
+    curves = (curve_train, curve_test)
+    return _Prepared(network, plain, training, test, bfloat16, weights, curves, report)
+
+
+def _fit(
+    config: FitConfig, prepared: _Prepared, train_data: Data, test_data: Data, draft: Path
+) -> dict[str, Any]:
+    network, plain, weights = prepared.network, prepared.plain, prepared.weights
+    training, test, model = prepared.training, prepared.test, network.model
 
     def measure() -> dict[str, tuple[float, float]]:
-        sides = _sides(network, training, test, curve_train, curve_test)
+        sides = _sides(network, training, test, *prepared.curve_rows)
         return {name: evaluation.mean() for name, evaluation in sides.items()}
 
     seconds = {}
-    same: dict[str, Any] = {"identity": repr(config), "bfloat16": bfloat16, "weights": weights}
+    same: dict[str, Any] = {
+        "identity": repr(config),
+        "bfloat16": prepared.bfloat16,
+        "weights": weights,
+    }
     start = time.perf_counter()
     curves = train(
         model,
@@ -194,16 +229,18 @@ def _fit(
             )
         seconds["train_without_turnover"] = time.perf_counter() - start
         without = evaluate(plain, test, range(len(test)), _no_masks)
-    metrics = _metrics(network, report, curves, sides, with_mean, without, train_data, test_data)
+    metrics = _metrics(
+        network, prepared.report, curves, sides, with_mean, without, train_data, test_data
+    )
     metrics["precision"] = {
         "stored": getattr(model, "stored", "float32"),
-        "training": "bfloat16" if bfloat16 else "float32",
+        "training": "bfloat16" if prepared.bfloat16 else "float32",
         "evaluation": "float32",
     }
     if weights is not None:
         metrics["class_weights"] = dict(zip(train_data.classes, weights.tolist(), strict=True))
     metrics["seconds"] = seconds
-    return metrics, network, plain
+    return metrics
 
 
 def _no_masks(_: Any) -> AbstractContextManager[None]:
@@ -232,7 +269,8 @@ def _sides(
     ):
         for side in ("exposed", "hidden"):
             masked = under_masks(network, data, ids, hidden=side == "hidden")
-            sides[f"{name}_{side}"] = evaluate(network.model, data, rows, masked)
+            title = f"{side} losses on {len(rows)} {name} rows"
+            sides[f"{name}_{side}"] = evaluate(network.model, data, rows, masked, title)
     return sides
 
 

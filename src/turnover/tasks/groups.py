@@ -125,11 +125,17 @@ def groups(
         )
 
     ghosts = ghost_ids(_SPREAD_GHOSTS if predict else 0, start=_SPREAD_START)
-    spread = [with_and_without(ghost) for ghost in ghosts.tolist()]
+    shown = tqdm(ghosts.tolist(), "by chance", unit="ghost", disable=not predict)
+    spread = [with_and_without(ghost) for ghost in shown]
+    listed = [column for column in order.tolist() if column in chosen]
+    measured = {
+        column: with_and_without(int(result.train_ids[column]))
+        for column in tqdm(listed, "with and without groups", unit="group", disable=not predict)
+    }
     found = []
-    for column in tqdm(order.tolist(), desc="with and without groups", unit="group"):
+    for column in order.tolist():
         group = int(result.train_ids[column])
-        both = with_and_without(group) if column in chosen else (None, None)
+        both = measured.get(column, (None, None))
         numbers = (float(values[column]) for values in (result.scores, result.z, result.q))
         found.append(GroupInfluence(keys[group], sizes[group], *numbers, *both))
     differences = [without - exposed for exposed, without in spread]

@@ -15,7 +15,7 @@ from turnover.labels import LabelErrors, label_errors, label_errors_of
 from turnover.runs.run import Run
 from turnover.runs.targets import check_scored
 from turnover.tasks.linear_probe import frozen
-from turnover.tasks.predict import predict_training
+from turnover.tasks.stored_hidden import open_hidden
 from turnover.tasks.training import logits_of_rows
 
 _SMALLEST = 1e-12
@@ -62,7 +62,7 @@ def doubts(run: Run) -> Doubts:
         features = frozen(run, run.train).features
         found.append(Doubts(label_errors(features, labels, classes=classes), "features"))
     if run.masks is not None:
-        found.append(_by(predict_training(run).probabilities, labels, "hidden"))
+        found.append(_by(open_hidden(run).probabilities, labels, "hidden"))
     if not found:
         found.append(_by(without_themselves(run), labels, "itself"))
     return max(found, key=lambda one: one.errors.likelihood)

@@ -24,6 +24,7 @@ from turnover.dropout.masks import MaskSpec
 from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network, attach
 from turnover.errors import InputError
+from turnover.io.bars import slowly
 from turnover.runs.run import Run
 from turnover.tasks.class_weights import weights_of_run
 from turnover.tasks.training import autocast
@@ -79,7 +80,8 @@ def frozen(run: Run, data: Data) -> Frozen:
         run.whole(),
         run.pipeline.pretrained(run.model) as encoder,
     ):
-        found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in chunks]
+        shown = slowly(chunks, "features of the pretrained encoder")
+        found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in shown]
     features = in_order(found, chunks, rows).float().cpu()
     return Frozen(features, torch.tensor(data.labels), len(data.classes), weights_of_run(run))
 

@@ -80,7 +80,8 @@ class Follower:
         tensors = {}
         for name, hidden in (("exposed", False), ("hidden", True)):
             bind = under_masks(self._network, self._training, None, hidden=hidden)
-            found = evaluate(self._network.model, self._training, rows, bind)
+            title = f"{name} losses after epoch {epoch}"
+            found = evaluate(self._network.model, self._training, rows, bind, title)
             before = [kept[name][: epoch - 1]] if kept else []
             tensors[name] = torch.cat([*before, found.loss[None]])
         with replacing(self._path) as draft:

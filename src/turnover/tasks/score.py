@@ -22,11 +22,10 @@ from turnover.ids import ghost_ids
 from turnover.influence.auto import Auto
 from turnover.influence.estimator import Influence
 from turnover.influence.gradients import mask_gradients
-from turnover.influence.gram.forecast import Forecast
 from turnover.influence.halving import Halving
 from turnover.influence.linear import LinearScorer
-from turnover.influence.plan import Plan
-from turnover.influence.protocol import METHODS
+from turnover.influence.protocol import METHODS, Method
+from turnover.io.bars import slowly
 from turnover.io.parsing import convert, read_json, write_json
 from turnover.results.calibration import noise_floor
 from turnover.results.location import ROOT
@@ -36,13 +35,13 @@ from turnover.runs.targets import EXPLANATIONS, rows_digest
 from turnover.runs.targets import FILE as TARGETS
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
-from turnover.tasks.score_trained import BATCH, by_ids, expected, fitted, score_trained
+from turnover.tasks.score_trained import BATCH, by_ids, fitted, score_trained
 from turnover.tasks.training import evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
 _P_CHECKED = 0.01
 _SITE_ROWS = 256
-_OWN_GHOSTS = 1000
+OWN_GHOSTS = 1000
 _GRAM_TOP, _GRAM_COMPARED = 50, 5
 PAIR_METHODS = tuple(sorted(METHODS.keys() - {"gram"}))
 
@@ -108,7 +107,7 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
     start = time.perf_counter()
     _metrics(run)  # refuse damaged metrics before anything is computed
     network = run.network
-    scoring = _Scoring(run, config)
+    scoring = Scoring(run, config)
     test, wrong, ids = scoring.test, scoring.wrong, scoring.ids
     found: dict[str, Any] = {"method": config.method, "objective": config.objective}
     found["device"] = str(device_of(run.model))
@@ -161,17 +160,22 @@ def _explained(run: Run) -> list[bytes]:
     return [root.read_bytes() if root.is_file() else b"" for root in roots]
 
 
-def _overall(scoring: _Scoring, config: ScoreConfig) -> dict[str, Result]:
+def _overall(scoring: Scoring, config: ScoreConfig) -> dict[str, Result]:
     """Influence on the mean of all test rows, and self-influence of every training row."""
     test, training = scoring.test, scoring.training
-    mean = scoring.influence(config.method if config.method in ("exact", "linear") else "linear")
+    mean = scoring.influence(mean_method(config))
     results = {"aggregate": mean.aggregate(batches(test, range(len(test)), BATCH), scoring.ids)}
     # Fewer ghosts suffice: every row has its own, and the null is pooled over the rows.
-    own = scoring.influence("linear", ghosts=min(config.ghosts, _OWN_GHOSTS))
-    if len(scoring.ids) == len(training):
+    own = scoring.influence("linear", ghosts=min(config.ghosts, OWN_GHOSTS))
+    if scoring.by_rows:
         rows = batches(training, range(len(training)), BATCH)
         results["self"] = own.self_influence(rows)
     return results
+
+
+def mean_method(config: ScoreConfig) -> str:
+    """The method of the influence on the mean of all test rows."""
+    return config.method if config.method in ("exact", "linear") else "linear"
 
 
 def _metrics(run: Run) -> dict[str, Any]:
@@ -181,21 +185,11 @@ def _metrics(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def explain_plan(run: Run, config: ScoreConfig) -> Plan | Forecast | None:
-    """Cost of scoring the errors by each method, or by gram without masks; ``None`` without errors."""
-    if run.masks is None:
-        return expected(run, config, OBJECTIVES)
-    scoring = _Scoring(run, config)
-    if not scoring.wrong:
-        return None
-    return scoring.influence("auto").plan(batches(scoring.test, scoring.wrong, BATCH), scoring.ids)
-
-
-class _Scoring:
+class Scoring:
     """Errors and sites of a run that are scored."""
 
     def __init__(self, run: Run, config: ScoreConfig) -> None:
-        self._run, self._config = run, config
+        self._run, self._config, self.model = run, config, run.model
         self.objective = OBJECTIVES[config.objective]
         network = run.network
         if config.method == "gram":
@@ -220,12 +214,14 @@ class _Scoring:
             "confidence": [round(float(predictions.confidence[row]), 6) for row in self.wrong],
         }
         self.ids = torch.unique(run.train.ids)
+        self.by_rows = len(self.ids) == len(self.training)
         self.by_site = _by_site(run, self.training, config)
         self.sites = (
             choose_sites(self.by_site) if config.sites is None else network.select(config.sites)
         )
 
-    def influence(self, method: str, *, ghosts: int | None = None) -> Influence:
+    def influence(self, method: str | Method, *, ghosts: int | None = None) -> Influence:
+        """Estimator on the chosen sites, with the objective and the ghosts of the options."""
         config = self._config
         return Influence(
             self._run.network,
@@ -311,7 +307,7 @@ def explain_input(
     return explained[0], data
 
 
-def _score_by_gram(run: Run, scoring: _Scoring, errors: Result) -> tuple[Result, dict[str, Any]]:
+def _score_by_gram(run: Run, scoring: Scoring, errors: Result) -> tuple[Result, dict[str, Any]]:
     """Extremes of the errors by gram, and the agreement of their signs with turn-over's."""
     start = time.perf_counter()
     result = fitted(run, scoring.training, scoring.objective).estimate(
@@ -373,7 +369,7 @@ def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict
     ratio: dict[str, list[float]] = {site: [] for site in network.sites}
     variance: dict[str, list[float]] = {site: [] for site in network.sites}
     units_of, halving = network.known_units(), Halving()
-    for batch in batches(training, rows.tolist(), BATCH):
+    for batch in slowly(batches(training, rows.tolist(), BATCH), "signal of the sites"):
         moved = batch.to(device_of(network.model))
         gradients = mask_gradients(network, objective, moved, halving=halving)
         assert batch.ids is not None

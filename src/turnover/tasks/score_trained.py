@@ -110,7 +110,8 @@ def expected(run: Run, config: ScoreConfig, objectives: Mapping[str, Objective])
     _check(run, config)
     objective = objectives[objective_of(run, config)]
     training, test = run.encode(run.train), run.encode(run.test)
-    return forecast(run.model, objective, training, test, len(_targets(run, test)[1]))
+    targets = len(_targets(run, test)[1])
+    return forecast(run.model, objective, training, targets=targets, means=len(test))
 
 
 def _targets(run: Run, test: Encoded) -> tuple[Evaluation, list[int]]:
@@ -141,14 +142,14 @@ def fitted(run: Run, training: Encoded, objective: Objective) -> Influence:
 
 
 def forecast(
-    model: nn.Module, objective: Objective, training: Encoded, test: Encoded, targets: int
+    model: nn.Module, objective: Objective, training: Encoded, *, targets: int, means: int
 ) -> Forecast:
-    """Estimate what :func:`score_trained` takes for a number of targets."""
+    """Estimate what gram takes for a number of targets, and for the mean of ``means`` others."""
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
     chunks = training.chunks(order[: BATCH * _SAMPLE], BATCH)
     mixed = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(1)).tolist()
     sample = [training.batch(chunks[at]) for at in mixed]
-    rows, means = len(training), len(test)
+    rows = len(training)
     return forecast_gram(model, objective, sample, rows=rows, targets=targets, means=means)
 
 

@@ -23,7 +23,7 @@ from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network
 from turnover.dropout.sites import resolve
 from turnover.errors import InputError, check_whole
-from turnover.io.bars import tqdm
+from turnover.io.bars import slowly, tqdm
 from turnover.io.files import replacing
 from turnover.io.parsing import checksum, damage, parse_json
 from turnover.io.tensors import check_finite, opened
@@ -36,6 +36,8 @@ _POINTS = 9
 """Points of a curve, spread over the training."""
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 """State of AdamW for each parameter."""
+
+PREDICTING = "predictions"
 
 Bind = Callable[[Sequence[int]], AbstractContextManager[Any]]
 """From rows to the context that they are run in."""
@@ -122,16 +124,20 @@ def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def evaluate(model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind) -> Evaluation:
-    """Evaluate rows, each batch in the context ``bind(rows of the batch)``."""
-    logits = logits_of_rows(model, data, rows, bind)
+def evaluate(
+    model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind, title: str = PREDICTING
+) -> Evaluation:
+    """Evaluate rows, each batch in the context ``bind(rows of the batch)``; ``title`` is the bar's."""
+    logits = logits_of_rows(model, data, rows, bind, title)
     labels = torch.tensor([data.labels[row] for row in rows])
     loss = functional.cross_entropy(logits, labels, reduction="none")
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     return Evaluation(loss, predicted == labels, predicted, confidence)
 
 
-def logits_of_rows(model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind) -> Tensor:
+def logits_of_rows(
+    model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind, title: str = PREDICTING
+) -> Tensor:
     """Return logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``.
 
     They are computed in float32, as influence is: in another precision other rows could be errors.
@@ -141,7 +147,7 @@ def logits_of_rows(model: nn.Module, data: Encoded, rows: Sequence[int], bind: B
     found = []
     model.eval()
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in slowly(chunks, title):
             with bind(chunk), autocast(device, bfloat16=False):
                 found.append(logits_of(data.batch(chunk).to(device).call(model)).float())
     return in_order(found, chunks, rows).cpu()
@@ -186,11 +192,11 @@ def train(
     digest = checksum([identity, repr(config), data.described()])
     kept = _Checkpoint(checkpoint, digest, model, optimizer, curves)
     first_epoch = kept.restore()
-    if measure and not curves.steps:
-        curves.add(0, measure())
     start = first_epoch * steps_per_epoch
     rates = LambdaLR(optimizer, lambda step: 1 - step / total, last_epoch=start - 1)
     bar = tqdm(total=total, initial=start, desc=f"training {name}", unit="step")
+    if measure and not curves.steps:
+        curves.add(0, measure())
 
     def batches(epoch: int) -> Iterator[Batch]:
         # Seeded for each epoch, so that a resumed run draws the dropout of an uninterrupted one.

@@ -40,6 +40,7 @@ from turnover.influence.plan import Plan
 from turnover.influence.progress import Progress, counting
 from turnover.influence.protocol import Ids, Setup, Wanted, register
 from turnover.influence.topk import Extremes
+from turnover.io.bars import tqdm
 from turnover.objectives import cross_entropy
 from turnover.results.calibration import NoiseFloor, StudentNull
 from turnover.results.result import Result
@@ -299,7 +300,7 @@ class GramDriver:
         networks, seconds = len(self._captures), {"cross": 0.0, "halves": 0.0}
         if self._shown:
             start = time.perf_counter()
-            for one in self._fitted:
+            for one in tqdm(self._fitted, "gram (solving)", unit="network", leave=False):
                 one.solve()
             seconds["halves"] = time.perf_counter() - start
             widest = max(len(one.k) for one in self._fitted)
