@@ -250,6 +250,7 @@ def test_calibration_undoes_a_scale_and_a_shift_and_bears_perfect_logits() -> No
         (("--validation", "train.csv"), "also among the run's training rows"),
         (("--out", "cleaned.xlsx"), "cannot write that format"),
         (("--out", "no/cleaned.csv"), "does not exist"),
+        (("--encoding", "cp0"), "unknown encoding 'cp0'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

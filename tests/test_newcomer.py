@@ -164,10 +164,10 @@ def test_what_review_says_is_true(said: dict[str, Any], monkeypatch: pytest.Monk
     found = open_doubts(Run.load(Path("runs/mine"))).errors
     text = one_of(said, "review runs/mine")
     expected, rows, likely = numbers(
-        r"about (\d+) of (\d+) labels are wrong, (\d+) of them more probably than not", text
+        r"about (\d+) of (\d+) labels are wrong \((\d+) more probably than not\)", text
     )
     assert (expected, rows, likely) == (round(found.expected), TRAIN, found.likely)
-    assert numbers(r"the (\d+) most doubtful rows", text) == [BUDGET]
+    assert numbers(r"the (\d+) most doubtful rows of (\d+)", text) == [BUDGET, TRAIN]
     listed = table("runs/mine/results/review.csv")
     assert [one["key"] for one in listed] == [
         f"m-{row:04}" for row in found.order()[:BUDGET].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,31 @@ def test_groups_are_scored_and_rows_are_reviewed(folder: Path) -> None:
     assert all(one["self_influence_z"] == "" and one["influencers"] for one in listed)
     found = np.mean([int(one["key"][2:]) % 10 == 0 for one in listed])
     assert found > 0.5, "wrong labels come first"
+
+
+@pytest.mark.slow
+def test_a_list_with_decisions_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    turnover("review", run, "--budget", 5)
+    turnover("review", run, "--budget", 4)
+    listed = run / "results" / "review.csv"
+    rows = table(listed)
+    with listed.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([rows[0], {**rows[1], "decision": "remove"}, *rows[2:]])
+    before = listed.read_bytes()
+    refused = turnover("review", run, expect=2).stderr
+    assert "has decisions on 1 rows, and a new list would overwrite them" in " ".join(
+        refused.split()
+    )
+    applied = json.loads(
+        turnover("review", run, "--apply", "remove", "--least", 0.5, "--json").stdout
+    )
+    assert listed.read_bytes() == before
+    assert Path(applied["decisions_file"]).name == "applied.csv"
+    kept = turnover("review", run, "--decisions", listed, "--out", tmp_path / "out.csv").stdout
+    assert "119 kept, 1 removed" in kept
 
 
 def test_predictions_name_rows_and_groups(folder: Path) -> None:

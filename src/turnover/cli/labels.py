@@ -125,6 +125,8 @@ def review(
         output.say(f"{_counted(counts)}: {path}")
         output.document({"file": str(path), **counts})
         return
+    if lists:
+        review_task.check_undecided(path)
     found = open_doubts(loaded)
     if apply is not None:
         _apply(loaded, output, found, apply, sure, path, device)
@@ -156,7 +158,7 @@ def _apply(
     counts = review_task.write_decided(run, applied.decisions, path)
     reviewed = review_task.listed(run, found, len(applied.decisions))
     said = {run.train.keys[row]: decision for row, decision in applied.decisions.items()}
-    listed = in_results(run.folder, "review.csv")
+    listed = in_results(run.folder, "applied.csv")
     review_task.write_review(reviewed.rows, listed, said)
     if said:
         output.table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,7 +20,6 @@ from turnover.errors import InputError
 from turnover.io.parsing import UTF8, check_encoding, read_text
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_BOM = b"\xef\xbb\xbf"
 _JSON = json.JSONDecoder()
 
 
@@ -64,7 +64,7 @@ def rewritten(
     text = changed(path, columns, copied, removed)
     encoding = check_encoding(columns.encoding)
     with opened(path) as raw:
-        if encoding == UTF8 and raw.read(len(_BOM)) == _BOM:
+        if encoding == UTF8 and raw.read(3) == codecs.BOM_UTF8:
             encoding = "utf-8-sig"
 
     def marked(file: Path) -> bool:
@@ -124,7 +124,7 @@ def _records(
 def _fields(record: str, dialect: Dialect) -> Iterator[str]:
     """Cells of a record as they are written, each before its separator or the end of the line."""
     bare = rf"[^{dialect.separator}\r\n]*"
-    field = re.compile(rf'"(?:[^"]|"")*"|{bare}' if dialect.quoted else bare)
+    field = re.compile(rf'"[^"]*(?:""[^"]*)*"|{bare}' if dialect.quoted else bare)
     at = 0
     while found := field.match(record, at):
         yield found[0]

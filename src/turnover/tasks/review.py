@@ -143,6 +143,21 @@ def write_review(
     write_list(out, rows, _FORMATS)
 
 
+def check_undecided(path: Path) -> None:
+    """Refuse to overwrite a list with decisions."""
+    if not path.exists():
+        return
+    try:
+        decided = [one for _, one in read_table(path, ("key", "decision")) if one.get("decision")]
+    except InputError:  # another file, that is replaced
+        return
+    if decided:
+        raise InputError(
+            f"{path} has decisions on {len(decided)} rows, and a new list would overwrite them: apply them "
+            f"with --decisions, or name another file with --out"
+        )
+
+
 def write_decisions(
     train: Data,
     decisions: Mapping[int, str],
