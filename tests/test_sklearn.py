@@ -14,11 +14,17 @@ from turnover import InputError
 pytest.importorskip("sklearn", reason="needs: pip install 'turnover[sklearn]'")
 pandas = pytest.importorskip("pandas", reason="needs: pip install 'turnover[sklearn]'")
 from sklearn.base import clone  # noqa: E402
-from sklearn.datasets import load_breast_cancer, load_digits  # noqa: E402
+from sklearn.datasets import load_breast_cancer, load_digits, make_classification  # noqa: E402
 from sklearn.exceptions import NotFittedError  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
-from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split  # noqa: E402
+from sklearn.model_selection import (  # noqa: E402
+    GridSearchCV,
+    cross_val_predict,
+    cross_val_score,
+    train_test_split,
+)
+from sklearn.neural_network import MLPClassifier  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import MinMaxScaler, StandardScaler  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
@@ -62,6 +68,26 @@ def test_it_predicts_nearly_as_well_as_logistic_regression(load):
     assert model.score(X_test, y_test) > plain.score(X_test, y_test) - 0.02
 
 
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+def test_its_defaults_learn_what_no_linear_model_can():
+    X, y = make_classification(
+        1200, 10, n_informative=10, n_redundant=0, n_classes=10, class_sep=2.0, random_state=0
+    )
+    X, X_test, y, y_test = train_test_split(X, y, random_state=0)
+    linear = LogisticRegression(max_iter=1000).fit(X, y).score(X_test, y_test)
+    network = make_pipeline(StandardScaler(), MLPClassifier(random_state=0)).fit(X, y)
+    found = TurnoverClassifier(random_state=0).fit(X, y).score(X_test, y_test)
+    assert linear < 0.6
+    assert found > network.score(X_test, y_test) - 0.05
+
+
+def test_before_anything_is_learned_every_mask_predicts_the_same():
+    X, y = load_breast_cancer(return_X_y=True)
+    model = clone(small).set_params(learning_rate=1e-12).fit(X, y)
+    hidden = turnover.hidden_predictions(model.network_, [model.train_batch_]).probabilities
+    np.testing.assert_allclose(hidden, model.predict_proba(X), atol=1e-5)
+
+
 def test_self_influence_finds_wrong_labels(fitted):
     model, X, _, wrong, *_ = fitted
     found = model.self_influence()
@@ -99,7 +125,12 @@ def test_rows_are_predicted_out_of_sample_from_the_one_training(fitted):
     model, X, y, wrong, *_ = fitted
     found = turnover.hidden_predictions(model.network_, [model.train_batch_])
     of_label = found.probabilities[np.arange(len(y)), y]
-    assert roc_auc_score(wrong, 1 - of_label) > 0.9
+    auc = roc_auc_score(wrong, 1 - of_label)
+    folds = cross_val_predict(
+        TurnoverClassifier(random_state=0), X, y, cv=5, method="predict_proba"
+    )
+    assert auc > 0.9
+    assert auc > roc_auc_score(wrong, 1 - folds[np.arange(len(y)), y]) - 0.02
     whole = model.predict_proba(X)[np.arange(len(y)), y]
     assert of_label[wrong].mean() < whole[wrong].mean() - 0.1
 

@@ -26,7 +26,7 @@ from turnover.integrations import sklearn as classifier  # noqa: E402
 from turnover.integrations.sklearn import TurnoverClassifier  # noqa: E402
 from turnover.training import mean_cross_entropy  # noqa: E402
 
-small = TurnoverClassifier(units=64, random_state=0, learning_rate=3e-3, batch_size=64)
+small = TurnoverClassifier(units=64, random_state=0, batch_size=64)
 
 
 @pytest.fixture(autouse=True)

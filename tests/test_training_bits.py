@@ -206,15 +206,20 @@ def test_the_scikit_learn_classifier_is_trained_as_by_hand(weighted):
     seed = int(np.random.RandomState(0).randint(2**31))
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        head = turnover.WideHead(5, 32, CLASSES)
+        head = turnover.WideHead(5, 32, CLASSES, gain=0.7)
     head.to_empty(device="cpu").reset_parameters(generator)
+    with torch.no_grad():
+        head.spread.weight[1::2] = head.spread.weight[::2].clone()
+        head.classify.weight[:, 1::2] = head.classify.weight[:, ::2].clone()
     network = turnover.attach(head, "activation", turnover.MaskSpec(seed=seed))
     learned = torch.from_numpy(np.flatnonzero(model.weights_))
     weights = torch.from_numpy(model.weights_).float()[learned] if weighted else None
     inputs = model.train_batch_.inputs[learned]
     steps = -(-len(learned) // 16)
     epochs = -(-300 // steps)
-    optimizer = torch.optim.Adam(head.parameters(), 0.01, fused=True)
+    layers = [(head.spread, 0.01), (head.classify, 0.0001)]
+    groups = [{"params": list(layer.parameters()), "lr": rate} for layer, rate in layers]
+    optimizer = torch.optim.Adam(groups, fused=True)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * steps)
     order = shuffled(torch.arange(len(learned)), epochs, 16, generator)
     labels, ids = y[learned], ids[learned]

@@ -26,6 +26,7 @@ from turnover.cli.output import Output
 from turnover.cli.parameters import RUN, Fields, build, command, option_of
 from turnover.cli.reading import Source, say_rows
 from turnover.cli.scores import next_commands
+from turnover.data.base import Data
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.sites import PRESETS
 from turnover.errors import InputError
@@ -108,7 +109,8 @@ def fit(
     """
     check_new_run(out, overwrite=overwrite)
     shape = _shape(data, model, options)
-    train_data, test_data = _read(output, data, shape, options)
+    train_data, test_data = build(Source, options).read(data, shape)
+    _say_data(output, train_data, test_data, held_out=options["test"] is None)
     found = digest_of(train_data, test_data)
     if data_digest not in (None, found):
         raise InputError(
@@ -163,7 +165,7 @@ def plan(
         pilot_rows: approximate number of training rows for the pilot.
     """
     shape = _shape(data, model, options)
-    train_data, test_data = _read(output, data, shape, options)
+    train_data, test_data = build(Source, options).read(data, shape)
     rows = pilot_rows if pilot else None
     found = plan_task.plan(
         _task(shape, options),
@@ -174,20 +176,19 @@ def plan(
         pilot_rows=rows,
         device=device,
     )
+    _say_data(output, train_data, test_data, held_out=options["test"] is None)
     _print_plan(output, found)
     output.document(found.to_dict() | {"device": device})
 
 
-def _read(output: Output, data: str, shape: Config, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Read training and test data, and say how many rows each has and where test rows come from."""
-    train_data, test_data = build(Source, options).read(data, shape)
-    say_rows(output, training=train_data, test=test_data)
-    if options["test"] is None:
+def _say_data(output: Output, train: Data, test: Data, *, held_out: bool) -> None:
+    """Say how many rows there are of each, and where test rows come from."""
+    say_rows(output, training=train, test=test)
+    if held_out:
         output.say(
             "no --test: about a fifth of the rows, drawn by their ids, is held out for testing and is not "
             "trained on"
         )
-    return train_data, test_data
 
 
 def _shape(data: str, model: str, options: dict[str, Any]) -> Any:

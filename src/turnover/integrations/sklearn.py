@@ -1,13 +1,13 @@
 """scikit-learn: a classifier of tables that names the training rows behind a prediction.
 
-A wide masked head on standardized columns, with texts and categories one-hot. For deeper networks use
-:func:`turnover.attach`.
+A wide masked hidden layer on standardized columns, with texts and categories one-hot. For deeper networks
+use :func:`turnover.attach`.
 """
 
 from __future__ import annotations
 
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,11 @@ _ROWS = 1024
 """Rows that are predicted or scored at once."""
 _LEAST_STEPS = 300
 """Optimizer steps of a training, however few the rows."""
+_GAIN = 0.7
+"""Spread of the units' inputs at the start: units that start at zero stay near it, where they are linear."""
+_OUTPUT_RATE = 0.01
+"""Learning rate of the output layer as a share of the hidden layer's: what rows have in common is then
+learned as features, where masks of all of them cover it, and less is memorized row by row."""
 
 
 class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -66,10 +71,11 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         units: width of the hidden layer, and number of mask units: signal to noise of a score grows like
-            sqrt(units / training rows).
+            sqrt(units / training rows), time like units.
         epochs: passes over the training rows; more on small sets, for at least 300 steps.
         batch_size: rows in a step.
-        learning_rate: learning rate of Adam, with a linear decay to 0.
+        learning_rate: learning rate of Adam, with a linear decay to 0; the output layer learns at a
+            hundredth of it. ``None``: 0.63 / sqrt(units), which changes predictions as fast at any width.
         class_weight: factors of the losses by class, as in scikit-learn: a dictionary from labels,
             ``"balanced"``, or ``None``.
         random_state: seed of weights, order and masks: an int, a ``RandomState``, or ``None``.
@@ -91,11 +97,11 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        units: int = 4096,
+        units: int = 8192,
         *,
         epochs: int = 10,
         batch_size: int = 32,
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         class_weight: Any = None,
         random_state: Any = None,
     ) -> None:
@@ -150,8 +156,9 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # The meta device leaves torch's own generator alone.
         generator = torch.Generator().manual_seed(seed)
         with torch.device("meta"):
-            head = WideHead(inputs.shape[1], self.units, len(self.classes_))
+            head = WideHead(inputs.shape[1], self.units, len(self.classes_), gain=_GAIN)
         head.to_empty(device="cpu").reset_parameters(generator)
+        _pair(head)
         self.network_ = attach(head, "activation", MaskSpec(seed=seed))
         self.train_batch_ = Batch(inputs, torch.from_numpy(labels), torch.from_numpy(self.ids_))
         self._train(generator, None if weights is None else torch.from_numpy(weights).float())
@@ -261,7 +268,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {value!r}")
-        if not 0 < self.learning_rate < np.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < np.inf:
             raise InputError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
 
     def _checked(self, X: Any, *, fit: bool = False) -> Any:
@@ -288,11 +295,17 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return torch.from_numpy(np.searchsorted(self.classes_, y))
 
     def _train(self, generator: torch.Generator, weights: Tensor | None) -> None:
-        batch, model = self.train_batch_, self.network_.model
+        batch, model = self.train_batch_, cast("WideHead", self.network_.model)
         inputs, labels, ids = batch.inputs, batch.labels, batch.ids
         assert labels is not None and ids is not None
         rows = torch.from_numpy(np.flatnonzero(self.weights_))
-        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
+        spread, output = model.spread.parameters(), model.classify.parameters()
+        rate = 0.63 / self.units**0.5 if self.learning_rate is None else self.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": spread},
+            {"params": output, "lr": _OUTPUT_RATE * rate},
+        ]
+        optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
         steps = -(-len(rows) // self.batch_size)
         epochs = max(self.epochs, -(-_LEAST_STEPS // steps))
         rates = LinearLR(optimizer, 1.0, 0.0, epochs * steps)
@@ -300,8 +313,7 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         def check(loss: Tensor) -> None:
             if not bool(loss.isfinite()):
                 raise InputError(
-                    f"the training loss became {loss.item()}: lower learning_rate, now "
-                    f"{self.learning_rate:g}"
+                    f"the training loss became {loss.item()}: lower learning_rate, now {rate:g}"
                 )
 
         def loss_of(batch: Tensor) -> Tensor:
@@ -316,6 +328,17 @@ class TurnoverClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         train(optimizer, range(epochs), batches, loss_of, rates=rates, after_step=check)
         model.eval()
+
+
+def _pair(head: WideHead) -> None:
+    """Start both units of each pair, of which a mask keeps one, with the same weights.
+
+    Whatever they compute at the start is then equal under any two masks, and no noise in a score.
+    """
+    pairs = 2 * (head.spread.out_features // 2)
+    with torch.no_grad():
+        for weight in (head.spread.weight, head.classify.weight.T):
+            weight[1:pairs:2] = weight[:pairs:2].clone()
 
 
 def _parts(batch: Batch) -> list[Batch]:
