@@ -28,6 +28,8 @@ from turnover.results.result import Result
 GAPS = ("demographic_parity", "equal_opportunity", "equalized_odds")
 _QUANTILE = 1.959964
 """Of the normal distribution, for intervals of 95%."""
+_ROUNDING = 1e-7
+"""Gap of equal mean probabilities, float32, of groups of different sizes."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _weights(
         signs = sides[1] / sides[1].sum() - sides[0] / sides[0].sum()
         found.append((abs(difference), np.sign(difference) * signs))
     value, signs = max(found, key=lambda one: one[0])
-    if not value:
+    if value <= _ROUNDING:
         raise InputError(f"{gap} is 0 already: no instance widens it")
     # A margin is minus log-odds, by which a probability p changes at the rate p (1 - p).
     weights: NDArray[np.float64] = -signs * probabilities * (1 - probabilities)
