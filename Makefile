@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-fairness bench-tables bench-valuation bench-scale bench-effort check-gpu bench-gpu clean
+.PHONY: help demo test test-long fuzz test-fast lint audit docs notebooks bench-masks bench-speed bench-fidelity bench-mislabel bench-finetuned bench-language bench-paper bench-paper-full bench-rl bench-fairness bench-gram bench-tables bench-valuation bench-scale bench-effort check-gpu bench-gpu clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "%-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,10 @@ bench-rl: $(VENV)/.dev ## Judge influences of experiences, and whether agents of
 
 bench-fairness: $(VENV)/.bench ## Narrow gaps between groups by removing and relabeling rows: docs/fairness.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fairness
+
+# PARTS=: "kept" (problems) or "sizes" (a million). DATA=: the folder of cifar10_10k_2k.npz, which problem E needs.
+bench-gram: $(VENV)/.bench ## Gram by landmarks beside exact gram, and a million instances: docs/scale.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gram_scale $(if $(PARTS),--parts $(PARTS)) $(if $(DATA),--data $(DATA))
 
 bench-tables: $(VENV)/.bench ## Compare the classifier of tables with scikit-learn's MLP: docs/tables.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tables

@@ -9,7 +9,7 @@ extremes, progress and Ray.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -148,7 +148,7 @@ def register(
     options: type[Method],
     estimator: type[Estimator] | None = None,
     *,
-    driver: type[Driver] | None = None,
+    driver: Callable[[Any, Setup], Driver] | None = None,
 ) -> None:
     """Make a method available as ``Influence(network, method=name)``.
 
@@ -156,7 +156,7 @@ def register(
         name: of the method.
         options: frozen dataclass; every field has a default.
         estimator: scores blocks of targets, run by the blockwise driver.
-        driver: in place of an estimator, runs the method by itself.
+        driver: makes what runs the method by itself, in place of an estimator.
 
     Raises:
         InputError: another method has this name.
@@ -166,7 +166,8 @@ def register(
         raise InputError(
             f"method {name!r} is registered already, by {known.__module__}: choose another name"
         )
-    options.name, options.driver = name, driver
+    options.name = name
+    options.driver = None if driver is None else staticmethod(driver)
     if estimator is not None:
         options._estimator = estimator
     METHODS[name] = options

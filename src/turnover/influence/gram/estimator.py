@@ -28,7 +28,7 @@ from turnover.influence.gram.options import (
     Gram,
     capture_of,
     damping_of,
-    digest,
+    digests_of,
     directions_of,
     measure,
     residual_of,
@@ -38,7 +38,7 @@ from turnover.influence.gram.whitening import Whitening
 from turnover.influence.halving import Halving
 from turnover.influence.plan import Plan
 from turnover.influence.progress import Progress, counting
-from turnover.influence.protocol import Ids, Setup, Wanted, register
+from turnover.influence.protocol import Ids, Setup, Wanted
 from turnover.influence.topk import Extremes
 from turnover.io.bars import tqdm
 from turnover.objectives import cross_entropy
@@ -127,15 +127,10 @@ class GramDriver:
             raise InputError("no training batches given")
         for rows, made in zip(every, blocks, strict=True):
             _close(rows, made, full=False)
-        ids = _train_ids(given, sizes)
+        ids = train_ids_of(given, sizes)
         if len(ids) < 4:
             raise InputError(f"gram needs at least 4 training instances, got {len(ids)}")
-        digests = [digest(model) for model in self._models]
-        if len(set(digests)) < len(digests):
-            raise InputError(
-                "two networks have the same masks and weights: one is given twice, and would count double "
-                "in the mean over networks"
-            )
+        digests = digests_of(self._models)
         for one, made in zip(whitenings, blocks, strict=False):
             one.finish(made)
         entries = sum(sum(made.sizes) ** 2 for made in blocks)
@@ -163,11 +158,7 @@ class GramDriver:
     def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
         """Influence of the fitted instances, or of some of them, on every target."""
         top = wanted.top
-        if wanted.out is not None or wanted.coordinates:
-            raise InputError(
-                "gram keeps its scores in memory: do not pass out= or coordinates=; top= keeps the "
-                "strongest alone if memory is short"
-            )
+        check_wanted(wanted)
         columns, ids = self._columns(train_ids)
         target_ids: list[Tensor | None] = []
         scores, errors, floors, places, freedom = [], [], [], [], []
@@ -355,9 +346,6 @@ class GramDriver:
         return order[torch.searchsorted(self._ids[order], ids)].to(device), ids
 
 
-register("gram", Gram, driver=GramDriver)
-
-
 def _over(scores: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean over networks, variance of the mean, degrees of freedom."""
     stacked = torch.stack([one.to(scores[0].device) for one in scores])
@@ -378,7 +366,17 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
         rows[-len(pending) :] = [Rows({}, one.costs, one.residuals, one.weights) for one in pending]
 
 
-def _train_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def check_wanted(wanted: Wanted) -> None:
+    """Refuse a store."""
+    if wanted.out is not None or wanted.coordinates:
+        raise InputError(
+            "gram keeps its scores in memory: do not pass out= or coordinates=; top= keeps the strongest "
+            "alone if memory is short"
+        )
+
+
+def train_ids_of(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """Ids of all batches: int64 (rows,); row numbers where none are given."""
     known = [one for one in ids if one is not None]
     if not known:
         return torch.arange(sum(sizes))

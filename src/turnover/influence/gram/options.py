@@ -66,6 +66,12 @@ class Gram(Method):
             those of the labels in the data, then hold the network: with each of them another gradient
             of every instance, and better scores of language models (docs/language-models.md). Needs
             ``objectives.completion`` or ``cross_entropy``, and no directions.
+        landmarks: training instances, drawn at random, whose inner products with all others stand for those
+            of all pairs (:mod:`turnover.influence.gram.landmarks`): time and disk then grow with the
+            training set and not with its square. ``None``: all pairs.
+        exact: with landmarks, take the exact inner products of targets with all training instances, by a
+            pass over the training batches for each block of targets; without, they are taken of the
+            strongest instances alone, where ``top`` is given.
 
     Raises:
         InputError: a value that is none of these.
@@ -89,6 +95,8 @@ class Gram(Method):
     resamples: int = 8
     whiten: float | bool | None = None
     samples: int = 0
+    landmarks: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         ridges.check(self.ridge)
@@ -118,6 +126,13 @@ class Gram(Method):
             raise InputError(
                 f"ridge={self.ridge!r} knows no drawn labels: give a number, or samples=0"
             )
+        if self.landmarks is not None:
+            check_whole("landmarks", self.landmarks, 2)
+            if self.samples or isinstance(self.ridge, str):
+                what = f"samples={self.samples}" if self.samples else f"ridge={self.ridge!r}"
+                raise InputError(f"landmarks= does not go with {what}: leave one of the two out")
+        elif self.exact:
+            raise InputError("exact= is for landmarks=; without them all inner products are exact")
         check_whole("resamples", self.resamples, 4)
         if self.resamples % 2:
             raise InputError(f"resamples must be even and >= 4, got {self.resamples}")
@@ -128,6 +143,17 @@ def digest(model: Model) -> str:
     if isinstance(model, Network):
         return model.digest()
     return weights_digest(model.state_dict())
+
+
+def digests_of(models: Sequence[Model]) -> list[str]:
+    """Hashes of all networks; refuse one that is given twice."""
+    found = [digest(model) for model in models]
+    if len(set(found)) < len(found):
+        raise InputError(
+            "two networks have the same masks and weights: one is given twice, and would count double in the "
+            "mean over networks"
+        )
+    return found
 
 
 def measure(models: Sequence[Model], batch: Batch) -> None:

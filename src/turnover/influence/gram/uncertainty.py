@@ -48,11 +48,32 @@ def moderated(variance: Tensor, freedom: int, scale: Tensor) -> tuple[Tensor, fl
     Returns:
         The variances (targets, train), and their degrees of freedom.
     """
-    plain = variance.double() / scale.double().square()
-    pooled = plain.mean(dim=1, keepdim=True)
-    prior = _prior(plain, freedom)
-    mixed = (prior * pooled + freedom * plain) / (prior + freedom)
-    return (mixed * scale.double().square()).float(), prior + freedom
+    return Pool(variance, freedom, scale).moderated(variance, scale)
+
+
+class Pool:
+    """The pooled variance of each target, and its degrees of freedom.
+
+    Args:
+        variance: float32 (targets, train), of ``freedom`` degrees of freedom; of some instances.
+        freedom: of each variance.
+        scale: as in :func:`moderated`, of these instances.
+    """
+
+    def __init__(self, variance: Tensor, freedom: int, scale: Tensor) -> None:
+        plain = variance.double() / scale.double().square()
+        self._mean = plain.mean(dim=1, keepdim=True)
+        self._prior, self._freedom = _prior(plain, freedom), freedom
+
+    def moderated(
+        self, variance: Tensor, scale: Tensor, target: int | None = None
+    ) -> tuple[Tensor, float]:
+        """As :func:`moderated`, of any instances on the same targets, or on one of them."""
+        plain, freedom = variance.double() / scale.double().square(), self._freedom
+        mean = self._mean if target is None else self._mean[target]
+        total = self._prior + freedom
+        mixed = (self._prior * mean + freedom * plain) / total
+        return (mixed * scale.double().square()).float(), total
 
 
 def _prior(variance: Tensor, freedom: int) -> float:

@@ -1,0 +1,46 @@
+"""Halves of the training set that are balanced sums of groups, and variances over them (McCarthy 1969)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Spread:
+    """Variance of values over halves, each of which is in half of them.
+
+    Args:
+        shape: of the values; the last axis is the instances.
+        count: halves that an instance is in.
+    """
+
+    def __init__(self, shape: tuple[int, ...], count: int) -> None:
+        self._sums, self._squares, self._count = torch.zeros(shape), torch.zeros(shape), count
+
+    def add(self, positions: Tensor, changes: Tensor) -> None:
+        """Add deviations from the value of the whole, of some instances in one half."""
+        places = positions.cpu()
+        self._sums[..., places] += changes.cpu()
+        self._squares[..., places] += changes.square().cpu()
+
+    def variance(self) -> Tensor:
+        """Of all values."""
+        deviation = self._squares - self._sums.square() / self._count
+        return (deviation / (self._count - 1)).clamp_min(0)
+
+
+def groups_of(instances: int, pairs: int) -> Tensor:
+    """Random groups of instances, of about one size: int64 (instances,)."""
+    count = len(hadamard(pairs + 1))
+    order = torch.randperm(instances, generator=torch.Generator().manual_seed(0))
+    found = torch.empty_like(order)
+    found[order] = torch.arange(instances) % count
+    return found
+
+
+def hadamard(least: int) -> Tensor:
+    """A matrix of 1 and -1 whose rows are orthogonal, of at least so many: int64. The first row is 1."""
+    found = torch.ones((1, 1), dtype=torch.int64)
+    while len(found) < least:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found

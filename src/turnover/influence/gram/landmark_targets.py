@@ -1,0 +1,127 @@
+"""Targets, in the coordinates of landmarks, and the scores of training instances on them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from turnover.influence.gram.balanced import Spread
+from turnover.influence.gram.kernel import Block, cross_of
+from turnover.influence.gram.landmarks import Landmarked
+
+
+class Targets:
+    """Targets by one network.
+
+    Args:
+        fitted: the training set.
+        own: coordinates, float32 (targets, width).
+        block: gradients; ``None``: of sums of targets, whose inner products are not taken.
+
+    Attributes:
+        own: coordinates.
+        missed: ``sum of d V B`` over the instances of each group, float32 (targets, width).
+        beside: ``d V w`` of every instance, float32 (targets, train); ``None``: not taken.
+    """
+
+    def __init__(self, fitted: Landmarked, own: Tensor, block: Block | None) -> None:
+        self.fitted, self._block = fitted, block
+        self.own = own
+        self.missed: dict[int, Tensor] = {}
+        self.beside: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def at(self, target: int) -> Targets:
+        """One of the targets."""
+        some = slice(target, target + 1)
+        one = Targets(self.fitted, self.own[some], None)
+        one.beside = None if self.beside is None else self.beside[some]
+        one._whole = self._whole[some]
+        one._halves = [half[some] for half in self._halves]
+        return one
+
+    def missing(self, block: Block, positions: Tensor) -> Tensor:
+        """``d V w`` of some instances: float32 (targets, some)."""
+        return self._times_weights(self._products(block, positions)[1], positions)
+
+    def correct(self, block: Block, positions: Tensor) -> None:
+        """Take in the inner products with some instances."""
+        vectors, found = self._products(block, positions)
+        group = self.fitted.of(positions).group
+        for number in torch.unique(group).tolist():
+            some = (group == number).nonzero()[:, 0]
+            held = found[:, some].flatten(1) @ vectors[some].flatten(0, 1)
+            self.missed[number] = self.missed[number] + held if number in self.missed else held
+        if self.beside is None:
+            self.beside = torch.zeros((len(self), len(self.fitted.factor)))
+        self.beside[:, positions] = self._times_weights(found, positions).cpu()
+
+    def _times_weights(self, found: Tensor, positions: Tensor) -> Tensor:
+        return torch.einsum("tnd,nd->tn", found, self.fitted.of(positions).weights)
+
+    def _products(self, block: Block, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors of instances in their order, and ``d V`` (targets, instances, directions)."""
+        assert self._block is not None
+        order = positions.argsort()
+        vectors = self.fitted.vectors(positions[order])[order.argsort()]
+        products = cross_of(self._block, [block], block.rows)
+        products = products.view(len(self), len(positions), -1)
+        products = products - torch.einsum("tw,ndw->tnd", self.own, vectors)
+        return vectors, torch.einsum("tnd,nde->tne", products, self.fitted.of(positions).inverse)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self.fitted.solved(None, self.own - self._missed_by(list(self.missed)))
+
+    @cached_property
+    def _halves(self) -> list[Tensor]:
+        fitted, found = self.fitted, []
+        for row in fitted.halves_of(torch.arange(fitted.groups)):
+            for half in sorted(set(row.tolist())):
+                inside = (row == half).nonzero()[:, 0].tolist()
+                found.append(fitted.solved(half, self.own - 2 * self._missed_by(inside)))
+        return found
+
+    def _missed_by(self, groups: list[int]) -> Tensor:
+        known = [self.missed[group] for group in groups if group in self.missed]
+        return torch.stack(known).sum(dim=0) if known else torch.zeros_like(self.own)
+
+    def scores(self, positions: slice | Tensor) -> Tensor:
+        """Scores of instances before their factor: float32 (targets, instances)."""
+        found = self._whole @ self._held(self.fitted.vectors(positions), positions).T
+        return self._with_beside(found, positions)
+
+    def _with_beside(self, found: Tensor, positions: slice | Tensor) -> Tensor:
+        return found if self.beside is None else found + self.beside[:, positions].to(found.device)
+
+    def measured(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`scores`, and their variances over halves of the training set."""
+        fitted = self.fitted
+        kept = fitted.of(positions)
+        vectors = fitted.vectors(positions)
+        whole = self._whole @ self._held(vectors, positions).T
+        # The scores of a half, put on the scale of the whole by the leverage of each instance.
+        scaled = kept.weights + torch.einsum(
+            "nde,ne->nd", fitted.leverage_of(positions), kept.weights
+        )
+        held = self._held(vectors, positions, scaled)
+        spread = Spread(tuple(whole.shape), fitted.freedom + 1)
+        for row in fitted.halves_of(kept.group):
+            for half in row.unique().tolist():
+                some = (row == half).nonzero()[:, 0]
+                spread.add(some, self._halves[half] @ held[some].T - whole[:, some])
+        variance = spread.variance().to(whole.device)
+        return self._with_beside(whole, positions), variance
+
+    def _held(
+        self, vectors: Tensor, positions: slice | Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """``B V w``: float32 (instances, width)."""
+        kept = self.fitted.of(positions)
+        weights = kept.weights if weights is None else weights
+        by_vector = torch.einsum("nde,ne->nd", kept.inverse, weights)
+        return torch.einsum("ndw,nd->nw", vectors, by_vector)

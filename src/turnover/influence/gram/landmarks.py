@@ -1,0 +1,290 @@
+"""The training set as one network sees it, through inner products with some of its instances.
+
+With ``B`` the inner products of all gradients with those of the landmarks, in coordinates in which the
+landmarks' own are the identity (Nystroem), the Gram matrix is ``B'B`` and a remainder. Of the remainder the
+blocks of single instances are kept (``R``; as in FITC, Snelson and Ghahramani, NIPS 2006). With ``V = (R +
+lambda)^-1`` and ``A = I + sum of B V B'``, scores are ``b' A^-1 B V`` of targets ``b``, by solves in as many
+dimensions as landmarks have gradients. What the coordinates of target and instance miss of their inner
+product, ``d = k - b'B``, adds ``d V``; and where it is known for all instances, ``b`` becomes
+``b - sum of d V B``.
+
+Standard errors come from halves, as in :mod:`turnover.influence.gram.uncertainty`. The halves are sums of
+random groups of instances, balanced by a Hadamard matrix (McCarthy 1969), so that one pass serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from turnover.errors import InputError
+from turnover.influence.gram.balanced import Spread, groups_of, hadamard
+from turnover.influence.gram.features import Features
+from turnover.influence.gram.kernel import Block, cross_of, gram_of
+
+_SMALLEST = 1e-6
+"""Smallest eigenvalue, in the largest, of the landmarks' inner products: below is rounding error."""
+_TOGETHER = 4096
+"""Instances whose products are added up together."""
+_STRIP = 32
+"""Instances whose inner products with one another are computed at once."""
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What is kept of every training instance besides its vectors.
+
+    Attributes:
+        own: inner products of its gradients with one another, float32 (train, directions, directions).
+        inverse: ``V``, likewise.
+        weights: of the directions, float32 (train, directions).
+        residuals: 1 minus the probability of the label, float32 (train,).
+        group: int64 (train,).
+    """
+
+    own: Tensor
+    inverse: Tensor
+    weights: Tensor
+    residuals: Tensor
+    group: Tensor
+
+
+class Landmarked:
+    """Training instances by one network, in the coordinates of landmarks.
+
+    Args:
+        landmarks: blocks of the landmarks' gradients.
+        instances: number of training instances.
+        directions: gradients of each.
+        ridge: multiple of the mean diagonal.
+        residual: exponent of 1 minus the probability of the label, which multiplies the scores.
+        own_residual: whether scores of instances on themselves are multiplied by it once more.
+        resamples: number of halves.
+        memory: bytes of vectors that stay in memory.
+
+    Attributes:
+        ridge: lambda.
+        factor: multiplies scores, float32 (train,).
+        device: of the gradients.
+        groups: number of groups that halves are made of.
+        freedom: degrees of freedom of a variance over halves.
+    """
+
+    def __init__(
+        self,
+        landmarks: list[Block],
+        instances: int,
+        directions: int,
+        *,
+        ridge: float,
+        residual: float,
+        own_residual: bool,
+        resamples: int,
+        memory: int,
+    ) -> None:
+        size = sum(block.rows for block in landmarks)
+        self.device = landmarks[0].device
+        self._landmarks, self._size = landmarks, size
+        self._directions = directions
+        products = torch.zeros((size, size), device=self.device)
+        gram_of(landmarks, products)
+        diagonal = products.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise InputError(
+                "the inner products of the training instances' gradients are beyond float32: scale the "
+                "objective down"
+            )
+        if not float(diagonal.max()) > 0:
+            raise InputError(
+                "the objective of no landmark depends on any trained parameter: all gradients are 0"
+            )
+        self.ridge = ridge * directions * float(diagonal.double().mean())
+        values, vectors = torch.linalg.eigh(products.double())
+        large = values > _SMALLEST * values[-1]
+        self._map = (vectors[:, large] / values[large].sqrt()).float()
+        width = self._map.shape[1]
+        self._features = Features(instances, directions, width, memory)
+        pairs = torch.zeros((instances, directions, directions))
+        self._kept = Instances(
+            pairs,
+            pairs.clone(),
+            torch.zeros((instances, directions)),
+            torch.zeros(instances),
+            groups_of(instances, resamples // 2),
+        )
+        self.groups = int(self._kept.group.max()) + 1
+        self._sums = torch.zeros(
+            (self.groups, width, width),
+            dtype=torch.float64,
+            device=self.device,
+        )
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._exponents = residual, own_residual
+        self._leverage: Tensor | None = None
+        self.freedom = resamples // 2 - 1
+
+    def add(
+        self, block: Block, weights: Tensor | None, residuals: Tensor | None, positions: Tensor
+    ) -> None:
+        """Take in gradients of some training instances, with what goes with them, at their positions."""
+        count, directions = len(positions), self._directions
+        own = _own_products(block, directions)
+        vectors = self._features.write(
+            positions, self.coordinates(block).view(count, directions, -1)
+        )
+        rest = own - vectors @ vectors.mT
+        sizes, turn = torch.linalg.eigh((rest + rest.mT).double() / 2)
+        inverse = (turn / (sizes.clamp_min(0) + self.ridge)[:, None, :]) @ turn.mT
+        kept = self._kept
+        kept.own[positions] = own.cpu()
+        kept.inverse[positions] = inverse.float().cpu()
+        kept.weights[positions] = 1.0 if weights is None else weights.cpu()
+        if residuals is not None:
+            kept.residuals[positions] = residuals.cpu()
+        self._waiting.append((positions, vectors))
+        if sum(len(one) for one, _ in self._waiting) >= _TOGETHER:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if not self._waiting:
+            return
+        positions = torch.cat([one for one, _ in self._waiting])
+        vectors = torch.cat([one for _, one in self._waiting])
+        self._waiting = []
+        group = self._kept.group[positions]
+        inverse = self._kept.inverse[positions].to(self.device)
+        for number in range(self.groups):
+            some = (group == number).nonzero()[:, 0].to(self.device)
+            part = vectors[some]
+            held = inverse[some] @ part
+            self._sums[number] += part.flatten(0, 1).T @ held.flatten(0, 1)
+
+    @cached_property
+    def _solvers(self) -> list[Tensor]:
+        """Cholesky factors of ``A``: of the whole, then of each half and its complement."""
+        self._add_up()
+        total = self._sums.sum(dim=0)
+        signs = hadamard(self.groups)[1 : self.freedom + 2]
+        sums = [total]
+        for one in signs.to(self._sums):
+            difference = torch.tensordot(one, self._sums, dims=1)
+            sums += [total + difference, total - difference]
+        for one in sums:
+            one.diagonal().add_(1.0)
+        self._sums = self._sums[:0]
+        return [torch.linalg.cholesky(one) for one in sums]
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """See the class."""
+        exponent, _ = self._exponents
+        residuals = self._kept.residuals
+        factor: Tensor = residuals**exponent if exponent else torch.ones_like(residuals)
+        return factor
+
+    @cached_property
+    def _own_factor(self) -> Tensor:
+        residuals = self._kept.residuals
+        factor: Tensor = residuals if self._exponents[1] else torch.ones_like(residuals)
+        return factor
+
+    def coordinates(self, block: Block) -> Tensor:
+        """Coordinates of the gradients of a block: float32 (rows, width)."""
+        found: Tensor = cross_of(block, self._landmarks, self._size) @ self._map
+        return found
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of instances, for one pass."""
+        return self._features.chunks()
+
+    def vectors(self, positions: slice | Tensor) -> Tensor:
+        """Coordinates of training instances: float32 (instances, directions, width)."""
+        if isinstance(positions, slice):
+            return self._features.read(positions.start, positions.stop).to(self.device)
+        return self._features.take(positions).to(self.device)
+
+    def of(self, positions: slice | Tensor) -> Instances:
+        """What is kept of training instances, on the device."""
+        kept = {field.name: getattr(self._kept, field.name) for field in fields(Instances)}
+        return Instances(**{name: one[positions].to(self.device) for name, one in kept.items()})
+
+    def solved(self, half: int | None, values: Tensor) -> Tensor:
+        """``A^-1`` of the whole, or of a half, times values (some, width): float32."""
+        factor = self._solvers[0 if half is None else half + 1]
+        found: Tensor = torch.cholesky_solve(values.T.to(factor.dtype), factor).T.float()
+        return found
+
+    def halves_of(self, group: Tensor) -> Tensor:
+        """The half that instances of each group are in, for each pair of halves: int64 (pairs, instances)."""
+        inside = hadamard(self.groups)[1 : self.freedom + 2].to(group.device)[:, group] < 0
+        pairs = torch.arange(len(inside), device=group.device)[:, None]
+        return 2 * pairs + inside
+
+    def leverage_of(self, positions: slice | Tensor) -> Tensor:
+        """Blocks on the diagonal of ``K (K + lambda I)^-1``: float32 (instances, directions, directions)."""
+        if self._leverage is None:
+            found = torch.empty_like(self._kept.own)
+            for chunk in self.chunks():
+                found[chunk] = self._leverage_by(self.vectors(chunk), self.of(chunk)).cpu()
+            self._leverage = found
+        blocks: Tensor = self._leverage[positions].to(self.device)
+        return blocks
+
+    def _leverage_by(self, vectors: Tensor, kept: Instances, half: int | None = None) -> Tensor:
+        factor = self._solvers[0 if half is None else half + 1]
+        flat = vectors.flatten(0, 1).T.to(factor.dtype)
+        root = torch.linalg.solve_triangular(factor, flat, upper=False).float()
+        root = root.T.reshape(vectors.shape)
+        identity = torch.eye(self._directions, device=self.device)
+        inverse, rest = kept.inverse, kept.own - vectors @ vectors.mT
+        by_landmarks = root @ root.mT @ inverse * (1 if half is None else 2)
+        if half is not None:  # (R + lambda / 2)^-1
+            inverse = torch.linalg.solve(identity - self.ridge / 2 * inverse, inverse)
+        leverage: Tensor = by_landmarks + rest @ inverse @ (identity - by_landmarks)
+        return leverage
+
+    def own(self) -> Tensor:
+        """Scores of every training instance on itself: float32 (train,)."""
+        everything = slice(0, len(self.factor))
+        weights, leverage = self._kept.weights, self.leverage_of(everything).cpu()
+        scores = torch.einsum("nd,nde,ne->n", weights, leverage, weights)
+        return (scores * self.factor * self._own_factor).to(self.device)
+
+    def own_variance(self) -> Tensor:
+        """Variances of :meth:`own` over halves of the training set."""
+        spread = Spread((len(self.factor),), self.freedom + 1)
+        for chunk in self.chunks():
+            kept, vectors = self.of(chunk), self.vectors(chunk)
+            whole = self.leverage_of(chunk)
+            whole = torch.einsum("nd,nde,ne->n", kept.weights, whole, kept.weights)
+            for row in self.halves_of(kept.group):
+                for half in row.unique().tolist():
+                    some = (row == half).nonzero()[:, 0]
+                    part = Instances(*(getattr(kept, one.name)[some] for one in fields(Instances)))
+                    leverage = self._leverage_by(vectors[some], part, half)
+                    twice = 2 * torch.eye(self._directions, device=self.device)
+                    weights = torch.linalg.solve(twice - leverage, part.weights[:, :, None])
+                    values = part.weights[:, None, :] @ leverage @ weights
+                    spread.add(chunk.start + some, values[:, 0, 0] - whole[some])
+        variance = spread.variance() * (self.factor * self._own_factor).square()
+        return variance.to(self.device)
+
+
+def _own_products(block: Block, directions: int) -> Tensor:
+    """Inner products of the gradients of each instance: float32 (instances, directions, directions)."""
+    found = torch.zeros((block.rows, directions), device=block.device)
+    step = _STRIP * directions
+    for piece in block.pieces:
+        for start in range(0, len(piece.factors), step):
+            part = piece.factors.rows(start, min(start + step, len(piece.factors)))
+            square = torch.zeros((len(part), len(part)), device=block.device)
+            part.add_gram(part, square)
+            count = len(part) // directions
+            pairs = square.view(count, directions, count, directions).diagonal(dim1=0, dim2=2)
+            first = piece.start + start
+            found[first : first + len(part)] += pairs.permute(2, 0, 1).flatten(0, 1)
+    return found.view(-1, directions, directions)
