@@ -33,7 +33,7 @@ Bools = NDArray[np.bool_]
 
 LABELS = ("aggregate", "random1", "worse")
 ROWS, HELD_OUT, TEST_ROWS = 6000, 1000, 2000
-SEEDS = 3
+SEEDS = 10
 UNITS = 2048
 HIDDEN = 256
 TURNOVER = Recipe(epochs=8, learning_rate=3e-4, batch_size=100, optimizer="adam")
