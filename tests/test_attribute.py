@@ -256,7 +256,7 @@ def test_groups_are_sums_over_their_rows(files: Path, tmp_path: Path) -> None:
     rows = explained(files, tmp_path / "rows").read_result("aggregate")
     grouped = explained(files, tmp_path / "groups", columns=Columns(group="source"))
     found = json.loads(command("groups", grouped.folder, "--json").stdout)
-    keys = grouped.train.keys
+    keys = grouped.train.groups
     assert sorted(one["key"] for one in found["groups"]) == sorted(set(keys))
     ids = Run.load(tmp_path / "rows").train.ids.tolist()
     score = dict(zip(rows.train_ids.tolist(), rows.scores.tolist(), strict=True))

@@ -129,6 +129,11 @@ def test_some_ids_are_columns_of_all():
     np.testing.assert_allclose(
         found.scores, every.scores[:, [31, 2, 55]], atol=1e-6 * np.abs(every.scores).max()
     )
+    np.testing.assert_allclose(
+        found.standard_error, every.standard_error[:, [31, 2, 55]], rtol=1e-4
+    )
+    assert found.null == every.null
+    np.testing.assert_array_equal(found.noise_floor, every.noise_floor)
     own = influence.self_influence([Batch(train.inputs[3:5], train.labels[3:5], train.ids[3:5])])
     np.testing.assert_array_equal(own.scores, influence.self_influence().scores[3:5])
 
@@ -195,6 +200,38 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(InputError, match="twice"):
         influence.fit([train, train])
     np.testing.assert_array_equal(influence.estimate([targets]).scores, kept)
+
+
+def test_batches_in_another_order_need_ids():
+    model, train, targets = problem(ROWS)
+    without = Batch(train.inputs, train.labels)
+    for given, refused in ((train, False), (without, True)):
+        batches = Changing([cut(given, 10)])
+        influence = Influence(model, method=Gram(landmarks=9)).fit(batches)
+        wanted = influence.estimate([targets], top=3)
+        batches._batches[0] = cut(given, 10)[::-1]
+        if refused:
+            with pytest.raises(InputError, match="other instances than when they were first"):
+                influence.estimate([targets], top=3)
+        else:
+            again = influence.estimate([targets], top=3)
+            np.testing.assert_allclose(again.scores, wanted.scores, rtol=1e-4)
+        batches._batches[0] = [*cut(given, 10)[:-1], cut(given, 10)[0]]
+        with pytest.raises(InputError, match="other instances than when they were first"):
+            influence.estimate([targets], top=ROWS)
+
+
+def test_a_fit_that_fails_leaves_the_one_before():
+    model, train, targets = problem(ROWS)
+    influence = Influence(model, method=Gram(landmarks=9))
+    influence._driver._limits = Limits(memory=0)
+    wanted = influence.fit(cut(train, 10)).estimate([targets], top=4)
+    inputs = train.inputs.clone()
+    inputs[next(i for i in range(ROWS) if i not in drawn(ROWS, 9))] *= 1e25
+    with pytest.raises(InputError, match=r"beyond float32|not finite|NaN"):
+        influence.fit(cut(Batch(inputs, train.labels, train.ids), 10))
+    again = influence.estimate([targets], top=4)
+    np.testing.assert_array_equal(again.scores, wanted.scores)
 
 
 class Changing:

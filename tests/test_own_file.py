@@ -182,7 +182,7 @@ CHANGED = [LINES[1].replace("1,", "0,", 1), LINES[2].replace('"mood": 1', '"mood
 def test_json_keeps_its_fields_types_and_layout(
     before: str, between: str, after: str, tmp_path: Path
 ) -> None:
-    path, out = tmp_path / "mine.json", tmp_path / "o.jsonl"
+    path, out = tmp_path / "mine.json", tmp_path / "o.json"
     whole = before + between.join(LINES) + after
     path.write_bytes(whole.encode("latin-1"))
     columns = Columns("words", "mood", "uid", encoding="latin-1")
@@ -192,6 +192,10 @@ def test_json_keeps_its_fields_types_and_layout(
     changed(run, {"2": "0", "3": "0"}, ["4"], out)
     kept = between.join([LINES[0], *CHANGED])
     assert out.read_text("latin-1").split() == (before + kept + after).split()
+    lines = tmp_path / "o.jsonl"
+    changed(run, {}, ["4"], lines)
+    rows = [json.loads(line) for line in lines.read_text("latin-1").splitlines()]
+    assert [row["uid"] for row in rows] == [1, 2, 3]
 
 
 def test_parquet_keeps_its_schema(tmp_path: Path) -> None:

@@ -123,6 +123,16 @@ def test_a_list_with_decisions_is_not_overwritten(folder: Path, tmp_path: Path) 
     assert "has decisions on 1 rows, and a new list would overwrite them" in " ".join(
         refused.split()
     )
+    for damaged in (
+        before.decode().replace("remove", "remove,caf\u00e9").encode("cp1252"),
+        before.decode().encode("utf-16"),
+        before + b'"open',
+    ):
+        listed.write_bytes(damaged)
+        refused = " ".join(turnover("review", run, expect=2).stderr.split())
+        assert "may hold decisions, and cannot be read" in refused and "--out" in refused
+        assert listed.read_bytes() == damaged
+    listed.write_bytes(before)
     applied = json.loads(
         turnover("review", run, "--apply", "remove", "--least", 0.5, "--json").stdout
     )

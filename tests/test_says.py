@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,7 @@ def test_what_is_bold_has_a_mark(encoder: Path, tmp_path: Path) -> None:
 def test_long_steps_have_bars(fitted: tuple[Path, str], copied: Path, monkeypatch: Any) -> None:
     said = fitted[1]
     for title in (
-        *("loading the model", "rehearsal", "audit", "features that standardize the head"),
+        "features that standardize the head",
         *("exposed losses after epoch 1", "hidden losses after epoch 2", "hidden losses on"),
     ):
         assert title in said
@@ -159,6 +161,19 @@ def test_long_steps_have_bars(fitted: tuple[Path, str], copied: Path, monkeypatc
     assert "predictions: " in bar and "signal of the sites: " in bar
     bar = turnover("review", copied).stderr
     assert all(one in bar for one in ("features of the pretrained", "calibration", "hidden pred"))
+
+
+def test_stages_are_named_in_a_terminal_alone(monkeypatch: Any) -> None:
+    for terminal in (True, False):
+        shown = io.StringIO()
+        monkeypatch.setattr(shown, "isatty", lambda there=terminal: there)
+        monkeypatch.setattr(sys, "stderr", shown)
+        with bars.stages("preparing", 2) as begin:
+            begin("loading the model")
+            begin("rehearsal")
+        said = shown.getvalue()
+        assert ("loading the model" in said and "rehearsal" in said) == terminal
+        assert bool(said) == terminal
 
 
 def test_groups_count_what_takes_the_time(encoder: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def rewritten(
         return _parquet(path, columns, copied, removed)
     if form == ".npz":
         return _arrays(path, columns, copied, removed)
-    changed = _objects if form == ".json" else _records
+    changed = _objects if form in (".json", ".jsonl") else _records
     text = changed(path, columns, copied, removed)
     encoding = check_encoding(columns.encoding)
     with opened(path) as raw:
@@ -88,7 +88,7 @@ def _form(path: Path) -> str:
         return ".tsv"
     if name.endswith(delimited.ENDINGS):
         return ".csv"
-    return ".json" if path.suffix.lower() == ".jsonl" else path.suffix.lower()
+    return path.suffix.lower()
 
 
 def _needed(columns: Columns) -> list[str]:

@@ -29,8 +29,11 @@ def slowly(
 
 @contextmanager
 def stages(title: str, count: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar of stages; what it yields begins one by its name."""
-    with tqdm(total=count, desc=title, unit="stage", leave=False) as bar:
+    """Show a bar of stages; what it yields begins one by its name.
+
+    Only a terminal shows it: in a file a refusal is to be one line.
+    """
+    with tqdm(total=count, desc=title, unit="stage", leave=False, disable=None) as bar:
         begun = 0
 
         def begin(name: str) -> None:

@@ -26,7 +26,12 @@ def thumbnails(data: Data, keys: Iterable[str]) -> dict[str, str]:
     if data.image(0) is None:
         return {}
     image_of, links = _images_by_key(data), {}
+    row_of, group_of = (
+        {name: row for row, name in enumerate(names)} for names in (data.keys, data.groups)
+    )
     for key in dict.fromkeys(keys):
+        if key in row_of and key in group_of and data.groups[row_of[key]] != key:
+            continue  # the name of a row, and of a group that it is not of
         image = _pillow().fromarray(image_of(key))
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         written = io.BytesIO()
@@ -36,9 +41,9 @@ def thumbnails(data: Data, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _images_by_key(data: Data) -> Callable[[str], Any]:
-    """Pixels by a row's key, or by a group's name: of its first row."""
-    first = {name: row for row, name in reversed(list(enumerate(data.groups)))}
-    first |= {key: row for row, key in enumerate(data.keys)}
+    """Pixels by a group's name, of its first row, or by a row's key."""
+    first = {key: row for row, key in enumerate(data.keys)}
+    first |= {name: row for row, name in reversed(list(enumerate(data.groups)))}
     return lambda key: data.image(first[key])
 
 

@@ -44,7 +44,7 @@ def write_changed(run: Run, labels: Mapping[int, int], removed: Collection[int],
     what the run was trained on, the training rows are written with columns of their own.
 
     Args:
-        run: a run without groups.
+        run: a run whose training rows have keys of their own.
         labels: classes by training row, as indices.
         removed: training rows.
         out: file to write; its ending is that of CSV, TSV, JSON, JSON lines or Parquet, or .npz for images.

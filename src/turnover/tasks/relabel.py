@@ -44,7 +44,7 @@ def apply(run: Run, found: Doubts, way: str, *, least: float = SURE, seeds: int 
     relabeled, and without them; the run stays as it is.
 
     Args:
-        run: a run without groups.
+        run: a run whose training rows have keys of their own.
         found: doubts about its labels.
         way: ``"relabel"`` or ``"remove"``: what the decisions say.
         least: probability of being wrong from which on a row is changed, above 0 and below 1.

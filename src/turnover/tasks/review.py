@@ -96,7 +96,7 @@ def review(run: Run, *, budget: int = 100) -> Review:
     """Rank all training rows by the probability that their label is wrong, and list the first.
 
     Args:
-        run: a run without groups.
+        run: a run whose training rows have keys of their own.
         budget: most rows to list.
 
     Raises:
@@ -149,13 +149,27 @@ def check_undecided(path: Path) -> None:
         return
     try:
         decided = [one for _, one in read_table(path, ("key", "decision")) if one.get("decision")]
-    except InputError:  # another file, that is replaced
-        return
+    except InputError as error:
+        if _is_another(path):  # which is replaced
+            return
+        raise InputError(
+            f"{path} may hold decisions, and cannot be read ({error}): move it, or name another file with "
+            f"--out"
+        ) from error
     if decided:
         raise InputError(
             f"{path} has decisions on {len(decided)} rows, and a new list would overwrite them: apply them "
             f"with --decisions, or name another file with --out"
         )
+
+
+def _is_another(path: Path) -> bool:
+    """Whether a file is a table without decisions."""
+    try:
+        names = {name for _, line in read_table(path) for name in line}
+    except InputError:
+        return False
+    return not any("decision" in name for name in names)
 
 
 def write_decisions(
@@ -277,7 +291,7 @@ def apply_decisions(run: Run, decisions: Path, out: Path) -> Counter[str]:
     As :func:`~turnover.runs.source.write_changed`: all else in the file stays as it was.
 
     Args:
-        run: a run without groups.
+        run: a run whose training rows have keys of their own.
         decisions: CSV file with the columns key and decision.
         out: file to write.
 

@@ -154,7 +154,7 @@ class Contents:
             kept = np.flatnonzero(self._labels[rows] == self._class(label))
         sides, more = ends_of(scores, kept, top)
         listed = {
-            side: [self._influential(result, int(rows[at]), gram) for at in ends]
+            side: [self._influential(result, int(rows[at]), gram, by) for at in ends]
             for side, ends in sides.items()
         }
         text = self._run.test.shown(int(self._rows[number]))
@@ -261,12 +261,15 @@ class Contents:
         }
 
     def _influential(
-        self, result: Result, row: int, gram: Mapping[int, dict[str, float]]
+        self, result: Result, row: int, gram: Mapping[int, dict[str, float]], by: str
     ) -> dict[str, Any]:
         at = 0, int(self._column[row])
         numbers = measured(result.scores[at], result.z[at], result.q[at])
-        named = {"key": self._run.train.groups[row], "group": None}
-        return {**self.training_row(row), **named, **numbers, "gram": gram.get(row)}
+        found = {**self.training_row(row), **numbers, "gram": gram.get(row)}
+        if by == "turnover" and self._run.train.grouped:
+            # The row stands for its group, whose score this is; gram has scores of rows.
+            return {**found, "key": self._run.train.groups[row], "group": None, "gram": None}
+        return found
 
     def _gram_of_error(self, number: int) -> dict[int, dict[str, float]]:
         """Score and standard error of an error's extremes by gram, by training row."""

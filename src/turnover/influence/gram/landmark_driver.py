@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ class LandmarkDriver(GramDriver):
     _train: Iterable[Any] = ()
     _scratch: Scratch | None = None
     """Holds the landmarks' gradients; kept, as its files are deleted with it."""
+    _contents: Sequence[int] = ()
+    """Checksums of the training batches, where they have no ids."""
 
     def fit(self, train_batches: Iterable[Any]) -> None:
         """Take in the training set in three passes. A second call starts anew.
@@ -71,26 +74,31 @@ class LandmarkDriver(GramDriver):
                 "landmarks need several passes over the training batches, and these can be gone through "
                 "once: give a list or a data loader"
             )
-        ids = self._counted(train_batches)
+        ids, contents = self._counted(train_batches)
         digests = digests_of(self._models)
         size = min(self._options.landmarks or len(ids), len(ids))
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-        before = self._train, self._ids, self._whitenings
-        self._train, self._ids, self._whitenings = train_batches, ids, []
+        before = self._train, self._ids, self._whitenings, self._contents
+        self._train, self._ids, self._whitenings, self._contents = train_batches, ids, [], contents
+        scratch = Scratch()
         try:
-            self._fitted = self._streamed(order[:size].sort().values)
+            self._fitted = self._streamed(order[:size].sort().values, scratch)
         except BaseException:  # a fit that fails leaves the one before as it was
-            self._train, self._ids, self._whitenings = before
+            self._train, self._ids, self._whitenings, self._contents = before
             raise
-        self._digests = digests
+        self._scratch, self._digests = scratch, digests
 
-    def _counted(self, train_batches: Iterable[Any]) -> Tensor:
+    def _counted(self, train_batches: Iterable[Any]) -> tuple[Tensor, list[int]]:
+        """Ids of the training set, and checksums of its batches without ids."""
         given: list[Tensor | None] = []
+        contents: list[int] = []
         sizes: list[int] = []
         for batch in self._batches.adapted(train_batches, Numbers.DATA):
             if not sizes:
                 measure(self._models, batch)
             given.append(None if batch.ids is None else check_ids(batch.ids).cpu())
+            if batch.ids is None:
+                contents.append(_checksum(batch))
             sizes.append(len(batch))
         if not sizes:
             raise InputError("no training batches given")
@@ -99,14 +107,13 @@ class LandmarkDriver(GramDriver):
             raise InputError(
                 f"landmarks need at least {self._options.resamples} training instances, got {len(ids)}"
             )
-        return ids
+        return ids, contents
 
-    def _streamed(self, chosen: Tensor) -> list[Landmarked]:
+    def _streamed(self, chosen: Tensor, scratch: Scratch) -> list[Landmarked]:
         networks, options = len(self._captures), self._options
         progress = Progress(
             "gram (landmarks)", {"row": networks}, unit="instance", shown=self._shown
         )
-        self._scratch = scratch = Scratch()
         landmarks = [Blocks(self._limits.memory // networks, scratch) for _ in self._captures]
         damping = self._damping
         whitenings = [] if damping is None else [Whitening(damping) for _ in self._captures]
@@ -143,7 +150,7 @@ class LandmarkDriver(GramDriver):
         check_wanted(wanted)
         columns, ids = self._columns(train_ids)
         columns, top = columns.cpu(), wanted.top
-        sample = columns[spread_over(len(columns), _SAMPLE)]
+        sample = spread_over(len(self._ids), _SAMPLE)
         target_ids: list[Tensor | None] = []
         scores, errors, floors, places, freedom = [], [], [], [], []
         for batches, blocks in self._blocks(targets, Numbers.ROWS):
@@ -179,8 +186,8 @@ class LandmarkDriver(GramDriver):
     def _strongest(self, some: Scored, columns: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Places in columns and scores (targets, ranks), from high to low, by their inner products."""
         if self._options.exact:
-            return some.strongest(columns, top)
-        place, score = some.strongest(columns, top * _CANDIDATES)
+            return some.strongest(columns, min(top, len(columns)))
+        place, score = some.strongest(columns, min(top * _CANDIDATES, len(columns)))
         wanted = columns[place]
         for part in self._parts(torch.unique(wanted)):
             some.add_missed(part.blocks, part.positions, wanted, score)
@@ -203,7 +210,7 @@ class LandmarkDriver(GramDriver):
             for one, made in zip(sums, some.targets, strict=True):
                 one.add(made)
         total = Scored(self._fitted, [one.total() for one in sums], self._scale().cpu())
-        pool = total.pool(columns[spread_over(len(columns), _SAMPLE)])
+        pool = total.pool(spread_over(len(self._ids), _SAMPLE))
         score, error = total.all(columns, pool)
         return self._vector(score[0], error[0], pool.freedom, ids, each=False)
 
@@ -285,15 +292,20 @@ class LandmarkDriver(GramDriver):
     def _again(self, progress: Progress | None) -> Iterator[tuple[Batch, Tensor]]:
         """The training batches, and the positions of their rows."""
         order = self._ids.argsort()
-        seen = 0
+        seen, contents = 0, iter(self._contents)
+        found = torch.zeros(len(self._ids), dtype=torch.bool)
         given = self._batches.checked(self._train, Numbers.DATA)
         for batch in given if progress is None else progress.follow(self._train, given):
             ids = torch.arange(seen, seen + len(batch)) if batch.ids is None else batch.ids.cpu()
             place = torch.searchsorted(self._ids[order], ids).clamp_max(len(order) - 1)
             positions = order[place]
             seen += len(batch)
-            if not torch.equal(self._ids[positions], ids):
+            same = torch.equal(self._ids[positions], ids) and not bool(found[positions].any())
+            if batch.ids is None:
+                same = same and next(contents, None) == _checksum(batch)
+            if not same:
                 raise _changed()
+            found[positions] = True
             # Labels are drawn by ids.
             yield replace(batch, ids=ids), positions
         if seen != len(self._ids):
@@ -313,6 +325,17 @@ def _changed() -> InputError:
         "the training batches have other instances than when they were first gone through: give a list, or a "
         "loader that gives the same ones each time"
     )
+
+
+def _checksum(batch: Batch) -> int:
+    """Of inputs and labels: what tells rows without ids apart."""
+    found = 0
+    labels = [] if batch.labels is None else [("labels", batch.labels)]
+    for _, values in [*batch.by_rows(), *labels]:
+        found = zlib.crc32(
+            values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found
+        )
+    return found
 
 
 def _beside(rows: Sequence[Rows]) -> tuple[Tensor | None, Tensor | None]:

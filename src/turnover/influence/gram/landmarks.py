@@ -93,14 +93,11 @@ class Landmarked:
         products = torch.zeros((size, size), device=self.device)
         gram_of(landmarks, products)
         diagonal = products.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
-            raise InputError(
-                "the inner products of the training instances' gradients are beyond float32: scale the "
-                "objective down"
-            )
+        _check_finite(diagonal)
         if not float(diagonal.max()) > 0:
             raise InputError(
-                "the objective of no landmark depends on any trained parameter: all gradients are 0"
+                "the objective of no landmark depends on any trained parameter: all gradients are 0; check "
+                "the model, or give more landmarks"
             )
         self.ridge = ridge * directions * float(diagonal.double().mean())
         values, vectors = torch.linalg.eigh(products.double())
@@ -133,6 +130,7 @@ class Landmarked:
         """Take in gradients of some training instances, with what goes with them, at their positions."""
         count, directions = len(positions), self._directions
         own = _own_products(block, directions)
+        _check_finite(own)
         vectors = self._features.write(
             positions, self.coordinates(block).view(count, directions, -1)
         )
@@ -272,6 +270,14 @@ class Landmarked:
                     spread.add(chunk.start + some, values[:, 0, 0] - whole[some])
         variance = spread.variance() * (self.factor * self._own_factor).square()
         return variance.to(self.device)
+
+
+def _check_finite(products: Tensor) -> None:
+    if not bool(torch.isfinite(products).all()):
+        raise InputError(
+            "the inner products of the training instances' gradients are beyond float32: scale the "
+            "objective down"
+        )
 
 
 def _own_products(block: Block, directions: int) -> Tensor:
