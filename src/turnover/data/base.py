@@ -171,10 +171,8 @@ class Provenance:
 def present(names: Sequence[str], columns: Columns, source: str, *, ids_needed: bool) -> Columns:
     """Refuse a table without the columns; an absent id or group column is dropped if not needed."""
     if not ids_needed:
-        there = {
-            name: value for name in ("id", "group") if (value := getattr(columns, name)) in names
-        }
-        columns = replace(columns, **{"id": None, "group": None} | there)
+        own = columns.id if columns.id in names else None
+        columns = replace(columns, id=own, group=columns.group if columns.group in names else None)
     for column in (columns.input, columns.second, columns.label, columns.id, columns.group):
         if column is not None and column not in names:
             raise InputError(

@@ -12,16 +12,19 @@ class Spread:
     Args:
         shape: of the values; the last axis is the instances.
         count: halves that an instance is in.
+        device: of the sums.
     """
 
-    def __init__(self, shape: tuple[int, ...], count: int) -> None:
-        self._sums, self._squares, self._count = torch.zeros(shape), torch.zeros(shape), count
+    def __init__(self, shape: tuple[int, ...], count: int, device: torch.device) -> None:
+        self._sums, self._squares = (torch.zeros(shape, device=device) for _ in range(2))
+        self._count, self._device = count, device
 
     def add(self, positions: Tensor, changes: Tensor) -> None:
         """Add deviations from the value of the whole, of some instances in one half."""
-        places = positions.cpu()
-        self._sums[..., places] += changes.cpu()
-        self._squares[..., places] += changes.square().cpu()
+        # Deviations, and not values, so that squares do not cancel.
+        places, moved = positions.to(self._device), changes.to(self._device)
+        self._sums[..., places] += moved
+        self._squares[..., places] += moved.square()
 
     def variance(self) -> Tensor:
         """Of all values."""

@@ -20,6 +20,7 @@ from turnover.errors import InputError
 from turnover.ids import check_ids, check_scored_ids, repeated
 from turnover.influence.engine import TargetSum, to_numpy
 from turnover.influence.gram.capture import Rows
+from turnover.influence.gram.collected import Collected
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fisher import SampledFitted
 from turnover.influence.gram.fitted import Fitted
@@ -160,35 +161,19 @@ class GramDriver:
         top = wanted.top
         check_wanted(wanted)
         columns, ids = self._columns(train_ids)
-        target_ids: list[Tensor | None] = []
-        scores, errors, floors, places, freedom = [], [], [], [], []
+        found = Collected()
         for batches, crosses in self._targets(targets, Numbers.ROWS):
-            target_ids += [batch.ids for batch in batches]
             score, error, free = self._scored(crosses)
-            score, error = score[:, columns], error[:, columns]
-            floors.append(error.double().square().mean(dim=1).sqrt().cpu().numpy())
-            freedom += [free] * len(score)
+            score, error, place = score[:, columns], error[:, columns], None
+            floor = error.double().square().mean(dim=1).sqrt().cpu().numpy()
             if top is not None:
                 extremes = Extremes(len(score), top)
                 extremes.add(score)
                 place, _ = extremes.result()
-                places.append(place)
                 index = torch.from_numpy(place).to(score.device)
                 score, error = score.gather(1, index), error.gather(1, index)
-            scores.append(to_numpy(score))
-            errors.append(to_numpy(error))
-        known = [one for one in target_ids if one is not None]
-        complete = len(known) == len(target_ids)
-        floor = np.concatenate(floors)
-        return Result(
-            scores=np.concatenate(scores),
-            floor=NoiseFloor(np.zeros_like(floor), floor),
-            null=StudentNull(float(np.mean(freedom))),
-            train_ids=ids.numpy() if top is None else ids.numpy()[np.concatenate(places)],
-            target_ids=torch.cat(known).cpu().numpy() if complete else None,
-            standard_error=np.concatenate(errors),
-            **self._describe(len(ids)),
-        )
+            found.add(batches, score, error, floor, free, place)
+        return found.result(ids, self._describe(len(ids)))
 
     def aggregate(self, targets: Iterable[Any], train_ids: Ids, weights: Tensor | None) -> Result:
         """Influence on the mean objective over all targets, or its sum with weights."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from turnover.errors import InputError
 from turnover.influence.gram import ridge as ridges
+from turnover.influence.gram.balanced import Spread
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.iterative import Iterative
-from turnover.influence.gram.kernel import Block, cross_of, gram_of
+from turnover.influence.gram.kernel import Block, check_finite, cross_of, gram_of
 from turnover.influence.gram.solve import Cholesky
 from turnover.influence.gram.uncertainty import halves
 
@@ -65,11 +65,7 @@ class Fitted:
         size = self.weights.numel()
         k = scratch.matrix(size) if size > limits.rows else costs.new_zeros((size, size))
         gram_of(blocks, k, done)
-        if not bool(torch.isfinite(k.diagonal()).all()):  # which holds the largest products
-            raise InputError(
-                "the inner products of the training instances' gradients are beyond float32: scale the "
-                "objective down"
-            )
+        check_finite(k.diagonal())  # which holds the largest products
         known = [rows.residuals for rows in every if rows.residuals is not None]
         self.factor = torch.cat(known) ** residual if residual else torch.ones_like(costs)
         self._own_factor = torch.cat(known) if own_residual else torch.ones_like(costs)
@@ -126,14 +122,10 @@ class Fitted:
 
     def _variance(self, whole: Tensor, of_half: Callable[[Tensor, Solver], Tensor]) -> Tensor:
         """Variance over halves of values (..., train), each of which is in half of them."""
-        sums, squares = (whole.new_zeros(whole.shape) for _ in range(2))
+        spread = Spread(tuple(whole.shape), self._resamples // 2, whole.device)
         for rows, solver in self._resampled():
-            # Deviations from the values of the whole, so that squares do not cancel.
-            values = of_half(rows, solver) - whole[..., rows]
-            sums[..., rows] += values
-            squares[..., rows] += values.square()
-        count = self._resamples // 2
-        return ((squares - sums.square() / count) / (count - 1)).clamp_min(0)
+            spread.add(rows, of_half(rows, solver) - whole[..., rows])
+        return spread.variance()
 
     def _weights_of_half(self, rows: Tensor, solver: Solver) -> Tensor:
         """Weights that put scores from a half on the scale of the whole."""

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from turnover.errors import InputError
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.factors import Factors, join
 
@@ -71,6 +72,15 @@ class Block:
         for one in self.pieces:
             for two in other.of(one.part):
                 one.factors.add_gram(two.factors, out[one.rows, two.rows])
+
+
+def check_finite(products: Tensor) -> None:
+    """Refuse inner products that are beyond float32."""
+    if not bool(torch.isfinite(products).all()):
+        raise InputError(
+            "the inner products of the training instances' gradients are beyond float32: scale the "
+            "objective down"
+        )
 
 
 def is_full(rows: Sequence[Rows]) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
 from turnover.ids import check_ids
-from turnover.influence.engine import to_numpy
 from turnover.influence.gram.capture import Rows
+from turnover.influence.gram.collected import Collected
 from turnover.influence.gram.disk import Blocks, Scratch
 from turnover.influence.gram.estimator import (
     GramDriver,
@@ -32,7 +31,6 @@ from turnover.influence.gram.options import Gram, digests_of, measure
 from turnover.influence.gram.whitening import Whitening
 from turnover.influence.progress import Progress
 from turnover.influence.protocol import Ids, Setup, Wanted, register
-from turnover.results.calibration import NoiseFloor, StudentNull
 from turnover.results.result import Result
 
 _SAMPLE = 4096
@@ -151,37 +149,24 @@ class LandmarkDriver(GramDriver):
         columns, ids = self._columns(train_ids)
         columns, top = columns.cpu(), wanted.top
         sample = spread_over(len(self._ids), _SAMPLE)
-        target_ids: list[Tensor | None] = []
-        scores, errors, floors, places, freedom = [], [], [], [], []
+        found = Collected()
         for batches, blocks in self._blocks(targets, Numbers.ROWS):
-            target_ids += [batch.ids for batch in batches]
             some = Scored(self._fitted, blocks, self._scale().cpu())
-            if self._options.exact:
-                for part in self._parts():
-                    some.correct(part.blocks, part.positions)
-            pool = some.pool(sample)
-            floors.append(pool.floor)
+            self._correct(some)
+            pool, place = some.pool(sample), None
             if top is None:
                 score, error = some.all(columns, pool)
             else:
-                place, score = self._strongest(some, columns, top)
-                error = some.errors(columns[place], pool)
-                places.append(place.numpy())
-            freedom += [pool.freedom] * len(score)
-            scores.append(to_numpy(score))
-            errors.append(to_numpy(error))
-        known = [one for one in target_ids if one is not None]
-        complete = len(known) == len(target_ids)
-        floor = np.concatenate(floors)
-        return Result(
-            scores=np.concatenate(scores),
-            floor=NoiseFloor(np.zeros_like(floor), floor),
-            null=StudentNull(float(np.mean(freedom))),
-            train_ids=ids.numpy() if top is None else ids.numpy()[np.concatenate(places)],
-            target_ids=torch.cat(known).cpu().numpy() if complete else None,
-            standard_error=np.concatenate(errors),
-            **self._describe(len(ids)),
-        )
+                places, score = self._strongest(some, columns, top)
+                error, place = some.errors(columns[places], pool), places.numpy()
+            found.add(batches, score, error, pool.floor, pool.freedom, place)
+        return found.result(ids, self._describe(len(ids)))
+
+    def _correct(self, some: Scored) -> None:
+        """Take in the exact inner products with all instances, where they are wanted."""
+        if self._options.exact:
+            for part in self._parts():
+                some.correct(part.blocks, part.positions)
 
     def _strongest(self, some: Scored, columns: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Places in columns and scores (targets, ranks), from high to low, by their inner products."""
@@ -204,9 +189,7 @@ class LandmarkDriver(GramDriver):
         sums: list[TargetSums] = [TargetSums(weights) for _ in self._fitted]
         for _, blocks in self._blocks(targets, Numbers.UNUSED):
             some = Scored(self._fitted, blocks, self._scale().cpu())
-            if self._options.exact:
-                for part in self._parts():
-                    some.correct(part.blocks, part.positions)
+            self._correct(some)
             for one, made in zip(sums, some.targets, strict=True):
                 one.add(made)
         total = Scored(self._fitted, [one.total() for one in sums], self._scale().cpu())

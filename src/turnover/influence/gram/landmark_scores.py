@@ -80,7 +80,7 @@ class Scored:
         order = []
         for place, positions in self._chunks(columns):
             order.append(place)
-            extremes.add(self._mean(self.targets, positions))
+            extremes.add(self._each(self.targets, positions).mean(dim=0))
         found, scores = extremes.result()
         return torch.cat(order)[torch.from_numpy(found)], torch.from_numpy(scores)
 
@@ -112,7 +112,7 @@ class Scored:
         found = torch.empty(positions.shape)
         for target, row in enumerate(positions):
             ordered, back = row.sort()
-            variance = self._variance([one.at(target) for one in self.targets], ordered)
+            _, variance = self._measured([one.at(target) for one in self.targets], ordered)
             found[target, back] = self._errors(variance, ordered, pool, target)[0].cpu()
         return found
 
@@ -120,9 +120,6 @@ class Scored:
     def _freedom(self) -> int:
         networks = len(self._fitted)
         return self._fitted[0].freedom if networks == 1 else networks - 1
-
-    def _mean(self, targets: Sequence[Targets], positions: slice | Tensor) -> Tensor:
-        return self._each(targets, positions).mean(dim=0)
 
     def _each(self, targets: Sequence[Targets], positions: slice | Tensor) -> Tensor:
         """Scores by each network: float32 (networks, targets, instances)."""
@@ -143,9 +140,6 @@ class Scored:
         scores, variance = targets[0].measured(positions)
         factor = self._fitted[0].factor[positions].to(scores.device)
         return scores * factor, variance * factor * factor
-
-    def _variance(self, targets: Sequence[Targets], positions: slice | Tensor) -> Tensor:
-        return self._measured(targets, positions)[1]
 
     def _errors(
         self,

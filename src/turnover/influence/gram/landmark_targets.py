@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turnover.influence.gram.balanced import Spread
 from turnover.influence.gram.kernel import Block, cross_of
-from turnover.influence.gram.landmarks import Landmarked
+from turnover.influence.gram.landmarks import Instances, Landmarked
 
 
 class Targets:
@@ -92,7 +92,8 @@ class Targets:
 
     def scores(self, positions: slice | Tensor) -> Tensor:
         """Scores of instances before their factor: float32 (targets, instances)."""
-        found = self._whole @ self._held(self.fitted.vectors(positions), positions).T
+        kept = self.fitted.of(positions)
+        found = self._whole @ _held(self.fitted.vectors(positions), kept, kept.weights).T
         return self._with_beside(found, positions)
 
     def _with_beside(self, found: Tensor, positions: slice | Tensor) -> Tensor:
@@ -103,25 +104,21 @@ class Targets:
         fitted = self.fitted
         kept = fitted.of(positions)
         vectors = fitted.vectors(positions)
-        whole = self._whole @ self._held(vectors, positions).T
+        whole = self._whole @ _held(vectors, kept, kept.weights).T
         # The scores of a half, put on the scale of the whole by the leverage of each instance.
         scaled = kept.weights + torch.einsum(
             "nde,ne->nd", fitted.leverage_of(positions), kept.weights
         )
-        held = self._held(vectors, positions, scaled)
-        spread = Spread(tuple(whole.shape), fitted.freedom + 1)
+        held = _held(vectors, kept, scaled)
+        spread = Spread(tuple(whole.shape), fitted.freedom + 1, whole.device)
         for row in fitted.halves_of(kept.group):
             for half in row.unique().tolist():
                 some = (row == half).nonzero()[:, 0]
                 spread.add(some, self._halves[half] @ held[some].T - whole[:, some])
-        variance = spread.variance().to(whole.device)
-        return self._with_beside(whole, positions), variance
+        return self._with_beside(whole, positions), spread.variance()
 
-    def _held(
-        self, vectors: Tensor, positions: slice | Tensor, weights: Tensor | None = None
-    ) -> Tensor:
-        """``B V w``: float32 (instances, width)."""
-        kept = self.fitted.of(positions)
-        weights = kept.weights if weights is None else weights
-        by_vector = torch.einsum("nde,ne->nd", kept.inverse, weights)
-        return torch.einsum("ndw,nd->nw", vectors, by_vector)
+
+def _held(vectors: Tensor, kept: Instances, weights: Tensor) -> Tensor:
+    """``B V w``: float32 (instances, width)."""
+    by_vector = torch.einsum("nde,ne->nd", kept.inverse, weights)
+    return torch.einsum("ndw,nd->nw", vectors, by_vector)

@@ -24,7 +24,8 @@ from torch import Tensor
 from turnover.errors import InputError
 from turnover.influence.gram.balanced import Spread, groups_of, hadamard
 from turnover.influence.gram.features import Features
-from turnover.influence.gram.kernel import Block, cross_of, gram_of
+from turnover.influence.gram.kernel import Block, check_finite, cross_of, gram_of
+from turnover.influence.gram.ridge import scaled
 
 _SMALLEST = 1e-6
 """Smallest eigenvalue, in the largest, of the landmarks' inner products: below is rounding error."""
@@ -93,13 +94,13 @@ class Landmarked:
         products = torch.zeros((size, size), device=self.device)
         gram_of(landmarks, products)
         diagonal = products.diagonal()
-        _check_finite(diagonal)
+        check_finite(diagonal)
         if not float(diagonal.max()) > 0:
             raise InputError(
                 "the objective of no landmark depends on any trained parameter: all gradients are 0; check "
                 "the model, or give more landmarks"
             )
-        self.ridge = ridge * directions * float(diagonal.double().mean())
+        self.ridge = scaled(products, ridge * directions)
         values, vectors = torch.linalg.eigh(products.double())
         large = values > _SMALLEST * values[-1]
         self._map = (vectors[:, large] / values[large].sqrt()).float()
@@ -130,7 +131,7 @@ class Landmarked:
         """Take in gradients of some training instances, with what goes with them, at their positions."""
         count, directions = len(positions), self._directions
         own = _own_products(block, directions)
-        _check_finite(own)
+        check_finite(own)
         vectors = self._features.write(
             positions, self.coordinates(block).view(count, directions, -1)
         )
@@ -254,7 +255,7 @@ class Landmarked:
 
     def own_variance(self) -> Tensor:
         """Variances of :meth:`own` over halves of the training set."""
-        spread = Spread((len(self.factor),), self.freedom + 1)
+        spread = Spread((len(self.factor),), self.freedom + 1, self.factor.device)
         for chunk in self.chunks():
             kept, vectors = self.of(chunk), self.vectors(chunk)
             whole = self.leverage_of(chunk)
@@ -270,14 +271,6 @@ class Landmarked:
                     spread.add(chunk.start + some, values[:, 0, 0] - whole[some])
         variance = spread.variance() * (self.factor * self._own_factor).square()
         return variance.to(self.device)
-
-
-def _check_finite(products: Tensor) -> None:
-    if not bool(torch.isfinite(products).all()):
-        raise InputError(
-            "the inner products of the training instances' gradients are beyond float32: scale the "
-            "objective down"
-        )
 
 
 def _own_products(block: Block, directions: int) -> Tensor:
