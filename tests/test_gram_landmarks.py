@@ -85,6 +85,37 @@ def test_with_all_as_landmarks_they_are_those_of_all_pairs(objective):
         assert 0.6 < ratio < 1.6
 
 
+@pytest.mark.parametrize("ridge", ["gcv", "evidence"])
+def test_a_ridge_is_chosen_by_the_landmarks(ridge):
+    model, train, targets = problem(ROWS)
+    every = Influence(model, method=Gram(ridge, directions=0)).fit(cut(train, 16))
+    other = Influence(model, method=Gram(ridge, directions=0, landmarks=ROWS)).fit(cut(train, 16))
+    wanted, found = (one.estimate([targets]).scores for one in (every, other))
+    np.testing.assert_allclose(found, wanted, atol=3e-3 * np.abs(wanted).max())
+    some = Influence(model, method=Gram(ridge, directions=0, landmarks=30, exact=True))
+    found = some.fit(cut(train, 16)).estimate([targets]).scores
+    for one, two in zip(found, wanted, strict=True):
+        assert stats.pearsonr(one, two).statistic > 0.9
+
+
+def test_auto_takes_all_pairs_of_few_instances_and_landmarks_of_many():
+    model, train, targets = problem(ROWS)
+    wanted = Influence(model, method="gram").fit(cut(train, 16)).estimate([targets], top=4)
+    influence = Influence(model, method=Gram(landmarks="auto", exact=True))
+    found = influence.fit(cut(train, 16)).estimate([targets], top=4)
+    np.testing.assert_array_equal(found.scores, wanted.scores)
+    np.testing.assert_array_equal(found.standard_error, wanted.standard_error)
+    influence._driver._limits = Limits(rows=2 * ROWS - 1)
+    influence.fit(cut(train, 16))
+    other = Influence(model, method=Gram(landmarks=ROWS, exact=True)).fit(cut(train, 16))
+    for call in (
+        lambda one: one.estimate([targets]),
+        lambda one: one.aggregate([targets]),
+        lambda one: one.self_influence(),
+    ):
+        np.testing.assert_array_equal(call(influence).scores, call(other).scores)
+
+
 @pytest.mark.parametrize("name", ["convs of every kind", "bert"])
 def test_few_landmarks_keep_the_order_of_all_pairs(name):
     model, batch = build(name)
@@ -112,7 +143,7 @@ def test_order_and_size_of_batches_and_where_vectors_are_kept_change_nothing(
     other._driver._limits = Limits(memory=memory)
     # The landmarks are those at the same places of the order in which rows came.
     other.fit(cut(train, 7))
-    other._driver._train = cut(mixed, 11)
+    other._driver._passes._train = cut(mixed, 11)
     for top in (None, 8):
         one, two = wanted.estimate([targets], top=top), other.estimate(cut(targets, 2), top=top)
         np.testing.assert_array_equal(one.train_ids, two.train_ids)
@@ -185,7 +216,7 @@ def test_what_cannot_be_done_is_refused():
     for options, said in (
         ({"landmarks": 1}, "landmarks"),
         ({"landmarks": 9, "samples": 1, "directions": 0}, "does not go with samples=1"),
-        ({"landmarks": 9, "ridge": "gcv", "directions": 0}, "does not go with ridge='gcv'"),
+        ({"landmarks": "some"}, '"auto" or None'),
         ({"exact": True}, "exact= is for landmarks="),
     ):
         with pytest.raises(InputError, match=said):

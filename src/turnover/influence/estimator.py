@@ -16,7 +16,16 @@ from turnover.dropout.network import Network
 from turnover.errors import InputError, check_whole
 from turnover.influence.driver import BlockDriver
 from turnover.influence.plan import Plan
-from turnover.influence.protocol import METHODS, Driver, Ids, Method, Setup, Wanted, method_of
+from turnover.influence.protocol import (
+    METHODS,
+    Driver,
+    Ids,
+    Method,
+    Setup,
+    StoringDriver,
+    Wanted,
+    method_of,
+)
 from turnover.influence.storing import check_place
 from turnover.influence.user_batches import UserBatches
 from turnover.objectives import Objective, margin
@@ -107,22 +116,35 @@ class Influence:
     def adapter(self, adapter: Adapter) -> None:
         self._batches.adapter = adapter
 
-    def fit(self, train_batches: Iterable[Any]) -> Influence:
+    def fit(self, train_batches: Iterable[Any], *, out: str | Path | None = None) -> Influence:
         """Take in the training set, where the method needs it (``"gram"``). A second call starts anew.
 
         Args:
             train_batches: the training instances, each once, with labels. Their ids come from the
                 batches; where none has any, row numbers from 0 are the ids.
+            out: with ``turnover.Gram(landmarks=)``, folder or fsspec URL of a zarr store that keeps what
+                is computed of the training set. The same call continues one that was interrupted, and
+                gives the same bits; it only reads a finished one. With further batches after the same
+                ones, it computes those alone.
 
         Returns:
             The estimator itself.
 
         Raises:
             InputError: another method, no batches, ids in some batches only or given twice, an
-                objective that is not finite or mixes rows.
+                objective that is not finite or mixes rows; a store with something else, with other
+                instances, or one that another process writes.
         """
+        driver = self._driver
+        if out is not None and not isinstance(driver, StoringDriver):
+            raise InputError(
+                "fit keeps what landmarks need: take method=turnover.Gram(landmarks=...), or leave out= out"
+            )
         with exclusive(*self.modules):
-            self._driver.fit(train_batches)
+            if out is not None and isinstance(driver, StoringDriver):
+                driver.fit_to(train_batches, out)
+            else:
+                driver.fit(train_batches)
         self._ready = True
         return self
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -115,6 +115,14 @@ class Driver(Protocol):
 
     def plan(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Plan:
         """Estimate what an estimate costs by each method."""
+
+
+@runtime_checkable
+class StoringDriver(Protocol):
+    """A driver whose fit can be kept."""
+
+    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
+        """Take in the training set, and write it to a store, or continue one."""
 
 
 class Method:

@@ -33,7 +33,7 @@ cannot show; several networks do.
 
 from __future__ import annotations
 
-from turnover.influence.gram.landmark_driver import driver_of
+from turnover.influence.gram.auto_driver import driver_of
 from turnover.influence.gram.options import Gram
 
 __all__ = ["Gram", "driver_of"]

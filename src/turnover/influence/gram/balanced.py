@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +34,13 @@ class Spread:
 
 
 def groups_of(instances: int, pairs: int) -> Tensor:
-    """Random groups of instances, of about one size: int64 (instances,)."""
+    """Random groups of instances, of one size within 1: int64 (instances,).
+
+    Those of the first instances do not depend on how many follow.
+    """
     count = len(hadamard(pairs + 1))
-    order = torch.randperm(instances, generator=torch.Generator().manual_seed(0))
-    found = torch.empty_like(order)
-    found[order] = torch.arange(instances) % count
-    return found
+    drawn = np.random.Generator(np.random.Philox(key=0)).random((-(-instances // count), count))
+    return torch.from_numpy(drawn.argsort(axis=1).ravel()[:instances])
 
 
 def hadamard(least: int) -> Tensor:

@@ -63,15 +63,31 @@ class Features:
                     self._file.write(kept[start:stop].tobytes())
         return (rounded.float() * scales[:, :, None]).to(vectors.device)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Vectors float32 (stop - start, directions, width) of neighboring instances."""
+    def put(self, start: int, rounded: NDArray[np.float16], scales: NDArray[np.float32]) -> None:
+        """Keep vectors of neighboring instances as :meth:`rounded` gave them."""
+        stop = start + len(rounded)
+        self._scales[start:stop] = torch.from_numpy(scales)
+        if self._file is None:
+            self._values[start:stop] = rounded
+        else:
+            with writing_temporary():
+                self._file.seek(start * self._bytes)
+                self._file.write(rounded.tobytes())
+
+    def rounded(self, start: int, stop: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """Vectors float16 (stop - start, directions, width) of neighboring instances, and their scales."""
         if self._file is None:
             values = self._values[start:stop]
         else:
             self._file.seek(start * self._bytes)
             found = self._file.read((stop - start) * self._bytes)
             values = np.frombuffer(bytearray(found), np.float16).reshape(-1, *self._shape)
-        return torch.from_numpy(values).float() * self._scales[start:stop, :, None]
+        return values, self._scales[start:stop].numpy()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Vectors float32 (stop - start, directions, width) of neighboring instances."""
+        values, scales = self.rounded(start, stop)
+        return torch.from_numpy(values).float() * torch.from_numpy(scales)[:, :, None]
 
     def take(self, positions: Tensor) -> Tensor:
         """Vectors float32 (some, directions, width) of instances at increasing positions."""

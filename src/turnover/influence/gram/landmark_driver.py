@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,28 +15,30 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
-from turnover.ids import check_ids
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.collected import Collected
 from turnover.influence.gram.disk import Blocks, Scratch
 from turnover.influence.gram.estimator import (
     GramDriver,
     check_wanted,
-    train_ids_of,
 )
 from turnover.influence.gram.kernel import Block, block_of, is_full
 from turnover.influence.gram.landmark_scores import Scored, TargetSums, spread_over
-from turnover.influence.gram.landmarks import Landmarked
-from turnover.influence.gram.options import Gram, digests_of, measure
+from turnover.influence.gram.landmarks import Landmarked, basis_of
+from turnover.influence.gram.options import digests_of
+from turnover.influence.gram.passes import Passes, taken
+from turnover.influence.gram.stored import Unstored, identity_of, storing
 from turnover.influence.gram.whitening import Whitening
-from turnover.influence.progress import Progress
-from turnover.influence.protocol import Ids, Setup, Wanted, register
+from turnover.influence.progress import Progress, counting
+from turnover.influence.protocol import Ids, Wanted
 from turnover.results.result import Result
 
 _SAMPLE = 4096
 """Instances that the variances of a target are pooled over."""
 _MOST = 2**28
 """Bytes of the inner products of a block of targets with all instances."""
+_LEAST, _USUAL = 1000, 2000
+"""Landmarks by ``"auto"``."""
 _CANDIDATES = 4
 """Instances whose inner products are taken, for each that is wanted."""
 
@@ -54,94 +56,120 @@ class LandmarkDriver(GramDriver):
     """:class:`.estimator.GramDriver` by landmarks."""
 
     _fitted: list[Landmarked]  # type: ignore[assignment]
-    _train: Iterable[Any] = ()
+    _passes: Passes
     _scratch: Scratch | None = None
     """Holds the landmarks' gradients; kept, as its files are deleted with it."""
-    _contents: Sequence[int] = ()
-    """Checksums of the training batches, where they have no ids."""
 
     def fit(self, train_batches: Iterable[Any]) -> None:
         """Take in the training set in three passes. A second call starts anew.
 
         Raises:
-            InputError: batches that cannot be gone through again, or as in
+            InputError: as :meth:`fit_to`.
+        """
+        self.fit_to(train_batches, None)
+
+    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
+        """:meth:`fit`, and keep what is computed.
+
+        Args:
+            train_batches: re-iterable.
+            out: folder or URL of a store that is written, or continued.
+
+        Raises:
+            InputError: batches that cannot be gone through again, another store, or as in
                 :meth:`.estimator.GramDriver.fit`.
         """
-        if iter(train_batches) is train_batches:
+        stored = out is not None
+        self.take_in(Passes(train_batches, self._batches, self._models, hashed=stored), out)
+
+    def take_in(self, passes: Passes, out: str | Path | None) -> None:
+        """:meth:`fit_to`, once the training batches are counted."""
+        if len(passes) < self._options.resamples:
             raise InputError(
-                "landmarks need several passes over the training batches, and these can be gone through "
-                "once: give a list or a data loader"
+                f"landmarks need at least {self._options.resamples} training instances, got {len(passes)}"
             )
-        ids, contents = self._counted(train_batches)
         digests = digests_of(self._models)
-        size = min(self._options.landmarks or len(ids), len(ids))
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-        before = self._train, self._ids, self._whitenings, self._contents
-        self._train, self._ids, self._whitenings, self._contents = train_batches, ids, [], contents
+        before = self.__dict__.get("_passes"), self._ids, self._whitenings
+        self._passes, self._ids, self._whitenings = passes, passes.ids, []
         scratch = Scratch()
         try:
-            self._fitted = self._streamed(order[:size].sort().values, scratch)
+            if out is None:
+                self._fitted = self._streamed(Unstored(len(passes)), scratch)
+            else:
+                described = self._setup.described(self._options.name, digests, len(passes))
+                identity = identity_of(described, asdict(self._options))
+                with storing(out, identity, passes) as store:
+                    self._fitted = self._streamed(store, scratch)
         except BaseException:  # a fit that fails leaves the one before as it was
-            self._train, self._ids, self._whitenings, self._contents = before
+            self._passes, self._ids, self._whitenings = before  # type: ignore[assignment]
             raise
         self._scratch, self._digests = scratch, digests
 
-    def _counted(self, train_batches: Iterable[Any]) -> tuple[Tensor, list[int]]:
-        """Ids of the training set, and checksums of its batches without ids."""
-        given: list[Tensor | None] = []
-        contents: list[int] = []
-        sizes: list[int] = []
-        for batch in self._batches.adapted(train_batches, Numbers.DATA):
-            if not sizes:
-                measure(self._models, batch)
-            given.append(None if batch.ids is None else check_ids(batch.ids).cpu())
-            if batch.ids is None:
-                contents.append(_checksum(batch))
-            sizes.append(len(batch))
-        if not sizes:
-            raise InputError("no training batches given")
-        ids = train_ids_of(given, sizes)
-        if len(ids) < self._options.resamples:
-            raise InputError(
-                f"landmarks need at least {self._options.resamples} training instances, got {len(ids)}"
-            )
-        return ids, contents
-
-    def _streamed(self, chosen: Tensor, scratch: Scratch) -> list[Landmarked]:
-        networks, options = len(self._captures), self._options
+    def _streamed(self, store: Unstored, scratch: Scratch) -> list[Landmarked]:
+        networks, total = len(self._captures), len(self._ids)
+        fitted = self._begun(store, scratch)
         progress = Progress(
             "gram (landmarks)", {"row": networks}, unit="instance", shown=self._shown
         )
-        landmarks = [Blocks(self._limits.memory // networks, scratch) for _ in self._captures]
+        missing = torch.arange(total) >= store.rows
+        with closing(progress):
+            for part in self._parts(missing, progress=progress) if store.rows < total else ():
+                for network, block, found in zip(fitted, part.blocks, part.rows, strict=True):
+                    network.add(block, *_beside(found), part.positions)
+                store.note(part.positions)
+        store.finish()
+        count = total * networks
+        with closing(counting("gram (solving)", count, "instances", shown=self._shown)) as progress:
+            for network in fitted:
+                network.solve(progress.update)
+        return fitted
+
+    def _begun(self, store: Unstored, scratch: Scratch) -> list[Landmarked]:
+        """What the training instances come into: the landmarks, and what was stored."""
+        networks, options = len(self._captures), self._options
+        order = torch.randperm(store.first, generator=torch.Generator().manual_seed(0))
+        chosen = order[: _count(options.landmarks, store.first)]
+        made = [Blocks(self._limits.memory // networks, scratch) for _ in self._captures]
         damping = self._damping
         whitenings = [] if damping is None else [Whitening(damping) for _ in self._captures]
-        weights = 1
-        for part in self._parts(chosen, whitenings, None):
-            for blocks, block in zip(landmarks, part.blocks, strict=True):
+        costs: list[list[Tensor]] = [[] for _ in self._captures]
+        positions, directions = [], 1
+        for part in self._parts(self._mask(chosen), whitenings, None):
+            positions.append(part.positions)
+            for blocks, block in zip(made, part.blocks, strict=True):
                 blocks.append(block)
-            first = part.rows[0][0].weights
-            weights = 1 if first is None else first.shape[1]
-        for one, blocks in zip(whitenings, landmarks, strict=False):
+            for known, rows in zip(costs, part.rows, strict=True):
+                known += [one.costs for one in rows]
+            weights = part.rows[0][0].weights
+            directions = 1 if weights is None else weights.shape[1]
+        for one, blocks in zip(whitenings, made, strict=False):
             one.finish(blocks)
         self._whitenings = whitenings
+        landmarks = [list(blocks) for blocks in made]
+        bases = store.bases or [
+            basis_of(blocks, options.ridge, torch.cat(cost))
+            for blocks, cost in zip(landmarks, costs, strict=True)
+        ]
         fitted = [
             Landmarked(
-                list(blocks),
+                blocks,
+                basis,
                 len(self._ids),
-                weights,
-                ridge=float(options.ridge),
+                directions,
                 residual=residual,
                 own_residual=self._own_residual,
                 resamples=options.resamples,
                 memory=self._limits.memory // networks,
             )
-            for blocks, residual in zip(landmarks, self._residual, strict=True)
+            for blocks, basis, residual in zip(landmarks, bases, self._residual, strict=True)
         ]
-        with closing(progress):
-            for part in self._parts(progress=progress):
-                for network, block, rows in zip(fitted, part.blocks, part.rows, strict=True):
-                    network.add(block, *_beside(rows), part.positions)
+        store.begin(fitted, torch.cat(positions))
         return fitted
+
+    def _mask(self, positions: Tensor) -> Tensor:
+        found = torch.zeros(len(self._ids), dtype=torch.bool)
+        found[positions] = True
+        return found
 
     def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
         """Influence of the fitted instances, or of some of them, on every target."""
@@ -174,7 +202,7 @@ class LandmarkDriver(GramDriver):
             return some.strongest(columns, min(top, len(columns)))
         place, score = some.strongest(columns, min(top * _CANDIDATES, len(columns)))
         wanted = columns[place]
-        for part in self._parts(torch.unique(wanted)):
+        for part in self._parts(self._mask(wanted.flatten())):
             some.add_missed(part.blocks, part.positions, wanted, score)
         score, order = score.sort(dim=1, descending=True, stable=True)
         ends = min(top, score.shape[1])
@@ -236,18 +264,20 @@ class LandmarkDriver(GramDriver):
         """Gradients of the training set, or of chosen positions, some batches at a time.
 
         Args:
-            chosen: increasing int64 positions; ``None``: all.
+            chosen: positions to take, bool (train,); ``None``: all.
             whitenings: take in the moments; ``None``: the gradients are whitened.
             progress: counts instances.
         """
         positions: list[Tensor] = []
         rows: list[list[Rows]] = [[] for _ in self._captures]
-        for batch, places in self._again(progress):
+        for batch, places in self._passes.again(progress):
             if chosen is not None:
-                inside = torch.isin(places, chosen)
+                inside = chosen[places]
+                if progress is not None:
+                    progress.skip("row", int((~inside).sum()) * len(self._captures))
                 if not bool(inside.any()):
                     continue
-                batch, places = _taken(batch, inside.nonzero()[:, 0]), places[inside]
+                batch, places = taken(batch, inside.nonzero()[:, 0]), places[inside]
             positions.append(places)
             for number, (every, capture) in enumerate(zip(rows, self._captures, strict=True)):
                 found = self._halving.by_rows(batch, partial(capture.rows, training=True))
@@ -272,53 +302,12 @@ class LandmarkDriver(GramDriver):
             blocks[i] = whitening.whitened(blocks[i])
         return blocks
 
-    def _again(self, progress: Progress | None) -> Iterator[tuple[Batch, Tensor]]:
-        """The training batches, and the positions of their rows."""
-        order = self._ids.argsort()
-        seen, contents = 0, iter(self._contents)
-        found = torch.zeros(len(self._ids), dtype=torch.bool)
-        given = self._batches.checked(self._train, Numbers.DATA)
-        for batch in given if progress is None else progress.follow(self._train, given):
-            ids = torch.arange(seen, seen + len(batch)) if batch.ids is None else batch.ids.cpu()
-            place = torch.searchsorted(self._ids[order], ids).clamp_max(len(order) - 1)
-            positions = order[place]
-            seen += len(batch)
-            same = torch.equal(self._ids[positions], ids) and not bool(found[positions].any())
-            if batch.ids is None:
-                same = same and next(contents, None) == _checksum(batch)
-            if not same:
-                raise _changed()
-            found[positions] = True
-            # Labels are drawn by ids.
-            yield replace(batch, ids=ids), positions
-        if seen != len(self._ids):
-            raise _changed()
 
-
-def driver_of(method: Gram, setup: Setup) -> GramDriver:
-    """Make the driver for options of gram: by landmarks, or by all pairs."""
-    return (GramDriver if method.landmarks is None else LandmarkDriver)(method, setup)
-
-
-register("gram", Gram, driver=driver_of)
-
-
-def _changed() -> InputError:
-    return InputError(
-        "the training batches have other instances than when they were first gone through: give a list, or a "
-        "loader that gives the same ones each time"
-    )
-
-
-def _checksum(batch: Batch) -> int:
-    """Of inputs and labels: what tells rows without ids apart."""
-    found = 0
-    labels = [] if batch.labels is None else [("labels", batch.labels)]
-    for _, values in [*batch.by_rows(), *labels]:
-        found = zlib.crc32(
-            values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found
-        )
-    return found
+def _count(landmarks: int | str | None, instances: int) -> int:
+    """Number of landmarks."""
+    if isinstance(landmarks, int):
+        return landmarks
+    return min(max(_LEAST, instances // 10), _USUAL)
 
 
 def _beside(rows: Sequence[Rows]) -> tuple[Tensor | None, Tensor | None]:
@@ -326,14 +315,3 @@ def _beside(rows: Sequence[Rows]) -> tuple[Tensor | None, Tensor | None]:
     weights = [one.weights for one in rows if one.weights is not None]
     residuals = [one.residuals for one in rows if one.residuals is not None]
     return (torch.cat(one) if one else None for one in (weights, residuals))  # type: ignore[return-value]
-
-
-def _taken(batch: Batch, rows: Tensor) -> Batch:
-    size = len(batch)
-
-    def cut(value: Tensor) -> Tensor:
-        if not value.dim() or len(value) != size:
-            return value
-        return value[rows.to(value.device)]
-
-    return batch.mapped(cut)

@@ -10,11 +10,14 @@ product, ``d = k - b'B``, adds ``d V``; and where it is known for all instances,
 
 Standard errors come from halves, as in :mod:`turnover.influence.gram.uncertainty`. The halves are sums of
 random groups of instances, balanced by a Hadamard matrix (McCarthy 1969), so that one pass serves all.
+
+``A`` is summed up from the vectors that are kept, in slices that depend on their number alone: its bits do
+not depend on how the gradients came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -25,12 +28,10 @@ from turnover.errors import InputError
 from turnover.influence.gram.balanced import Spread, groups_of, hadamard
 from turnover.influence.gram.features import Features
 from turnover.influence.gram.kernel import Block, check_finite, cross_of, gram_of
-from turnover.influence.gram.ridge import scaled
+from turnover.influence.gram.ridge import choose
 
 _SMALLEST = 1e-6
 """Smallest eigenvalue, in the largest, of the landmarks' inner products: below is rounding error."""
-_TOGETHER = 4096
-"""Instances whose products are added up together."""
 _STRIP = 32
 """Instances whose inner products with one another are computed at once."""
 
@@ -54,22 +55,65 @@ class Instances:
     group: Tensor
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What coordinates are, and the ridge in them.
+
+    Attributes:
+        map: from inner products with the landmarks' gradients to coordinates, float32 (gradients, width).
+        ridge: lambda.
+    """
+
+    map: Tensor
+    ridge: float
+
+
+def basis_of(landmarks: list[Block], ridge: float | str, costs: Tensor) -> Basis:
+    """Coordinates in which the landmarks' own inner products are the identity.
+
+    Args:
+        landmarks: blocks of their gradients.
+        ridge: see :func:`turnover.influence.gram.ridge.choose`.
+        costs: objective of the landmarks, float32 (landmarks,).
+
+    Raises:
+        InputError: all gradients are 0, or their products are beyond float32.
+    """
+    size = sum(block.rows for block in landmarks)
+    products = torch.zeros((size, size), device=landmarks[0].device)
+    gram_of(landmarks, products)
+    diagonal = products.diagonal()
+    check_finite(diagonal)
+    if not float(diagonal.max()) > 0:
+        raise InputError(
+            "the objective of no landmark depends on any trained parameter: all gradients are 0; check "
+            "the model, or give more landmarks"
+        )
+    values, vectors = torch.linalg.eigh(products.double())
+    large = values > _SMALLEST * values[-1]
+    mapped = (vectors[:, large] / values[large].sqrt()).float()
+    return Basis(mapped, choose(ridge, products, costs))
+
+
 class Landmarked:
     """Training instances by one network, in the coordinates of landmarks.
 
     Args:
         landmarks: blocks of the landmarks' gradients.
+        basis: coordinates.
         instances: number of training instances.
         directions: gradients of each.
-        ridge: multiple of the mean diagonal.
         residual: exponent of 1 minus the probability of the label, which multiplies the scores.
         own_residual: whether scores of instances on themselves are multiplied by it once more.
         resamples: number of halves.
         memory: bytes of vectors that stay in memory.
 
     Attributes:
-        ridge: lambda.
+        basis: coordinates.
+        features: vectors of all instances.
+        kept: what is kept of them besides.
         factor: multiplies scores, float32 (train,).
+        directions: gradients of each instance.
         device: of the gradients.
         groups: number of groups that halves are made of.
         freedom: degrees of freedom of a variance over halves.
@@ -78,137 +122,121 @@ class Landmarked:
     def __init__(
         self,
         landmarks: list[Block],
+        basis: Basis,
         instances: int,
         directions: int,
         *,
-        ridge: float,
         residual: float,
         own_residual: bool,
         resamples: int,
         memory: int,
     ) -> None:
-        size = sum(block.rows for block in landmarks)
         self.device = landmarks[0].device
-        self._landmarks, self._size = landmarks, size
-        self._directions = directions
-        products = torch.zeros((size, size), device=self.device)
-        gram_of(landmarks, products)
-        diagonal = products.diagonal()
-        check_finite(diagonal)
-        if not float(diagonal.max()) > 0:
-            raise InputError(
-                "the objective of no landmark depends on any trained parameter: all gradients are 0; check "
-                "the model, or give more landmarks"
-            )
-        self.ridge = scaled(products, ridge * directions)
-        values, vectors = torch.linalg.eigh(products.double())
-        large = values > _SMALLEST * values[-1]
-        self._map = (vectors[:, large] / values[large].sqrt()).float()
-        width = self._map.shape[1]
-        self._features = Features(instances, directions, width, memory)
+        self.basis = Basis(basis.map.to(self.device), basis.ridge)
+        self._landmarks, self._size = landmarks, sum(block.rows for block in landmarks)
+        self.directions = directions
+        self.features = Features(instances, directions, basis.map.shape[1], memory)
         pairs = torch.zeros((instances, directions, directions))
-        self._kept = Instances(
+        self.kept = Instances(
             pairs,
             pairs.clone(),
             torch.zeros((instances, directions)),
             torch.zeros(instances),
             groups_of(instances, resamples // 2),
         )
-        self.groups = int(self._kept.group.max()) + 1
-        self._sums = torch.zeros(
-            (self.groups, width, width),
-            dtype=torch.float64,
-            device=self.device,
-        )
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self.groups = int(self.kept.group.max()) + 1
         self._exponents = residual, own_residual
         self._leverage: Tensor | None = None
+        self._solvers: list[Tensor] = []
         self.freedom = resamples // 2 - 1
 
     def add(
         self, block: Block, weights: Tensor | None, residuals: Tensor | None, positions: Tensor
     ) -> None:
         """Take in gradients of some training instances, with what goes with them, at their positions."""
-        count, directions = len(positions), self._directions
+        count, directions = len(positions), self.directions
         own = _own_products(block, directions)
         check_finite(own)
-        vectors = self._features.write(
+        vectors = self.features.write(
             positions, self.coordinates(block).view(count, directions, -1)
         )
         rest = own - vectors @ vectors.mT
         sizes, turn = torch.linalg.eigh((rest + rest.mT).double() / 2)
-        inverse = (turn / (sizes.clamp_min(0) + self.ridge)[:, None, :]) @ turn.mT
-        kept = self._kept
+        inverse = (turn / (sizes.clamp_min(0) + self.basis.ridge)[:, None, :]) @ turn.mT
+        kept = self.kept
         kept.own[positions] = own.cpu()
         kept.inverse[positions] = inverse.float().cpu()
         kept.weights[positions] = 1.0 if weights is None else weights.cpu()
         if residuals is not None:
             kept.residuals[positions] = residuals.cpu()
-        self._waiting.append((positions, vectors))
-        if sum(len(one) for one, _ in self._waiting) >= _TOGETHER:
-            self._add_up()
 
-    def _add_up(self) -> None:
-        if not self._waiting:
-            return
-        positions = torch.cat([one for one, _ in self._waiting])
-        vectors = torch.cat([one for _, one in self._waiting])
-        self._waiting = []
-        group = self._kept.group[positions]
-        inverse = self._kept.inverse[positions].to(self.device)
-        for number in range(self.groups):
-            some = (group == number).nonzero()[:, 0].to(self.device)
-            part = vectors[some]
-            held = inverse[some] @ part
-            self._sums[number] += part.flatten(0, 1).T @ held.flatten(0, 1)
+    def _sums(self, done: Callable[[int], None]) -> Tensor:
+        """``B V B'`` of each group: float64 (groups, width, width)."""
+        width = self.basis.map.shape[1]
+        sums = torch.zeros((self.groups, width, width), dtype=torch.float64, device=self.device)
+        for chunk in self.chunks():
+            kept, vectors = self.of(chunk), self.vectors(chunk)
+            for number in range(self.groups):
+                some = (kept.group == number).nonzero()[:, 0]
+                part = vectors[some]
+                held = kept.inverse[some] @ part
+                sums[number] += part.flatten(0, 1).T @ held.flatten(0, 1)
+            done(chunk.stop - chunk.start)
+        return sums
 
-    @cached_property
-    def _solvers(self) -> list[Tensor]:
-        """Cholesky factors of ``A``: of the whole, then of each half and its complement."""
-        self._add_up()
-        total = self._sums.sum(dim=0)
+    def solve(self, done: Callable[[int], None]) -> None:
+        """Factor ``A`` of the whole, then of each half and its complement, once all instances came in.
+
+        Args:
+            done: called with the number of further instances that are added up.
+        """
+        by_group = self._sums(done)
+        total = by_group.sum(dim=0)
         signs = hadamard(self.groups)[1 : self.freedom + 2]
         sums = [total]
-        for one in signs.to(self._sums):
-            difference = torch.tensordot(one, self._sums, dims=1)
+        for one in signs.to(by_group):
+            difference = torch.tensordot(one, by_group, dims=1)
             sums += [total + difference, total - difference]
         for one in sums:
             one.diagonal().add_(1.0)
-        self._sums = self._sums[:0]
-        return [torch.linalg.cholesky(one) for one in sums]
+        self._solvers = [torch.linalg.cholesky(one) for one in sums]
 
     @cached_property
     def factor(self) -> Tensor:
         """See the class."""
         exponent, _ = self._exponents
-        residuals = self._kept.residuals
+        residuals = self.kept.residuals
         factor: Tensor = residuals**exponent if exponent else torch.ones_like(residuals)
         return factor
 
     @cached_property
     def _own_factor(self) -> Tensor:
-        residuals = self._kept.residuals
+        residuals = self.kept.residuals
         factor: Tensor = residuals if self._exponents[1] else torch.ones_like(residuals)
         return factor
 
     def coordinates(self, block: Block) -> Tensor:
         """Coordinates of the gradients of a block: float32 (rows, width)."""
-        found: Tensor = cross_of(block, self._landmarks, self._size) @ self._map
+        found: Tensor = cross_of(block, self._landmarks, self._size) @ self.basis.map
         return found
+
+    def own_coordinates(self) -> Tensor:
+        """Coordinates of the landmarks: float32 (gradients, width)."""
+        return torch.cat([self.coordinates(block) for block in self._landmarks])
 
     def chunks(self) -> Iterator[slice]:
         """Slices of instances, for one pass."""
-        return self._features.chunks()
+        return self.features.chunks()
 
     def vectors(self, positions: slice | Tensor) -> Tensor:
         """Coordinates of training instances: float32 (instances, directions, width)."""
         if isinstance(positions, slice):
-            return self._features.read(positions.start, positions.stop).to(self.device)
-        return self._features.take(positions).to(self.device)
+            return self.features.read(positions.start, positions.stop).to(self.device)
+        return self.features.take(positions).to(self.device)
 
     def of(self, positions: slice | Tensor) -> Instances:
         """What is kept of training instances, on the device."""
-        kept = {field.name: getattr(self._kept, field.name) for field in fields(Instances)}
+        kept = {field.name: getattr(self.kept, field.name) for field in fields(Instances)}
         return Instances(**{name: one[positions].to(self.device) for name, one in kept.items()})
 
     def solved(self, half: int | None, values: Tensor) -> Tensor:
@@ -226,7 +254,7 @@ class Landmarked:
     def leverage_of(self, positions: slice | Tensor) -> Tensor:
         """Blocks on the diagonal of ``K (K + lambda I)^-1``: float32 (instances, directions, directions)."""
         if self._leverage is None:
-            found = torch.empty_like(self._kept.own)
+            found = torch.empty_like(self.kept.own)
             for chunk in self.chunks():
                 found[chunk] = self._leverage_by(self.vectors(chunk), self.of(chunk)).cpu()
             self._leverage = found
@@ -238,18 +266,18 @@ class Landmarked:
         flat = vectors.flatten(0, 1).T.to(factor.dtype)
         root = torch.linalg.solve_triangular(factor, flat, upper=False).float()
         root = root.T.reshape(vectors.shape)
-        identity = torch.eye(self._directions, device=self.device)
+        identity = torch.eye(self.directions, device=self.device)
         inverse, rest = kept.inverse, kept.own - vectors @ vectors.mT
         by_landmarks = root @ root.mT @ inverse * (1 if half is None else 2)
         if half is not None:  # (R + lambda / 2)^-1
-            inverse = torch.linalg.solve(identity - self.ridge / 2 * inverse, inverse)
+            inverse = torch.linalg.solve(identity - self.basis.ridge / 2 * inverse, inverse)
         leverage: Tensor = by_landmarks + rest @ inverse @ (identity - by_landmarks)
         return leverage
 
     def own(self) -> Tensor:
         """Scores of every training instance on itself: float32 (train,)."""
         everything = slice(0, len(self.factor))
-        weights, leverage = self._kept.weights, self.leverage_of(everything).cpu()
+        weights, leverage = self.kept.weights, self.leverage_of(everything).cpu()
         scores = torch.einsum("nd,nde,ne->n", weights, leverage, weights)
         return (scores * self.factor * self._own_factor).to(self.device)
 
@@ -265,7 +293,7 @@ class Landmarked:
                     some = (row == half).nonzero()[:, 0]
                     part = Instances(*(getattr(kept, one.name)[some] for one in fields(Instances)))
                     leverage = self._leverage_by(vectors[some], part, half)
-                    twice = 2 * torch.eye(self._directions, device=self.device)
+                    twice = 2 * torch.eye(self.directions, device=self.device)
                     weights = torch.linalg.solve(twice - leverage, part.weights[:, :, None])
                     values = part.weights[:, None, :] @ leverage @ weights
                     spread.add(chunk.start + some, values[:, 0, 0] - whole[some])

@@ -68,7 +68,9 @@ class Gram(Method):
             ``objectives.completion`` or ``cross_entropy``, and no directions.
         landmarks: training instances, drawn at random, whose inner products with all others stand for those
             of all pairs (:mod:`turnover.influence.gram.landmarks`): time and disk then grow with the
-            training set and not with its square. ``None``: all pairs.
+            training set and not with its square. ``"auto"``: all pairs up to 20,000 training instances
+            times directions, beyond a tenth of the instances, at least 1,000 and at most 2,000. ``None``:
+            all pairs.
         exact: with landmarks, take the exact inner products of targets with all training instances, by a
             pass over the training batches for each block of targets; without, they are taken of the
             strongest instances alone, where ``top`` is given.
@@ -95,7 +97,7 @@ class Gram(Method):
     resamples: int = 8
     whiten: float | bool | None = None
     samples: int = 0
-    landmarks: int | None = None
+    landmarks: int | str | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -127,10 +129,16 @@ class Gram(Method):
                 f"ridge={self.ridge!r} knows no drawn labels: give a number, or samples=0"
             )
         if self.landmarks is not None:
-            check_whole("landmarks", self.landmarks, 2)
-            if self.samples or isinstance(self.ridge, str):
-                what = f"samples={self.samples}" if self.samples else f"ridge={self.ridge!r}"
-                raise InputError(f"landmarks= does not go with {what}: leave one of the two out")
+            if isinstance(self.landmarks, str) and self.landmarks != "auto":
+                raise InputError(
+                    f'landmarks must be a whole number >= 2, "auto" or None, got {self.landmarks!r}'
+                )
+            if self.landmarks != "auto":
+                check_whole("landmarks", self.landmarks, 2)
+            if self.samples:
+                raise InputError(
+                    f"landmarks= does not go with samples={self.samples}: leave one of the two out"
+                )
         elif self.exact:
             raise InputError("exact= is for landmarks=; without them all inner products are exact")
         check_whole("resamples", self.resamples, 4)

@@ -1,0 +1,77 @@
+"""Gram by all pairs of a small training set, by landmarks of a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from turnover.influence.gram.disk import Limits
+from turnover.influence.gram.estimator import GramDriver
+from turnover.influence.gram.landmark_driver import LandmarkDriver
+from turnover.influence.gram.options import Gram, directions_of
+from turnover.influence.gram.passes import Passes
+from turnover.influence.plan import Plan
+from turnover.influence.protocol import Ids, Setup, Wanted, register
+from turnover.results.result import Result
+
+
+class AutoDriver:
+    """Counts the training instances, and leaves the rest to one of the two.
+
+    Args:
+        method: how to score, with ``landmarks="auto"``.
+        setup: networks and objective.
+    """
+
+    def __init__(self, method: Gram, setup: Setup) -> None:
+        self._options, self._setup = method, setup
+        self._limits = Limits()
+        self._landmarks = LandmarkDriver(method, setup)
+        self._taken: GramDriver = self._landmarks
+
+    def fit(self, train_batches: Iterable[Any]) -> None:
+        """See :class:`.estimator.GramDriver`."""
+        self.fit_to(train_batches, None)
+
+    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
+        """See :class:`.landmark_driver.LandmarkDriver`; what is kept is kept by landmarks."""
+        setup = self._setup
+        passes = Passes(train_batches, setup.batches, setup.models, hashed=out is not None)
+        rows = len(passes) * max(1, directions_of(setup.objective, self._options))
+        if out is not None or rows > self._limits.rows:
+            self._landmarks.take_in(passes, out)
+            self._taken = self._landmarks
+            return
+        every = GramDriver(replace(self._options, landmarks=None, exact=False), setup)
+        every.fit(train_batches)
+        self._taken = every
+
+    def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
+        """See :class:`.estimator.GramDriver`."""
+        return self._taken.estimate(targets, train_ids, wanted)
+
+    def aggregate(self, targets: Iterable[Any], train_ids: Ids, weights: Tensor | None) -> Result:
+        """See :class:`.estimator.GramDriver`."""
+        return self._taken.aggregate(targets, train_ids, weights)
+
+    def self_influence(self, train_batches: Iterable[Any] | None) -> Result:
+        """See :class:`.estimator.GramDriver`."""
+        return self._taken.self_influence(train_batches)
+
+    def plan(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Plan:
+        """See :class:`.estimator.GramDriver`."""
+        return self._taken.plan(targets, train_ids, wanted)
+
+
+def driver_of(method: Gram, setup: Setup) -> GramDriver | AutoDriver:
+    """Make the driver for options of gram: by landmarks, by all pairs, or by what suits."""
+    if method.landmarks == "auto":
+        return AutoDriver(method, setup)
+    return (GramDriver if method.landmarks is None else LandmarkDriver)(method, setup)
+
+
+register("gram", Gram, driver=driver_of)
