@@ -98,8 +98,9 @@ bench-rl: $(VENV)/.dev ## Judge influences of experiences, and whether agents of
 bench-fairness: $(VENV)/.bench ## Narrow gaps between groups by removing and relabeling rows: docs/fairness.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fairness
 
-# PARTS=: "kept" (problems) or "sizes" (a million). DATA=: the folder of cifar10_10k_2k.npz, which problem E needs.
-bench-gram: $(VENV)/.bench ## Gram by landmarks beside exact gram, and a million instances: docs/scale.md
+# PARTS=: "kept" (exact gram), "retrained", "sizes" (a million) or "rate" (sentences). DATA=: the folder of
+# cifar10_10k_2k.npz, which problem E needs. Takes what bench-fidelity retrained from runs/fidelity.
+bench-gram: $(VENV)/.bench ## Gram by landmarks beside exact gram and retraining, and at scale: docs/scale.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gram_scale $(if $(PARTS),--parts $(PARTS)) $(if $(DATA),--data $(DATA))
 
 bench-tables: $(VENV)/.bench ## Compare the classifier of tables with scikit-learn's MLP: docs/tables.md

@@ -25,15 +25,20 @@ _REGULARISATION = 3e-2
 _ITERATIONS = 20
 
 
-def trak(count: int) -> Callable[[Attribution], Scored]:
-    """TRAK on so many networks, projected to a fifth of the training instances, at most 512."""
+def trak(count: int, numbers: int | None = None) -> Callable[[Attribution], Scored]:
+    """TRAK on so many networks.
+
+    Args:
+        count: of networks.
+        numbers: that gradients are projected to; ``None``: a fifth of the training instances, at most 512.
+    """
 
     def run(task: Attribution) -> Scored:
         from dattri.algorithm.trak import TRAKAttributor
         from dattri.task import AttributionTask
 
         model = copy.deepcopy(task.models[0])
-        width = min(len(task.problem.train) // 5, 512)
+        width = numbers or min(len(task.problem.train) // 5, 512)
         rows = _rows(model)
         train = _loader(task.problem.train, rows)
 
