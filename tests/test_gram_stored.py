@@ -327,3 +327,53 @@ def test_other_file_systems_keep_fits_too():
     for _ in range(2):
         found = Influence(model, method=options).fit(cut(train, 7), out=place)
         assert_same(everything(found, targets), wanted)
+
+
+PEAK = """
+import resource, sys
+import torch
+from turnover import Batch, Gram, Influence
+from turnover.influence.gram import features, kernel, stored
+from turnover.influence.gram.disk import Limits
+
+torch.set_num_threads(1)
+features._CHUNK, kernel._ROWS, stored._CHUNK = 2**22, 2000, 2**20
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3)).eval()
+
+class Drawn:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        for start in range(0, self.rows, 1000):
+            x = torch.randn((1000, 16), generator=torch.Generator().manual_seed(start))
+            yield Batch(x, (x.sum(dim=1) > 0).long(), torch.arange(start, start + 1000))
+
+def run(rows, name):
+    influence = Influence(model, method=Gram(landmarks=150))
+    influence._driver._limits = Limits(memory=2**22)
+    influence.fit(Drawn(rows), out=f"{sys.argv[2]}/{name}")
+    influence.estimate(Drawn(1000), top=10)
+    influence.self_influence()
+
+run(3000, "warm")
+run(int(sys.argv[1]), "fit")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.long
+def test_memory_hardly_grows_with_the_instances(tmp_path):
+    """Vectors alone would take 1,200 bytes each."""
+    few, many = 30_000, 150_000
+    peaks = []
+    for rows in (few, many):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(PEAK), str(rows), str(tmp_path / str(rows))],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        )
+        peaks.append(int(run.stdout))
+    assert peaks[1] - peaks[0] < 300 * (many - few), peaks
