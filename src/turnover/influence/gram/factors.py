@@ -7,9 +7,9 @@ or rounds: inner products are those of the full gradients.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ _CHUNK = 2**24
 """Elements of a temporary: 64 MB."""
 _SUM = 2**15
 """Numbers in a sum."""
+_SQUARE = 256
+"""Rows whose products with all rows before them are computed together."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,12 @@ class Factors(ABC):
     """Gradients of some rows by the trained parameters of a layer.
 
     All tensors have the rows first, and are float32 where not stated otherwise.
+
+    Attributes:
+        ready: whether inner products are those of the tensors, and nothing is made of these before.
     """
+
+    ready: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors().values())))
@@ -80,6 +87,13 @@ class Factors(ABC):
         """:meth:`add_gram` for two factors of one form."""
         add_product(out, self.explicit(), other.explicit())
 
+    def add_own_gram(self, out: Tensor) -> None:
+        """Add the inner products of the rows with one another to ``out`` (rows, rows).
+
+        Those above the diagonal may be left out.
+        """
+        self.add_gram(self, out)
+
 
 def add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
     """Add ``one other'`` to ``out``.
@@ -87,10 +101,19 @@ def add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
     A product that begins with what is there, or is a long sum, loses the numbers that are small beside it:
     up to 5e-4 of the diagonal of a language model's words.
     """
-    total = torch.zeros_like(out)
+    total: Tensor | None = None
     for left, right in zip(torch.split(one, _SUM, 1), torch.split(other, _SUM, 1), strict=True):
-        total.add_(left @ right.T)
-    out.add_(total)
+        products = left @ right.T
+        total = products if total is None else total.add_(products)
+    if total is not None:
+        out.add_(total)
+
+
+def add_own_product(out: Tensor, one: Tensor) -> None:
+    """Add ``one one'`` to ``out`` but for most of what is above its diagonal, which is the same as below."""
+    for start in range(0, len(one), _SQUARE):
+        stop = start + _SQUARE
+        add_product(out[start:stop, :stop], one[start:stop], one[:stop])
 
 
 def join(parts: Sequence[Factors]) -> Factors:
@@ -120,11 +143,16 @@ def _padded(values: Sequence[Tensor]) -> Tensor:
 class Explicit(Factors):
     """The gradients themselves: ``matrix`` (rows, parameters)."""
 
+    ready: ClassVar[bool] = True
     matrix: Tensor
 
     def explicit(self) -> Tensor:
         """See :class:`Factors`."""
         return self.matrix
+
+    def add_own_gram(self, out: Tensor) -> None:
+        """See :class:`Factors`."""
+        add_own_product(out, self.matrix)
 
     def moments(self) -> Moments:
         """See :class:`Factors`: the parameters' own, as there are no sides."""
@@ -155,6 +183,7 @@ class Outer(Factors):
         bias: whether a bias is trained too; its input is 1.
     """
 
+    ready: ClassVar[bool] = True
     inputs: Tensor
     back: Tensor
     bias: bool
@@ -180,6 +209,12 @@ class Outer(Factors):
         if self.bias:
             inputs.add_(1.0)
         out.addcmul_(inputs, self.back @ other.back.T)
+
+    def add_own_gram(self, out: Tensor) -> None:
+        """See :class:`Factors`."""
+        for start in range(0, len(self), _SQUARE):
+            stop = start + _SQUARE
+            self.rows(start, stop)._add_products(self.rows(0, stop), out[start:stop, :stop])
 
 
 @dataclass(frozen=True)
@@ -235,25 +270,36 @@ class Tokens(Factors):
         return Explicit(self.explicit()) if self.parameters <= kept else self
 
     def _add_products(self, other: Self, out: Tensor) -> None:
-        widths = self.inputs.shape[3] + self.back.shape[3]
-        pairs = self.inputs.shape[2] * other.inputs.shape[2] * self.inputs.shape[1]
-        if pairs * widths < self.parameters:
+        if self._has_few_pairs(other):
             self._add_by_pairs(other, out)
-        else:
-            self._add_by_outputs(other, out)
-
-    def _add_by_outputs(self, other: Self, out: Tensor) -> None:
-        """Over the explicit gradients, some outputs at a time."""
-        groups, outputs = self.back.shape[1], self.back.shape[3]
-        rows = max(len(self), len(other))
-        step = max(1, _CHUNK // (rows * groups * self.inputs.shape[3]))
-        for start in range(0, outputs, step):
-            stop = min(start + step, outputs)
-            one = self._weight(start, stop)
-            two = one if other is self else other._weight(start, stop)
-            add_product(out, one, two)
+            return
+        for start, stop in self._outputs(max(len(self), len(other))):
+            add_product(out, self._weight(start, stop), other._weight(start, stop))
         if self.bias:
             add_product(out, self._sums(), other._sums())
+
+    def add_own_gram(self, out: Tensor) -> None:
+        """See :class:`Factors`."""
+        if self._has_few_pairs(self):
+            self._add_by_pairs(self, out)
+            return
+        for start, stop in self._outputs(len(self)):
+            add_own_product(out, self._weight(start, stop))
+        if self.bias:
+            add_own_product(out, self._sums())
+
+    def _has_few_pairs(self, other: Self) -> bool:
+        """Whether products of pairs of tokens are fewer than those of the explicit gradients."""
+        widths = self.inputs.shape[3] + self.back.shape[3]
+        pairs = self.inputs.shape[2] * other.inputs.shape[2] * self.inputs.shape[1]
+        return pairs * widths < self.parameters
+
+    def _outputs(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Outputs by which the explicit gradients of some rows fit in a temporary: first, and last + 1."""
+        groups, outputs = self.back.shape[1], self.back.shape[3]
+        step = max(1, _CHUNK // (rows * groups * self.inputs.shape[3]))
+        for start in range(0, outputs, step):
+            yield start, min(start + step, outputs)
 
     def _add_by_pairs(self, other: Self, out: Tensor) -> None:
         """Over pairs of tokens, some rows at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,6 +22,8 @@ _PANEL = 4096
 """Rows whose inner products are summed over all parts before they are written."""
 _GROUP = 2**29
 """Bytes of the gradients by one part that are in memory at once, twice."""
+_ENOUGH = 256
+"""Rows of gradients that are not copied to be beside others: products of more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,13 @@ def block_of(every: Sequence[Rows]) -> Block:
     return Block([one for parts in pieces.values() for one in _joined(parts)], row)
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces of one part, with neighbors as one."""
+def _joined(pieces: Sequence[Piece], *, enough: float = math.inf) -> list[Piece]:
+    """The pieces of one part, with neighbors as one, but for those that are ready and have enough rows."""
     runs: list[list[Piece]] = []
     for piece in pieces:
         last = runs[-1][-1] if runs else None
         neighbors = last is not None and piece.start == last.start + len(last.factors)
+        neighbors = neighbors and not (last.factors.ready and len(last.factors) >= enough)
         if last is not None and neighbors and last.factors.joins(piece.factors):
             runs[-1].append(piece)
         else:
@@ -160,7 +164,7 @@ def _products(
     """Inner products of the rows of some blocks with those of others, one part after the other.
 
     Of a part many more rows fit into memory than of all of them, and the explicit gradients that products
-    are made of are made once for all of these rows.
+    are made of are made once for all of these rows. Of rows with one another, each pair is computed once.
     """
     same = one is other
     shape = sum(block.rows for block in one), sum(block.rows for block in other)
@@ -174,11 +178,14 @@ def _products(
             for count, across in enumerate(groups[: index + 1] if same else groups):
                 theirs = ours if same and count == index else _loaded(across, part)
                 for left, right in product(ours, theirs):
-                    rows, columns = left.rows, right.rows
-                    left.factors.add_gram(right.factors, tile[rows, columns])
-                    if same and count < index:
-                        tile[columns, rows] = tile[rows, columns].T
+                    if theirs is not ours or left.start > right.start:
+                        left.factors.add_gram(right.factors, tile[left.rows, right.rows])
+                    elif left is right:
+                        left.factors.add_own_gram(tile[left.rows, left.rows])
         done(entries * (number + 1) // len(parts) - entries * number // len(parts))
+    if same:
+        below = tile.tril(-1)
+        tile.tril_().add_(below.T)
     return tile
 
 
@@ -203,4 +210,4 @@ def _groups(blocks: Sequence[Block], part: str) -> list[list[_Placed]]:
 
 def _loaded(group: Sequence[_Placed], part: str) -> list[Piece]:
     pieces = [replace(one, start=row + one.start) for row, block in group for one in block.of(part)]
-    return _joined(pieces)
+    return _joined(pieces, enough=_ENOUGH)
