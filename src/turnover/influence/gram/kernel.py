@@ -108,9 +108,12 @@ def _joined(pieces: Sequence[Piece], *, enough: float = math.inf) -> list[Piece]
     runs: list[list[Piece]] = []
     for piece in pieces:
         last = runs[-1][-1] if runs else None
-        neighbors = last is not None and piece.start == last.start + len(last.factors)
-        neighbors = neighbors and not (last.factors.ready and len(last.factors) >= enough)
-        if last is not None and neighbors and last.factors.joins(piece.factors):
+        if (
+            last is not None
+            and piece.start == last.start + len(last.factors)
+            and not (last.factors.ready and len(last.factors) >= enough)
+            and last.factors.joins(piece.factors)
+        ):
             runs[-1].append(piece)
         else:
             runs.append([piece])
