@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import tiny
-from turnover import Batch, objectives
+from turnover import Batch, InputError, objectives
+from turnover.influence.gradients import all_finite
+from turnover.influence.gram import factors as factors_module
 from turnover.influence.gram import kernel as kernel_module
 from turnover.influence.gram.capture import Capture
 from turnover.influence.gram.factors import Explicit
@@ -260,6 +262,21 @@ def test_inner_products_are_the_same_however_few_rows_are_in_memory(
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("name", MODELS)
+def test_inner_products_are_the_same_however_many_rows_are_multiplied_at_once(
+    name, rows, blocks, monkeypatch
+):
+    model, batch = build(name)
+    expected = kernel(model, batch)
+    monkeypatch.setattr(factors_module, "_SQUARE", rows)
+    monkeypatch.setattr(kernel_module, "_ENOUGH", rows)
+    found = kernel(model, batch, blocks=blocks)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(found, found.T)
+
+
 @pytest.mark.parametrize("name", GENERAL)
 def test_what_has_no_rule_goes_the_general_way_and_says_so(name):
     model, batch = build(name)
@@ -304,3 +321,13 @@ def test_small_numbers_add_up_beside_a_large_one():
     out = torch.full((4, 4), 1e5)
     Explicit(small).add_gram(Explicit(small), out)
     np.testing.assert_allclose(out - 1e5, 104.8576, rtol=1e-3)
+
+
+def test_numbers_whose_sum_is_beyond_float32_are_finite():
+    all_finite([torch.full((3, 2), 3e38), torch.zeros(3, 0)], "gradient")
+
+
+@pytest.mark.parametrize("values", [[np.inf, 0], [np.nan, 0], [np.inf, -np.inf]])
+def test_numbers_that_are_not_finite_are_found(values):
+    with pytest.raises(InputError, match=r"gradient is NaN or infinite for rows \[1"):
+        all_finite([torch.ones(3), torch.tensor([0.0, *values])], "gradient")

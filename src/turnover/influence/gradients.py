@@ -108,7 +108,7 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 def all_finite(values: Sequence[Tensor], what: str) -> None:
     """As :func:`finite` of each, waiting for the device once."""
-    # Only sums of finite numbers are finite, and a sum takes a sixth of the time.
+    # A sum is finite only if all its numbers are, and is much faster; each is looked at if one is not.
     if values and not bool(torch.isfinite(torch.stack([one.sum() for one in values])).all()):
         for one in values:
             finite(one, what)

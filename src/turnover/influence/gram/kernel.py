@@ -23,7 +23,7 @@ _PANEL = 4096
 _GROUP = 2**29
 """Bytes of the gradients by one part that are in memory at once, twice."""
 _ENOUGH = 256
-"""Rows of gradients that are not copied to be beside others: products of more are no faster."""
+"""Rows of gradients that are multiplied as they are, without a copy of them beside others."""
 
 
 @dataclass(frozen=True)
