@@ -92,11 +92,11 @@ def test_a_finished_fit_is_read_and_not_computed_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in sorted(place.rglob("*"))}
     seen = []
     handle = model.register_forward_hook(lambda *given: seen.append(len(given[2])))
-    # Exact products and other halves need nothing else of what is kept.
     influence = Influence(model, method=options).fit(cut(train, 7), out=place)
     handle.remove()
     assert sum(seen) < 2 * ROWS  # the landmarks' gradients, and checks of the first batch
     assert_same(everything(influence, targets), wanted)
+    # Exact products and other halves need nothing else of what is kept.
     Influence(model, method=Gram(landmarks=15, exact=True, resamples=4)).fit(
         cut(train, 7), out=place
     )
@@ -107,10 +107,7 @@ def test_further_instances_are_added(tmp_path):
     model, train, targets = problem(ROWS)
     options, place, batches = Gram(landmarks=15), tmp_path / "fit", cut(train, 10)
     Influence(model, method=options).fit(batches[:3], out=place)
-    seen = []
-    handle = model.register_forward_hook(lambda *given: seen.append(len(given[2])))
     step = Influence(model, method=options).fit(batches[:4], out=place)
-    handle.remove()
     assert len(step.estimate([targets]).train_ids) == 40
     found = everything(Influence(model, method=options).fit(batches, out=place), targets)
     other = tmp_path / "other"

@@ -29,8 +29,8 @@ FEATURES, HIDDEN, BATCH, DRAWN = 384, 256, 1000, 8
 class Drawn:
     """Batches of made features, drawn anew in each pass; labels are a noisy function of them."""
 
-    def __init__(self, rows: int, seed: int, ids: int = 0) -> None:
-        self._rows, self._seed, self._ids = rows, seed, ids
+    def __init__(self, rows: int, seed: int) -> None:
+        self._rows, self._seed = rows, seed
         self._rule = torch.randn((FEATURES, DRAWN), generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:

@@ -136,15 +136,16 @@ class Influence:
                 instances, or one that another process writes.
         """
         driver = self._driver
-        if out is not None and not isinstance(driver, StoringDriver):
-            raise InputError(
-                "fit keeps what landmarks need: take method=turnover.Gram(landmarks=...), or leave out= out"
-            )
         with exclusive(*self.modules):
-            if out is not None and isinstance(driver, StoringDriver):
+            if out is None:
+                driver.fit(train_batches)
+            elif isinstance(driver, StoringDriver):
                 driver.fit_to(train_batches, out)
             else:
-                driver.fit(train_batches)
+                raise InputError(
+                    "fit keeps what landmarks need: take method=turnover.Gram(landmarks=...), or leave "
+                    "out= out"
+                )
         self._ready = True
         return self
 

@@ -82,13 +82,13 @@ class Passes:
         Raises:
             InputError: they have other instances than in the first pass.
         """
-        order = self.ids.argsort()
+        ordered, order = self.ids.sort()
         seen, contents = 0, iter(self._contents)
         found = torch.zeros(len(self.ids), dtype=torch.bool)
         given = self._batches.checked(self._train, Numbers.DATA)
         for batch in given if progress is None else progress.follow(self._train, given):
             ids = torch.arange(seen, seen + len(batch)) if batch.ids is None else batch.ids.cpu()
-            place = torch.searchsorted(self.ids[order], ids).clamp_max(len(order) - 1)
+            place = torch.searchsorted(ordered, ids).clamp_max(len(order) - 1)
             positions = order[place]
             seen += len(batch)
             same = torch.equal(self.ids[positions], ids) and not bool(found[positions].any())
