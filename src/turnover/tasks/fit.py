@@ -188,7 +188,7 @@ def _fit(
     training, test, model = prepared.training, prepared.test, network.model
 
     def measure() -> dict[str, tuple[float, float]]:
-        sides = _sides(network, training, test, *prepared.curve_rows)
+        sides = _sides(prepared, *prepared.curve_rows)
         return {name: evaluation.mean() for name, evaluation in sides.items()}
 
     seconds = {}
@@ -211,7 +211,13 @@ def _fit(
     )
     seconds["train"] = time.perf_counter() - start
     start = time.perf_counter()
-    sides = _sides(network, training, test, range(len(training)), range(len(test)))
+    sides = _sides(prepared, range(len(training)), range(len(test)))
+    end = {
+        name: side.of(prepared.curve_rows[name.startswith("test")]) for name, side in sides.items()
+    }
+    curves.add(
+        config.training.steps(len(training)), {name: side.mean() for name, side in end.items()}
+    )
     with_mean = evaluate(model, test, range(len(test)), lambda _: network.mean())
     seconds["evaluate"] = time.perf_counter() - start
     without = None
@@ -235,6 +241,7 @@ def _fit(
     metrics["precision"] = {
         "stored": getattr(model, "stored", "float32"),
         "training": "bfloat16" if prepared.bfloat16 else "float32",
+        "losses": "bfloat16" if prepared.bfloat16 else "float32",
         "evaluation": "float32",
     }
     if weights is not None:
@@ -254,13 +261,13 @@ def fixed_rows(count: int, wanted: int) -> list[int]:
 
 
 def _sides(
-    network: Network,
-    training: Encoded,
-    test: Encoded,
-    train_rows: Sequence[int],
-    test_rows: Sequence[int],
+    prepared: _Prepared, train_rows: Sequence[int], test_rows: Sequence[int]
 ) -> dict[str, Evaluation]:
-    """Evaluate train rows under their own masks and test rows under ghosts' masks, exposed and hidden."""
+    """Evaluate train rows under their own masks and test rows under ghosts' masks, exposed and hidden.
+
+    Their mean losses are wanted, which the precision of the training gives.
+    """
+    network, training, test = prepared.network, prepared.training, prepared.test
     sides = {}
     ghosts = ghost_ids(len(test), start=_TEST_GHOSTS)
     for name, data, rows, ids in (
@@ -270,7 +277,9 @@ def _sides(
         for side in ("exposed", "hidden"):
             masked = under_masks(network, data, ids, hidden=side == "hidden")
             title = f"{side} losses on {len(rows)} {name} rows"
-            sides[f"{name}_{side}"] = evaluate(network.model, data, rows, masked, title)
+            sides[f"{name}_{side}"] = evaluate(
+                network.model, data, rows, masked, title, bfloat16=prepared.bfloat16
+            )
     return sides
 
 

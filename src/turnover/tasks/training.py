@@ -33,7 +33,7 @@ from turnover.training import mean_cross_entropy
 
 _CHECK_EVERY = 10
 _POINTS = 9
-"""Points of a curve, spread over the training."""
+"""Points of a curve, spread over the training, with its end."""
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 """State of AdamW for each parameter."""
 
@@ -72,6 +72,10 @@ class TrainingConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
 
+    def steps(self, rows: int) -> int:
+        """Steps of a training on some rows."""
+        return -(-rows // self.batch_size) * self.epochs
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -81,6 +85,11 @@ class Evaluation:
     correct: Tensor
     predicted: Tensor
     confidence: Tensor
+
+    def of(self, rows: Sequence[int]) -> Evaluation:
+        """Return that of some of the rows."""
+        at = torch.tensor(rows)
+        return Evaluation(self.loss[at], self.correct[at], self.predicted[at], self.confidence[at])
 
     def mean(self) -> tuple[float, float]:
         """Return the mean loss and the half width of its 95% confidence interval."""
@@ -125,10 +134,21 @@ def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[
 
 
 def evaluate(
-    model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind, title: str = PREDICTING
+    model: nn.Module,
+    data: Encoded,
+    rows: Sequence[int],
+    bind: Bind,
+    title: str = PREDICTING,
+    *,
+    bfloat16: bool = False,
 ) -> Evaluation:
-    """Evaluate rows, each batch in the context ``bind(rows of the batch)``; ``title`` is the bar's."""
-    logits = logits_of_rows(model, data, rows, bind, title)
+    """Evaluate rows, each batch in the context ``bind(rows of the batch)``.
+
+    Args:
+        title: of the bar.
+        bfloat16: compute in bfloat16, enough for a mean of losses; otherwise in float32.
+    """
+    logits = logits_of_rows(model, data, rows, bind, title, bfloat16=bfloat16)
     labels = torch.tensor([data.labels[row] for row in rows])
     loss = functional.cross_entropy(logits, labels, reduction="none")
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
@@ -136,11 +156,17 @@ def evaluate(
 
 
 def logits_of_rows(
-    model: nn.Module, data: Encoded, rows: Sequence[int], bind: Bind, title: str = PREDICTING
+    model: nn.Module,
+    data: Encoded,
+    rows: Sequence[int],
+    bind: Bind,
+    title: str = PREDICTING,
+    *,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Return logits of rows, float32 (rows, classes) on the CPU, each batch under ``bind(its rows)``.
 
-    They are computed in float32, as influence is: in another precision other rows could be errors.
+    Predictions are computed in float32, as influence is: in another precision other rows could be errors.
     """
     device = device_of(model)
     chunks = data.chunks(rows)
@@ -148,7 +174,7 @@ def logits_of_rows(
     model.eval()
     with torch.no_grad():
         for chunk in slowly(chunks, title):
-            with bind(chunk), autocast(device, bfloat16=False):
+            with bind(chunk), autocast(device, bfloat16=bfloat16):
                 found.append(logits_of(data.batch(chunk).to(device).call(model)).float())
     return in_order(found, chunks, rows).cpu()
 
@@ -175,7 +201,8 @@ def train(
         bfloat16: compute forward and backward in bfloat16, ``None``: where the processor does; weights and
             their updates stay float32.
         weights: weights of the classes in the loss, float (classes,).
-        measure: returns losses on fixed rows; called at 9 steps, which make the curves.
+        measure: returns losses on fixed rows; called before the first step and at 7 others, which make
+            the curves. The end of the curves is left to the caller.
         follow: called after every epoch with the number of finished epochs.
 
     Raises:
@@ -185,9 +212,9 @@ def train(
     bfloat16 = native_bfloat16(device) if bfloat16 is None else bfloat16
     weights = None if weights is None else weights.to(device)
     optimizer = _optimizer(model, config)
-    steps_per_epoch = -(-len(data) // config.batch_size)
-    total = steps_per_epoch * config.epochs
-    measured = {round(i * total / (_POINTS - 1)) for i in range(_POINTS)}
+    total = config.steps(len(data))
+    steps_per_epoch = total // config.epochs
+    measured = {round(i * total / (_POINTS - 1)) for i in range(_POINTS)} - {total}
     curves = Curves()
     digest = checksum([identity, repr(config), data.described()])
     kept = _Checkpoint(checkpoint, digest, model, optimizer, curves)
