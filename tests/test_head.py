@@ -7,7 +7,7 @@ from torch import nn
 import tiny
 import turnover
 from turnover import Influence, InputError, MaskSpec, WideHead, objectives
-from turnover.tasks.score import choose_sites
+from turnover.tasks.sites import choose_sites
 
 
 def test_head_is_linear_activation_site_and_linear_without_bias():

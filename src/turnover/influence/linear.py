@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ _TABLE_ROWS = 16
 """Rows in one look-up table: wider ones fall out of the cache."""
 _FEW_ROWS = 32
 """Up to here looking bytes up is faster than a matrix product (measured on 2 cores)."""
+_TABLE_IDS = 2048
+"""Ids at once from which on the tables are worth making: about 4,000 make up for them."""
 _BYTES = 2**22
 """Packed draws of one pass by tables."""
 _PRODUCT_IDS = 512
@@ -180,8 +182,8 @@ def calibrated(
 class LinearScorer:
     """Rows of coefficients, ready to be multiplied by (hidden mask - exposed mask) of any ids.
 
-    Masks are expanded to numbers for a block of ids that fits the cache. Few rows take even less: eight
-    draws at a time are looked up in tables of their sums. On a GPU the numbers are integers
+    Masks are expanded to numbers for a block of ids that fits the cache. Few rows and many ids take even
+    less: eight draws at a time are looked up in tables of their sums. On a GPU the numbers are integers
     (:mod:`turnover.influence.products`).
 
     Args:
@@ -200,10 +202,12 @@ class LinearScorer:
         step = coefficients * (-0.5 / (keep * (1 - keep)))
         sites = torch.split(step, list(self._units.values()), dim=1)
         self._steps = torch.cat([self._by_draw(part) for part in sites], dim=1)
-        self._tables: list[Tensor] = []
         self._product = CodeProduct(self._steps) if usable(self._steps) else None
-        if len(coefficients) <= _FEW_ROWS and coefficients.device.type == "cpu":
-            self._tables = [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
+        self._few = len(coefficients) <= _FEW_ROWS and coefficients.device.type == "cpu"
+
+    @cached_property
+    def _tables(self) -> list[Tensor]:
+        return [_sums_by_byte(rows) for rows in torch.split(self._steps, _TABLE_ROWS)]
 
     def scores(self, ids: Tensor) -> Tensor:
         """Every row times (hidden - exposed mask) of every id: float32 (rows, ids)."""
@@ -218,24 +222,26 @@ class LinearScorer:
         return scores
 
     def _fill(self, scores: Tensor, ids: Tensor) -> None:
-        size, ids = self._ids_at_once(), ids.to(self._steps.device)
+        # By the number of these ids alone: bits must not depend on what was scored before.
+        by_tables = self._few and len(ids) >= _TABLE_IDS
+        size, ids = self._ids_at_once(by_tables=by_tables), ids.to(self._steps.device)
         parts = zip(torch.split(ids, size), torch.split(scores, size), strict=True)
         for part, block in parts:
             packed = self._packed(part)
             if self._product is not None:
                 self._product.into(packed, block.T)
-            elif self._tables:
+            elif by_tables:
                 block.copy_(self._looked_up(packed))
             else:
                 torch.mm(_signs(packed), self._steps.T, out=block)
         if self._spec.keep != 0.5:
             scores.add_(self._base)
 
-    def _ids_at_once(self) -> int:
+    def _ids_at_once(self, *, by_tables: bool) -> int:
         rows, draws = self._steps.shape
         if self._steps.device.type != "cpu":
             return max(_PRODUCT_IDS, _GPU_BYTES // (4 * draws + 24 * rows))
-        return max(_PRODUCT_IDS, _BYTES * 8 // draws) if self._tables else _PRODUCT_IDS
+        return max(_PRODUCT_IDS, _BYTES * 8 // draws) if by_tables else _PRODUCT_IDS
 
     def own(self, ids: Tensor) -> Tensor:
         """Row i times (hidden - exposed mask) of ``ids[i]`` alone: float32 (rows,)."""

@@ -85,6 +85,7 @@ class TextClassifier(nn.Module):
     """Frozen encoder with LoRA -> mean of the last layer's tokens -> :class:`~turnover.WideHead`.
 
     ``forward(input_ids, attention_mask, ...)``: int64 (rows, tokens) each; logits (rows, classes).
+    ``forward(features=...)``: the same from :meth:`features`, float (rows, width).
 
     Attributes:
         limits: limits of the encoder.
@@ -104,9 +105,20 @@ class TextClassifier(nn.Module):
         self.limits = limits
         self.stored = stored
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         """Logits (rows, classes)."""
-        logits: Tensor = self.head(self.features(input_ids, attention_mask, **inputs))
+        if features is None:
+            assert input_ids is not None
+            assert attention_mask is not None
+            features = self.features(input_ids, attention_mask, **inputs)
+        logits: Tensor = self.head(features)
         return logits
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:

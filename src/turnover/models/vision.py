@@ -84,6 +84,7 @@ class ImageEncoderClassifier(nn.Module):
     """Frozen encoder with LoRA -> mean over the last layer's places -> :class:`~turnover.WideHead`.
 
     ``forward(images)``: float (rows, 3, size, size); logits (rows, classes).
+    ``forward(features=...)``: the same from :meth:`features`, float (rows, width).
 
     Attributes:
         stored: type of real numbers in the encoder's checkpoint; here they are float32.
@@ -103,9 +104,12 @@ class ImageEncoderClassifier(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
         """Logits (rows, classes)."""
-        logits: Tensor = self.head(self.features(images))
+        if features is None:
+            assert images is not None
+            features = self.features(images)
+        logits: Tensor = self.head(features)
         return logits
 
     def features(self, images: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from turnover.tasks.class_weights import class_weights
 from turnover.tasks.explain import SIGNIFICANT_Q
 from turnover.tasks.fit import FitConfig, fixed_rows
 from turnover.tasks.rehearsal import rehearse
-from turnover.tasks.score import choose_sites
+from turnover.tasks.sites import choose_sites
 from turnover.tasks.training import TrainingConfig, train
 
 Floats = NDArray[np.float64]

@@ -21,13 +21,8 @@ from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.auto import Auto
 from turnover.influence.estimator import Influence
-from turnover.influence.gradients import mask_gradients
-from turnover.influence.halving import Halving
-from turnover.influence.linear import LinearScorer
 from turnover.influence.protocol import METHODS, Method
-from turnover.io.bars import slowly
 from turnover.io.parsing import convert, read_json, write_json
-from turnover.results.calibration import noise_floor
 from turnover.results.location import ROOT
 from turnover.results.result import Result
 from turnover.runs.run import Run
@@ -35,12 +30,13 @@ from turnover.runs.targets import EXPLANATIONS, rows_digest
 from turnover.runs.targets import FILE as TARGETS
 from turnover.tasks.agreement import EXACT_GHOSTS, agreement
 from turnover.tasks.explain import SIGNIFICANT_Q, Explanation, explain
+from turnover.tasks.features import by_head, features_of
 from turnover.tasks.score_trained import BATCH, by_ids, fitted, score_trained
-from turnover.tasks.training import evaluate
+from turnover.tasks.sites import choose_sites, signals
+from turnover.tasks.training import PREDICTING, evaluate
 
 OBJECTIVES = {"margin": objectives.margin, "cross_entropy": objectives.cross_entropy}
 _P_CHECKED = 0.01
-_SITE_ROWS = 256
 OWN_GHOSTS = 1000
 _GRAM_TOP, _GRAM_COMPARED = 50, 5
 PAIR_METHODS = tuple(sorted(METHODS.keys() - {"gram"}))
@@ -131,8 +127,9 @@ def _score(run: Run, config: ScoreConfig, engine: str) -> dict[str, Any]:
             errors = influence.estimate(
                 batches(test, wrong, BATCH), ids, out=draft, engine=engine
             ).load()
-            found |= _noise(errors, _fresh(influence, test, wrong, config.ghosts))
-            found |= agreement(run, influence, test, wrong, ids, errors)
+            # What is stored is computed from the rows themselves, as its continuation compares them.
+            found |= _noise(errors, _fresh(influence, scoring.known, wrong, config.ghosts))
+            found |= agreement(run, influence, scoring.known, wrong, ids, errors)
         if wrong and config.gram:
             results["gram"], found["gram"] = _score_by_gram(run, scoring, errors)
         results |= _overall(scoring, config)
@@ -162,7 +159,7 @@ def _explained(run: Run) -> list[bytes]:
 
 def _overall(scoring: Scoring, config: ScoreConfig) -> dict[str, Result]:
     """Influence on the mean of all test rows, and self-influence of every training row."""
-    test, training = scoring.test, scoring.training
+    test, training = scoring.known, scoring.training
     mean = scoring.influence(mean_method(config))
     results = {"aggregate": mean.aggregate(batches(test, range(len(test)), BATCH), scoring.ids)}
     # Fewer ghosts suffice: every row has its own, and the null is pooled over the rows.
@@ -186,7 +183,11 @@ def _metrics(run: Run) -> dict[str, Any]:
 
 
 class Scoring:
-    """Errors and sites of a run that are scored."""
+    """Errors and sites of a run that are scored.
+
+    Attributes:
+        known: the test rows as features of the head, where it has all scored sites.
+    """
 
     def __init__(self, run: Run, config: ScoreConfig) -> None:
         self._run, self._config, self.model = run, config, run.model
@@ -203,7 +204,10 @@ class Scoring:
             )
         self.test, self.training = run.encode(run.test), run.encode(run.train)
         everything = range(len(self.test))
-        predictions = evaluate(run.model, self.test, everything, lambda _: network.mean())
+        features = features_of(run.model, self.test, PREDICTING)
+        predictions = evaluate(
+            run.model, features, everything, lambda _: network.mean(), PREDICTING
+        )
         # Errors are listed in the order of their batches, which results keep.
         misclassified = [row for row in everything if not predictions.correct[row]]
         chunks = self.test.chunks(misclassified, BATCH)
@@ -215,10 +219,11 @@ class Scoring:
         }
         self.ids = torch.unique(run.train.ids)
         self.by_rows = len(self.ids) == len(self.training)
-        self.by_site = _by_site(run, self.training, config)
+        self.by_site = signals(network, self.objective, self.training)
         self.sites = (
             choose_sites(self.by_site) if config.sites is None else network.select(config.sites)
         )
+        self.known = features if by_head(self.sites) else self.test
 
     def influence(self, method: str | Method, *, ghosts: int | None = None) -> Influence:
         """Estimator on the chosen sites, with the objective and the ghosts of the options."""
@@ -231,27 +236,6 @@ class Scoring:
             sites=self.sites,
             progress=True,
         )
-
-
-def choose_sites(by_site: dict[str, dict[str, float]]) -> list[str]:
-    """Choose the sites that together have the highest signal over noise.
-
-    Signals add up and so do noise variances, so a site is added while it raises the ratio. The targets are
-    not used, so p-values stay valid.
-
-    Args:
-        by_site: ``signal`` and ``noise`` of every site, in nats.
-    """
-    ranked = sorted(by_site, key=lambda s: -by_site[s]["signal"] / max(by_site[s]["noise"], 1e-12))
-    best, chosen = -np.inf, ranked[:1]
-    for count in range(1, len(ranked) + 1):
-        sites = ranked[:count]
-        signal = sum(by_site[site]["signal"] for site in sites)
-        noise = sum(by_site[site]["noise"] ** 2 for site in sites) ** 0.5
-        ratio = signal / max(noise, 1e-12)
-        if ratio > best:
-            best, chosen = ratio, sites
-    return [site for site in by_site if site in chosen]
 
 
 def explain_input(
@@ -354,42 +338,4 @@ def _noise(errors: Result, ghost_p: np.ndarray[Any, Any]) -> dict[str, Any]:
         },
         # The ghosts' z-scores have variance 1.
         "score_variance_over_noise": float((errors.z.astype(np.float64) ** 2).mean()),
-    }
-
-
-def _by_site(run: Run, training: Encoded, config: ScoreConfig) -> dict[str, dict[str, float]]:
-    """Signal and noise of each site.
-
-    ``signal``: mean linear self-influence through the site alone, in nats. ``noise``: its ghosts'
-    standard deviation (root mean square over instances). ``z``: the mean of signal over noise.
-    """
-    network, objective = run.network, OBJECTIVES[config.objective]
-    rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(1))[:_SITE_ROWS]
-    signal: dict[str, list[float]] = {site: [] for site in network.sites}
-    ratio: dict[str, list[float]] = {site: [] for site in network.sites}
-    variance: dict[str, list[float]] = {site: [] for site in network.sites}
-    units_of, halving = network.known_units(), Halving()
-    for batch in slowly(batches(training, rows.tolist(), BATCH), "signal of the sites"):
-        moved = batch.to(device_of(network.model))
-        gradients = mask_gradients(network, objective, moved, halving=halving)
-        assert batch.ids is not None
-        start = 0
-        for site, units in units_of.items():
-            part = gradients[:, start : start + units]
-            start += units
-            scorer = LinearScorer(part, network.spec, {site: units})
-            own = scorer.own(batch.ids).cpu().numpy()
-            noise = scorer.scores(ghost_ids(200)).cpu().numpy()
-            signal[site] += own.tolist()
-            floor = noise_floor(noise)
-            ratio[site] += floor.standardize(own[:, None])[:, 0].tolist()
-            variance[site] += (floor.sd**2).tolist()
-    return {
-        site: {
-            "units": units_of[site],
-            "signal": float(np.mean(signal[site])),
-            "noise": float(np.mean(variance[site]) ** 0.5),
-            "z": float(np.mean(ratio[site])),
-        }
-        for site in network.sites
     }

@@ -123,8 +123,9 @@ def _steps(scoring: Scoring, config: ScoreConfig, plan: Plan, method: str) -> li
     linear, exact, pairs = costs["linear"], costs["exact"], costs[method]
     fresh = EXACT_GHOSTS if method == "exact" else ghosts
     chosen = scoring.influence(Auto(methods=(method,)))
-    wrong = batches(scoring.test, scoring.wrong, BATCH)
-    (again,) = chosen.plan(wrong, ghost_ids(fresh, start=ghosts)).costs
+    known = batches(scoring.known, scoring.wrong, BATCH)
+    (again,) = chosen.plan(known, ghost_ids(fresh, start=ghosts)).costs
+    (mean,) = scoring.influence(Auto(methods=("linear",))).plan(known, scoring.ids).costs
     steps = [
         _step(f"influence on {targets} errors ({method})", pairs, targets * (ids + ghosts)),
         _step(f"fresh ghosts on the errors ({method})", again, targets * (fresh + ghosts)),
@@ -142,7 +143,7 @@ def _steps(scoring: Scoring, config: ScoreConfig, plan: Plan, method: str) -> li
     if mean_method(config) == "exact":
         seconds, gib = exact.seconds * rows / targets, exact.gib
     else:
-        seconds = rows * linear.each["backward"] + (ids + ghosts) * linear.each["pair"]
+        seconds = rows * mean.each["backward"] + (ids + ghosts) * linear.each["pair"]
         gib = linear.gib
     steps.append(Step("influence on all test rows in the mean", seconds, gib))
     if scoring.by_rows:
