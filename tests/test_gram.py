@@ -74,6 +74,16 @@ def test_an_objective_of_ones_own_has_no_residual():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("features", ["gradients", "masks"])
+def test_a_row_of_a_later_batch_that_is_not_finite_is_named(features):
+    _, train, _ = problem()
+    network = turnover.attach(tiny.mlp(12), "mlp")
+    train.inputs[30] = float("nan")
+    influence = Influence(network, method=Gram(features=features))
+    with pytest.raises(InputError, match=r"NaN or infinite for rows \[2\]"):
+        influence.fit(cut(train, 7))
+
+
 def test_the_training_instance_that_is_the_target_is_on_top():
     model, train, _ = problem()
     for residual in (True, False):

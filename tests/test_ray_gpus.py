@@ -9,6 +9,7 @@ from turnover import InputError
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 
 from turnover.influence import ray_blocks  # noqa: E402
+from turnover.parallel import ray_objects  # noqa: E402
 from turnover.parallel.ray import Settings, places  # noqa: E402
 
 
@@ -70,7 +71,9 @@ def test_tensors_of_a_card_are_put_on_the_card_of_the_task(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device) or self)
     raw = torch.arange(6.0).view(torch.uint8).numpy()
     for is_parameter in (True, False):
-        array = ray_blocks._Array(raw, torch.float32, torch.Size([2, 3]), is_parameter, False, True)
+        array = ray_objects._Array(
+            raw, torch.float32, torch.Size([2, 3]), is_parameter, False, True
+        )
         made = array.tensor()
         assert isinstance(made, nn.Parameter) == is_parameter
         assert torch.equal(made, torch.arange(6.0).view(2, 3))

@@ -102,7 +102,7 @@ class Batch:
         Matrix products may add up in another order at other memory addresses, and a view keeps the
         whole tensor behind it.
         """
-        return self.mapped(_own_memory, shared=True)
+        return self.mapped(own_memory, shared=True)
 
     def call(self, model: nn.Module) -> Any:
         """Run the model on the inputs."""
@@ -272,7 +272,8 @@ def tensors(value: Any) -> list[Tensor]:
     return [tensor for _, tensor in named(value)]
 
 
-def _own_memory(value: Tensor) -> Tensor:
+def own_memory(value: Tensor) -> Tensor:
+    """Give a CPU tensor aligned memory of its own, with the rows first; one that has some stays."""
     if value.device.type != "cpu" or value.layout != torch.strided:
         return value
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()

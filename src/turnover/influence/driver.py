@@ -22,7 +22,7 @@ from turnover.influence.plan import Pilot, Plan, plan
 from turnover.influence.progress import Counts, Progress
 from turnover.influence.protocol import Estimator, Ids, Method, Setup, Wanted, method_of
 from turnover.influence.sinks import MemorySink
-from turnover.influence.storing import store
+from turnover.influence.storing import check_place, store
 from turnover.io.bars import slowly
 from turnover.results.calibration import GhostPool, NoiseFloor
 from turnover.results.result import Result
@@ -62,6 +62,7 @@ class BlockDriver:
         self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted
     ) -> Result | StoredResult:
         """See :meth:`turnover.Influence.estimate`."""
+        check_place(wanted.engine, wanted.out)
         ids = self._checked_ids(train_ids)
         self._check_top(wanted.top)
         if wanted.coordinates and wanted.out is None:

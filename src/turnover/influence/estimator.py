@@ -26,7 +26,7 @@ from turnover.influence.protocol import (
     Wanted,
     method_of,
 )
-from turnover.influence.storing import check_place
+from turnover.influence.storing import check_engine
 from turnover.influence.user_batches import UserBatches
 from turnover.objectives import Objective, margin
 from turnover.results.calibration import MIN_GHOSTS
@@ -116,7 +116,14 @@ class Influence:
     def adapter(self, adapter: Adapter) -> None:
         self._batches.adapter = adapter
 
-    def fit(self, train_batches: Iterable[Any], *, out: str | Path | None = None) -> Influence:
+    def fit(
+        self,
+        train_batches: Iterable[Any],
+        *,
+        out: str | Path | None = None,
+        engine: str = "process",
+        num_gpus: float = 1.0,
+    ) -> Influence:
         """Take in the training set, where the method needs it (``"gram"``). A second call starts anew.
 
         Args:
@@ -126,6 +133,11 @@ class Influence:
                 is computed of the training set. The same call continues one that was interrupted, and
                 gives the same bits; it only reads a finished one. With further batches after the same
                 ones, it computes those alone.
+            engine: with ``turnover.Gram(landmarks=)``, where gradients of the training set, their
+                coordinates and inner products are computed: in this ``"process"``, or by ``"ray"``, as in
+                :meth:`estimate`. Both give the same bits, and each continues what the other began. This
+                process goes through the batches, computes the landmarks' gradients, writes and solves.
+            num_gpus: as in :meth:`estimate`.
 
         Returns:
             The estimator itself.
@@ -133,19 +145,33 @@ class Influence:
         Raises:
             InputError: another method, no batches, ids in some batches only or given twice, an
                 objective that is not finite or mixes rows; a store with something else, with other
-                instances, or one that another process writes.
+                instances, or one that another process writes; an engine that is missing, or does not
+                compute this method.
+
+        Example::
+
+            method = turnover.Gram(landmarks=1000)
+            influence = turnover.Influence(model, method=method)
+            influence.fit(train_batches, out="gram.zarr", engine="ray")
+            best = influence.estimate(targets, top=100, engine="ray")  # scores (targets, 200)
         """
+        check_engine(engine, num_gpus)
         driver = self._driver
         with exclusive(*self.modules):
-            if out is None:
-                driver.fit(train_batches)
-            elif isinstance(driver, StoringDriver):
-                driver.fit_to(train_batches, out)
-            else:
+            if isinstance(driver, StoringDriver):
+                driver.fit_to(train_batches, Wanted(out=out, engine=engine, num_gpus=num_gpus))
+            elif out is not None:
                 raise InputError(
                     "fit keeps what landmarks need: take method=turnover.Gram(landmarks=...), or leave "
                     "out= out"
                 )
+            elif engine != "process":
+                raise InputError(
+                    f"engine={engine!r} computes the fit of landmarks alone: take "
+                    f"method=turnover.Gram(landmarks=...), or leave engine= out"
+                )
+            else:
+                driver.fit(train_batches)
         self._ready = True
         return self
 
@@ -199,7 +225,9 @@ class Influence:
                 each id.
             engine: with ``out``, where blocks are computed: in this ``"process"``, or by ``"ray"``, the
                 workers of the cluster that ``ray.init`` connected to (else of ``RAY_ADDRESS``, else of this
-                machine). Both give the same bits, and each resumes results of the other.
+                machine). Both give the same bits, and each resumes results of the other. By
+                ``turnover.Gram(landmarks=)`` without ``out``: where inner products with training instances
+                are computed, of candidates (``top``) or of all (``exact=True``).
             num_gpus: share of a GPU that a Ray task takes if the networks are on CUDA: 1 is a card for each
                 worker, 0.5 lets two workers share one.
 
@@ -213,9 +241,7 @@ class Influence:
         """
         if top is not None:
             check_whole("top", top, 1)
-        check_place(engine, out)
-        if not 0 < num_gpus <= 1:  # a task runs on one card
-            raise InputError(f"num_gpus must be above 0 and at most 1, got {num_gpus!r}")
+        check_engine(engine, num_gpus)
         wanted = Wanted(top, out, dict(coordinates or {}), engine, num_gpus)
         with self._scoring():
             return self._driver.estimate(targets, train_ids, wanted)

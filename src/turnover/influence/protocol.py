@@ -87,7 +87,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an estimate keeps, and where: arguments of :meth:`turnover.Influence.estimate`."""
+    """What an estimate or a fit keeps, and where: arguments of :meth:`turnover.Influence.estimate`."""
 
     top: int | None = None
     out: str | Path | None = None
@@ -119,10 +119,10 @@ class Driver(Protocol):
 
 @runtime_checkable
 class StoringDriver(Protocol):
-    """A driver whose fit can be kept."""
+    """A driver whose fit can be kept, or computed by other processes."""
 
-    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
-        """Take in the training set, and write it to a store, or continue one."""
+    def fit_to(self, train_batches: Iterable[Any], wanted: Wanted) -> None:
+        """Take in the training set, and write it to a store, or continue one, by the wanted engine."""
 
 
 class Method:

@@ -29,14 +29,20 @@ _FILE_TARGETS = 32
 """Targets in one file at most, since readers load a few."""
 
 
-def check_place(engine: str, out: str | Path | None) -> None:
-    """Refuse an engine that is missing, or whose processes have no place to share."""
+def check_engine(engine: str, num_gpus: float) -> None:
+    """Refuse an engine that is missing, or a share of no card."""
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: {', '.join(ENGINES)}")
+    if not 0 < num_gpus <= 1:  # a task runs on one card
+        raise InputError(f"num_gpus must be above 0 and at most 1, got {num_gpus!r}")
+    if engine != "process":
+        from turnover.parallel import ray  # noqa: F401 - an error names the missing package
+
+
+def check_place(engine: str, out: str | Path | None) -> None:
+    """Refuse an engine whose processes have no place to share."""
     if engine == "process":
         return
-    from turnover.parallel import ray  # noqa: F401 - an error names the missing package
-
     if out is None:
         raise InputError(f"engine={engine!r} writes blocks from many processes: give out= as well")
     from turnover.results.location import Location

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,22 @@ class Settings:
             torch.get_default_dtype(),
             gpus,
         )
+
+    @classmethod
+    def on(cls, devices: Iterable[torch.device], num_gpus: float) -> Settings:
+        """Return settings of tasks that compute the same bits as this process.
+
+        Args:
+            devices: of the networks.
+            num_gpus: share of a GPU that a task takes if they are on CUDA.
+        """
+        kinds = {device.type for device in devices}
+        if kinds not in ({"cpu"}, {"cuda"}):
+            listed = " and ".join(sorted(kinds))
+            raise InputError(
+                f'engine="ray" runs networks on CPUs, or on CUDA, and these are on {listed}'
+            )
+        return cls.here(num_gpus if kinds == {"cuda"} else 0.0)
 
     def task(self, function: Any, **options: Any) -> Any:
         """Return a remote function that takes as many CPUs as it has threads, and its share of a GPU."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from turnover.errors import InputError
 from turnover.influence.gram.disk import Limits
 from turnover.influence.gram.estimator import GramDriver
 from turnover.influence.gram.landmark_driver import LandmarkDriver
@@ -35,17 +35,22 @@ class AutoDriver:
 
     def fit(self, train_batches: Iterable[Any]) -> None:
         """See :class:`.estimator.GramDriver`."""
-        self.fit_to(train_batches, None)
+        self.fit_to(train_batches, Wanted())
 
-    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
+    def fit_to(self, train_batches: Iterable[Any], wanted: Wanted) -> None:
         """See :class:`.landmark_driver.LandmarkDriver`; what is kept is kept by landmarks."""
-        setup = self._setup
-        passes = Passes(train_batches, setup.batches, setup.models, hashed=out is not None)
+        setup, stored = self._setup, wanted.out is not None
+        passes = Passes(train_batches, setup.batches, setup.models, hashed=stored)
         rows = len(passes) * max(1, directions_of(setup.objective, self._options))
-        if out is not None or rows > self._limits.rows:
-            self._landmarks.take_in(passes, out)
+        if stored or rows > self._limits.rows:
+            self._landmarks.take_in(passes, wanted)
             self._taken = self._landmarks
             return
+        if wanted.engine != "process":
+            raise InputError(
+                f'landmarks="auto" takes all pairs of {len(passes)} training instances, which '
+                f"engine={wanted.engine!r} does not compute: give a number of landmarks, or leave engine= out"
+            )
         every = GramDriver(replace(self._options, landmarks=None, exact=False), setup)
         every.fit(train_batches)
         self._taken = every

@@ -82,6 +82,25 @@ _Layout = tuple[bool, frozenset[tuple[str, tuple[int, ...]]]]
 """Whether there are several rows; each part that ran, and how each of its calls has the rows."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a capture has learned of a model from the batches so far, on which gradients of later ones depend.
+
+    Attributes:
+        rejected: layers whose rules are not used.
+        rearranges: whether the model may reorder rows depending on the batch.
+        verified: layouts in which layers ran.
+    """
+
+    rejected: tuple[str, ...] = ()
+    rearranges: bool = False
+    verified: frozenset[_Layout] = frozenset()
+
+    def agrees(self, other: Learned) -> bool:
+        """Whether batches in known layouts have the same gradients."""
+        return (self.rejected, self.rearranges) == (other.rejected, other.rearranges)
+
+
 class Capture:
     """Gradients of rows by the trained parameters of a model.
 
@@ -112,6 +131,7 @@ class Capture:
         self._samples = samples
         check_model(self._model)
         self._parts, self._without_rule = parts_of(self._model)
+        self._every = dict(self._parts)
         self._rejected: dict[str, Part] = {}
         self._verified: set[_Layout] = set()
         self._may_rearrange = False
@@ -125,6 +145,20 @@ class Capture:
         """Names of the parameters whose gradients are computed without a rule."""
         rejected = [name for part in self._rejected.values() for name in part.names.values()]
         return (*self._without_rule, *rejected)
+
+    @property
+    def learned(self) -> Learned:
+        """What was learned from the batches so far."""
+        return Learned(tuple(self._rejected), self._may_rearrange, frozenset(self._verified))
+
+    def learn(self, learned: Learned) -> None:
+        """Go on as the capture of another process, that has seen at least one batch."""
+        rejected = learned.rejected
+        self._parts = {name: one for name, one in self._every.items() if name not in rejected}
+        self._rejected = {name: self._every[name] for name in rejected}
+        self._may_rearrange, self._verified = learned.rearranges, set(learned.verified)
+        self._independent = True
+        self._warn_general()
 
     def rows(self, batch: Batch, *, training: bool = False) -> Rows:
         """Gradients, costs and residuals of the rows of a batch.
@@ -183,6 +217,7 @@ class Capture:
             residuals = label_residuals(outputs, batch) if self._residuals else None
         weights, sums = None, [values.sum()]
         if training and self._directions:
+            finite(values.detach(), "objective")  # or their eigenvectors are not found
             along, weights = directions(*logits_and_labels(outputs, batch), self._directions)
             logits = logits_of(outputs).float()
             sums = [(logits * direction).sum() for direction in along.unbind(dim=2)]

@@ -68,41 +68,64 @@ class Scratch:
         return self._folder / f"{self._files}.npy"
 
 
-class _Stored(Block):
-    """A block whose tensors are on disk, and are read part by part."""
+class Elsewhere(Block):
+    """A block whose tensors are not in this process's memory, and are fetched part by part."""
 
-    def __init__(self, block: Block, scratch: Scratch) -> None:
-        pieces, paths = [], []
-        for piece in block.pieces:
-            tensors = piece.factors.tensors()
-            paths.append({field: scratch.save(values) for field, values in tensors.items()})
-            empty = {field: values.new_empty(0) for field, values in tensors.items()}
-            pieces.append(replace(piece, factors=replace(piece.factors, **empty)))
+    def __init__(self, block: Block) -> None:
+        pieces, places = [], []
+        for part in block.sizes:
+            for piece in block.of(part):
+                tensors = piece.factors.tensors()
+                places.append({field: self._put(values) for field, values in tensors.items()})
+                empty = {field: values.new_empty(0) for field, values in tensors.items()}
+                pieces.append(replace(piece, factors=replace(piece.factors, **empty)))
         super().__init__(pieces, block.rows)
         self._sizes = block.sizes
-        self._paths = paths
+        self._places = places
 
-    def delete(self) -> None:
-        """Delete the files."""
-        for paths in self._paths:
-            for path in paths.values():
-                path.unlink()
+    def _put(self, values: Tensor) -> Any:
+        """Put a tensor there; returns its place."""
+        raise NotImplementedError
+
+    def _fetch(self, place: Any) -> Tensor:
+        """Fetch it, on the CPU."""
+        raise NotImplementedError
 
     @property
     def sizes(self) -> dict[str, int]:
+        """See :class:`Block`."""
         return self._sizes
 
     def of(self, part: str) -> list[Piece]:
         """See :class:`Block`."""
         found = []
-        for piece, paths in zip(self.pieces, self._paths, strict=True):
+        for piece, places in zip(self.pieces, self._places, strict=True):
             if piece.part == part:
                 tensors = {
-                    field: torch.from_numpy(np.load(path, allow_pickle=False)).to(self.device)
-                    for field, path in paths.items()
+                    field: self._fetch(place).to(self.device) for field, place in places.items()
                 }
                 found.append(replace(piece, factors=replace(piece.factors, **tensors)))
         return found
+
+
+class _Stored(Elsewhere):
+    """On disk."""
+
+    def __init__(self, block: Block, scratch: Scratch) -> None:
+        self._scratch = scratch
+        super().__init__(block)
+
+    def _put(self, values: Tensor) -> Path:
+        return self._scratch.save(values)
+
+    def _fetch(self, place: Path) -> Tensor:
+        return torch.from_numpy(np.load(place, allow_pickle=False))
+
+    def delete(self) -> None:
+        """Delete the files."""
+        for places in self._places:
+            for path in places.values():
+                path.unlink()
 
 
 class Blocks(Sequence[Block]):
@@ -121,7 +144,8 @@ class Blocks(Sequence[Block]):
     def append(self, block: Block) -> None:
         """Add a block."""
         self._left -= block.nbytes
-        self._blocks.append(block if self._left >= 0 else _Stored(block, self._scratch))
+        stays = self._left >= 0
+        self._blocks.append(block.own_memory() if stays else _Stored(block, self._scratch))
 
     def replace(self, change: Callable[[Piece], Piece]) -> None:
         """Replace all pieces by what is made of them; those on disk stay there."""
@@ -132,7 +156,7 @@ class Blocks(Sequence[Block]):
                 self._blocks[i] = _Stored(made, self._scratch)
                 block.delete()
             else:
-                self._blocks[i] = made
+                self._blocks[i] = made.own_memory()
 
     @property
     def sizes(self) -> list[int]:

@@ -352,6 +352,16 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
 
 
 def check_wanted(wanted: Wanted) -> None:
+    """Refuse a store, and other processes."""
+    check_memory(wanted)
+    if wanted.engine != "process":
+        raise InputError(
+            f"engine={wanted.engine!r} does not compute gram of all pairs: take "
+            f"turnover.Gram(landmarks=...), or leave engine= out"
+        )
+
+
+def check_memory(wanted: Wanted) -> None:
     """Refuse a store."""
     if wanted.out is not None or wanted.coordinates:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO
 
@@ -16,6 +17,29 @@ from turnover.io.files import writing_temporary
 
 _CHUNK = 2**26
 """Bytes of the float32 vectors of a chunk."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Vectors in half precision.
+
+    Attributes:
+        values: float16 (some, directions, width).
+        scales: their factors, float32 (some, directions).
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> Rounded:
+        """Round vectors, float32 (some, directions, width)."""
+        scales = vectors.abs().amax(dim=2).clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((vectors / scales[:, :, None]).half(), scales)
+
+    def whole(self) -> Tensor:
+        """The vectors, float32."""
+        return self.values.float() * self.scales[:, :, None]
 
 
 class Features:
@@ -46,22 +70,17 @@ class Features:
     def __len__(self) -> int:
         return len(self._scales)
 
-    def write(self, positions: Tensor, vectors: Tensor) -> Tensor:
-        """Keep vectors (some, directions, width) of instances, and return them as they are kept."""
-        values = vectors.cpu()
-        scales = values.abs().amax(dim=2).clamp_min(torch.finfo(torch.float32).tiny)
-        rounded = (values / scales[:, :, None]).half()
-        places = positions.cpu()
-        self._scales[places] = scales
-        kept: NDArray[np.float16] = rounded.numpy()
+    def put_at(self, positions: Tensor, vectors: Rounded) -> None:
+        """Keep vectors of instances at positions, int64 (some,) on the CPU."""
+        self._scales[positions] = vectors.scales
+        kept: NDArray[np.float16] = vectors.values.numpy()
         if self._file is None:
-            self._values[places.numpy()] = kept
+            self._values[positions.numpy()] = kept
         else:
             with writing_temporary():
-                for start, stop in _runs(places):
-                    self._file.seek(int(places[start]) * self._bytes)
+                for start, stop in _runs(positions):
+                    self._file.seek(int(positions[start]) * self._bytes)
                     self._file.write(kept[start:stop].tobytes())
-        return (rounded.float() * scales[:, :, None]).to(vectors.device)
 
     def put(self, start: int, rounded: NDArray[np.float16], scales: NDArray[np.float32]) -> None:
         """Keep vectors of neighboring instances as :meth:`rounded` gave them."""

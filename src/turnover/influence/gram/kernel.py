@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from turnover.batches import own_memory
 from turnover.errors import InputError
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.factors import Factors, join
@@ -70,11 +72,20 @@ class Block:
         """The pieces of one part."""
         return [piece for piece in self.pieces if piece.part == part]
 
+    def own_memory(self) -> Block:
+        """The same, laid out as a copy elsewhere would be: else products may have other bits."""
+        return Block([_own_memory(piece) for piece in self.pieces], self.rows)
+
     def add_gram(self, other: Block, out: Tensor) -> None:
         """Add the inner products with the gradients of another block to ``out`` (rows, other rows)."""
         for one in self.pieces:
             for two in other.of(one.part):
                 one.factors.add_gram(two.factors, out[one.rows, two.rows])
+
+
+def _own_memory(piece: Piece) -> Piece:
+    tensors = {name: own_memory(values) for name, values in piece.factors.tensors().items()}
+    return replace(piece, factors=replace(piece.factors, **tensors))
 
 
 def check_finite(products: Tensor) -> None:
@@ -86,10 +97,28 @@ def check_finite(products: Tensor) -> None:
         )
 
 
+class Size(NamedTuple):
+    """Number of gradients, and their bytes."""
+
+    gradients: int
+    bytes: int
+
+
+def size_of(rows: Sequence[Rows]) -> Size:
+    """Size of the rows of some batches."""
+    size = sum(part.nbytes for one in rows for part in one.parts.values())
+    return Size(sum(one.gradients for one in rows), size)
+
+
+def fills(sizes: Iterable[Size]) -> bool:
+    """Whether gradients of some sizes together are enough for a block."""
+    gradients, total = (sum(one) for one in zip(*sizes, strict=True))
+    return bool(gradients >= _ROWS or total >= _BYTES)
+
+
 def is_full(rows: Sequence[Rows]) -> bool:
     """Whether the rows of some batches are enough for a block."""
-    size = sum(part.nbytes for one in rows for part in one.parts.values())
-    return sum(one.gradients for one in rows) >= _ROWS or size >= _BYTES
+    return fills([size_of(rows)])
 
 
 def block_of(every: Sequence[Rows]) -> Block:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,23 +12,25 @@ from torch import Tensor
 
 from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
+from turnover.dropout.modules import device_of
+from turnover.dropout.network import Network
 from turnover.errors import InputError
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.collected import Collected
+from turnover.influence.gram.coordinates import Coordinates, basis_of
 from turnover.influence.gram.disk import Blocks, Scratch
-from turnover.influence.gram.estimator import (
-    GramDriver,
-    check_wanted,
-)
-from turnover.influence.gram.kernel import Block, block_of, is_full
+from turnover.influence.gram.engines import Computing, InProcess, computing
+from turnover.influence.gram.estimator import GramDriver, check_memory
+from turnover.influence.gram.kernel import Block, is_full
 from turnover.influence.gram.landmark_scores import Scored, TargetSums, spread_over
-from turnover.influence.gram.landmarks import Landmarked, basis_of
-from turnover.influence.gram.options import digests_of
+from turnover.influence.gram.landmarks import Landmarked
+from turnover.influence.gram.options import Gram, digests_of
 from turnover.influence.gram.passes import Passes, taken
 from turnover.influence.gram.stored import Unstored, identity_of, storing
+from turnover.influence.gram.training_parts import Given, Gradients, Multiply, TakeIn
 from turnover.influence.gram.whitening import Whitening
 from turnover.influence.progress import Progress, counting
-from turnover.influence.protocol import Ids, Wanted
+from turnover.influence.protocol import Ids, Setup, Wanted
 from turnover.results.result import Result
 
 _SAMPLE = 4096
@@ -43,15 +43,6 @@ _CANDIDATES = 4
 """Instances whose inner products are taken, for each that is wanted."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Gradients of neighboring training batches by every network, and the instances' positions."""
-
-    positions: Tensor
-    blocks: list[Block]
-    rows: list[list[Rows]]
-
-
 class LandmarkDriver(GramDriver):
     """:class:`.estimator.GramDriver` by landmarks."""
 
@@ -60,63 +51,84 @@ class LandmarkDriver(GramDriver):
     _scratch: Scratch | None = None
     """Holds the landmarks' gradients; kept, as its files are deleted with it."""
 
+    def __init__(self, method: Gram, setup: Setup) -> None:
+        super().__init__(method, setup)
+        self._gradients = Gradients(self._captures, self._halving)
+
     def fit(self, train_batches: Iterable[Any]) -> None:
         """Take in the training set in three passes. A second call starts anew.
 
         Raises:
             InputError: as :meth:`fit_to`.
         """
-        self.fit_to(train_batches, None)
+        self.fit_to(train_batches, Wanted())
 
-    def fit_to(self, train_batches: Iterable[Any], out: str | Path | None) -> None:
-        """:meth:`fit`, and keep what is computed.
+    def fit_to(self, train_batches: Iterable[Any], wanted: Wanted) -> None:
+        """:meth:`fit`, and keep what is computed, or compute it elsewhere.
 
         Args:
             train_batches: re-iterable.
-            out: folder or URL of a store that is written, or continued.
+            wanted: folder or URL of a store that is written, or continued; by which engine the last pass
+                is computed.
 
         Raises:
             InputError: batches that cannot be gone through again, another store, or as in
                 :meth:`.estimator.GramDriver.fit`.
         """
-        stored = out is not None
-        self.take_in(Passes(train_batches, self._batches, self._models, hashed=stored), out)
+        stored = wanted.out is not None
+        self.take_in(Passes(train_batches, self._batches, self._models, hashed=stored), wanted)
 
-    def take_in(self, passes: Passes, out: str | Path | None) -> None:
+    def take_in(self, passes: Passes, wanted: Wanted) -> None:
         """:meth:`fit_to`, once the training batches are counted."""
         if len(passes) < self._options.resamples:
             raise InputError(
                 f"landmarks need at least {self._options.resamples} training instances, got {len(passes)}"
             )
         digests = digests_of(self._models)
-        before = self.__dict__.get("_passes"), self._ids, self._whitenings
-        self._passes, self._ids, self._whitenings = passes, passes.ids, []
+        before = self.__dict__.get("_passes"), self._ids, self._gradients
+        self._passes, self._ids = passes, passes.ids
+        self._gradients = Gradients(self._captures, self._halving)
         scratch = Scratch()
         try:
-            if out is None:
-                self._fitted = self._streamed(Unstored(len(passes)), scratch)
-            else:
-                described = self._setup.described(self._options.name, digests, len(passes))
-                identity = identity_of(described, asdict(self._options))
-                with storing(out, identity, passes) as store:
-                    self._fitted = self._streamed(store, scratch)
+            with self._computing(wanted) as computing:
+                if wanted.out is None:
+                    self._fitted = self._streamed(Unstored(len(passes)), scratch, computing)
+                else:
+                    described = self._setup.described(self._options.name, digests, len(passes))
+                    identity = identity_of(described, asdict(self._options))
+                    with storing(wanted.out, identity, passes) as store:
+                        self._fitted = self._streamed(store, scratch, computing)
         except BaseException:  # a fit that fails leaves the one before as it was
-            self._passes, self._ids, self._whitenings = before  # type: ignore[assignment]
+            self._passes, self._ids, self._gradients = before  # type: ignore[assignment]
             raise
         self._scratch, self._digests = scratch, digests
 
-    def _streamed(self, store: Unstored, scratch: Scratch) -> list[Landmarked]:
+    def _computing(self, wanted: Wanted) -> AbstractContextManager[Computing]:
+        modules = (one.model if isinstance(one, Network) else one for one in self._models)
+        devices = [device_of(one) for one in modules]
+        return computing(wanted.engine, wanted.num_gpus, self._gradients, devices)
+
+    def _streamed(
+        self, store: Unstored, scratch: Scratch, computing: Computing
+    ) -> list[Landmarked]:
         networks, total = len(self._captures), len(self._ids)
         fitted = self._begun(store, scratch)
         progress = Progress(
             "gram (landmarks)", {"row": networks}, unit="instance", shown=self._shown
         )
-        missing = torch.arange(total) >= store.rows
-        with closing(progress):
-            for part in self._parts(missing, progress=progress) if store.rows < total else ():
-                for network, block, found in zip(fitted, part.blocks, part.rows, strict=True):
-                    network.add(block, *_beside(found), part.positions)
-                store.note(part.positions)
+        work = TakeIn([one.coordinates for one in fitted])
+
+        def done(count: int) -> None:
+            progress.advance("row", count * networks)
+
+        with closing(progress), ExitStack() as stack:
+            if store.rows < total:
+                given = self._given(torch.arange(total) >= store.rows, progress)
+                parts = computing.over(given, work, done, store.renew)
+                for positions, taken in stack.enter_context(closing(parts)):
+                    for network, one in zip(fitted, taken, strict=True):
+                        network.put(one, positions)
+                    store.note(positions)
         store.finish()
         count = total * networks
         with closing(counting("gram (solving)", count, "instances", shown=self._shown)) as progress:
@@ -134,7 +146,7 @@ class LandmarkDriver(GramDriver):
         whitenings = [] if damping is None else [Whitening(damping) for _ in self._captures]
         costs: list[list[Tensor]] = [[] for _ in self._captures]
         positions, directions = [], 1
-        for part in self._parts(self._mask(chosen), whitenings, None):
+        for part in self._gradients.of(self._given(self._mask(chosen)), whitenings):
             positions.append(part.positions)
             for blocks, block in zip(made, part.blocks, strict=True):
                 blocks.append(block)
@@ -144,7 +156,7 @@ class LandmarkDriver(GramDriver):
             directions = 1 if weights is None else weights.shape[1]
         for one, blocks in zip(whitenings, made, strict=False):
             one.finish(blocks)
-        self._whitenings = whitenings
+        self._gradients.whitenings = whitenings
         landmarks = [list(blocks) for blocks in made]
         bases = store.bases or [
             basis_of(blocks, options.ridge, torch.cat(cost))
@@ -152,10 +164,8 @@ class LandmarkDriver(GramDriver):
         ]
         fitted = [
             Landmarked(
-                blocks,
-                basis,
+                Coordinates(blocks, basis, directions),
                 len(self._ids),
-                directions,
                 residual=residual,
                 own_residual=self._own_residual,
                 resamples=options.resamples,
@@ -173,37 +183,48 @@ class LandmarkDriver(GramDriver):
 
     def estimate(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Result:
         """Influence of the fitted instances, or of some of them, on every target."""
-        check_wanted(wanted)
+        check_memory(wanted)
         columns, ids = self._columns(train_ids)
         columns, top = columns.cpu(), wanted.top
+        if wanted.engine != "process" and top is None and not self._options.exact:
+            raise InputError(
+                f"engine={wanted.engine!r} computes passes over the training batches, and these scores "
+                f"take none: give top=, take turnover.Gram(landmarks=..., exact=True), or leave engine= out"
+            )
         sample = spread_over(len(self._ids), _SAMPLE)
         found = Collected()
-        for batches, blocks in self._blocks(targets, Numbers.ROWS):
-            some = Scored(self._fitted, blocks, self._scale().cpu())
-            self._correct(some)
-            pool, place = some.pool(sample), None
-            if top is None:
-                score, error = some.all(columns, pool)
-            else:
-                places, score = self._strongest(some, columns, top)
-                error, place = some.errors(columns[places], pool), places.numpy()
-            found.add(batches, score, error, pool.floor, pool.freedom, place)
+        with self._computing(wanted) as computing:
+            for batches, blocks in self._blocks(targets, Numbers.ROWS):
+                some = Scored(self._fitted, blocks, self._scale().cpu())
+                self._correct(some, blocks, computing)
+                pool, place = some.pool(sample), None
+                if top is None:
+                    score, error = some.all(columns, pool)
+                else:
+                    places, score = self._strongest(some, blocks, columns, top, computing)
+                    error, place = some.errors(columns[places], pool), places.numpy()
+                found.add(batches, score, error, pool.floor, pool.freedom, place)
         return found.result(ids, self._describe(len(ids)))
 
-    def _correct(self, some: Scored) -> None:
+    def _correct(self, some: Scored, blocks: list[Block], computing: Computing) -> None:
         """Take in the exact inner products with all instances, where they are wanted."""
         if self._options.exact:
-            for part in self._parts():
-                some.correct(part.blocks, part.positions)
+            with closing(computing.over(self._given(), Multiply(blocks))) as parts:
+                for positions, products in parts:
+                    some.correct(products, positions)
 
-    def _strongest(self, some: Scored, columns: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    def _strongest(
+        self, some: Scored, blocks: list[Block], columns: Tensor, top: int, computing: Computing
+    ) -> tuple[Tensor, Tensor]:
         """Places in columns and scores (targets, ranks), from high to low, by their inner products."""
         if self._options.exact:
             return some.strongest(columns, min(top, len(columns)))
         place, score = some.strongest(columns, min(top * _CANDIDATES, len(columns)))
         wanted = columns[place]
-        for part in self._parts(self._mask(wanted.flatten())):
-            some.add_missed(part.blocks, part.positions, wanted, score)
+        given = self._given(self._mask(wanted.flatten()))
+        with closing(computing.over(given, Multiply(blocks))) as parts:
+            for positions, products in parts:
+                some.add_missed(products, positions, wanted, score)
         score, order = score.sort(dim=1, descending=True, stable=True)
         ends = min(top, score.shape[1])
         rest = min(top, score.shape[1] - ends)
@@ -217,7 +238,7 @@ class LandmarkDriver(GramDriver):
         sums: list[TargetSums] = [TargetSums(weights) for _ in self._fitted]
         for _, blocks in self._blocks(targets, Numbers.UNUSED):
             some = Scored(self._fitted, blocks, self._scale().cpu())
-            self._correct(some)
+            self._correct(some, blocks, InProcess(self._gradients))
             for one, made in zip(sums, some.targets, strict=True):
                 one.add(made)
         total = Scored(self._fitted, [one.total() for one in sums], self._scale().cpu())
@@ -247,60 +268,35 @@ class LandmarkDriver(GramDriver):
                         every += [one.cheapest() for one in found]
                     count = sum(map(len, pending))
                     if any(map(is_full, rows)) or (most is not None and count + step > most):
-                        yield pending, self._whitened(rows)
+                        yield pending, self._made(rows)
                         pending, rows = [], [[] for _ in self._captures]
                     progress.advance("row", len(batch) * networks)
             if not seen:
                 raise InputError("no targets given")
             if pending:
-                yield pending, self._whitened(rows)
+                yield pending, self._made(rows)
 
-    def _parts(
-        self,
-        chosen: Tensor | None = None,
-        whitenings: Sequence[Whitening] | None = None,
-        progress: Progress | None = None,
-    ) -> Iterator[_Part]:
-        """Gradients of the training set, or of chosen positions, some batches at a time.
+    def _made(self, rows: Sequence[Sequence[Rows]]) -> list[Block]:
+        return [block.own_memory() for block in self._gradients.blocks(rows)]
+
+    def _given(
+        self, chosen: Tensor | None = None, progress: Progress | None = None
+    ) -> Iterator[Given]:
+        """The training batches, or the rows of them at chosen positions.
 
         Args:
             chosen: positions to take, bool (train,); ``None``: all.
-            whitenings: take in the moments; ``None``: the gradients are whitened.
             progress: counts instances.
         """
-        positions: list[Tensor] = []
-        rows: list[list[Rows]] = [[] for _ in self._captures]
         for batch, places in self._passes.again(progress):
-            if chosen is not None:
-                inside = chosen[places]
-                if progress is not None:
-                    progress.skip("row", int((~inside).sum()) * len(self._captures))
-                if not bool(inside.any()):
-                    continue
-                batch, places = taken(batch, inside.nonzero()[:, 0]), places[inside]
-            positions.append(places)
-            for number, (every, capture) in enumerate(zip(rows, self._captures, strict=True)):
-                found = self._halving.by_rows(batch, partial(capture.rows, training=True))
-                if whitenings:
-                    whitenings[number].add(found)
-                every += [one.cheapest() for one in found]
-            if any(map(is_full, rows)):
-                yield self._part(positions, rows, plain=whitenings is not None)
-                positions, rows = [], [[] for _ in self._captures]
+            if chosen is None:
+                yield batch, places
+                continue
+            inside = chosen[places]
             if progress is not None:
-                progress.advance("row", len(batch) * len(self._captures))
-        if positions:
-            yield self._part(positions, rows, plain=whitenings is not None)
-
-    def _part(self, positions: list[Tensor], rows: list[list[Rows]], *, plain: bool) -> _Part:
-        blocks = [block_of(one) for one in rows] if plain else self._whitened(rows)
-        return _Part(torch.cat(positions), blocks, rows)
-
-    def _whitened(self, rows: Sequence[Sequence[Rows]]) -> list[Block]:
-        blocks = [block_of(one) for one in rows]
-        for i, whitening in enumerate(self._whitenings):
-            blocks[i] = whitening.whitened(blocks[i])
-        return blocks
+                progress.skip("row", int((~inside).sum()) * len(self._captures))
+            if bool(inside.any()):
+                yield taken(batch, inside.nonzero()[:, 0]), places[inside]
 
 
 def _count(landmarks: int | str | None, instances: int) -> int:
@@ -308,10 +304,3 @@ def _count(landmarks: int | str | None, instances: int) -> int:
     if isinstance(landmarks, int):
         return landmarks
     return min(max(_LEAST, instances // 10), _USUAL)
-
-
-def _beside(rows: Sequence[Rows]) -> tuple[Tensor | None, Tensor | None]:
-    """Weights and residuals of several batches."""
-    weights = [one.weights for one in rows if one.weights is not None]
-    residuals = [one.residuals for one in rows if one.residuals is not None]
-    return (torch.cat(one) if one else None for one in (weights, residuals))  # type: ignore[return-value]

@@ -44,16 +44,16 @@ class Scored:
         self, fitted: Sequence[Landmarked], given: Sequence[Block | Targets], scale: Tensor
     ) -> None:
         self.targets = [
-            one if isinstance(one, Targets) else Targets(network, network.coordinates(one), one)
+            one if isinstance(one, Targets) else Targets(network, network.coordinates.of(one))
             for network, one in zip(fitted, given, strict=True)
         ]
         self._fitted = fitted
         self._scale = scale
 
-    def correct(self, blocks: Sequence[Block], positions: Tensor) -> None:
-        """Take in the inner products with some instances."""
-        for one, block in zip(self.targets, blocks, strict=True):
-            one.correct(block, positions)
+    def correct(self, products: Sequence[Tensor], positions: Tensor) -> None:
+        """Take in the inner products with the gradients of some instances, by each network."""
+        for one, found in zip(self.targets, products, strict=True):
+            one.correct(found, positions)
 
     def pool(self, sample: Tensor) -> TargetPool:
         """Variances pooled over a sample of instances."""
@@ -85,20 +85,21 @@ class Scored:
         return torch.cat(order)[torch.from_numpy(found)], torch.from_numpy(scores)
 
     def add_missed(
-        self, blocks: Sequence[Block], positions: Tensor, wanted: Tensor, out: Tensor
+        self, products: Sequence[Tensor], positions: Tensor, wanted: Tensor, out: Tensor
     ) -> None:
         """Add what landmarks miss of wanted pairs.
 
         Args:
-            blocks: gradients of instances by each network.
+            products: inner products with the gradients of instances by each network, float32 (targets,
+                gradients).
             positions: of these instances.
             wanted: positions of the wanted ones (targets, wanted).
             out: float32 (targets, wanted).
         """
         missing = torch.stack(
             [
-                one.missing(block, positions) * network.factor[positions].to(network.device)
-                for one, block, network in zip(self.targets, blocks, self._fitted, strict=True)
+                one.missing(found, positions) * network.factor[positions].to(network.device)
+                for one, found, network in zip(self.targets, products, self._fitted, strict=True)
             ]
         )
         values = missing.mean(dim=0).cpu()
@@ -183,7 +184,7 @@ class TargetSums:
         """All of them as one."""
         assert self._one is not None
         totals = {name: one.total() for name, one in self._sums.items()}
-        found = Targets(self._one.fitted, totals.pop("own"), None)
+        found = Targets(self._one.fitted, totals.pop("own"))
         found.beside = totals.pop("beside", None)
         found.missed = {group: total for group, total in totals.items() if isinstance(group, int)}
         return found

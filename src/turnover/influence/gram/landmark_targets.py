@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from turnover.influence.gram.balanced import Spread
-from turnover.influence.gram.kernel import Block, cross_of
 from turnover.influence.gram.landmarks import Instances, Landmarked
 
 
@@ -18,7 +17,6 @@ class Targets:
     Args:
         fitted: the training set.
         own: coordinates, float32 (targets, width).
-        block: gradients; ``None``: of sums of targets, whose inner products are not taken.
 
     Attributes:
         own: coordinates.
@@ -26,9 +24,8 @@ class Targets:
         beside: ``d V w`` of every instance, float32 (targets, train); ``None``: not taken.
     """
 
-    def __init__(self, fitted: Landmarked, own: Tensor, block: Block | None) -> None:
-        self.fitted, self._block = fitted, block
-        self.own = own
+    def __init__(self, fitted: Landmarked, own: Tensor) -> None:
+        self.fitted, self.own = fitted, own
         self.missed: dict[int, Tensor] = {}
         self.beside: Tensor | None = None
 
@@ -38,19 +35,24 @@ class Targets:
     def at(self, target: int) -> Targets:
         """One of the targets."""
         some = slice(target, target + 1)
-        one = Targets(self.fitted, self.own[some], None)
+        one = Targets(self.fitted, self.own[some])
         one.beside = None if self.beside is None else self.beside[some]
         one._whole = self._whole[some]
         one._halves = [half[some] for half in self._halves]
         return one
 
-    def missing(self, block: Block, positions: Tensor) -> Tensor:
-        """``d V w`` of some instances: float32 (targets, some)."""
-        return self._times_weights(self._products(block, positions)[1], positions)
+    def missing(self, products: Tensor, positions: Tensor) -> Tensor:
+        """``d V w`` of some instances: float32 (targets, some).
 
-    def correct(self, block: Block, positions: Tensor) -> None:
-        """Take in the inner products with some instances."""
-        vectors, found = self._products(block, positions)
+        Args:
+            products: inner products with their gradients, float32 (targets, gradients).
+            positions: of the instances.
+        """
+        return self._times_weights(self._missed_of(products, positions)[1], positions)
+
+    def correct(self, products: Tensor, positions: Tensor) -> None:
+        """Take in the inner products with some instances; arguments as of :meth:`missing`."""
+        vectors, found = self._missed_of(products, positions)
         group = self.fitted.of(positions).group
         for number in torch.unique(group).tolist():
             some = (group == number).nonzero()[:, 0]
@@ -63,13 +65,11 @@ class Targets:
     def _times_weights(self, found: Tensor, positions: Tensor) -> Tensor:
         return torch.einsum("tnd,nd->tn", found, self.fitted.of(positions).weights)
 
-    def _products(self, block: Block, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _missed_of(self, products: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of instances in their order, and ``d V`` (targets, instances, directions)."""
-        assert self._block is not None
         order = positions.argsort()
         vectors = self.fitted.vectors(positions[order])[order.argsort()]
-        products = cross_of(self._block, [block], block.rows)
-        products = products.view(len(self), len(positions), -1)
+        products = products.to(self.own.device).view(len(self), len(positions), -1)
         products = products - torch.einsum("tw,ndw->tnd", self.own, vectors)
         return vectors, torch.einsum("tnd,nde->tne", products, self.fitted.of(positions).inverse)
 

@@ -24,16 +24,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from turnover.errors import InputError
 from turnover.influence.gram.balanced import Spread, groups_of, hadamard
+from turnover.influence.gram.coordinates import Coordinates, Taken
 from turnover.influence.gram.features import Features
-from turnover.influence.gram.kernel import Block, check_finite, cross_of, gram_of
-from turnover.influence.gram.ridge import choose
-
-_SMALLEST = 1e-6
-"""Smallest eigenvalue, in the largest, of the landmarks' inner products: below is rounding error."""
-_STRIP = 32
-"""Instances whose inner products with one another are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -55,61 +48,19 @@ class Instances:
     group: Tensor
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What coordinates are, and the ridge in them.
-
-    Attributes:
-        map: from inner products with the landmarks' gradients to coordinates, float32 (gradients, width).
-        ridge: lambda.
-    """
-
-    map: Tensor
-    ridge: float
-
-
-def basis_of(landmarks: list[Block], ridge: float | str, costs: Tensor) -> Basis:
-    """Coordinates in which the landmarks' own inner products are the identity.
-
-    Args:
-        landmarks: blocks of their gradients.
-        ridge: see :func:`turnover.influence.gram.ridge.choose`.
-        costs: objective of the landmarks, float32 (landmarks,).
-
-    Raises:
-        InputError: all gradients are 0, or their products are beyond float32.
-    """
-    size = sum(block.rows for block in landmarks)
-    products = torch.zeros((size, size), device=landmarks[0].device)
-    gram_of(landmarks, products)
-    diagonal = products.diagonal()
-    check_finite(diagonal)
-    if not float(diagonal.max()) > 0:
-        raise InputError(
-            "the objective of no landmark depends on any trained parameter: all gradients are 0; check "
-            "the model, or give more landmarks"
-        )
-    values, vectors = torch.linalg.eigh(products.double())
-    large = values > _SMALLEST * values[-1]
-    mapped = (vectors[:, large] / values[large].sqrt()).float()
-    return Basis(mapped, choose(ridge, products, costs))
-
-
 class Landmarked:
     """Training instances by one network, in the coordinates of landmarks.
 
     Args:
-        landmarks: blocks of the landmarks' gradients.
-        basis: coordinates.
+        coordinates: of gradients.
         instances: number of training instances.
-        directions: gradients of each.
         residual: exponent of 1 minus the probability of the label, which multiplies the scores.
         own_residual: whether scores of instances on themselves are multiplied by it once more.
         resamples: number of halves.
         memory: bytes of vectors that stay in memory.
 
     Attributes:
-        basis: coordinates.
+        coordinates: of gradients.
         features: vectors of all instances.
         kept: what is kept of them besides.
         factor: multiplies scores, float32 (train,).
@@ -121,21 +72,17 @@ class Landmarked:
 
     def __init__(
         self,
-        landmarks: list[Block],
-        basis: Basis,
+        coordinates: Coordinates,
         instances: int,
-        directions: int,
         *,
         residual: float,
         own_residual: bool,
         resamples: int,
         memory: int,
     ) -> None:
-        self.device = landmarks[0].device
-        self.basis = Basis(basis.map.to(self.device), basis.ridge)
-        self._landmarks, self._size = landmarks, sum(block.rows for block in landmarks)
-        self.directions = directions
-        self.features = Features(instances, directions, basis.map.shape[1], memory)
+        self.coordinates, self.device = coordinates, coordinates.device
+        directions = self.directions = coordinates.directions
+        self.features = Features(instances, directions, coordinates.width, memory)
         pairs = torch.zeros((instances, directions, directions))
         self.kept = Instances(
             pairs,
@@ -150,29 +97,19 @@ class Landmarked:
         self._solvers: list[Tensor] = []
         self.freedom = resamples // 2 - 1
 
-    def add(
-        self, block: Block, weights: Tensor | None, residuals: Tensor | None, positions: Tensor
-    ) -> None:
-        """Take in gradients of some training instances, with what goes with them, at their positions."""
-        count, directions = len(positions), self.directions
-        own = _own_products(block, directions)
-        check_finite(own)
-        vectors = self.features.write(
-            positions, self.coordinates(block).view(count, directions, -1)
-        )
-        rest = own - vectors @ vectors.mT
-        sizes, turn = torch.linalg.eigh((rest + rest.mT).double() / 2)
-        inverse = (turn / (sizes.clamp_min(0) + self.basis.ridge)[:, None, :]) @ turn.mT
-        kept = self.kept
-        kept.own[positions] = own.cpu()
-        kept.inverse[positions] = inverse.float().cpu()
-        kept.weights[positions] = 1.0 if weights is None else weights.cpu()
-        if residuals is not None:
-            kept.residuals[positions] = residuals.cpu()
+    def put(self, taken: Taken, positions: Tensor) -> None:
+        """Keep what is taken in of some training instances at their positions."""
+        self.features.put_at(positions, taken.vectors)
+        kept, places = self.kept, positions.cpu()
+        kept.own[places] = taken.own
+        kept.inverse[places] = taken.inverse
+        kept.weights[places] = 1.0 if taken.weights is None else taken.weights
+        if taken.residuals is not None:
+            kept.residuals[places] = taken.residuals
 
     def _sums(self, done: Callable[[int], None]) -> Tensor:
         """``B V B'`` of each group: float64 (groups, width, width)."""
-        width = self.basis.map.shape[1]
+        width = self.coordinates.width
         sums = torch.zeros((self.groups, width, width), dtype=torch.float64, device=self.device)
         for chunk in self.chunks():
             kept, vectors = self.of(chunk), self.vectors(chunk)
@@ -214,15 +151,6 @@ class Landmarked:
         residuals = self.kept.residuals
         factor: Tensor = residuals if self._exponents[1] else torch.ones_like(residuals)
         return factor
-
-    def coordinates(self, block: Block) -> Tensor:
-        """Coordinates of the gradients of a block: float32 (rows, width)."""
-        found: Tensor = cross_of(block, self._landmarks, self._size) @ self.basis.map
-        return found
-
-    def own_coordinates(self) -> Tensor:
-        """Coordinates of the landmarks: float32 (gradients, width)."""
-        return torch.cat([self.coordinates(block) for block in self._landmarks])
 
     def chunks(self) -> Iterator[slice]:
         """Slices of instances, for one pass."""
@@ -270,7 +198,7 @@ class Landmarked:
         inverse, rest = kept.inverse, kept.own - vectors @ vectors.mT
         by_landmarks = root @ root.mT @ inverse * (1 if half is None else 2)
         if half is not None:  # (R + lambda / 2)^-1
-            inverse = torch.linalg.solve(identity - self.basis.ridge / 2 * inverse, inverse)
+            inverse = torch.linalg.solve(identity - self.coordinates.ridge / 2 * inverse, inverse)
         leverage: Tensor = by_landmarks + rest @ inverse @ (identity - by_landmarks)
         return leverage
 
@@ -299,19 +227,3 @@ class Landmarked:
                     spread.add(chunk.start + some, values[:, 0, 0] - whole[some])
         variance = spread.variance() * (self.factor * self._own_factor).square()
         return variance.to(self.device)
-
-
-def _own_products(block: Block, directions: int) -> Tensor:
-    """Inner products of the gradients of each instance: float32 (instances, directions, directions)."""
-    found = torch.zeros((block.rows, directions), device=block.device)
-    step = _STRIP * directions
-    for piece in block.pieces:
-        for start in range(0, len(piece.factors), step):
-            part = piece.factors.rows(start, min(start + step, len(piece.factors)))
-            square = torch.zeros((len(part), len(part)), device=block.device)
-            part.add_gram(part, square)
-            count = len(part) // directions
-            pairs = square.view(count, directions, count, directions).diagonal(dim1=0, dim2=2)
-            first = piece.start + start
-            found[first : first + len(part)] += pairs.permute(2, 0, 1).flatten(0, 1)
-    return found.view(-1, directions, directions)

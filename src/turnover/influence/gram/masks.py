@@ -12,7 +12,7 @@ from turnover.batches import Batch
 from turnover.dropout.modules import device_of, evaluating
 from turnover.dropout.network import Network
 from turnover.influence.gradients import finite, mask_gradients
-from turnover.influence.gram.capture import Rows, label_residuals
+from turnover.influence.gram.capture import Learned, Rows, label_residuals
 from turnover.influence.gram.directions import directions
 from turnover.influence.gram.factors import Explicit
 from turnover.objectives import Objective, costs, logits_and_labels, logits_of
@@ -22,6 +22,10 @@ class MaskCapture:
     """Like :class:`turnover.influence.gram.capture.Capture`, by mask entries instead of parameters."""
 
     general: tuple[str, ...] = ()
+    learned = Learned()
+
+    def learn(self, learned: Learned) -> None:
+        """Learn nothing: gradients do not depend on earlier batches."""
 
     def __init__(
         self, network: Network, objective: Objective, *, residuals: bool, directions: int = 0
@@ -43,6 +47,7 @@ class MaskCapture:
             objectives: list[Objective] = [self._objective]
             weights = None
             if training and self._directions:
+                finite(values, "objective")  # or their eigenvectors are not found
                 along, weights = directions(*logits_and_labels(outputs, batch), self._directions)
                 objectives = [partial(_along, direction) for direction in along.unbind(dim=2)]
             found = [mask_gradients(self._network, one, batch).float() for one in objectives]

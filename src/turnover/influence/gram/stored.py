@@ -8,7 +8,7 @@ same landmarks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from turnover.errors import InputError
-from turnover.influence.gram.landmarks import Basis, Landmarked
+from turnover.influence.gram.coordinates import Basis
+from turnover.influence.gram.landmarks import Landmarked
 from turnover.influence.gram.passes import Passes
 from turnover.io.parsing import convert, damage, parse_json
 
@@ -49,11 +50,13 @@ class Unstored:
         first: training instances that the landmarks are drawn from.
         bases: coordinates that were stored, by network.
         rows: instances that were stored.
+        renew: keeps the right to write.
     """
 
     def __init__(self, first: int) -> None:
         self.first, self.rows = first, 0
         self.bases: list[Basis] = []
+        self.renew: Callable[[], None] = lambda: None
 
     def begin(self, fitted: Sequence[Landmarked], positions: Tensor) -> None:
         """Take the training set by each network, before instances come in.
@@ -80,7 +83,6 @@ class Store(Unstored):
 
     Attributes:
         complete: all instances are there.
-        renew: keeps the right to write.
     """
 
     def __init__(self, location: Any, identity: Mapping[str, Any], passes: Passes) -> None:
@@ -90,7 +92,6 @@ class Store(Unstored):
         self._fitted: Sequence[Landmarked] = ()
         self._seen = 0
         self.complete = False
-        self.renew: Any = None
         self.read()
 
     def read(self) -> None:
@@ -190,9 +191,9 @@ class Store(Unstored):
 
         sizes = {"direction": self._fitted[0].directions, "other": self._fitted[0].directions}
         for i, one in enumerate(self._fitted):
-            sizes[f"gradient{i}"], sizes[f"width{i}"] = one.basis.map.shape
+            sizes[f"gradient{i}"], sizes[f"width{i}"] = one.coordinates.basis.map.shape
         made = make_manifest(self._identity, _layout(sizes), sizes, {}, "gram")
-        ridges = [one.basis.ridge for one in self._fitted]
+        ridges = [one.coordinates.basis.ridge for one in self._fitted]
         self._manifest = made | {"first": self.first, "ridges": ridges}
         group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         self.renew()
@@ -202,7 +203,7 @@ class Store(Unstored):
         self._put_metadata(self._manifest, _CAPACITY)
         self._open(finished=False)
         for i, one in enumerate(self._fitted):
-            self._arrays.write(f"map{i}", (), one.basis.map.cpu().numpy())
+            self._arrays.write(f"map{i}", (), one.coordinates.basis.map.cpu().numpy())
         self._location.put(_ROWS, b"0")
 
     def _open(self, *, finished: bool) -> None:
@@ -272,7 +273,7 @@ class Store(Unstored):
         if not bool(there.any()):
             return
         stored = one.features.take(positions[there]).flatten(1)
-        now = one.own_coordinates().cpu().view(len(positions), -1)[there]
+        now = one.coordinates.of_landmarks().cpu().view(len(positions), -1)[there]
         apart = float((stored - now).norm() / stored.norm().clamp_min(1e-30))
         if not apart <= _SAME:
             raise InputError(
