@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import warnings
@@ -30,14 +29,11 @@ from turnover.cli.output import visible
 from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
+from turnover.io.memory import keep_freed_memory
 
 _SHOW = warnings.showwarning
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 """Exit codes; an unexpected error ends with a traceback and Python's own 1."""
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-"""Of glibc's malloc.h."""
-_KEPT, _KEPT_IN_ALL = 2**26, 2**28
-"""Bytes of the largest freed block that is kept for the next one, and of all of them."""
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -83,7 +79,7 @@ def turnover(
 def main() -> NoReturn:
     """Run the command line; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _keep_freed_memory()
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show
@@ -101,17 +97,6 @@ def main() -> NoReturn:
     if code == INTERRUPTED:
         _stop("interrupted; the same command resumes where it can", INTERRUPTED)
     sys.exit(code)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a training step frees for the next one, whose gradients are as large.
-
-    By default it returns blocks above 32 MiB to the system; fresh pages took an eighth of a step's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_IN_ALL)
 
 
 # Typer has its own copy of click's exceptions, or click's, by version.
