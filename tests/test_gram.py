@@ -344,7 +344,7 @@ def test_wrong_input_is_refused_by_name():
         influence.estimate([])
     with pytest.raises(InputError, match="do not pass out="):
         influence.estimate([targets], out="somewhere")
-    with pytest.raises(InputError, match="plan compares"):
+    with pytest.raises(InputError, match="plan of gram tries"):
         influence.plan([targets], [101])
     with pytest.raises(InputError, match="masks of a turn-over network"):
         Influence(model, method=Gram(features="masks"))

@@ -215,7 +215,7 @@ def test_what_cannot_be_done_is_refused():
         Influence(model, method=Gram(landmarks=9)).fit([])
     for options, said in (
         ({"landmarks": 1}, "landmarks"),
-        ({"landmarks": 9, "samples": 1, "directions": 0}, "does not go with samples=1"),
+        ({"landmarks": 9, "samples": 1, "ridge": "gcv"}, "knows no drawn labels"),
         ({"landmarks": "some"}, '"auto" or None'),
         ({"exact": True}, "exact= is for landmarks="),
     ):

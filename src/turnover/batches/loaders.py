@@ -47,6 +47,15 @@ def length_of(batches: Any) -> int | None:
         return None
 
 
+def rows_of(batches: Any) -> int | None:
+    """The number of rows of one of torch's own data loaders, if known without a pass."""
+    sampler = batches.batch_sampler if isinstance(batches, DataLoader) else None
+    if type(sampler) is not BatchSampler:
+        return None
+    rows = length_of(sampler.sampler)
+    return None if rows is None else rows - (rows % sampler.batch_size) * sampler.drop_last
+
+
 def loader_of(batches: Any) -> DataLoader[Any] | None:
     """The ``DataLoader`` of a map-style data set behind batches, inside any wrappers."""
     for _ in range(_DEEPEST):

@@ -15,12 +15,13 @@ from turnover.dropout.modules import exclusive
 from turnover.dropout.network import Network
 from turnover.errors import InputError, check_whole
 from turnover.influence.driver import BlockDriver
-from turnover.influence.plan import Plan
+from turnover.influence.plan import FitPlan, Plan
 from turnover.influence.protocol import (
     METHODS,
     Driver,
     Ids,
     Method,
+    PlanningDriver,
     Setup,
     StoringDriver,
     Wanted,
@@ -298,24 +299,78 @@ class Influence:
         with self._scoring():
             return self._driver.self_influence(train_batches)
 
+    @overload
     def plan(
         self,
         targets: Iterable[Any],
         train_ids: Ids = None,
         *,
+        train_batches: None = None,
         top: int | None = None,
         out: str | Path | None = None,
-    ) -> Plan:
+    ) -> Plan: ...
+
+    @overload
+    def plan(
+        self,
+        targets: Iterable[Any],
+        train_ids: Ids = None,
+        *,
+        train_batches: Iterable[Any],
+        top: int | None = None,
+        out: str | Path | None = None,
+    ) -> FitPlan: ...
+
+    def plan(
+        self,
+        targets: Iterable[Any],
+        train_ids: Ids = None,
+        *,
+        train_batches: Iterable[Any] | None = None,
+        top: int | None = None,
+        out: str | Path | None = None,
+    ) -> Plan | FitPlan:
         """Estimate what :meth:`estimate` would cost by each method, from a pilot of a few seconds.
 
-        Arguments and errors as in :meth:`estimate`; nothing is written.
+        By ``"gram"``, with ``train_batches``: what :meth:`fit` and :meth:`estimate` take by all pairs, by
+        landmarks, and by landmarks with exact inner products, before the fit or after it. Gradients of the
+        first training rows and targets, their inner products, and solves of at most 2,048 rows are timed;
+        the number of each is counted, and larger solves follow from their size. Other rows are taken to be
+        like the first ones, other networks like the first one, and the device to do nothing else.
+
+        Args:
+            targets: as in :meth:`estimate`; all are counted.
+            train_ids: as in :meth:`estimate`; not with ``train_batches``.
+            train_batches: by ``"gram"``, as in :meth:`fit`. Their rows are counted: without reading them
+                in a ``DataLoader`` with torch's own batches, otherwise in one pass.
+            top: as in :meth:`estimate`.
+            out: as in :meth:`estimate`; nothing is written.
 
         Returns:
             :class:`turnover.influence.plan.Plan` with estimated seconds, memory and noise floor of
-            each method, and the one that ``"auto"`` takes; ``str()`` of it is a table.
+            each method, and the one that ``"auto"`` takes; with ``train_batches``
+            :class:`turnover.influence.plan.FitPlan` with the seconds, memory and disk of each way.
+            ``str()`` of it is a table.
+
+        Raises:
+            InputError: as in :meth:`estimate`; ``train_batches`` for another method, or none for gram.
         """
+        driver, wanted = self._driver, Wanted(top, out)
+        if isinstance(driver, PlanningDriver):
+            if train_batches is None:
+                return driver.plan(targets, train_ids, wanted)
+            if train_ids is not None:
+                raise InputError("give train_ids or train_batches to a plan, and not both")
+            if top is not None:
+                check_whole("top", top, 1)
+            with exclusive(*self.modules):
+                return driver.plan_fit(targets, train_batches, wanted)
+        if train_batches is not None:
+            raise InputError(
+                f"plan counts train_batches for method='gram' alone: give {self.method!r} train_ids"
+            )
         with self._scoring():
-            return self._driver.plan(targets, train_ids, Wanted(top, out))
+            return driver.plan(targets, train_ids, wanted)
 
     def _scoring(self) -> AbstractContextManager[None]:
         if not self._ready:

@@ -81,6 +81,71 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class FitCost:
+    """Estimated cost of one way to fit the training set and score targets.
+
+    Attributes:
+        way: what is computed.
+        chosen: whether the method's options take it.
+        fit_seconds: of :meth:`turnover.Influence.fit`.
+        once_seconds: of what :meth:`turnover.Influence.estimate` computes before the first scores.
+        target_seconds: of each target, on average.
+        memory: largest number of bytes beyond the model, the data and the libraries.
+        disk: bytes of temporary files.
+        store: bytes of the folder that ``fit(..., out=)`` writes; 0: it writes none.
+        seconds: of the fit and all targets.
+        work: number of pieces of each kind of work, for each network: gradients of training rows, and
+            inner products of gradients with one another.
+    """
+
+    way: str
+    chosen: bool
+    fit_seconds: float
+    once_seconds: float
+    target_seconds: float
+    memory: int
+    disk: int
+    store: int
+    seconds: float
+    work: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What a fit and an estimate would take, in each way that the method knows.
+
+    Attributes:
+        targets: number of targets.
+        instances: number of training instances.
+        gradients: of each instance.
+        costs: one for each way.
+    """
+
+    targets: int
+    instances: int
+    gradients: int
+    costs: tuple[FitCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        each = f", {self.gradients} gradients each" if self.gradients > 1 else ""
+        lines = [f"{self.targets:,} targets x {self.instances:,} instances{each}, estimated"]
+        width = max(len(cost.way) for cost in self.costs)
+        titles = ("fit", "once", "each target", "in total", "memory", "temporary", "store")
+        lines.append(" " * width + "".join(f"{title:>13}" for title in titles))
+        for cost in self.costs:
+            times = (cost.fit_seconds, cost.once_seconds, cost.target_seconds, cost.seconds)
+            cells = [duration(one) for one in times]
+            cells += [_bytes(one) for one in (cost.memory, cost.disk, cost.store)]
+            mark = " <-" if cost.chosen else ""
+            lines.append(f"{cost.way:<{width}}" + "".join(f"{one:>13}" for one in cells) + mark)
+        return "\n".join(lines)
+
+
 class Pilot(Once):
     """A few targets, on which estimators time what they do.
 
@@ -171,3 +236,10 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _bytes(count: int) -> str:
+    """Bytes as people read them."""
+    if not count:
+        return "-"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

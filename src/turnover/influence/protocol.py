@@ -26,7 +26,7 @@ from turnover.errors import InputError
 from turnover.ids import ghost_ids
 from turnover.influence.engine import Engine, Scores, TargetBlock, to_numpy
 from turnover.influence.halving import Halving
-from turnover.influence.plan import MethodCost, Pilot, Plan
+from turnover.influence.plan import FitPlan, MethodCost, Pilot, Plan
 from turnover.influence.user_batches import UserBatches
 from turnover.objectives import Objective
 from turnover.results.calibration import noise_floor
@@ -123,6 +123,16 @@ class StoringDriver(Protocol):
 
     def fit_to(self, train_batches: Iterable[Any], wanted: Wanted) -> None:
         """Take in the training set, and write it to a store, or continue one, by the wanted engine."""
+
+
+@runtime_checkable
+class PlanningDriver(Protocol):
+    """A driver whose fit can be planned."""
+
+    def plan_fit(
+        self, targets: Iterable[Any], train_batches: Iterable[Any], wanted: Wanted
+    ) -> FitPlan:
+        """Estimate what a fit and an estimate cost."""
 
 
 class Method:

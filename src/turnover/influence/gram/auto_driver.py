@@ -11,10 +11,12 @@ from torch import Tensor
 from turnover.errors import InputError
 from turnover.influence.gram.disk import Limits
 from turnover.influence.gram.estimator import GramDriver
+from turnover.influence.gram.given import check_wanted
 from turnover.influence.gram.landmark_driver import LandmarkDriver
-from turnover.influence.gram.options import Gram, directions_of
+from turnover.influence.gram.options import Gram, gradients_of
 from turnover.influence.gram.passes import Passes
-from turnover.influence.plan import Plan
+from turnover.influence.gram.plan import plan_of
+from turnover.influence.plan import FitPlan, Plan
 from turnover.influence.protocol import Ids, Setup, Wanted, register
 from turnover.results.result import Result
 
@@ -41,7 +43,7 @@ class AutoDriver:
         """See :class:`.landmark_driver.LandmarkDriver`; what is kept is kept by landmarks."""
         setup, stored = self._setup, wanted.out is not None
         passes = Passes(train_batches, setup.batches, setup.models, hashed=stored)
-        rows = len(passes) * max(1, directions_of(setup.objective, self._options))
+        rows = len(passes) * gradients_of(setup.objective, self._options)
         if stored or rows > self._limits.rows:
             self._landmarks.take_in(passes, wanted)
             self._taken = self._landmarks
@@ -70,6 +72,14 @@ class AutoDriver:
     def plan(self, targets: Iterable[Any], train_ids: Ids, wanted: Wanted) -> Plan:
         """See :class:`.estimator.GramDriver`."""
         return self._taken.plan(targets, train_ids, wanted)
+
+    def plan_fit(
+        self, targets: Iterable[Any], train_batches: Iterable[Any], wanted: Wanted
+    ) -> FitPlan:
+        """See :class:`.estimator.GramDriver`."""
+        check_wanted(wanted)
+        given = self._options, self._setup, self._limits
+        return plan_of(*given, targets, train_batches, wanted.top)
 
 
 def driver_of(method: Gram, setup: Setup) -> GramDriver | AutoDriver:

@@ -15,6 +15,8 @@ from turnover.influence.gram.ridge import choose
 
 _SMALLEST = 1e-6
 """Smallest eigenvalue, in the largest, of the landmarks' inner products: below is rounding error."""
+EVERY = slice(None)
+"""All gradients of an instance."""
 _STRIP = 32
 """Instances whose inner products with one another are computed at once."""
 
@@ -32,13 +34,16 @@ class Basis:
     ridge: float
 
 
-def basis_of(landmarks: list[Block], ridge: float | str, costs: Tensor) -> Basis:
+def basis_of(
+    landmarks: list[Block], ridge: float | str, costs: Tensor, holding: slice = EVERY
+) -> Basis:
     """Coordinates in which the landmarks' own inner products are the identity.
 
     Args:
         landmarks: blocks of their gradients.
         ridge: see :func:`turnover.influence.gram.ridge.choose`.
         costs: objective of the landmarks, float32 (landmarks,).
+        holding: the gradients of an instance that hold the network, by which the ridge is scaled.
 
     Raises:
         InputError: all gradients are 0, or their products are beyond float32.
@@ -57,7 +62,10 @@ def basis_of(landmarks: list[Block], ridge: float | str, costs: Tensor) -> Basis
     large = values > _SMALLEST * values[-1]
     # In the order in which a store gives it back: by columns, products may have other bits.
     mapped = (vectors[:, large] / values[large].sqrt()).float().contiguous()
-    return Basis(mapped, choose(ridge, products, costs))
+    if holding == EVERY or isinstance(ridge, str):
+        return Basis(mapped, choose(ridge, products, costs))
+    held = diagonal.view(len(costs), -1)[:, holding]
+    return Basis(mapped, ridge * float(held.double().mean()))
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,10 @@ class Coordinates:
     Attributes:
         basis: what coordinates are.
         directions: gradients of a training instance.
+        holding: those of them that hold the network.
     """
+
+    holding = EVERY
 
     def __init__(self, landmarks: Sequence[Block], basis: Basis, directions: int) -> None:
         self.basis = Basis(basis.map.to(landmarks[0].device), basis.ridge)
@@ -123,7 +134,7 @@ class Coordinates:
 
     def with_landmarks(self, change: Callable[[Block], Block]) -> Coordinates:
         """The same, with the blocks of the landmarks in another place."""
-        return Coordinates([change(one) for one in self._landmarks], self.basis, self.directions)
+        return type(self)([change(one) for one in self._landmarks], self.basis, self.directions)
 
     def take(self, block: Block, weights: Tensor | None, residuals: Tensor | None) -> Taken:
         """What is kept of training instances.
@@ -141,10 +152,20 @@ class Coordinates:
         kept = Rounded.of(self.of(block).view(len(own), self.directions, -1).cpu())
         vectors = kept.whole().to(self.device)
         rest = own - vectors @ vectors.mT
-        sizes, turn = torch.linalg.eigh((rest + rest.mT).double() / 2)
-        inverse = (turn / (sizes.clamp_min(0) + self.ridge)[:, None, :]) @ turn.mT
+        inverse = self._inverse((rest + rest.mT).double() / 2)
         beside = (None if one is None else one.cpu() for one in (weights, residuals))
         return Taken(kept, own.cpu(), inverse.float().cpu(), *beside)
+
+    def _inverse(self, rest: Tensor) -> Tensor:
+        """What is kept as ``V`` of remainders ``R``: float64 (some, directions, directions)."""
+        return inverted(rest, self.ridge)
+
+
+def inverted(values: Tensor, ridge: float) -> Tensor:
+    """``(values + ridge)^-1`` of symmetric matrices, whose negative eigenvalues are rounding errors."""
+    sizes, turn = torch.linalg.eigh(values)
+    found: Tensor = (turn / (sizes.clamp_min(0) + ridge)[:, None, :]) @ turn.mT
+    return found
 
 
 def _own_products(block: Block, directions: int) -> Tensor:

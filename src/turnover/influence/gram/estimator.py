@@ -17,13 +17,14 @@ from torch import Tensor
 from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
-from turnover.ids import check_ids, check_scored_ids, repeated
+from turnover.ids import check_ids, check_scored_ids
 from turnover.influence.engine import TargetSum, to_numpy
 from turnover.influence.gram.capture import Rows
 from turnover.influence.gram.collected import Collected
 from turnover.influence.gram.disk import Blocks, Limits, Scratch
 from turnover.influence.gram.fisher import SampledFitted
 from turnover.influence.gram.fitted import Fitted
+from turnover.influence.gram.given import check_wanted, train_ids_of
 from turnover.influence.gram.kernel import block_of, is_full
 from turnover.influence.gram.options import (
     Gram,
@@ -34,10 +35,11 @@ from turnover.influence.gram.options import (
     measure,
     residual_of,
 )
+from turnover.influence.gram.plan import plan_of
 from turnover.influence.gram.uncertainty import moderated
 from turnover.influence.gram.whitening import Whitening
 from turnover.influence.halving import Halving
-from turnover.influence.plan import Plan
+from turnover.influence.plan import FitPlan, Plan
 from turnover.influence.progress import Progress, counting
 from turnover.influence.protocol import Ids, Setup, Wanted
 from turnover.influence.topk import Extremes
@@ -212,12 +214,20 @@ class GramDriver:
         train_ids: Ids,  # noqa: ARG002
         wanted: Wanted,  # noqa: ARG002
     ) -> Plan:
-        """Refuse: there is no other method with the same needs to compare with.
+        """Refuse: see :meth:`plan_fit`.
 
         Raises:
             InputError: always.
         """
-        raise InputError('plan compares the methods that need masks: leave method="gram" out')
+        raise unplanned()
+
+    def plan_fit(
+        self, targets: Iterable[Any], train_batches: Iterable[Any], wanted: Wanted
+    ) -> FitPlan:
+        """See :meth:`turnover.Influence.plan`."""
+        check_wanted(wanted)
+        given = self._options, self._setup, self._limits
+        return plan_of(*given, targets, train_batches, wanted.top)
 
     def _vector(
         self, score: Tensor, error: Tensor, freedom: float, ids: Tensor, *, each: bool
@@ -351,40 +361,9 @@ def _close(rows: list[Rows], blocks: Blocks, *, full: bool) -> None:
         rows[-len(pending) :] = [Rows({}, one.costs, one.residuals, one.weights) for one in pending]
 
 
-def check_wanted(wanted: Wanted) -> None:
-    """Refuse a store, and other processes."""
-    check_memory(wanted)
-    if wanted.engine != "process":
-        raise InputError(
-            f"engine={wanted.engine!r} does not compute gram of all pairs: take "
-            f"turnover.Gram(landmarks=...), or leave engine= out"
-        )
-
-
-def check_memory(wanted: Wanted) -> None:
-    """Refuse a store."""
-    if wanted.out is not None or wanted.coordinates:
-        raise InputError(
-            "gram keeps its scores in memory: do not pass out= or coordinates=; top= keeps the strongest "
-            "alone if memory is short"
-        )
-
-
-def train_ids_of(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Ids of all batches: int64 (rows,); row numbers where none are given."""
-    known = [one for one in ids if one is not None]
-    if not known:
-        return torch.arange(sum(sizes))
-    if len(known) < len(ids):
-        raise InputError(
-            f"{len(ids) - len(known)} of {len(ids)} training batches have no ids: give ids with all of "
-            f"them, or with none, where row numbers are the ids"
-        )
-    joined = torch.cat(known)
-    twice = repeated(joined)
-    if twice:
-        raise InputError(
-            f"training ids are given twice: {twice[:5]}; gram fits every instance once, under an id of its "
-            f"own"
-        )
-    return joined
+def unplanned() -> InputError:
+    """The error of a plan without training batches."""
+    return InputError(
+        "a plan of gram tries some training instances, before the fit or after it: "
+        "plan(targets, train_batches=train_batches)"
+    )

@@ -123,9 +123,14 @@ class Features:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of neighboring instances, for one pass."""
-        step = max(1, _CHUNK // (2 * self._bytes))
+        step = chunk_of(*self._shape)
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
+
+
+def chunk_of(directions: int, width: int) -> int:
+    """Instances whose vectors are read together."""
+    return max(1, _CHUNK // (4 * directions * width))
 
 
 def _runs(positions: Tensor) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from turnover.influence.gram.kernel import Block, check_finite, cross_of, gram_o
 from turnover.influence.gram.solve import Cholesky
 from turnover.influence.gram.uncertainty import halves
 
-_KEPT = 2**30
+KEPT = 2**30
 """Bytes up to which the factors of all halves are kept between calls."""
 
 Solver = Cholesky | Iterative
@@ -166,7 +166,7 @@ class Fitted:
         for half in drawn:
             rows = half.to(self.device)
             solver = self._inverse(self._positions(rows), self.ridge / 2)
-            if 0 < solver.nbytes * len(drawn) <= _KEPT:
+            if 0 < solver.nbytes * len(drawn) <= KEPT:
                 kept.append((rows, solver))
             yield rows, solver
         self._halves = kept

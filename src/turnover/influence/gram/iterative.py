@@ -17,7 +17,7 @@ _PANEL = 2**27
 """Bytes of K read at once."""
 _STEPS = 300
 _TOLERANCE = 3e-6
-_PROBES = 256
+PROBES = 256
 
 
 class Iterative:
@@ -65,7 +65,7 @@ class Iterative:
         """
         generator = torch.Generator().manual_seed(0)
         # A row has the same signs in every half, so that the estimate hardly differs between them.
-        signs = torch.randint(2, (len(self._k), _PROBES), generator=generator)[self._rows]
+        signs = torch.randint(2, (len(self._k), PROBES), generator=generator)[self._rows]
         probes = (2.0 * signs - 1).to(self._device)
         rest = self._solved(probes) - self._preconditioned(probes)
         rest, probes, vectors = (
@@ -74,7 +74,7 @@ class Iterative:
         )
         identity = torch.eye(self._block, device=self._device)
         blocks = identity / self._floor + (vectors * self._change) @ vectors.mT
-        blocks = blocks + rest @ probes.mT / _PROBES
+        blocks = blocks + rest @ probes.mT / PROBES
         return self._bounded(identity - self._ridge * blocks)
 
     def _bounded(self, blocks: Tensor) -> Tensor:

@@ -20,11 +20,20 @@ from turnover.influence.gram.collected import Collected
 from turnover.influence.gram.coordinates import Coordinates, basis_of
 from turnover.influence.gram.disk import Blocks, Scratch
 from turnover.influence.gram.engines import Computing, InProcess, computing
-from turnover.influence.gram.estimator import GramDriver, check_memory
+from turnover.influence.gram.estimator import GramDriver
+from turnover.influence.gram.given import check_memory
 from turnover.influence.gram.kernel import Block, is_full
-from turnover.influence.gram.landmark_scores import Scored, TargetSums, spread_over
+from turnover.influence.gram.landmark_draws import SampledCoordinates, SampledLandmarked
+from turnover.influence.gram.landmark_scores import (
+    CANDIDATES,
+    MOST,
+    SAMPLE,
+    Scored,
+    TargetSums,
+    spread_over,
+)
 from turnover.influence.gram.landmarks import Landmarked
-from turnover.influence.gram.options import Gram, digests_of
+from turnover.influence.gram.options import Gram, digests_of, landmarks_of
 from turnover.influence.gram.passes import Passes, taken
 from turnover.influence.gram.stored import Unstored, identity_of, storing
 from turnover.influence.gram.training_parts import Given, Gradients, Multiply, TakeIn
@@ -32,15 +41,6 @@ from turnover.influence.gram.whitening import Whitening
 from turnover.influence.progress import Progress, counting
 from turnover.influence.protocol import Ids, Setup, Wanted
 from turnover.results.result import Result
-
-_SAMPLE = 4096
-"""Instances that the variances of a target are pooled over."""
-_MOST = 2**28
-"""Bytes of the inner products of a block of targets with all instances."""
-_LEAST, _USUAL = 1000, 2000
-"""Landmarks by ``"auto"``."""
-_CANDIDATES = 4
-"""Instances whose inner products are taken, for each that is wanted."""
 
 
 class LandmarkDriver(GramDriver):
@@ -140,7 +140,7 @@ class LandmarkDriver(GramDriver):
         """What the training instances come into: the landmarks, and what was stored."""
         networks, options = len(self._captures), self._options
         order = torch.randperm(store.first, generator=torch.Generator().manual_seed(0))
-        chosen = order[: _count(options.landmarks, store.first)]
+        chosen = order[: landmarks_of(options, store.first)]
         made = [Blocks(self._limits.memory // networks, scratch) for _ in self._captures]
         damping = self._damping
         whitenings = [] if damping is None else [Whitening(damping) for _ in self._captures]
@@ -158,13 +158,15 @@ class LandmarkDriver(GramDriver):
             one.finish(blocks)
         self._gradients.whitenings = whitenings
         landmarks = [list(blocks) for blocks in made]
+        kind = SampledLandmarked if options.samples else Landmarked
+        coordinates = SampledCoordinates if options.samples else Coordinates
         bases = store.bases or [
-            basis_of(blocks, options.ridge, torch.cat(cost))
+            basis_of(blocks, options.ridge, torch.cat(cost), coordinates.holding)
             for blocks, cost in zip(landmarks, costs, strict=True)
         ]
         fitted = [
-            Landmarked(
-                Coordinates(blocks, basis, directions),
+            kind(
+                coordinates(blocks, basis, directions),
                 len(self._ids),
                 residual=residual,
                 own_residual=self._own_residual,
@@ -191,7 +193,7 @@ class LandmarkDriver(GramDriver):
                 f"engine={wanted.engine!r} computes passes over the training batches, and these scores "
                 f"take none: give top=, take turnover.Gram(landmarks=..., exact=True), or leave engine= out"
             )
-        sample = spread_over(len(self._ids), _SAMPLE)
+        sample = spread_over(len(self._ids), SAMPLE)
         found = Collected()
         with self._computing(wanted) as computing:
             for batches, blocks in self._blocks(targets, Numbers.ROWS):
@@ -219,7 +221,7 @@ class LandmarkDriver(GramDriver):
         """Places in columns and scores (targets, ranks), from high to low, by their inner products."""
         if self._options.exact:
             return some.strongest(columns, min(top, len(columns)))
-        place, score = some.strongest(columns, min(top * _CANDIDATES, len(columns)))
+        place, score = some.strongest(columns, min(top * CANDIDATES, len(columns)))
         wanted = columns[place]
         given = self._given(self._mask(wanted.flatten()))
         with closing(computing.over(given, Multiply(blocks))) as parts:
@@ -242,7 +244,7 @@ class LandmarkDriver(GramDriver):
             for one, made in zip(sums, some.targets, strict=True):
                 one.add(made)
         total = Scored(self._fitted, [one.total() for one in sums], self._scale().cpu())
-        pool = total.pool(spread_over(len(self._ids), _SAMPLE))
+        pool = total.pool(spread_over(len(self._ids), SAMPLE))
         score, error = total.all(columns, pool)
         return self._vector(score[0], error[0], pool.freedom, ids, each=False)
 
@@ -251,7 +253,7 @@ class LandmarkDriver(GramDriver):
     ) -> Iterator[tuple[list[Batch], list[Block]]]:
         """Blocks of targets, and their gradients by each network."""
         networks = len(self._captures)
-        most = max(1, _MOST // (4 * len(self._ids))) if self._options.exact else None
+        most = max(1, MOST // (4 * len(self._ids))) if self._options.exact else None
         progress = Progress("influence (gram)", {"row": networks}, shown=self._shown)
         pending: list[Batch] = []
         rows: list[list[Rows]] = [[] for _ in self._captures]
@@ -297,10 +299,3 @@ class LandmarkDriver(GramDriver):
                 progress.skip("row", int((~inside).sum()) * len(self._captures))
             if bool(inside.any()):
                 yield taken(batch, inside.nonzero()[:, 0]), places[inside]
-
-
-def _count(landmarks: int | str | None, instances: int) -> int:
-    """Number of landmarks."""
-    if isinstance(landmarks, int):
-        return landmarks
-    return min(max(_LEAST, instances // 10), _USUAL)

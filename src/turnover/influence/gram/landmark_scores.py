@@ -16,6 +16,13 @@ from turnover.influence.gram.landmarks import Landmarked
 from turnover.influence.gram.uncertainty import Pool
 from turnover.influence.topk import Extremes
 
+SAMPLE = 4096
+"""Instances that the variances of a target are pooled over."""
+MOST = 2**28
+"""Bytes of the inner products of a block of targets with all instances."""
+CANDIDATES = 4
+"""Instances whose inner products are taken, for each that is wanted."""
+
 
 class TargetPool(Pool):
     """Pooled variances of targets, with their noise floor.

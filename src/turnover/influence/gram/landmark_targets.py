@@ -53,10 +53,11 @@ class Targets:
     def correct(self, products: Tensor, positions: Tensor) -> None:
         """Take in the inner products with some instances; arguments as of :meth:`missing`."""
         vectors, found = self._missed_of(products, positions)
-        group = self.fitted.of(positions).group
+        group, holding = self.fitted.of(positions).group, self.fitted.holding
         for number in torch.unique(group).tolist():
             some = (group == number).nonzero()[:, 0]
-            held = found[:, some].flatten(1) @ vectors[some].flatten(0, 1)
+            by = found[:, some, holding].flatten(1)
+            held = by @ vectors[some][:, holding].flatten(0, 1)
             self.missed[number] = self.missed[number] + held if number in self.missed else held
         if self.beside is None:
             self.beside = torch.zeros((len(self), len(self.fitted.factor)))
@@ -105,11 +106,7 @@ class Targets:
         kept = fitted.of(positions)
         vectors = fitted.vectors(positions)
         whole = self._whole @ _held(vectors, kept, kept.weights).T
-        # The scores of a half, put on the scale of the whole by the leverage of each instance.
-        scaled = kept.weights + torch.einsum(
-            "nde,ne->nd", fitted.leverage_of(positions), kept.weights
-        )
-        held = _held(vectors, kept, scaled)
+        held = _held(vectors, kept, fitted.weights_of_half(positions))
         spread = Spread(tuple(whole.shape), fitted.freedom + 1, whole.device)
         for row in fitted.halves_of(kept.group):
             for half in row.unique().tolist():

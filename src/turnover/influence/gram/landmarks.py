@@ -107,6 +107,12 @@ class Landmarked:
         if taken.residuals is not None:
             kept.residuals[places] = taken.residuals
 
+    def weights_of_half(self, positions: slice | Tensor) -> Tensor:
+        """Weights that put scores of a half on the scale of the whole: float32 (some, directions)."""
+        weights = self.of(positions).weights
+        scaled: Tensor = weights + torch.einsum("nde,ne->nd", self.leverage_of(positions), weights)
+        return scaled
+
     def _sums(self, done: Callable[[int], None]) -> Tensor:
         """``B V B'`` of each group: float64 (groups, width, width)."""
         width = self.coordinates.width
@@ -115,8 +121,8 @@ class Landmarked:
             kept, vectors = self.of(chunk), self.vectors(chunk)
             for number in range(self.groups):
                 some = (kept.group == number).nonzero()[:, 0]
-                part = vectors[some]
-                held = kept.inverse[some] @ part
+                part = vectors[some][:, self.holding]
+                held = kept.inverse[some][:, self.holding, self.holding] @ part
                 sums[number] += part.flatten(0, 1).T @ held.flatten(0, 1)
             done(chunk.stop - chunk.start)
         return sums
@@ -134,9 +140,16 @@ class Landmarked:
         for one in signs.to(by_group):
             difference = torch.tensordot(one, by_group, dims=1)
             sums += [total + difference, total - difference]
-        for one in sums:
+        del by_group  # matrices of width x width are what takes most memory
+        for number, one in enumerate(sums):
             one.diagonal().add_(1.0)
-        self._solvers = [torch.linalg.cholesky(one) for one in sums]
+            sums[number] = torch.linalg.cholesky(one)
+        self._solvers = sums
+
+    @property
+    def holding(self) -> slice:
+        """The gradients of an instance that hold the network."""
+        return self.coordinates.holding
 
     @cached_property
     def factor(self) -> Tensor:

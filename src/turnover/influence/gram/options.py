@@ -30,6 +30,8 @@ _RESIDUAL = 0.5
 _MASKED_RESIDUAL = 0.25
 _DIRECTIONS = 2
 _DAMPING = 0.1
+_LEAST, _USUAL = 1000, 2000
+"""Landmarks by ``"auto"``."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,6 @@ class Gram(Method):
                 )
             if self.landmarks != "auto":
                 check_whole("landmarks", self.landmarks, 2)
-            if self.samples:
-                raise InputError(
-                    f"landmarks= does not go with samples={self.samples}: leave one of the two out"
-                )
         elif self.exact:
             raise InputError("exact= is for landmarks=; without them all inner products are exact")
         check_whole("resamples", self.resamples, 4)
@@ -197,6 +195,19 @@ def directions_of(objective: Objective, options: Gram) -> int:
             )
         return options.directions
     return _DIRECTIONS if known and not isinstance(options.ridge, str) else 0
+
+
+def gradients_of(objective: Objective, options: Gram) -> int:
+    """Gradients of a training instance, at most."""
+    return 1 + options.samples if options.samples else max(1, directions_of(objective, options))
+
+
+def landmarks_of(options: Gram, instances: int) -> int:
+    """Number of landmarks; of all pairs those that ``"auto"`` would take."""
+    count = options.landmarks
+    if not isinstance(count, int):
+        count = min(max(_LEAST, instances // 10), _USUAL)
+    return min(count, instances)
 
 
 def residual_of(model: Model, objective: Objective, options: Gram) -> float:

@@ -16,7 +16,7 @@ from turnover.batches import Batch
 from turnover.batches.loaders import Numbers
 from turnover.errors import InputError
 from turnover.ids import check_ids
-from turnover.influence.gram.estimator import train_ids_of
+from turnover.influence.gram.given import train_ids_of
 from turnover.influence.gram.options import Model, measure
 from turnover.influence.progress import Progress
 from turnover.influence.sinks import fingerprints

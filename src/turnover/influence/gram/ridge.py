@@ -86,6 +86,11 @@ def choose(ridge: float | str, k: Tensor, y: Tensor) -> float:
     return gcv(k, y) if ridge == "gcv" else evidence(k, y)
 
 
+def judged(rows: int) -> int:
+    """Rows of ``K`` that a rule judges."""
+    return _SAMPLE if rows > _ROWS else rows
+
+
 def _spectrum(k: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(k.double())
     return values.clamp_min(0), vectors.T @ y.to(k.device).double()

@@ -22,7 +22,7 @@ class Cholesky:
 
     def __init__(self, k: Tensor, ridge: float, *, block: int) -> None:
         condition = float(k.diagonal().sum()) / ridge  # at most, as no eigenvalue exceeds the trace
-        exact = condition > _CONDITION and k.device.type != "mps"
+        exact = is_exact(condition) and k.device.type != "mps"
         system = k.double() if exact else k.clone()
         system.diagonal().add_(ridge)
         self._ridge = ridge
@@ -46,3 +46,8 @@ class Cholesky:
         blocks = inverse.view(count, self._block, count, self._block).diagonal(dim1=0, dim2=2)
         identity = torch.eye(self._block, dtype=inverse.dtype, device=inverse.device)
         return (identity - self._ridge * blocks.permute(2, 0, 1)).float()
+
+
+def is_exact(condition: float) -> bool:
+    """Whether a system of a condition number is factored in float64."""
+    return condition > _CONDITION
