@@ -29,7 +29,6 @@ from turnover.cli.output import visible
 from turnover.cli.report import demo, report, view
 from turnover.cli.scores import explain, groups, influence, memorize
 from turnover.cli.training import fit, plan
-from turnover.io.memory import keep_freed_memory
 
 _SHOW = warnings.showwarning
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -79,7 +78,6 @@ def turnover(
 def main() -> NoReturn:
     """Run the command line; bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show

@@ -18,7 +18,6 @@ from turnover.cli.training import print_fit
 from turnover.data import demo as demo_data
 from turnover.data.base import Columns, read_both
 from turnover.dropout.masks import MaskSpec
-from turnover.io.memory import return_freed_memory
 from turnover.io.parsing import damage
 from turnover.models.text import ClassifierConfig
 from turnover.report import write
@@ -99,7 +98,6 @@ def demo(
     }
     again = recipe(settings, ("data", "test", "model"))
     print_fit(output, fit(task, *both, out, overwrite=True, recipe=again, device=device))
-    return_freed_memory()
     run = Run.load(out, device)
     metrics = score(run, ScoreConfig())
     print_influence(output, metrics)
