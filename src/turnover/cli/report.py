@@ -18,6 +18,7 @@ from turnover.cli.training import print_fit
 from turnover.data import demo as demo_data
 from turnover.data.base import Columns, read_both
 from turnover.dropout.masks import MaskSpec
+from turnover.io.memory import freed_memory_kept
 from turnover.io.parsing import damage
 from turnover.models.text import ClassifierConfig
 from turnover.report import write
@@ -97,7 +98,9 @@ def demo(
         "keep": task.masks.keep,
     }
     again = recipe(settings, ("data", "test", "model"))
-    print_fit(output, fit(task, *both, out, overwrite=True, recipe=again, device=device))
+    with freed_memory_kept():
+        fitted = fit(task, *both, out, overwrite=True, recipe=again, device=device)
+    print_fit(output, fitted)
     run = Run.load(out, device)
     metrics = score(run, ScoreConfig())
     print_influence(output, metrics)

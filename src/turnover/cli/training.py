@@ -30,6 +30,7 @@ from turnover.data.base import Data
 from turnover.dropout.masks import MaskSpec
 from turnover.dropout.sites import PRESETS
 from turnover.errors import InputError
+from turnover.io.memory import freed_memory_kept
 from turnover.models.base import Config
 from turnover.models.image import IMAGE_MODELS, ImageClassifierConfig
 from turnover.models.pipeline import config_class
@@ -119,15 +120,16 @@ def fit(
         )
     files = ("data", "test", "weights" if model in IMAGE_MODELS else "model")
     settings = {"data": data, "model": model, **options, "data_digest": found}
-    metrics = fit_task.fit(
-        _task(shape, options),
-        train_data,
-        test_data,
-        out,
-        overwrite=overwrite,
-        recipe=recipe(settings, files),
-        device=device,
-    )
+    with freed_memory_kept():
+        metrics = fit_task.fit(
+            _task(shape, options),
+            train_data,
+            test_data,
+            out,
+            overwrite=overwrite,
+            recipe=recipe(settings, files),
+            device=device,
+        )
     print_fit(output, metrics)
     output.say(f"run: {out}; next: {next_commands(train_data, out, 'influence')}")
     output.document({"run": str(out), "metrics": metrics})

@@ -22,7 +22,6 @@ from turnover.dropout.modules import choose_device, random_state_kept
 from turnover.dropout.network import Network, attach
 from turnover.ids import ghost_ids
 from turnover.io.bars import stages
-from turnover.io.memory import freed_memory_kept
 from turnover.io.parsing import write_json
 from turnover.models.base import Config, Pipeline
 from turnover.models.pipeline import build
@@ -110,7 +109,7 @@ def fit(
     """
     chosen = choose_device(device)
     kept = (FILE,) if config.memorization else ()
-    with freed_memory_kept(), writing_run(out, overwrite=overwrite, kept=kept) as draft:
+    with writing_run(out, overwrite=overwrite, kept=kept) as draft:
         # Draws for weights and dropout leave the caller's generator alone.
         with random_state_kept(chosen):
             torch.manual_seed(config.training.seed)

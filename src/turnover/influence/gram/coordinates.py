@@ -164,7 +164,7 @@ class Coordinates:
 def inverted(values: Tensor, ridge: float) -> Tensor:
     """``(values + ridge)^-1`` of symmetric matrices, whose negative eigenvalues are rounding errors."""
     sizes, turn = torch.linalg.eigh(values)
-    found: Tensor = (turn / (sizes.clamp_min(0) + ridge)[:, None, :]) @ turn.mT
+    found: Tensor = (turn / (sizes.clamp_min(0) + ridge)[..., None, :]) @ turn.mT
     return found
 
 

@@ -172,6 +172,8 @@ class LandmarkDriver(GramDriver):
                 own_residual=self._own_residual,
                 resamples=options.resamples,
                 memory=self._limits.memory // networks,
+                # With exact products, or drawn labels, nothing of the landmarks stands out.
+                alike=None if options.exact or options.samples else torch.cat(positions),
             )
             for blocks, basis, residual in zip(landmarks, bases, self._residual, strict=True)
         ]

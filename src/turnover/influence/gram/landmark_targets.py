@@ -72,7 +72,9 @@ class Targets:
         vectors = self.fitted.vectors(positions[order])[order.argsort()]
         products = products.to(self.own.device).view(len(self), len(positions), -1)
         products = products - torch.einsum("tw,ndw->tnd", self.own, vectors)
-        return vectors, torch.einsum("tnd,nde->tne", products, self.fitted.of(positions).inverse)
+        return vectors, torch.einsum(
+            "tnd,nde->tne", products, self.fitted.beside_others(positions).inverse
+        )
 
     @cached_property
     def _whole(self) -> Tensor:
@@ -93,7 +95,7 @@ class Targets:
 
     def scores(self, positions: slice | Tensor) -> Tensor:
         """Scores of instances before their factor: float32 (targets, instances)."""
-        kept = self.fitted.of(positions)
+        kept = self.fitted.beside_others(positions)
         found = self._whole @ _held(self.fitted.vectors(positions), kept, kept.weights).T
         return self._with_beside(found, positions)
 
@@ -103,7 +105,7 @@ class Targets:
     def measured(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`scores`, and their variances over halves of the training set."""
         fitted = self.fitted
-        kept = fitted.of(positions)
+        kept = fitted.beside_others(positions)
         vectors = fitted.vectors(positions)
         whole = self._whole @ _held(vectors, kept, kept.weights).T
         held = _held(vectors, kept, fitted.weights_of_half(positions))

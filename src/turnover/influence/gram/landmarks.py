@@ -8,6 +8,10 @@ dimensions as landmarks have gradients. What the coordinates of target and insta
 product, ``d = k - b'B``, adds ``d V``; and where it is known for all instances, ``b`` becomes
 ``b - sum of d V B``.
 
+The landmarks themselves have no remainder. Scored beside others by ``b' A^-1 B V``, without ``d``, they would
+seem the more influential: in ``V`` they are then given the mean of the others' remainders. What an instance
+does to itself takes its own.
+
 Standard errors come from halves, as in :mod:`turnover.influence.gram.uncertainty`. The halves are sums of
 random groups of instances, balanced by a Hadamard matrix (McCarthy 1969), so that one pass serves all.
 
@@ -18,14 +22,14 @@ not depend on how the gradients came in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from turnover.influence.gram.balanced import Spread, groups_of, hadamard
-from turnover.influence.gram.coordinates import Coordinates, Taken
+from turnover.influence.gram.coordinates import Coordinates, Taken, inverted
 from turnover.influence.gram.features import Features
 
 
@@ -58,6 +62,8 @@ class Landmarked:
         own_residual: whether scores of instances on themselves are multiplied by it once more.
         resamples: number of halves.
         memory: bytes of vectors that stay in memory.
+        alike: positions of the landmarks that are scored with remainders like the others', int64
+            (landmarks,).
 
     Attributes:
         coordinates: of gradients.
@@ -79,6 +85,7 @@ class Landmarked:
         own_residual: bool,
         resamples: int,
         memory: int,
+        alike: Tensor | None = None,
     ) -> None:
         self.coordinates, self.device = coordinates, coordinates.device
         directions = self.directions = coordinates.directions
@@ -94,6 +101,11 @@ class Landmarked:
         self.groups = int(self.kept.group.max()) + 1
         self._exponents = residual, own_residual
         self._leverage: Tensor | None = None
+        self._alike = torch.zeros(instances, dtype=torch.bool)
+        if alike is not None:
+            self._alike[alike] = True
+        self._mean: Tensor | None = None
+        """``V`` of the mean remainder of the others."""
         self._solvers: list[Tensor] = []
         self.freedom = resamples // 2 - 1
 
@@ -118,7 +130,7 @@ class Landmarked:
         width = self.coordinates.width
         sums = torch.zeros((self.groups, width, width), dtype=torch.float64, device=self.device)
         for chunk in self.chunks():
-            kept, vectors = self.of(chunk), self.vectors(chunk)
+            kept, vectors = self.beside_others(chunk), self.vectors(chunk)
             for number in range(self.groups):
                 some = (kept.group == number).nonzero()[:, 0]
                 part = vectors[some][:, self.holding]
@@ -133,6 +145,7 @@ class Landmarked:
         Args:
             done: called with the number of further instances that are added up.
         """
+        self._mean = self._of_others()
         by_group = self._sums(done)
         total = by_group.sum(dim=0)
         signs = hadamard(self.groups)[1 : self.freedom + 2]
@@ -179,6 +192,25 @@ class Landmarked:
         """What is kept of training instances, on the device."""
         kept = {field.name: getattr(self.kept, field.name) for field in fields(Instances)}
         return Instances(**{name: one[positions].to(self.device) for name, one in kept.items()})
+
+    def beside_others(self, positions: slice | Tensor) -> Instances:
+        """:meth:`of`, for scores of pairs."""
+        kept = self.of(positions)
+        if self._mean is None:
+            return kept
+        alike = self._alike[positions].to(self.device)
+        return replace(kept, inverse=torch.where(alike[:, None, None], self._mean, kept.inverse))
+
+    def _of_others(self) -> Tensor | None:
+        if not bool(self._alike.any()) or bool(self._alike.all()):
+            return None
+        total = torch.zeros((self.directions, self.directions), dtype=torch.float64)
+        for chunk in self.chunks():
+            others = self.kept.inverse[chunk][~self._alike[chunk]]
+            total += torch.linalg.inv(others.double()).sum(dim=0)
+        ridge = self.coordinates.ridge * torch.eye(self.directions, dtype=torch.float64)
+        mean = total / int((~self._alike).sum()) - ridge
+        return inverted(mean, self.coordinates.ridge).float().to(self.device)
 
     def solved(self, half: int | None, values: Tensor) -> Tensor:
         """``A^-1`` of the whole, or of a half, times values (some, width): float32."""
