@@ -32,7 +32,7 @@ class Limits:
         landmarks: rows of the Gram matrix that their preconditioner is made of.
     """
 
-    memory: int = 2**29
+    memory: int = 2**28
     rows: int = 20_000
     landmarks: int = 1000
 

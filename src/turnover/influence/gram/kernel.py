@@ -22,7 +22,7 @@ _BYTES = 2**28
 """Bytes of a block; several are in memory at once."""
 _PANEL = 4096
 """Rows whose inner products are summed over all parts before they are written."""
-_GROUP = 2**29
+_GROUP = 2**27
 """Bytes of the gradients by one part that are in memory at once, twice."""
 _ENOUGH = 256
 """Rows of gradients that are multiplied as they are, without a copy of them beside others."""
