@@ -62,4 +62,4 @@ def test_curves_end_with_the_losses_of_the_finished_network(run: Run) -> None:
         assert len(points) == len(curves["steps"])
         # Fewer rows than a curve has at most: it ends with all of them.
         assert points[-1][0] == pytest.approx(metrics["loss"][name])
-    assert metrics["precision"]["losses"] == metrics["precision"]["training"]
+    assert metrics["precision"]["curves"] == metrics["precision"]["training"]

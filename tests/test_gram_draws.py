@@ -12,6 +12,7 @@ from test_gram_language import causal
 from test_gram_stored import Failing, assert_same, everything, rows
 from test_language_models import passages
 from turnover import Gram, Influence, InputError, objectives
+from turnover.influence.gram import coordinates as coordinates_module
 from turnover.influence.gram import landmarks as landmarks_module
 from turnover.influence.gram import stored as stored_module
 from turnover.influence.gram.capture import Capture
@@ -79,17 +80,20 @@ def test_scores_are_those_of_the_formula(landmarks, exact):
     )
 
 
-class Unrounded(landmarks_module.Features):
-    """Vectors that are kept as they are."""
+class Single(landmarks_module.Features):
+    """Vectors that are kept in single precision."""
 
     def __init__(self, *given):
         super().__init__(*given)
         self._values = self._values.astype(np.float32)
 
-    def write(self, positions, vectors):
-        self._scales[positions] = 1.0
-        self._values[positions.numpy()] = vectors.numpy()
-        return vectors
+
+class Unrounded(coordinates_module.Rounded):
+    """Vectors as they are."""
+
+    @classmethod
+    def of(cls, vectors):
+        return cls(vectors, torch.ones(vectors.shape[:2]))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -97,8 +101,9 @@ def test_with_all_as_landmarks_they_are_those_of_all_pairs(exact, monkeypatch):
     model, train, targets = problem(ROWS)
     every = made(model).fit(cut(train, 16))
     rounded = made(model, landmarks=ROWS, exact=exact).fit(cut(train, 16))
-    monkeypatch.setattr(landmarks_module, "Features", Unrounded)
-    monkeypatch.setattr(landmarks_module, "_SMALLEST", 1e-8)
+    monkeypatch.setattr(landmarks_module, "Features", Single)
+    monkeypatch.setattr(coordinates_module, "Rounded", Unrounded)
+    monkeypatch.setattr(coordinates_module, "_SMALLEST", 1e-8)
     whole = made(model, landmarks=ROWS, exact=exact).fit(cut(train, 16))
     for call in (
         lambda one: one.estimate([targets]),

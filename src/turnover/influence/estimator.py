@@ -15,6 +15,7 @@ from turnover.dropout.modules import exclusive
 from turnover.dropout.network import Network
 from turnover.errors import InputError, check_whole
 from turnover.influence.driver import BlockDriver
+from turnover.influence.networks import attached, distinct
 from turnover.influence.plan import FitPlan, Plan
 from turnover.influence.protocol import (
     METHODS,
@@ -93,11 +94,11 @@ class Influence:
             hint = f": write method={objective!r}" if is_method else ""
             raise InputError(f"objective must be callable, got {objective!r}{hint}")
         check_whole("ghosts", ghosts, MIN_GHOSTS)
-        models = _distinct(network)
+        models = distinct(network)
         self.method, self.objective, self.sites = options.name, objective, list[str]()
         self.needs_fit, self._ready = options.needs_fit, not options.needs_fit
         if options.needs_masks:
-            first = _attached(models, options.name)[0]
+            first = attached(models, options.name)[0]
             if sites is not None and (isinstance(sites, str) or not sites):
                 raise InputError(f"sites must be a list of names or patterns, got {sites!r}")
             self.sites = first.sites if sites is None else first.select(sites)
@@ -378,32 +379,3 @@ class Influence:
                 f"{self.method} looks at the training data: call fit(train_batches) before it scores"
             )
         return exclusive(*self.modules)
-
-
-def _distinct(
-    network: Network | nn.Module | Sequence[Network | nn.Module],
-) -> list[Network | nn.Module]:
-    models = [network] if isinstance(network, Network | nn.Module) else list(network)
-    if not models:
-        raise InputError("no network given")
-    if len({id(one.model if isinstance(one, Network) else one) for one in models}) < len(models):
-        raise InputError(
-            "one network is given twice, and would count double in the mean over networks"
-        )
-    return models
-
-
-def _attached(models: Sequence[Network | nn.Module], method: str) -> list[Network]:
-    networks = [one for one in models if isinstance(one, Network)]
-    if len(networks) < len(models):
-        raise InputError(
-            f"method={method!r} needs the masks that a network was trained under: give one from "
-            f'turnover.attach, or take method="gram" for a network that was trained without'
-        )
-    for one in networks[1:]:
-        if one.sites != networks[0].sites:
-            raise InputError(
-                f"the networks have different sites, {networks[0].sites} and {one.sites}: attach the "
-                f"same ones to all"
-            )
-    return networks

@@ -87,7 +87,7 @@ class Job:
             most: targets.
         """
         found, pending = [], 0
-        for size in self.targets:
+        for size in filter(None, self.targets):
             step = min(size, most or size)
             for start in range(0, size, step):
                 pending += min(step, size - start)
