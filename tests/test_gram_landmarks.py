@@ -39,7 +39,9 @@ def by_formula(own, others, places, *, exact):
     missed = (others @ own.T - targets @ b.T) * v
     a = np.eye(len(b.T)) + (b.T * v) @ b
     if not exact:
-        return targets @ np.linalg.solve(a, b.T * v), missed
+        solved = targets @ np.linalg.solve(a, b.T)
+        own_remainder = np.where(np.isin(np.arange(len(own)), places), 1 / ridge - v, 0)
+        return solved * v, missed + solved * own_remainder
     return missed + (targets - missed @ b) @ np.linalg.solve(a, b.T * v), None
 
 

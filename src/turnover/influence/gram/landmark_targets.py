@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -42,13 +43,19 @@ class Targets:
         return one
 
     def missing(self, products: Tensor, positions: Tensor) -> Tensor:
-        """``d V w`` of some instances: float32 (targets, some).
+        """What exact inner products change in scores of some instances: float32 (targets, some).
+
+        ``d V w``. Landmarks, whose products were exact, get their own remainders back, which are none.
 
         Args:
             products: inner products with their gradients, float32 (targets, gradients).
             positions: of the instances.
         """
-        return self._times_weights(self._missed_of(products, positions)[1], positions)
+        vectors, found = self._missed_of(products, positions)
+        kept, beside = self.fitted.of(positions), self.fitted.beside_others(positions)
+        difference = replace(kept, inverse=kept.inverse - beside.inverse)
+        back = self._whole @ _held(vectors, difference, kept.weights).T
+        return self._times_weights(found, positions) + back
 
     def correct(self, products: Tensor, positions: Tensor) -> None:
         """Take in the inner products with some instances; arguments as of :meth:`missing`."""
