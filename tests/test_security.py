@@ -31,7 +31,7 @@ from turnover.models.text import ClassifierConfig, build_classifier
 from turnover.runs.run import Run, write_digests
 
 SOURCE = Path(package.__file__).parent
-BETWEEN_PROCESSES = ("influence/ray_blocks.py",)
+BETWEEN_PROCESSES = ("parallel/ray_objects.py",)
 """Ray's transport pickles, from one of the user's own processes to another."""
 OF_OUR_OWN_NAMES = ("report/render.py", "influence/gram/rules/__init__.py")
 """Import libraries by names written in the file, and the modules of their own folder."""
