@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from turnover.dropout.modules import device_of
 from turnover.io.bars import slowly
 from turnover.models.text import TextClassifier
 from turnover.models.vision import ImageEncoderClassifier
+from turnover.tasks.training import autocast
 
 _HEAD = "head."
 
@@ -56,16 +57,32 @@ def features_of(model: nn.Module, data: Encoded, title: str) -> Encoded:
     """
     if not isinstance(model, TextClassifier | ImageEncoderClassifier):
         return data
-    chunks, found = data.chunks(range(len(data))), []
     features: Any = model.features
-    device = device_of(model)
+
+    def of(inputs: Any) -> Tensor:
+        found: Tensor = features(**inputs) if isinstance(inputs, Mapping) else features(inputs)
+        return found
+
+    return Features(data, computed(model, data, of, title))
+
+
+def computed(
+    model: nn.Module, data: Encoded, function: Callable[[Any], Tensor], title: str
+) -> Tensor:
+    """Compute something of all rows in eval mode and float32: float32 (rows, ...) on the CPU, in their order.
+
+    Args:
+        model: in any mode; it is left in eval mode.
+        data: rows for it.
+        function: from the inputs of a batch, on the model's device, to (rows of the batch, ...).
+        title: of the bar.
+    """
+    rows, device = range(len(data)), device_of(model)
+    chunks = data.chunks(rows)
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for chunk in slowly(chunks, title):
-            inputs: Any = data.batch(chunk).to(device).inputs
-            named = isinstance(inputs, Mapping)
-            found.append(features(**inputs) if named else features(inputs))
-    return Features(data, in_order(found, chunks, range(len(data))).float().cpu())
+    with torch.no_grad(), autocast(device, bfloat16=False):
+        found = [function(data.batch(chunk).to(device).inputs) for chunk in slowly(chunks, title)]
+    return in_order(found, chunks, rows).float().cpu()
 
 
 def by_head(sites: Sequence[str]) -> bool:

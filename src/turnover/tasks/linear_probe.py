@@ -18,16 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from turnover.data.base import Data
-from turnover.data.encoded import in_order
 from turnover.dropout.head import WideHead
 from turnover.dropout.masks import MaskSpec
-from turnover.dropout.modules import device_of
 from turnover.dropout.network import Network, attach
 from turnover.errors import InputError
-from turnover.io.bars import slowly
 from turnover.runs.run import Run
 from turnover.tasks.class_weights import weights_of_run
-from turnover.tasks.training import autocast
+from turnover.tasks.features import computed
 from turnover.training import mean_cross_entropy, shuffled, train
 
 # Chosen on held-out rows of the training domain (docs/cleanse.md). Without the decay of the learning rate
@@ -70,19 +67,9 @@ def frozen(run: Run, data: Data) -> Frozen:
 
     The classes weigh as much as in the run's training.
     """
-    encoded, device = run.encode(data), device_of(run.model)
-    rows = range(len(encoded))
-    chunks = encoded.chunks(rows)
-    run.model.eval()
-    with (
-        torch.no_grad(),
-        autocast(device, bfloat16=False),
-        run.whole(),
-        run.pipeline.pretrained(run.model) as encoder,
-    ):
-        shown = slowly(chunks, "features of the pretrained encoder")
-        found = [encoder(encoded.batch(chunk).to(device).inputs) for chunk in shown]
-    features = in_order(found, chunks, rows).float().cpu()
+    with run.whole(), run.pipeline.pretrained(run.model) as encoder:
+        title = "features of the pretrained encoder"
+        features = computed(run.model, run.encode(data), encoder, title)
     return Frozen(features, torch.tensor(data.labels), len(data.classes), weights_of_run(run))
 
 

@@ -11,11 +11,9 @@ from torch import Tensor
 from turnover.errors import InputError
 from turnover.influence.gram.disk import Limits
 from turnover.influence.gram.estimator import GramDriver
-from turnover.influence.gram.given import check_wanted
 from turnover.influence.gram.landmark_driver import LandmarkDriver
 from turnover.influence.gram.options import Gram, gradients_of
 from turnover.influence.gram.passes import Passes
-from turnover.influence.gram.plan import plan_of
 from turnover.influence.plan import FitPlan, Plan
 from turnover.influence.protocol import Ids, Setup, Wanted, register
 from turnover.results.result import Result
@@ -77,9 +75,7 @@ class AutoDriver:
         self, targets: Iterable[Any], train_batches: Iterable[Any], wanted: Wanted
     ) -> FitPlan:
         """See :class:`.estimator.GramDriver`."""
-        check_wanted(wanted)
-        given = self._options, self._setup, self._limits
-        return plan_of(*given, targets, train_batches, wanted.top)
+        return self._landmarks.plan_fit(targets, train_batches, wanted)
 
 
 def driver_of(method: Gram, setup: Setup) -> GramDriver | AutoDriver:
