@@ -21,6 +21,7 @@ pytest.importorskip("typer")
 import typer
 
 import test_cli
+import tiny
 from test_cli import ENVIRONMENT, fit_arguments, sentences, turnover, turnover_process, write_csv
 from turnover.cli import EXAMPLES, app
 from turnover.io.parsing import read_json
@@ -362,7 +363,12 @@ def test_an_interrupted_process_ends_with_130_and_resumes(
     arguments = fit_arguments(data[0], encoder, tmp_path / "run", *more)
     command = [sys.executable, "-m", "turnover", *map(str, arguments), "--epochs", "40"]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=tiny.interruptible,
     )
     checkpoint = tmp_path / ".run.partial" / "turnover.checkpoint"
     deadline = time.monotonic() + 120

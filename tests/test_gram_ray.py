@@ -18,14 +18,14 @@ from test_gram_gradients import build
 from test_gram_language import causal
 from test_gram_stored import assert_same, everything, rows
 from test_language_models import passages
-from test_ray import PATHS, connected, tree
+from test_ray import PATHS, canceled, connected, tree
 from turnover import Batch, Gram, Influence, InputError, objectives
 from turnover.influence.gram import kernel
 from turnover.influence.gram import stored as stored_module
 from turnover.influence.gram.disk import Limits
 from turnover.influence.gram.landmarks import Landmarked
 
-pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 
 ROWS = 300
 SMALL = {"_ROWS": 40, "_BYTES": 2**14}
@@ -45,6 +45,7 @@ def small(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(kernel, name, value)
     monkeypatch.setattr(stored_module, "_CHUNK", 2**11)
+    monkeypatch.setattr(ray, "cancel", canceled)
     yield
     torch.set_num_threads(threads)
 
@@ -354,7 +355,9 @@ def test_a_fit_that_is_cut_off_is_continued_by_the_other_engine(first, by, clust
     Influence(models(), objective, method).fit(batches(), out=tmp_path / "whole")
     place = tmp_path / "fit"
     driver = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(place), first], env=os.environ | {"PYTHONPATH": PATHS}
+        [sys.executable, "-c", SCRIPT, str(place), first],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        preexec_fn=tiny.interruptible,
     )
     limit = time.monotonic() + 120
     while not (place / "progress" / "rows").exists() or not rows(place):

@@ -77,6 +77,10 @@ def cluster():
         yield
 
 
+def canceled(*_, **__):
+    raise AssertionError("canceled while it ends, a task aborts the process that sent it")
+
+
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
     """One thread, and several blocks of targets and of ids by every method."""
@@ -85,6 +89,7 @@ def blocks(monkeypatch):
     monkeypatch.setattr(protocol, "_MOST_TARGETS", 32)
     monkeypatch.setattr(protocol, "_SCORE_BYTES", 2**17)
     monkeypatch.setattr(blockwise, "_SCANNED", 1)
+    monkeypatch.setattr(ray, "cancel", canceled)
     yield
     torch.set_num_threads(threads)
 
@@ -134,6 +139,21 @@ def test_what_is_wrong_in_a_task_is_said_as_in_one_process(cluster, tmp_path):
     for engine in ("process", "ray"):
         with pytest.raises(InputError, match=r"NaN or infinite for rows \[0, 1\]"):
             influence().estimate(wrong, IDS, out=tmp_path / engine, engine=engine)
+
+
+@pytest.mark.long
+def test_errors_again_and_again_while_tasks_end_leave_the_process_alive(cluster, tmp_path):
+    for number in range(10):
+        with pytest.raises(ZeroDivisionError):
+            influence().estimate(
+                (batch if index < 3 else 1 / 0 for index, batch in enumerate(batches())),
+                IDS,
+                out=tmp_path / str(number),
+                engine="ray",
+            )
+    influence().estimate(batches(), IDS, out=tmp_path / "0", engine="ray")
+    influence().estimate(batches(), IDS, out=tmp_path / "one")
+    assert tree(tmp_path / "0") == tree(tmp_path / "one")
 
 
 @pytest.mark.long

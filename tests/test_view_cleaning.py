@@ -278,6 +278,7 @@ def test_fifty_decisions_by_keys_undone_counted_and_their_effect_seen(
             page,
             f"document.querySelector('#instance-pane').dataset.shown === '{likely[DECIDED - 3]}'",
         )
+        page.locator(f"#effect[data-decisions='{DECIDED - 3}']").wait_for()
         kept = dict(list(made.items())[: DECIDED - 3])
         assert read_decisions(Run.load(run), path) == kept
 

@@ -1,5 +1,6 @@
 """Tiny models and data for the tests: random weights, nothing downloaded."""
 
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,11 @@ from turnover.influence.protocol import METHODS, Method
 
 CLASSES = 3
 TOKENS = 7
+
+
+def interruptible() -> None:
+    """Let a new process be interrupted; those of a shell's background jobs ignore it (``preexec_fn``)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class FunctionalHead(nn.Module):

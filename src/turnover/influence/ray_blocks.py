@@ -6,6 +6,7 @@ result. Ray runs a task again whose worker was lost, and gets the same bits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from turnover.parallel.ray import PATIENCE, WAITING, Settings, kept, places, ten
 from turnover.parallel.ray_objects import Packed, packed, unpacked
 from turnover.results.store import joining
 from turnover.results.writer import Writer
+
+_LEAVING = 60.0
+"""Seconds that tasks may take to end after an error."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,20 @@ def over(
         while flight:
             land()
     finally:
-        for one in flight:
-            ray.cancel(one, force=True)
+        _leave(flight, writer)
     return count
+
+
+def _leave(flight: Iterable[Any], writer: Writer) -> None:
+    """Wait for tasks after an error, as long as they may write.
+
+    They are not canceled: one that is about to end would take this process with it (Ray 2.60,
+    ``NormalTaskSubmitter::CancelTask``).
+    """
+    left, limit = list(flight), time.monotonic() + _LEAVING
+    while left and time.monotonic() < limit:
+        _, left = ray.wait(left, timeout=PATIENCE)
+        writer.renew()
 
 
 @ray.remote  # type: ignore[untyped-decorator]

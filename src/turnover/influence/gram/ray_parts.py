@@ -166,7 +166,7 @@ class Tasks:
                 yield positions, unpacked(ended.made)
                 done(len(positions))
         finally:
-            self._cancel(force=True)
+            self._flight.clear()
 
     def _send(self, queue: _Queue, broadcast: list[Any]) -> bool:
         """Send as many tasks as may be under way; whether there are any."""
@@ -182,13 +182,12 @@ class Tasks:
         return bool(self._flight)
 
     def _again(self, queue: _Queue) -> None:
-        self._cancel(force=False)
-        queue.restart()
+        """Send what is under way again.
 
-    def _cancel(self, *, force: bool) -> None:
-        for one in self._flight:
-            ray.cancel(one.task, force=force)
+        The tasks are not canceled, as in :mod:`turnover.influence.ray_blocks`: they end, and are not heard.
+        """
         self._flight.clear()
+        queue.restart()
 
 
 @ray.remote  # type: ignore[untyped-decorator]
