@@ -22,11 +22,11 @@ demo: $(VENV)/.text ## Fine-tune a BERT on 3,000 sentences and explain its error
 	$(BIN)/turnover demo --out runs/demo
 
 test: $(VENV)/.dev ## Run the tests, real models included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 2 -m "not long"
 
 # Clusters, several nodes, failing stores, killed processes, memory, whole trainings, examples, notebooks, boards.
 test-long: $(VENV)/.dev ## Run the long tests: clusters, failing stores, examples, notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 2 -m long
 
 # FUZZ_SECONDS=: time per reader. TARGETS=: some readers alone. atheris does not support every Python and system.
 fuzz: $(VENV)/.fuzz ## Fuzz every reader with atheris

@@ -127,6 +127,17 @@ def test_only_the_cell_of_a_changed_label_differs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("width", ["utf-16", "utf-32"])
+def test_the_order_of_bytes_stays(width: str, order: str, tmp_path: Path) -> None:
+    text = "text,label\nné,a\nb,b\nc,a\n"
+    (tmp_path / "mine.csv").write_bytes(f"\ufeff{text}".encode(f"{width}-{order}"))
+    run = run_on(tmp_path / "mine.csv", Columns(encoding=width))
+    out, _ = changed(run, {}, [run.train.keys[1]], tmp_path / "cleaned.csv")
+    kept = text.replace("b,b\n", "")
+    assert out.read_bytes() == f"\ufeff{kept}".encode(f"{width}-{order}")
+
+
 def test_tabs_without_quoting_and_gzip_stay_as_they_are(tmp_path: Path) -> None:
     raw = 'uid\twords\tmood\n1\t"good film\tglad\n2\tbad "film"\tsad\n3\tdull\tsad\n'
     path = tmp_path / "mine.tsv.gz"
@@ -416,6 +427,39 @@ def test_an_encoding_that_is_wrong_or_unknown_is_one_line(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"line 1: not UTF-8 .* --encoding"):
         read(str(lines), Columns())
     assert read(str(lines), Columns(encoding="utf-16")).texts == ["naïve", "b"]
+
+
+def test_files_that_are_read_are_not_written_over(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["uid,text,label", *(f'u{i},"{text}",{label}' for i, text, label in sentences(60))]
+    mine = tmp_path / "mine.csv"
+    mine.write_text("\n".join([*lines, ""]), "utf-8")
+    turnover(*fit_arguments(mine, encoder, tmp_path / "run", "--no-compare", "--id-column", "uid"))
+    run = Run.load(tmp_path / "run")
+    Path("d.csv").write_text(f"key,decision\n{run.train.keys[0]},remove\n", "utf-8")
+    Path("s.csv").write_text("key,score\n" + "".join(f"{key},1\n" for key in run.train.keys))
+    Path("g.csv").write_text("key,attribute\n" + "".join(f"{key},1\n" for key in run.test.keys))
+    Path("v.csv").write_text("text,label\ngood,pos\nbad,neg\n", "utf-8")
+    (tmp_path / "link.csv").symlink_to(mine)
+    commands = [
+        (("predict", "run", "--hidden"), mine),
+        (("review", "run"), mine),
+        (("review", "run"), "link.csv"),
+        (("review", "run", "--apply", "remove"), "../" + tmp_path.name + "/mine.csv"),
+        (("review", "run", "--decisions", "d.csv"), "d.csv"),
+        (("cleanse", "run", "--validation", "v.csv"), mine),
+        (("cleanse", "run", "--validation", "v.csv"), "v.csv"),
+        (("cleanse", "run", "--validation", "v.csv", "--scores", "s.csv"), "s.csv"),
+        (("fairness", "run", "--attributes", "g.csv", "--positive", "pos"), "g.csv"),
+    ]
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    for command, out in commands:
+        refused = turnover(*command, "--out", out, expect=2)
+        assert "name another file with --out" in refused.stderr, command
+        assert refused.stderr.count("\n") == 1, refused.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
 
 
 def test_the_same_fit_command_runs_on_the_file_after_decisions(

@@ -11,7 +11,7 @@ from turnover.cli.parameters import command
 from turnover.errors import InputError
 from turnover.fairness import Gap
 from turnover.runs.run import Run
-from turnover.runs.source import usual_ending
+from turnover.runs.source import check_spared, usual_ending
 from turnover.tasks import fairness as fairness_task
 from turnover.tasks.explain import SIGNIFICANT_Q
 
@@ -51,6 +51,7 @@ def fairness(
     if out is not None and out.suffix != ".csv":
         raise InputError(f"{out}: the list is a CSV file")
     loaded = Run.load(run, device)
+    check_spared(loaded, out, attributes)
     fairness_task.check_decision(loaded, decision)
     values = fairness_task.read_attribute(loaded.test, attributes, column)
     found = fairness_task.fairness(

@@ -21,7 +21,7 @@ from turnover.data.base import check_writable
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.runs.run import Run
-from turnover.runs.source import usual_ending
+from turnover.runs.source import check_spared, usual_ending
 from turnover.tasks import cleanse as cleanse_task
 from turnover.tasks import relabel as relabel_task
 from turnover.tasks import review as review_task
@@ -61,6 +61,7 @@ def predict(
     name = f"{'hidden_' if hidden else 'training_' if train else ''}predictions.csv"
     check_folder(out)
     loaded = Run.load(run, device)
+    check_spared(loaded, out)
     mixture: dict[str, float] = {}
     if hidden:
         found = open_hidden(loaded) if calibrate else predict_training(loaded, calibrate=False)
@@ -118,6 +119,7 @@ def review(
         if lists and out.suffix != ".csv":
             raise InputError(f"{out}: the list to review is a CSV file")
     loaded = Run.load(run, device)
+    check_spared(loaded, out, decisions)
     ending = usual_ending(loaded)
     path = out or in_results(run, "review.csv" if lists else f"decided{ending}")
     if decisions is not None:
@@ -228,6 +230,7 @@ def cleanse(
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
     loaded = Run.load(run, device)
+    check_spared(loaded, out, Path(validation), scores)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
     columns = replace(columns, second=second_column)

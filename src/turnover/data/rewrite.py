@@ -21,6 +21,8 @@ from turnover.io.parsing import UTF8, check_encoding, read_text
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _JSON = json.JSONDecoder()
+_HIGH_FIRST = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}
+"""Byte order marks of encodings that Python itself may write in the other order."""
 
 
 def rewritten(
@@ -62,17 +64,20 @@ def rewritten(
         return _arrays(path, columns, copied, removed)
     changed = _objects if form in (".json", ".jsonl") else _records
     text = changed(path, columns, copied, removed)
-    encoding = check_encoding(columns.encoding)
+    encoding, mark = check_encoding(columns.encoding), ""
     with opened(path) as raw:
-        if encoding == UTF8 and raw.read(3) == codecs.BOM_UTF8:
-            encoding = "utf-8-sig"
+        first = raw.read(4)
+    if encoding == UTF8 and first.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8-sig"
+    elif first.startswith(_HIGH_FIRST.get(encoding, b"none")):
+        encoding, mark = f"{encoding}-be", "\ufeff"
 
     def marked(file: Path) -> bool:
         return dialect_of(file, _needed(columns), "\t", columns.encoding).quoted
 
     def write(draft: Path) -> None:
         with draft.open("w", encoding=encoding, newline="") as file:
-            file.write(text)
+            file.write(mark + text)
         if form == ".tsv" and marked(draft) != marked(path):
             raise InputError(
                 f"{out}: without the removed rows its quote marks would be read as enclosing cells; write "

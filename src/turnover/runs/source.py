@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,6 +89,28 @@ def write_changed(run: Run, labels: Mapping[int, int], removed: Collection[int],
     with replacing(out) as draft:
         write(draft)
     return len(whole) - len(train)
+
+
+def check_spared(run: Run, out: Path | None, *read: Path | None) -> None:
+    """Refuse to write over the file of the training rows, or over another one that is read.
+
+    Args:
+        run: whose training rows.
+        out: file to write.
+        read: files.
+
+    Raises:
+        InputError: it is one of them, by this name or another.
+    """
+    if out is None or not out.exists():
+        return
+    files = {one: "is read as well" for one in read if one is not None}
+    with suppress(InputError):  # nobody knows which file it was
+        given = _provenance(run)
+        files[file_of(given.source, given.split) or Path(given.source)] = "holds the training rows"
+    for file, why in files.items():
+        if file.exists() and out.samefile(file):
+            raise InputError(f"{out} {why}, and would be overwritten: name another file with --out")
 
 
 def _provenance(run: Run) -> Provenance:
