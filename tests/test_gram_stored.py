@@ -327,8 +327,9 @@ def test_other_file_systems_keep_fits_too():
 
 
 PEAK = """
-import resource, sys
+import sys
 import torch
+from benchmarks.memory import peak_gib
 from turnover import Batch, Gram, Influence
 from turnover.influence.gram import features, kernel, stored
 from turnover.influence.gram.disk import Limits
@@ -355,7 +356,7 @@ def run(rows, name):
 
 run(3000, "warm")
 run(int(sys.argv[1]), "fit")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(peak_gib() * 2**30))
 """
 
 
@@ -370,6 +371,7 @@ def test_memory_hardly_grows_with_the_instances(tmp_path):
             capture_output=True,
             text=True,
             check=True,
+            cwd=Path(__file__).parents[1],
             env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         )
         peaks.append(int(run.stdout))

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("ray", reason="needs ray: pip install 'turnover[ray]'")
 
+from benchmarks.memory import peak_gib
 from benchmarks.scale.cluster import Cluster
-from benchmarks.scale.run import Driver, peak_gib, same, wait_for
+from benchmarks.scale.run import Driver, same, wait_for
 
 EXACT = {"method": "exact", "ids": 3072, "targets": 48}
 TOP = {"method": "linear", "ids": 20_000, "targets": 40, "top": 5}

@@ -573,11 +573,12 @@ def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path):
 
 
 PEAK = """
-import resource, sys
+import sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import turnover.influence.protocol
+from benchmarks.memory import peak_gib
 from test_scale import influence, network, targets, several
 
 call, method, count, many, out = sys.argv[1:]
@@ -596,13 +597,15 @@ def run(ids, name):
         make.aggregate(batches, ids)
 run(small, "warm")
 run(ids, count)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(peak_gib() * 1024))
 """
 
 
 def peak(call, method, count, networks, folder):
     here = Path(__file__).parent
-    script = textwrap.dedent(PEAK).format(paths=[str(here), str(here.parent / "src")])
+    script = textwrap.dedent(PEAK).format(
+        paths=[str(here), str(here.parent), str(here.parent / "src")]
+    )
     arguments = [call, method, str(count), str(networks), str(folder)]
     run = subprocess.run(
         [sys.executable, "-c", script, *arguments],

@@ -7,7 +7,6 @@ Numbers of sentences run in processes of their own, so that their peak memory is
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.fidelity import features
+from benchmarks.memory import peak_gib
 from turnover import Gram, Influence, MaskSpec
 from turnover.batches import Batch
 from turnover.data import demo
@@ -89,7 +89,7 @@ def measured(folder: Path, count: int) -> Json:
         "passes_s": passes,
         "fit_s": seconds,
         "top_s": time.perf_counter() - start,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }
 
 

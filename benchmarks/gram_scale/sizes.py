@@ -6,7 +6,6 @@ Sizes run in processes of their own, so that their peak memory is their own.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.memory import peak_gib
 from turnover import Gram, Influence
 
 from . import Json
@@ -71,7 +71,7 @@ def measured(rows: int) -> Json:
         "read_s": seconds[1],
         "top_s": time.perf_counter() - start,
         "stored_gib": stored / 2**30,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }
 
 

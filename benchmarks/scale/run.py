@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity.board import machine
+from benchmarks.memory import peak_gib
 from benchmarks.scale import model, table
 from benchmarks.scale.cluster import Cluster
 
@@ -218,13 +219,6 @@ def core_flops() -> float:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best
-
-
-def peak_gib(pid: int) -> float:
-    """Most memory that a process has had, shared memory that it has read included."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 def wait_for(cluster: Cluster, nodes: int) -> None:
