@@ -442,6 +442,8 @@ def test_files_that_are_read_are_not_written_over(
     Path("s.csv").write_text("key,score\n" + "".join(f"{key},1\n" for key in run.train.keys))
     Path("g.csv").write_text("key,attribute\n" + "".join(f"{key},1\n" for key in run.test.keys))
     Path("v.csv").write_text("text,label\ngood,pos\nbad,neg\n", "utf-8")
+    Path("other").mkdir()
+    Path("other/validation.csv").write_text("text,label\ngood,pos\nbad,neg\n", "utf-8")
     (tmp_path / "link.csv").symlink_to(mine)
     commands = [
         (("predict", "run", "--hidden"), mine),
@@ -451,15 +453,16 @@ def test_files_that_are_read_are_not_written_over(
         (("review", "run", "--decisions", "d.csv"), "d.csv"),
         (("cleanse", "run", "--validation", "v.csv"), mine),
         (("cleanse", "run", "--validation", "v.csv"), "v.csv"),
+        (("cleanse", "run", "--validation", "other"), "other/validation.csv"),
         (("cleanse", "run", "--validation", "v.csv", "--scores", "s.csv"), "s.csv"),
         (("fairness", "run", "--attributes", "g.csv", "--positive", "pos"), "g.csv"),
     ]
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*.csv")}
     for command, out in commands:
         refused = turnover(*command, "--out", out, expect=2)
         assert "name another file with --out" in refused.stderr, command
         assert refused.stderr.count("\n") == 1, refused.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
+    assert {path: path.read_bytes() for path in tmp_path.glob("**/*.csv")} == before
 
 
 def test_the_same_fit_command_runs_on_the_file_after_decisions(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks.effort.data import digits
+from benchmarks.memory import peak_gib
 
 _FEATURES = 64
 
@@ -96,7 +97,7 @@ def run(script: Path, folder: Path, *, count: bool) -> dict[str, Any]:
         "seconds": ended - trained[0],
         "passes": passes.rows / len(train),
         "stored_bytes": stored,
-        "peak_bytes": _peak(),
+        "peak_bytes": int(peak_gib() * 2**30),
     }
 
 
@@ -110,13 +111,6 @@ def _at_first_eval(times: list[float]) -> None:
         return before(module)
 
     setattr(nn.Module, "eval", noted)  # noqa: B010 - mypy takes no assignment to a method
-
-
-def _peak() -> int:
-    """Most memory that this process has held, in bytes; ``ru_maxrss`` begins with the parent's."""
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
-    return 1024 * int(kilobytes)
 
 
 def _import_all(script: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 import turnover
+from benchmarks.memory import peak_gib
 from benchmarks.scale.model import GHOSTS
 from benchmarks.speed import Perceptron
 from turnover import Batch, Influence, MaskSpec
@@ -62,7 +62,7 @@ def estimate(told: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - busy,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }
 
 

@@ -18,6 +18,7 @@ from turnover.cli.output import Output, check_folder, command_line, in_results
 from turnover.cli.parameters import Fields, build, command
 from turnover.cli.reading import Source, say_rows
 from turnover.data.base import check_writable
+from turnover.data.tables import file_of
 from turnover.errors import InputError
 from turnover.io.parsing import write_json
 from turnover.runs.run import Run
@@ -230,7 +231,7 @@ def cleanse(
         raise InputError("--ranking and --scores are two rankings: give one of them")
     check_writable(out, ".npz")
     loaded = Run.load(run, device)
-    check_spared(loaded, out, Path(validation), scores)
+    check_spared(loaded, out, file_of(validation, split), scores)
     given = None if scores is None else cleanse_task.read_scores(loaded, scores)
     columns = build(Source, options).columns(loaded.pipeline.config.kind)
     columns = replace(columns, second=second_column)

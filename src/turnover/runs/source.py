@@ -107,7 +107,8 @@ def check_spared(run: Run, out: Path | None, *read: Path | None) -> None:
     files = {one: "is read as well" for one in read if one is not None}
     with suppress(InputError):  # nobody knows which file it was
         given = _provenance(run)
-        files[file_of(given.source, given.split) or Path(given.source)] = "holds the training rows"
+        if (file := file_of(given.source, given.split)) is not None:
+            files[file] = "holds the training rows"
     for file, why in files.items():
         if file.exists() and out.samefile(file):
             raise InputError(f"{out} {why}, and would be overwritten: name another file with --out")
